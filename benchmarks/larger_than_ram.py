@@ -39,7 +39,7 @@ MAX_RSS_GB, MAX_OVER_FLOOR = 4.0, 1.35
 def opened(folder: Path) -> Any:
     """The base with LoRA r 16 on q and v, ready for packs, recomputing."""
     checkpoint = Checkpoint(path=folder, id=folder.name, revision=None, kind="folder")
-    model = load.open_base(checkpoint, Quant(compute_dtype="bf16"), device.detect(), with_tokenizer=False).model
+    model = load.open_base(checkpoint, Quant(compute_dtype="bf16"), device.detect()).model
     # B starts as random as A: with zeros there, A's gradients would be zero whatever the code does
     lora = Lora(r=16, target_modules=("q_proj", "v_proj"), lora_dropout=0.05, init_lora_weights=False)
     model = adapters.add(model, lora, targets.resolve_targets(model, lora.target_modules), seed=0)

@@ -100,7 +100,7 @@ def store_of(source: Path, out: Path) -> tuple[Path, float]:
 def adapted(folder: Path) -> Any:
     """The base in its placement with LoRA, as a training has it."""
     checkpoint = Checkpoint(path=folder, id=folder.name, revision=None, kind="folder")
-    model = load.open_base(checkpoint, QUANT, device.detect(), with_tokenizer=False).model
+    model = load.open_base(checkpoint, QUANT, device.detect()).model
     lora = Lora(**LORA, init_lora_weights=False)
     model = adapters.add(model, lora, targets.resolve_targets(model, lora.target_modules), seed=0)
     packing.install(model)

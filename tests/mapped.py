@@ -54,4 +54,4 @@ def open_model(folder: Path) -> Any:
     """Open it as halfbyte does, without a tokenizer, computing in bf16."""
     checkpoint = Checkpoint(path=folder, id=str(folder), revision=None, kind="folder")
     quant = Quant(compute_dtype="bf16")
-    return load.open_base(checkpoint, quant, device.detect(), with_tokenizer=False).model
+    return load.open_base(checkpoint, quant, device.detect()).model

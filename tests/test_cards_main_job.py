@@ -168,7 +168,7 @@ def test_a_scripts_base_is_in_the_dtype_that_its_card_multiplies(
     tiny_run.checkpoint(tmp_path / "model", dtype=torch.bfloat16)
     recipe = tiny_run.recipe(tmp_path, quant__type="nf4", quant__compute_dtype="bf16").recipe
     with machine(), mock.patch.object(fake_card._Module, "get_device_capability", return_value=capability):
-        lm = load.open_base(find_model(recipe), recipe.quant, device.detect(), with_tokenizer=False).model
+        lm = load.open_base(find_model(recipe), recipe.quant, device.detect()).model
         codec.set_compute_dtype(lm, torch.float16)  # bnb_4bit_compute_dtype
         assert lm.dtype == torch.bfloat16
         dropin._say_once.cache_clear()

@@ -56,10 +56,8 @@ class Diagnosis:
 
 
 def examine(recipe: Recipe | None = None, *, tell: Callable[[str], None] = lambda text: None) -> Diagnosis:
-    """Look at the machine, measured anew and kept for later plans; and at a model, if a recipe names one.
-
-    A HalfbyteError tells of a model that is not there or cannot be opened.
-    """
+    """Look at the machine, measured anew and kept for later plans; and at a model, if a recipe names one. A
+    HalfbyteError tells of a model that is not there or cannot be opened."""
     machine = device.detect()
     asked = recipe.quant.compute_dtype if recipe is not None else "auto"
     dtype, why = device.compute_dtype(machine, asked)
@@ -81,7 +79,6 @@ def _with_model(seen: Diagnosis, recipe: Recipe, tell: Callable[[str], None]) ->
         recipe.quant,
         seen.machine,
         trust_remote_code=recipe.trust_remote_code,
-        with_tokenizer=False,
         tell=supply.Tell(note=lambda _, text: tell(text)),
     )
     sizes = f"{base.resident_bytes:,} bytes, {base.expected_bytes:,} by its list of tensors"

@@ -16,12 +16,8 @@ _SHORTEST_SECRET = 8
 
 
 class HalfbyteError(Exception):
-    """Base of every error that halfbyte raises on purpose.
-
-    Args:
-        message: one or a few plain sentences: what, got, allowed.
-        fix: the next command or change that helps; appended on a line of its own.
-    """
+    """Base of every error that halfbyte raises on purpose. `message`: one or a few plain sentences: what, got, allowed.
+    `fix`: the next command or change that helps; appended on a line of its own."""
 
     exit_code = 2
 

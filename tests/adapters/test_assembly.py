@@ -21,7 +21,7 @@ from tests import tiny_run
 
 
 def opened(recipe: Recipe) -> load.Base:
-    return load.open_base(find_model(recipe), recipe.quant, device.detect(), with_tokenizer=False)
+    return load.open_base(find_model(recipe), recipe.quant, device.detect())
 
 
 def lora_layers(model: Any) -> int:

@@ -52,7 +52,7 @@ def plain_base(folder: Path) -> Any:
 
 def our_base(folder: Path) -> Any:
     found = Checkpoint(path=folder, id="org/name", revision=None, kind="folder")
-    return open_base(found, Quant(compute_dtype="bf16"), device.detect(), with_tokenizer=False).model
+    return open_base(found, Quant(compute_dtype="bf16"), device.detect()).model
 
 
 def logits(model: Any, *, train: bool = False) -> torch.Tensor:

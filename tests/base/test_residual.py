@@ -54,7 +54,7 @@ def asked(folder: Path, name: str = "llama", **more: Any) -> Loaded:
 def started(loaded: Loaded) -> tuple[AdaptedBase, Path]:
     """The base of a recipe with its fresh adapters, and its store."""
     recipe = loaded.recipe
-    base = load.open_base(find_model(recipe), recipe.quant, device.detect(), with_tokenizer=False)
+    base = load.open_base(find_model(recipe), recipe.quant, device.detect())
     assert base.store is not None
     made = residual.ensure(base, recipe.lora, lambda label, text: None)
     return assemble(base, recipe, factors=made), base.store
@@ -226,7 +226,7 @@ def test_an_interrupted_file_is_not_there(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_base_without_a_store_is_refused(tmp_path: Path) -> None:
     recipe = asked(tmp_path).recipe
-    base = load.open_base(find_model(recipe), recipe.quant, device.detect(), with_tokenizer=False, use_store=False)
+    base = load.open_base(find_model(recipe), recipe.quant, device.detect(), use_store=False)
     with pytest.raises(AdapterError, match="needs a store"):
         residual.ensure(base, recipe.lora, lambda label, text: None)
     config = open_config(Path(recipe.model))

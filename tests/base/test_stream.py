@@ -282,9 +282,7 @@ def test_a_tied_head_stays_tied_when_it_is_copied(tmp_path: Path) -> None:
 def test_a_base_that_was_quantised_while_loading_cannot_be_on_disk(tmp_path: Path, placement: Any) -> None:
     tiny.save(tmp_path, "llama", torch.bfloat16)
     checkpoint = Checkpoint(path=tmp_path, id="x", revision=None, kind="folder")
-    model = load.open_base(
-        checkpoint, Quant(compute_dtype="bf16"), device.detect(), with_tokenizer=False, use_store=False
-    ).model
+    model = load.open_base(checkpoint, Quant(compute_dtype="bf16"), device.detect(), use_store=False).model
     with pytest.raises(BaseModelError, match=r"quant.placement .* needs a base whose weights are opened from a file"):
         stream.place(model, placement)
     embedding = model.get_input_embeddings().weight

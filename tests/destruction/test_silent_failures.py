@@ -40,9 +40,7 @@ IDS = torch.arange(3, 23)[None]
 
 def base(folder: Path, kind: str = "nf4") -> Any:
     quant = Quant(type=kind, compute_dtype="bf16")  # type: ignore[arg-type]
-    return load.open_base(
-        Checkpoint(folder, "tiny", None, "folder"), quant, device.detect(), with_tokenizer=False
-    ).model
+    return load.open_base(Checkpoint(folder, "tiny", None, "folder"), quant, device.detect()).model
 
 
 @needs_avx512_bf16

@@ -53,7 +53,7 @@ def whole_and_shared(recipe: Path, rounds: list[tuple[str, str]]) -> dict[str, A
     """
     loaded = load_recipe(recipe).recipe
     with worlds.open_world() as here:
-        base = load.open_base(resolve(loaded.model), loaded.quant, device.detect(), with_tokenizer=False)
+        base = load.open_base(resolve(loaded.model), loaded.quant, device.detect())
         stream.place_as_planned(base.model, shard.PLACEMENT, asked=True)
         model = assemble(base, loaded).model
         torch.manual_seed(1)

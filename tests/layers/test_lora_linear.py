@@ -19,7 +19,7 @@ from halfbyte.layers.lora_linear import (
     frozen_weight,
     lora_linear,
 )
-from halfbyte.quant.number_format import frozen_function
+from halfbyte.quant.dequantise import FrozenLinear
 
 
 def four_bit(out: int, width: int, *, bias: bool, dtype: torch.dtype) -> Any:
@@ -130,7 +130,7 @@ def test_gradcheck(p: float) -> None:
 
     assert torch.autograd.gradcheck(call, (x, a, b, bias))
     products = frozen_forward, frozen_backward
-    assert torch.autograd.gradcheck(lambda x, bias: frozen_function().apply(x, bias, layer, *products), (x, bias))
+    assert torch.autograd.gradcheck(lambda x, bias: FrozenLinear.apply(x, bias, layer, *products), (x, bias))
 
 
 def test_a_trained_bias_gets_its_gradient() -> None:

@@ -81,7 +81,7 @@ def kept_bytes(
 ) -> tuple[int, tuple[Site, ...], Facts]:
     """Bytes that backward keeps in a micro-batch through the body, without the model's own weights."""
     how = Quant(compute_dtype="bf16", type=quant)
-    opened = load.open_base(resolve(str(folder)), how, machine.detect(), with_tokenizer=False)
+    opened = load.open_base(resolve(str(folder)), how, machine.detect())
     lora = Lora(r=RANK, lora_dropout=dropout, target_modules=asked, target_parameters=parameters)
     config, specs = read_config(folder), read_checkpoint(folder)
     if parameters:

@@ -53,7 +53,7 @@ def test_the_fault_of_bitsandbytes_is_caught_and_goes_round(double: bool, monkey
     proof = prove_dequantised(nn.Sequential(made))
     assert not proof.ok and "(64, 96)" in proof.reason and "slower" in proof.reason
     for module in model:
-        assert_is(dequantise.dequantised(module, reuse=True), by_definition(module))
+        assert_is(dequantise.dequantised(module), by_definition(module))
     assert dequantise.upstream_is_wrong(model[0].weight.quant_state)
 
 

@@ -88,7 +88,7 @@ def test_a_tied_weight_is_counted_once() -> None:
 @pytest.mark.parametrize("double", [True, False])
 def test_settling_unpacks_what_an_eval_forward_packed(double: bool) -> None:
     made = layer(torch.bfloat16, torch.bfloat16, double=double)
-    before, weight = made.weight.data.clone(), dequantised(made)
+    before, weight = made.weight.data.clone(), dequantised(made).clone()
     x = torch.randn(3, 64, dtype=torch.bfloat16)
     with torch.no_grad():
         made.eval()(x)

@@ -70,16 +70,15 @@ def assert_is(got: torch.Tensor, wanted: np.ndarray) -> None:
     assert over.max() <= 0, f"{(over > 0).sum()} of {over.size} are wrong, by {over.max()}"
 
 
-@pytest.mark.parametrize("reuse", [False, True])
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(
     "shape", [*((64, w) for w in WIDTHS), (5, 2), (123, 126), (7, 33), (1, 1), (3, 21), (256, 192)]
 )
-def test_every_width_is_right(shape: Any, dtype: torch.dtype, kind: str, double: bool, reuse: bool) -> None:
+def test_every_width_is_right(shape: Any, dtype: torch.dtype, kind: str, double: bool) -> None:
     made = layer(shape, kind, double, dtype)
-    got = dequantise.dequantised(made, reuse=reuse)
+    got = dequantise.dequantised(made)
     assert got.dtype == dtype and got.shape == torch.Size(shape)
     assert_is(got, by_definition(made))
 
@@ -201,11 +200,11 @@ def test_a_base_that_a_script_loaded_itself(tmp_path: Path) -> None:
 
 def test_reused_memory_is_that_of_the_largest_weight_and_of_one_thread() -> None:
     small, large = (layer((128, n), "nf4", True) for n in (64, 256))
-    first = dequantise.dequantised(large, reuse=True).data_ptr()
-    assert dequantise.dequantised(small, reuse=True).data_ptr() == first
-    assert dequantise.dequantised(large, reuse=True).data_ptr() == first
+    first = dequantise.dequantised(large).data_ptr()
+    assert dequantise.dequantised(small).data_ptr() == first
+    assert dequantise.dequantised(large).data_ptr() == first
     with ThreadPoolExecutor(1) as other:
-        assert other.submit(lambda: dequantise.dequantised(large, reuse=True).data_ptr()).result() != first
+        assert other.submit(lambda: dequantise.dequantised(large).data_ptr()).result() != first
 
 
 @pytest.mark.parametrize("rows", [1, 7, 16, 48, 1000])

@@ -12,7 +12,7 @@ import transformers
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers.base import get_keys_to_not_convert
 
-from halfbyte.layers.loss import accepts
+from halfbyte.layers.loss import keeps_some
 from halfbyte.models.structure import meta_model
 from tests import tiny
 
@@ -22,7 +22,7 @@ IDS = torch.arange(3, 15)[None]
 @pytest.mark.parametrize("name", tiny.ARCHITECTURES)
 def test_logits_to_keep_takes_positions(name: str) -> None:
     model = tiny.model(name)
-    assert accepts(model, "logits_to_keep")
+    assert keeps_some(model)
     keep = torch.tensor([1, 4, 5, 10])
     with torch.no_grad():
         whole = model(input_ids=IDS, use_cache=False).logits

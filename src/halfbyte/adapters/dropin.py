@@ -245,20 +245,12 @@ def make_ready(model: Model) -> bool:
         _say_once(
             "this card has no bf16 multiply: computing in float16, whose loss TrainingArguments(fp16=True) scales."
         )
-    _into(model, dtype, [torch.float16, torch.bfloat16])
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dtype in (torch.float16, torch.bfloat16):
+            tensor.data = tensor.data.to(dtype)
     codec.set_compute_dtype(model, dtype)
     model.config.dtype = dtype
     return on_cpu
-
-
-def _into(model: Model, dtype: torch.dtype, halves: list[torch.dtype]) -> None:
-    """Every parameter and buffer of 16 bits in another dtype, in place."""
-    for parameter in model.parameters():
-        if parameter.dtype in halves:
-            parameter.data = parameter.data.to(dtype)
-    for buffer in model.buffers():
-        if buffer.dtype in halves:
-            buffer.data = buffer.data.to(dtype)
 
 
 @cache

@@ -34,11 +34,7 @@ def without_gradient(adapted: Model) -> list[str]:
     missing = [n for n, p in adapted.named_parameters() if p.requires_grad and p.grad is None]
     if missing:
         return missing
-    return [
-        name
-        for name, parts in pairs(adapted).items()
-        if not any(bool(p.grad.any()) for p in parts if p.grad is not None)
-    ]
+    return [name for name, parts in pairs(adapted).items() if all(p.grad is None or not p.grad.any() for p in parts)]
 
 
 def not_finite(adapted: Model) -> list[str]:

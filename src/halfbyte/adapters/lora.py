@@ -26,14 +26,10 @@ from safetensors.torch import load_file, save_file
 from torch.optim import Optimizer
 
 from halfbyte.adapters.dropin import PeftModel, get_peft_model
-from halfbyte.adapters.targets import (
-    Targets,
-    matched,
-    matched_stacks,
-    remark_on_experts,
-    resolve_targets,
-    without_match,
-)
+
+from halfbyte.adapters.targets import (  # isort: skip
+    Targets, matched, matched_stacks, remark_on_experts, resolve_targets, without_match,
+)  # fmt: skip
 from halfbyte.errors import AdapterError, first_line
 from halfbyte.models.lora_sites import leaf_of
 from halfbyte.quant.stack import ExpertStack
@@ -140,9 +136,7 @@ def _trained_twice(model: Model, lora: Lora) -> list[str]:
 def summary(adapted: Model) -> str:
     """What LoRA was put on, by the last part of the names, and how much trains."""
     counts = Counter(
-        getattr(m, "parameter_name", leaf_of(name))
-        for name, m in adapted.named_modules()
-        if isinstance(m, BaseTunerLayer)
+        getattr(m, "parameter_name", leaf_of(n)) for n, m in adapted.named_modules() if isinstance(m, BaseTunerLayer)
     )
     names = ", ".join(f"{name} x{count}" for name, count in sorted(counts.items()))
     trainable, total = adapted.get_nb_trainable_parameters()
@@ -150,11 +144,9 @@ def summary(adapted: Model) -> str:
     return f"{names}; {trainable:,} of {total:,} parameters train ({trainable / total:.2%})"
 
 
-def loraplus_optimizer(
-    adapted: Model, cls: type[Optimizer], ratio: float, weight_decay: float, kwargs: Document
-) -> Optimizer:
+def loraplus_optimizer(adapted: Model, cls: type[Optimizer], ratio: float, decay: float, kwargs: Document) -> Optimizer:
     """An optimiser whose learning rate for B is `ratio` times that for A (LoRA+, arXiv:2402.12354)."""
-    kwargs = {**kwargs, "loraplus_lr_ratio": ratio, "loraplus_weight_decay": weight_decay}
+    kwargs = {**kwargs, "loraplus_lr_ratio": ratio, "loraplus_weight_decay": decay}
     return create_loraplus_optimizer(adapted, cls, **kwargs)
 
 

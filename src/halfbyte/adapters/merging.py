@@ -15,11 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from halfbyte.errors import AdapterError, first_line
@@ -42,7 +43,6 @@ class WeightChange:
     rows: Tensor | None = None  # these rows of it are `value`
     bias: Tensor | None = None  # is added
     start: tuple[Tensor, Tensor] | None = None  # B and A of a residual start, taken away again
-    shared: bool = False  # the weight is tied to another one and the change is made to both
 
     @property
     def norms(self) -> bool:
@@ -136,7 +136,7 @@ def changes(config: Config, folder: Path, start: Factors | None = None) -> dict[
             rows = module.token_adapter
             key = rows.active_adapters[0]
             indices, values = torch.tensor(rows.token_indices[key]), rows.trainable_tokens_delta[key].detach()
-            changed[f"{plain}.weight"] = WeightChange(value=values, rows=indices, shared=True)
+            changed[f"{plain}.weight"] = WeightChange(value=values, rows=indices)
     inside = (".modules_to_save.", ".lora_", ".trainable_tokens")
     for name, parameter in inner.named_parameters():  # biases, which PEFT trains in the base
         if parameter.device.type != "meta" and not any(part in f".{name}" for part in inside):
@@ -176,9 +176,6 @@ def _on_nothing(config: Config, folder: Path) -> PeftModel:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
-            from safetensors.torch import load_file
-
             settings = LoraConfig.from_pretrained(str(folder))
             settings = replace(settings, init_lora_weights=True, inference_mode=True)
             adapted = get_peft_model(model, settings, low_cpu_mem_usage=True)

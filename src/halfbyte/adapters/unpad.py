@@ -10,7 +10,6 @@ as the model counts them itself, no cache, no hidden states of every layer asked
 Cost: one gather of the ids, one scatter of (T, D).
 """
 
-from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -65,9 +64,7 @@ def pack(lengths: Tensor, width: int) -> Batch:
 class Unpad(BodyHooks):
     """Padded rows of a training forward become a pack."""
 
-    def change(
-        self, body: torch.nn.Module, given: dict[str, Any]
-    ) -> tuple[dict[str, Any], Callable[[Tensor], Tensor]] | None:
+    def change(self, body: torch.nn.Module, given: dict[str, Any]) -> packing.Change | None:
         if not (body.training and torch.is_grad_enabled()):
             return None
         given = {k: v for k, v in given.items() if v is not None and v is not False}

@@ -11,6 +11,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from halfbyte.base import quantisation_error, residency
 from halfbyte.base.config import is_quantised_already, open_config
@@ -43,7 +44,6 @@ class Base:
     `store_spec`: what was quantised into the store."""
 
     model: Model
-    tokenizer: Any
     checkpoint: Checkpoint
     specs: tuple[tensors.TensorSpec, ...]
     compute_dtype: str
@@ -62,7 +62,6 @@ def open_base(
     *,
     trust_remote_code: bool = False,
     device_map: str | Document = "auto",
-    with_tokenizer: bool = True,
     use_store: bool = True,
     tell: supply.Tell | None = None,
 ) -> Base:
@@ -102,8 +101,7 @@ def open_base(
     resident = codec.resident_bytes(model)
     if not quantised:
         residency.check_resident(model, quant, resident, expected, checkpoint.id)
-    tokenizer = open_tokenizer(checkpoint, model, trust_remote_code=trust_remote_code) if with_tokenizer else None
-    return Base(model, tokenizer, checkpoint, specs, dtype_name, reason, resident, expected, origin, stored, spec)
+    return Base(model, checkpoint, specs, dtype_name, reason, resident, expected, origin, stored, spec)
 
 
 @dataclass(frozen=True)
@@ -150,8 +148,6 @@ class _Opening:
         return model
 
     def _from_pretrained(self, **how: object) -> Model:
-        from transformers import AutoModelForCausalLM
-
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -251,7 +247,6 @@ def load_base(
         device,
         trust_remote_code=trust_remote_code,
         device_map=device_map,
-        with_tokenizer=False,
     )
     if values["compute_dtype"] == "fp16" and base.compute_dtype != "fp16":
         warnings.warn(f"float16 was asked for; computing in {base.compute_dtype} ({base.dtype_reason}).", stacklevel=2)

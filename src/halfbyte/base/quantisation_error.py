@@ -65,13 +65,13 @@ def matrices(model: Model, spec: shelf.StoreSpec, *, with_experts: bool = False)
                 if not plan.target:
                     path, stack = stacks[plan.name]
                     yield Matrix(f"{path}.{e}", matrix, stack.expert(e, spec.dtype).to("cpu"))
-                    let_go(stack.of_expert(e)[0], maps)
+                    pages.let_go([stack.of_expert(e)[0]], maps)
                     continue
                 name = plan.target.removesuffix(".weight")
                 module = modules[name]
                 weight = formats.of_module(module).weight(module, spec.dtype)
                 yield Matrix(name, matrix, weight.to("cpu"))
-                let_go(module.weight.data, maps)
+                pages.let_go([module.weight.data], maps)
     if changed := source.changed():
         raise StoreError(
             f"{changed[0]} was changed while it was read.", fix="run the same command again when the file is complete"
@@ -91,14 +91,6 @@ def _sources(source: Source, spec: shelf.StoreSpec, plan: TensorPlan) -> Iterato
             if filled == len(matrix):
                 yield matrix.view(rows, columns)
                 matrix, filled = torch.empty_like(matrix), 0
-
-
-def let_go(codes: Tensor, maps: pages.FileMaps) -> None:
-    """Let go of the pages of codes that are mapped from a file and have been read."""
-    area = codes.data_ptr(), codes.nbytes
-    if codes.device.type == "cpu" and pages.supported() and maps.holds(*area):
-        for span in pages.whole_pages([area]):
-            pages.release(span)
 
 
 def tell_gguf_error(spec: shelf.StoreSpec, tell: supply.Tell) -> supply.Tell:

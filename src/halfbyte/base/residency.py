@@ -5,6 +5,7 @@ The same questions are asked of the empty model, before anything is built for it
 
 import torch
 from torch import nn
+from transformers.quantizers.base import get_keys_to_not_convert
 
 from halfbyte.errors import BaseModelError
 from halfbyte.models.sources.checkpoint import Checkpoint
@@ -125,8 +126,6 @@ def heads_to_skip(config: Config, quant: Quant) -> tuple[str, ...]:
     """The output head's names, where the recipe names modules of its own to be left unquantised."""
     if not quant.exempt:
         return ()
-    from transformers.quantizers.base import get_keys_to_not_convert
-
     return tuple(get_keys_to_not_convert(meta_model(config)))
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from halfbyte.base import load, quantisation_error
@@ -124,8 +125,6 @@ def _make(model: Model, spec: shelf.StoreSpec, start: Start, note: Callable[[str
 def read(path: Path, modules: Iterable[str]) -> dict[str, tuple[Tensor, Tensor]]:
     """B (O, rank) and A (rank, D) of each module that gets an adapter, mapped. Raises AdapterError: a module is not
     quantised, so that nothing was lost there."""
-    from safetensors import safe_open
-
     with safe_open(path, "pt") as file:
         there = set(file.keys())
         if missing := [name for name in modules if f"{name}.A" not in there]:

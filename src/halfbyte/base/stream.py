@@ -277,9 +277,7 @@ def _into_memory(model: nn.Module, maps: pages.FileMaps, arena: pages.Arena) -> 
         address = tensor.data_ptr()
         if address not in copies:
             copies[address] = arena.copy(tensor)
-            if pages.supported():
-                for span in pages.whole_pages(_areas([tensor])):
-                    pages.release(span)
+            pages.let_go([tensor], maps)
         return copies[address]
 
     for parameter in model.parameters():
@@ -322,10 +320,8 @@ class ExpertReader:
         self._handles = []
         self.stacks: list[ExpertStack] = []
         for _, module in experts_of(model):
-            parameters = [getattr(module, name) for name in stacks_of(module)]
-            mapped = [
-                s for s in parameters if isinstance(s, ExpertStack) and maps.holds(s.data.data_ptr(), s.data.nbytes)
-            ]
+            held = [getattr(module, name) for name in stacks_of(module)]
+            mapped = [s for s in held if isinstance(s, ExpertStack) and maps.holds(s.data.data_ptr(), s.data.nbytes)]
             if mapped:
                 self.stacks += mapped
                 self._handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))

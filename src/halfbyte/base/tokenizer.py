@@ -1,7 +1,5 @@
 """A checkpoint's tokenizer, refused with a fix where none can be read or it belongs to another model."""
 
-from __future__ import annotations
-
 from halfbyte.errors import BaseModelError, first_line
 from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.types import Model, Tokenizer
@@ -12,9 +10,8 @@ MOST_BYTES, MOST_TEMPLATE_BYTES = 100_000_000, 1_000_000
 BESIDE = "put the model's tokenizer.json and tokenizer_config.json beside its config.json"
 
 
-def open_tokenizer(checkpoint: Checkpoint, model: Model | None = None, *, trust_remote_code: bool = False) -> Tokenizer:
-    """The checkpoint's tokenizer. Raises BaseModelError: none is there, it knows no text, or it knows more tokens than
-    the embedding has rows."""
+def open_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Tokenizer:
+    """The checkpoint's tokenizer. Raises BaseModelError: none is there, or it knows no text."""
     from transformers import AutoTokenizer
 
     for file in checkpoint.path.glob("*"):
@@ -36,8 +33,6 @@ def open_tokenizer(checkpoint: Checkpoint, model: Model | None = None, *, trust_
             f"{', '.join(sorted(looked_for))}.",
             fix=BESIDE,
         )
-    if model is not None:
-        check_vocabulary(checkpoint, tokenizer, model)
     return tokenizer
 
 

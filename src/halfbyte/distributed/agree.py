@@ -12,6 +12,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from halfbyte.distributed.step import same_start
 from halfbyte.distributed.world import World
 from halfbyte.errors import WorldError
 from halfbyte.runs import points
@@ -74,7 +77,6 @@ class AllReduceSpeed:
 
 def measure(world: World) -> AllReduceSpeed:
     """Time all-reduces: the best of a few, as the slowest process has just arrived."""
-    import torch
 
     def best(count: int) -> float:
         flat, times = torch.zeros(count), []
@@ -101,8 +103,6 @@ def join(world: World, belongs: Document, model: Model, threads: int) -> str:
     """
     if world.alone:
         return ""
-    from halfbyte.distributed.step import same_start
-
     check(world, {**belongs, "base": belongs["base"]["content"]})
     same_start(world, model.parameters())
     return describe(world, threads, measure(world))
@@ -121,8 +121,6 @@ def share_checkpoint(world: World, path: Path, into: Path) -> Path:
     """The checkpoint at `path` of the first process, for machines that do not share a disk with it: at the same path
     where all of its files are the same, else received into the folder `into`. Returns where it is. Cost: its bytes once
     over the network, where some process cannot read the same files."""
-    import torch
-
     manifest = (path / points.MANIFEST).read_text() if (path / points.MANIFEST).is_file() else ""
     of_first = world.from_first(lambda: manifest)
     have = world.first or (manifest == of_first and points.is_whole(path, hashes=True))

@@ -13,7 +13,10 @@ import os
 import socket
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+
+import psutil
 
 from halfbyte.errors import WorldError
 
@@ -26,13 +29,7 @@ OTHERS = {
 }
 PORT = "29500"
 # What makes transformers, accelerate or a child process open a process group of their own.
-OPENS = (
-    *TORCH,
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    *(name for names in OTHERS.values() for name in names),
-    "MV2_COMM_WORLD_SIZE",
-)
+OPENS = (*TORCH, "MASTER_ADDR", "MASTER_PORT", "MV2_COMM_WORLD_SIZE", *chain.from_iterable(OTHERS.values()))
 LAUNCH = "launch.json"
 SAME_START_S = 5.0  # the clock may have been set in between
 
@@ -85,8 +82,6 @@ def is_launchers_one_thread(env: Mapping[str, str] = os.environ) -> bool:
 def agent() -> str:
     """The process that started this one, by host, number and the time of its start: of a launcher that restarts its
     workers it stays the same."""
-    import psutil
-
     parent = os.getppid()
     try:
         return f"{socket.gethostname()}/{parent}/{psutil.Process(parent).create_time():.2f}"
@@ -96,15 +91,11 @@ def agent() -> str:
 
 def process() -> tuple[int, float]:
     """The number of this process and when it began: by both, others of this machine know it (`end`)."""
-    import psutil
-
     return os.getpid(), psutil.Process().create_time()
 
 
 def end(number: int, began: float) -> None:
     """SIGKILL to a process of this machine, also a stopped one; not to a later process of the same number."""
-    import psutil
-
     with contextlib.suppress(psutil.Error):
         process = psutil.Process(number)
         if abs(process.create_time() - began) < SAME_START_S:
@@ -114,8 +105,7 @@ def end(number: int, began: float) -> None:
 def boot() -> str:
     """What two processes of one machine have in common, also in containers of their own; and network namespaces not."""
     try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            boot = file.read().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}/{os.stat('/proc/self/ns/net').st_ino}"
     except OSError:
         return socket.gethostname()

@@ -17,9 +17,10 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup, Work
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from halfbyte.data import pack
 from halfbyte.distributed.step import sums
@@ -109,9 +110,6 @@ class Shards:
 
     def _share(self, number: int) -> None:
         """One layer; then it is put together once and compared."""
-        from torch.distributed.device_mesh import DeviceMesh
-        from torch.distributed.fsdp import fully_shard
-
         layer = structure.decoder_layers(self.model)[number]
         places = [
             (module, name, p)
@@ -137,7 +135,7 @@ class Shards:
             if not torch.equal(again.data, before[id(was)]):
                 raise BaseModelError(f"layer {number}: {name} is not what the parts of all processes give together.")
         layer.reshard()
-        _let_go(list(before.values()))
+        pages.let_go(before.values(), pages.FileMaps.read())
 
     def more(self, waiting: bool, *, stops: bool = False) -> bool:
         """Whether there is another pass for all: some process has a micro-batch left, and none is to stop."""
@@ -229,20 +227,10 @@ class _Gather:
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
-        self, output_tensor: Tensor, input_tensor: Tensor, group: ProcessGroup, async_op: bool = False
-    ) -> Work | None:
-        import torch.distributed as dist
-
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> dist.Work | None:
         self._shards.before(self._number)
         if output_tensor.device.type != "cpu":
             return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
         self._shards.world.gather_into_(output_tensor, input_tensor)
         return None
-
-
-def _let_go(tensors: list[Tensor]) -> None:
-    maps = pages.FileMaps.read()
-    mapped = [(t.data_ptr(), t.nbytes) for t in tensors if t.device.type == "cpu" and t.numel()]
-    if pages.supported():
-        for span in pages.whole_pages(area for area in mapped if maps.holds(*area)):
-            pages.release(span)

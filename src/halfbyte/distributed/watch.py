@@ -150,12 +150,10 @@ class Heartbeat:
             before, at = self._seen.get(rank, (b"", now))
             self._seen[rank] = (value, now if value != before else at)
             if value == before != b"done" and now - at > SILENT_S:
-                fault = Fault(
-                    f"{self._names[rank]} has not been heard of for {SILENT_S:.0f} seconds", rank, silent=True
-                )
+                gone = Fault(f"{self._names[rank]} has not been heard of for {SILENT_S:.0f} seconds", rank, silent=True)
                 if self._rank == 0:  # so that the others end now, and with the same words
-                    self._store.compare_set(FAILED, "", fault.to_json())
-                return fault
+                    self._store.compare_set(FAILED, "", gone.to_json())
+                return gone
         return None
 
 

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from halfbyte.distributed import launch
 from halfbyte.distributed.watch import EVERY_S, FAILED, Fault, Heartbeat, Interrupted, interrupt, wait_for
@@ -114,6 +114,9 @@ class Group(World):
     """Several processes. Every one calls the same methods in the same order."""
 
     def __init__(self, place: launch.Place, say: Callable[[HalfbyteError], None] | None) -> None:
+        import torch.distributed as dist
+
+        self._dist: Any = dist
         self._place, self._say = place, say
         self.rank, self.size = place.rank, place.size
         self._store: TCPStore | None = None
@@ -142,25 +145,25 @@ class Group(World):
 
     def _meet(self) -> None:
         """Find each other through the launcher's address, and open a store of our own in the first process."""
-        import torch.distributed as dist
-
-        self._given = dist.is_initialized()  # Ray's TorchTrainer has opened a group already
+        self._given = self._dist.is_initialized()  # Ray's TorchTrainer has opened a group already
         address = os.environ.get("MASTER_ADDR") or socket.gethostname()
         os.environ.setdefault("MASTER_ADDR", address)
         os.environ.setdefault("MASTER_PORT", launch.PORT)
         store, key = None, f"halfbyte/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/port"
         try:
             if self._given:
-                self.rank, self.size = dist.get_rank(), dist.get_world_size()
+                self.rank, self.size = self._dist.get_rank(), self._dist.get_world_size()
             else:
-                store, self.rank, self.size = next(iter(dist.rendezvous("env://", self.rank, self.size, timeout=MEET)))
+                store, self.rank, self.size = next(
+                    iter(self._dist.rendezvous("env://", self.rank, self.size, timeout=MEET))
+                )
             self._base = store  # kept: where the first process is its server, others read from it until they are here
             ports = [0]
             if self.rank == 0:
-                server = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=MEET)
+                server = self._dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=MEET)
                 ports = [server.port]
             if self._given:
-                dist.broadcast_object_list(ports, src=0)
+                self._dist.broadcast_object_list(ports, src=0)
             elif store is not None and self.rank == 0:
                 store.set(key, str(ports[0]))
 
@@ -179,12 +182,10 @@ class Group(World):
     def _connect(self, address: str, port: Callable[[], int]) -> TCPStore:
         """A client of the first process's store. The launcher's store outlives a restart, so the port may be that of a
         first process that is gone: it is read again until somebody answers."""
-        from torch.distributed import TCPStore
-
         until = time.monotonic() + MEET.total_seconds()
         while True:
             try:
-                store = TCPStore(address, port(), is_master=False, wait_for_workers=False, timeout=CONNECT)
+                store = self._dist.TCPStore(address, port(), is_master=False, wait_for_workers=False, timeout=CONNECT)
                 store.set_timeout(MEET)
                 return store
             except RuntimeError:
@@ -194,21 +195,21 @@ class Group(World):
 
     def _open(self) -> None:
         import torch
-        import torch.distributed as dist
 
         kind = torch.accelerator.current_accelerator(check_available=True)
         backend = "gloo"
         if kind is not None and kind.type not in ("cpu", "mps"):
-            backend = f"cpu:gloo,{kind.type}:{dist.get_default_backend_for_device(kind)}"
+            backend = f"cpu:gloo,{kind.type}:{self._dist.get_default_backend_for_device(kind)}"
             torch.accelerator.set_device_index(self.local_rank)
         try:
             if self._given:
-                self._group = dist.new_group(backend=backend, timeout=LONGEST)
+                self._group = self._dist.new_group(backend=backend, timeout=LONGEST)
             else:
                 many = {"rank": self.rank, "world_size": self.size, "timeout": LONGEST}
-                store = dist.PrefixStore("group", self._keys)  # not the launcher's: that knows the last attempt's ranks
-                dist.init_process_group(backend, store=store, **many)
-            self.group = self._group or dist.group.WORLD
+                # not the launcher's store: that knows the last attempt's ranks
+                store = self._dist.PrefixStore("group", self._keys)
+                self._dist.init_process_group(backend, store=store, **many)
+            self.group = self._group or self._dist.group.WORLD
         except RuntimeError as error:
             raise self._lost(error) from error
 
@@ -263,19 +264,13 @@ class Group(World):
             raise Interrupted
 
     def sum_(self, flat: Tensor) -> None:
-        import torch.distributed as dist
-
-        self._finish(lambda: dist.all_reduce(flat, group=self._group, async_op=True))
+        self._finish(lambda: self._dist.all_reduce(flat, group=self._group, async_op=True))
 
     def broadcast_(self, flat: Tensor) -> None:
-        import torch.distributed as dist
-
-        self._finish(lambda: dist.broadcast(flat, 0, group=self._group, async_op=True))
+        self._finish(lambda: self._dist.broadcast(flat, 0, group=self._group, async_op=True))
 
     def gather_into_(self, flat: Tensor, part: Tensor) -> None:
-        import torch.distributed as dist
-
-        self._finish(lambda: dist.all_gather_into_tensor(flat, part, group=self._group, async_op=True))
+        self._finish(lambda: self._dist.all_gather_into_tensor(flat, part, group=self._group, async_op=True))
 
     def _finish(self, start: Callable[[], Work]) -> None:
         """A collective, waited for in Python: a link that is silent would hold the thread otherwise."""
@@ -383,11 +378,9 @@ class Group(World):
 
     def _close(self) -> None:
         """Connections are closed, so that those who wait for this process hear it at once."""
-        import torch.distributed as dist
-
         with contextlib.suppress(RuntimeError, AttributeError, ValueError):
-            if dist.is_initialized() and (self._group is not None or not self._given):
-                dist.destroy_process_group(self._group)
+            if self._dist.is_initialized() and (self._group is not None or not self._given):
+                self._dist.destroy_process_group(self._group)
 
     def end(self) -> None:
         """Leave in order: the first one last, since the store is its own."""
@@ -428,14 +421,10 @@ def open_world(
         with launch.hide_launcher():
             yield group
         group.end()
+    except (SystemExit, GeneratorExit):
+        raise
     except BaseException as error:
-        raise _ended(group, error, say) from error
-
-
-def _ended(group: Group, error: BaseException, say: Callable[[HalfbyteError], None] | None) -> BaseException:
-    if isinstance(error, (SystemExit, GeneratorExit)):
-        return error
-    shown = group.failed(error)
-    if say is None or not isinstance(shown, HalfbyteError):
-        return shown
-    return SystemExit(shown.exit_code)
+        shown = group.failed(error)
+        raise (
+            SystemExit(shown.exit_code) if say is not None and isinstance(shown, HalfbyteError) else shown
+        ) from error

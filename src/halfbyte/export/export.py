@@ -5,13 +5,12 @@ Cost: the source read once and the result written once for each base that is tri
 what the proof asks.
 """
 
-from __future__ import annotations
-
 import gc
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from gguf import GGUFWriter
 
 from halfbyte.base.config import open_config
 from halfbyte.data.encoding.chatml import chat_template
@@ -25,9 +24,6 @@ from halfbyte.models.sources.lookup import find_model
 from halfbyte.proofs import programs
 from halfbyte.proofs.export import Exported
 from halfbyte.types import Tokenizer
-
-if TYPE_CHECKING:
-    from gguf import GGUFWriter
 
 NO_LLAMA = f"not proven: llama.cpp is not installed ({programs.INSTALL})"
 # Besides the file's blocks llama.cpp rounds what it multiplies them with: to the same float, or to blocks alike.

@@ -6,15 +6,14 @@ Source: llama.cpp's converter (conversion/) for what each architecture states; t
 Cost: one tensor in fp32 at a time, and its encoding; K-quants by llama.cpp's own quantiser, from a file in F16.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import gguf
 import numpy as np
+from gguf.quants import quant_shape_to_byte_shape, quantize
 
 from halfbyte.errors import ExportError
 from halfbyte.export.weights import Item, MergedModel
@@ -24,9 +23,6 @@ from halfbyte.models.gguf.layouts import transform_of
 from halfbyte.models.gguf.reader import GgufError
 from halfbyte.models.gguf.rope import llama3_factors
 from halfbyte.types import Config, Document
-
-if TYPE_CHECKING:
-    from gguf import GGUFWriter
 
 # transformers' model type -> the file's architecture.
 ARCHITECTURES = {
@@ -120,10 +116,8 @@ def _check_pattern(config: Config, architecture: str, size: int) -> None:
     every = {"gemma2": 2, "gemma3": 6}.get(architecture)
     if every is None:
         return
-    expected = [
-        "full_attention" if (n + 1) % every == 0 else "sliding_attention" for n in range(config.num_hidden_layers)
-    ]
-    if list(config.layer_types) != expected:
+    kinds = ["full_attention" if (n + 1) % every == 0 else "sliding_attention" for n in range(config.num_hidden_layers)]
+    if list(config.layer_types) != kinds:
         raise ExportError(
             f"its layer_types are not those of {architecture} (every {every}th sees everything), and GGUF has no place "
             "for others."
@@ -167,19 +161,14 @@ def _rope(config: Config, architecture: str, values: Document, size: int) -> dic
         scale = config.max_position_embeddings / original
         factor = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
         values["rope.scaling.attn_factor"] = float(params.get("attention_factor") or factor)
-        return {
-            f"rope_factors_{which}.weight": np.array(params[f"{which}_factor"], np.float32)
-            for which in ("long", "short")
-        }
+        return {f"rope_factors_{s}.weight": np.array(params[f"{s}_factor"], np.float32) for s in ("long", "short")}
     raise ExportError(f"its rotary positions are scaled by {kind!r}; written as GGUF: linear, yarn, llama3, longrope.")
 
 
 def names_of(config: Config, items: list[Item], metadata: FileMetadata) -> dict[str, str]:
     """The tensor of the file for each of a checkpoint. Raises ExportError: a tensor has no place in the file."""
-    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
-
-    kinds = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}
-    table = get_tensor_name_map(kinds[metadata.architecture], config.num_hidden_layers)
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    table = gguf.get_tensor_name_map(kinds[metadata.architecture], config.num_hidden_layers)
     names = {}
     for item in items:
         candidates = [item.name, item.parameter, item.parameter.partition(".")[2]]
@@ -190,11 +179,9 @@ def names_of(config: Config, items: list[Item], metadata: FileMetadata) -> dict[
     return names
 
 
-def write(merged: MergedModel, path: Path, kind: str, add_tokenizer: Callable[[GGUFWriter], None]) -> None:
+def write(merged: MergedModel, path: Path, kind: str, add_tokenizer: Callable[[gguf.GGUFWriter], None]) -> None:
     """Write one file in a format of `OWN_FORMATS`. `add_tokenizer`: puts `tokenizer.*` into a writer. Raises
     ExportError: the architecture, or something that it computes with, has no place in the file."""
-    import gguf
-
     config = merged.config.get_text_config()
     metadata, tables = describe(config)
     writer = gguf.GGUFWriter(path, metadata.architecture)
@@ -228,14 +215,11 @@ def write(merged: MergedModel, path: Path, kind: str, add_tokenizer: Callable[[G
 
 def encode(values: np.ndarray, kind: str) -> np.ndarray:
     """fp32 values in a format."""
-    from gguf import GGMLQuantizationType
-    from gguf.quants import quantize
-
     if kind == "F32":
         return values.astype(np.float32)
     if kind == "F16" and np.abs(values).max(initial=0) > np.finfo(np.float16).max:
         raise ExportError(f"a weight is {np.abs(values).max():.3g}, which F16 cannot hold.", fix="--gguf BF16")
-    blocks: np.ndarray = quantize(values, GGMLQuantizationType[kind])
+    blocks: np.ndarray = quantize(values, gguf.GGMLQuantizationType[kind])
     return blocks
 
 
@@ -246,12 +230,9 @@ def _type_of(name: str, item: Item, kind: str) -> str:
     return "F16" if kind in ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1") and rows % 32 else kind
 
 
-def _announce(writer: GGUFWriter, name: str, shape: tuple[int, ...], kind: str) -> None:
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-    from gguf.quants import quant_shape_to_byte_shape
-
-    ggml_kind = GGMLQuantizationType[kind]
-    block, nbytes = GGML_QUANT_SIZES[ggml_kind]
+def _announce(writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...], kind: str) -> None:
+    ggml_kind = gguf.GGMLQuantizationType[kind]
+    block, nbytes = gguf.GGML_QUANT_SIZES[ggml_kind]
     total = math.prod(shape) // block * nbytes
     if kind in ("F32", "F16"):
         writer.add_tensor_info(name, shape, np.dtype(np.float32 if kind == "F32" else np.float16), total)
@@ -260,7 +241,7 @@ def _announce(writer: GGUFWriter, name: str, shape: tuple[int, ...], kind: str) 
         writer.add_tensor_info(name, byte_shape, np.dtype(np.uint8), total, raw_dtype=ggml_kind)
 
 
-def put(writer: GGUFWriter, key: str, value: object) -> None:
+def put(writer: gguf.GGUFWriter, key: str, value: object) -> None:
     """One value of the metadata, by its type."""
     if isinstance(value, bool):
         writer.add_bool(key, value)

@@ -6,20 +6,18 @@ SentencePiece-like BPE with byte fallback (model "llama"), whose scores are the 
 Source: llama.cpp, src/llama-vocab.cpp, for what each kind computes.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from gguf import GGUFReader, GGUFValueType, GGUFWriter
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from halfbyte.errors import ExportError
 from halfbyte.models.gguf.tokenizer import PROBE, SPLITS, WHOLE_WORDS, cutting
 from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.sources.gguf_file import NOTE
 from halfbyte.types import Document, Tokenizer
-
-if TYPE_CHECKING:
-    from gguf import GGUFWriter
 
 # llama.cpp's kinds of tokens, 1 to 6.
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)
@@ -96,8 +94,6 @@ def _tokens(values: Document, rows: int) -> tuple[list[str], list[int]]:
 def rule_of(tokenizer: Tokenizer) -> str:
     """The rule (`tokenizer.ggml.pre`) by which a byte-level tokenizer splits text. Raises ExportError: none that is
     known."""
-    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
-
     backend = tokenizer.backend_tokenizer
     whole = bool(json.loads(backend.to_str())["model"].get("ignore_merges"))
     normalise = (lambda text: backend.normalizer.normalize_str(text)) if backend.normalizer is not None else str
@@ -133,8 +129,6 @@ def _sentencepiece(writer: GGUFWriter, values: Document, tokens: list[str], type
 
 def _copy(writer: GGUFWriter, file: Path, tokenizer: Tokenizer, template: str | None) -> None:
     """Copy `tokenizer.*` of a GGUF file, with the chat template and the special tokens of the training."""
-    from gguf import GGUFReader, GGUFValueType
-
     reader = GGUFReader(file)
     added = {n: str(t.content) for n, t in tokenizer.added_tokens_decoder.items() if t.special}
     for key, field in reader.fields.items():

@@ -182,7 +182,7 @@ def check_passport(run: Target, tell: supply.Tell, *, force: bool = False) -> No
     if recipe.quant.quantises and not tensors.is_quantised(config.to_dict()) and not hasattr(config, "auto_map"):
         store, _ = load.stored_base(load.store_spec(checkpoint, config, recipe.quant, machine, specs), machine, tell)
     tokenizer = tokenizer_of(run, checkpoint)
-    base = load.Base(meta_model(config), tokenizer, checkpoint, specs, name, why, 0, 0, store=store)
+    base = load.Base(meta_model(config), checkpoint, specs, name, why, 0, 0, store=store)
     here = passport.belongs_to(base, recipe.quant, tokenizer, chat_template(tokenizer, recipe.data))
     for text in passport.check(run.adapter, here, force=force):
         tell.say(text, label="note")

@@ -10,12 +10,12 @@ Cost: the adapter in fp32.
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from gguf import GGUFWriter
 from safetensors.torch import save_file
 
 from halfbyte.errors import ExportError
@@ -66,8 +66,6 @@ def factors(merged: MergedModel, program: str) -> list[Factors]:
 def write_gguf(merged: MergedModel, path: Path) -> None:
     """A GGUF adapter, for a GGUF file of the base. Raises ExportError: the architecture, or a part of the adapter, has
     no place in it."""
-    from gguf import GGUFWriter
-
     config = merged.config.get_text_config()
     assert merged.run.adapter is not None
     metadata, _ = gguf.describe(config)
@@ -119,26 +117,16 @@ def write_peft(merged: MergedModel, folder: Path) -> list[str]:
         "bias": "none",
     }  # fmt: skip
     modules = {each.parameter.removesuffix(".weight") for each in every}
-    if set(_modules_of(merged, config["target_modules"])) - modules:  # the last part of a name names others too
+    weights = {item.parameter.removesuffix(".weight") for item in merged.items if item.parameter.endswith(".weight")}
+    if {each for each in weights - modules if each.rpartition(".")[2] in config["target_modules"]}:  # PEFT's way
         config["target_modules"] = sorted(modules)
     save_file(tensors, folder / ADAPTER_FILES[0], metadata={"format": "pt"})
     files.write(folder / ADAPTER_FILES[1], json.dumps(config, indent=2).encode() + b"\n")
     for path in adapter.iterdir():
         if path.name.startswith(("tokenizer", "special_tokens", "added_tokens", "chat_template")):
             shutil.copyfile(path, folder / path.name)
-    return list(_vllm(rank, quantised=merged.run.recipe.quant.quantises))
-
-
-def _modules_of(merged: MergedModel, leaves: list[str]) -> Iterator[str]:
-    """The modules that PEFT finds by the last parts of their names."""
-    for item in merged.items:
-        module = item.parameter.removesuffix(".weight")
-        if item.parameter.endswith(".weight") and module.rpartition(".")[2] in leaves:
-            yield module
-
-
-def _vllm(rank: int, *, quantised: bool) -> Iterator[str]:
     max_rank = next(each for each in VLLM_RANKS if each >= rank)
-    yield f"vLLM: --enable-lora --max-lora-rank {max_rank} --lora-modules NAME=FOLDER"
-    if quantised:
-        yield "it was trained on 4-bit weights: on the 16-bit base of vLLM it says what `merge --base 16bit` says"
+    notes = [f"vLLM: --enable-lora --max-lora-rank {max_rank} --lora-modules NAME=FOLDER"]
+    if merged.run.recipe.quant.quantises:
+        notes += ["it was trained on 4-bit weights: on the 16-bit base of vLLM it says what `merge --base 16bit` says"]
+    return notes

@@ -31,12 +31,10 @@ class Around:
     head: str
     ask: str
 
-    def render(self, messages: Messages) -> str:
+    def render(self, turns: Messages) -> str:
         """The same as the Go template, in Python."""
-        first = messages[0][0] == "system"
-        return (
-            ("" if first else self.head) + "".join(self.before[r] + t + self.after[r] for r, t in messages) + self.ask
-        )
+        first = turns[0][0] == "system"
+        return ("" if first else self.head) + "".join(self.before[r] + t + self.after[r] for r, t in turns) + self.ask
 
     def as_go(self) -> str:
         """Ollama's template."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.adapters import merging
-from halfbyte.base import load, quantisation_error, residual
+from halfbyte.base import load, residual
 from halfbyte.base.config import is_quantised_already, open_config
 from halfbyte.base.store import conversion, shelf, supply
 from halfbyte.base.store.conversion import renamed
@@ -132,7 +132,7 @@ class MergedModel:
             part.copy_(values)
             yield at, piece
         if trained_on is not None:
-            quantisation_error.let_go(self._module(item).weight.data, self._maps)
+            pages.let_go([self._module(item).weight.data], self._maps)
 
     def value(self, item: Item) -> Tensor:
         """The whole merged tensor in fp32, not rounded, of the source's shape."""
@@ -179,9 +179,7 @@ class MergedModel:
         config, wanted = read_config(adapter), self._wanted()
         ranks = {"r": config["r"], "rank_pattern": config.get("rank_pattern") or {}}
         lora = Lora.model_validate({"init_lora_weights": "residual", **ranks})
-        path = residual.beside(
-            wanted, supply.ensure(wanted, tell=tell), lora, lambda label, text: tell.say(text, label)
-        )
+        path = residual.beside(wanted, supply.ensure(wanted, tell=tell), lora, lambda name, text: tell.say(text, name))
         assert path is not None
         plain = merging.changes(self.config, adapter)
         names = [n.removesuffix(".weight") for n, change in plain.items() if change.layer is not None]
@@ -270,7 +268,7 @@ class MergedModel:
                 weight = weight[0, item.first_row : item.first_row + item.source.shape[0]]
             return weight.contiguous()
         weight = self._dequantised(item).to(torch.float32, copy=True)
-        quantisation_error.let_go(self._module(item).weight.data, self._maps)
+        pages.let_go([self._module(item).weight.data], self._maps)
         return weight.T.contiguous() if self._is_conv1d(item) else weight
 
     def _dequantised(self, item: Item) -> Tensor:

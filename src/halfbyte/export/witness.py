@@ -113,10 +113,8 @@ def _rows(opened: Opened, data: Path | None, max_rows: int) -> list[Example]:
         for rows in (names, recipe.data.train or None, sample):
             try:
                 if rows is not None:
-                    settings = (
-                        plain if rows is not sample else plain.model_copy(update={"format": "auto", "fields": {}})
-                    )
-                    encoded = encode.encode(rows, opened.tokenizer, settings, cores=device.cores())
+                    how = plain if rows is not sample else plain.model_copy(update={"format": "auto", "fields": {}})
+                    encoded = encode.encode(rows, opened.tokenizer, how, cores=device.cores())
                     return list(encoded.examples[:max_rows])
             except HalfbyteError:
                 continue

@@ -133,10 +133,7 @@ class HalfbyteLM(TemplateLM):
         sums = []
         for (text,) in (request.args for request in requests):
             windows = get_rolling_token_windows(
-                token_list=self.tok_encode(text),
-                prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length,
-                context_len=1,
+                self.tok_encode(text), prefix_token=self.prefix_token_id, max_seq_len=self.max_length, context_len=1
             )
             pairs = [(("", ""), *make_disjoint_window(window)) for window in windows]
             sums.append(sum(value for value, _ in self._loglikelihood_tokens(pairs)))

@@ -95,7 +95,7 @@ def open_target(
     tokenizer = tokenizer_of(subject, checkpoint)
     foreign = recipe.trust_remote_code
     check(tokenizer, context_of(open_config(checkpoint.path, trust_remote_code=foreign)))
-    base = load.open_base(checkpoint, recipe.quant, machine, trust_remote_code=foreign, with_tokenizer=False, tell=tell)
+    base = load.open_base(checkpoint, recipe.quant, machine, trust_remote_code=foreign, tell=tell)
     check_vocabulary(checkpoint, tokenizer, base.model)
     for one in (subject, *beside.values()):
         if one.adapter is not None:

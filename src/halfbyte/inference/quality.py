@@ -246,7 +246,8 @@ class _Measuring:
     def _stored(self, quant: Quant, dtype: str, tell: supply.Tell) -> Iterator[tuple[shelf.StoreSpec, Path] | None]:
         """The store of a format, which is removed afterwards if it was not there before. In 16 bits a copy in the
         compute dtype, as only what is on disk as it is computed with can be mapped; None where the source is one."""
-        if not quant.quantises and self._is_plain(dtype):
+        matrices = [spec for spec in self.specs if len(spec.shape) > 1]
+        if not quant.quantises and matrices and all(spec.dtype == SAFETENSORS[dtype] for spec in matrices):
             yield None
             return
         spec, built = load.store_spec(self.checkpoint, self.config, quant, self.machine, self.specs), list[bool]()
@@ -261,25 +262,18 @@ class _Measuring:
                 with suppress(StoreError):
                     shelf.remove_held(path.name)
 
-    def _is_plain(self, dtype: str) -> bool:
-        """Whether the source's matrices are on disk as they are computed with."""
-        matrices = [spec for spec in self.specs if len(spec.shape) > 1]
-        return bool(matrices) and all(spec.dtype == SAFETENSORS[dtype] for spec in matrices)
-
 
 def errors_of(spec: shelf.StoreSpec, store: Path) -> dict[str, Error]:
     """What each matrix of a store has lost, by its module's name, layer after layer; experts one by one."""
     model = load.open_store(spec, store)
-    errors = {matrix.name: _error(matrix) for matrix in quantisation_error.matrices(model, spec, with_experts=True)}
+    errors: dict[str, Error] = {}
+    for matrix in quantisation_error.matrices(model, spec, with_experts=True):
+        difference = matrix.difference()
+        norms = [float(torch.linalg.vector_norm(t, dtype=torch.float64)) for t in (difference, matrix.source)]
+        errors[matrix.name] = Error(norms[0] ** 2, norms[1] ** 2, float(difference.abs().max()))
     number = {name: i for i, (name, _) in enumerate(model.named_modules())}
     order = {name: number.get(name, number.get(name.rsplit(".", 2)[0], len(number))) for name in errors}
     return {name: errors[name] for name in sorted(errors, key=order.__getitem__)}
-
-
-def _error(matrix: quantisation_error.Matrix) -> Error:
-    difference = matrix.difference()
-    norms = [float(torch.linalg.vector_norm(t, dtype=torch.float64)) for t in (difference, matrix.source)]
-    return Error(norms[0] ** 2, norms[1] ** 2, float(difference.abs().max()))
 
 
 def _examples(

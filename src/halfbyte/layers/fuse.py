@@ -16,6 +16,8 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 
 from halfbyte.errors import AdapterError
@@ -230,9 +232,6 @@ def _runs_fused(norm: nn.Module, x: Tensor) -> bool:
 
 def install(model: nn.Module) -> Fused:
     """Make every module that can be run fused do so. Calling it again changes nothing but the counts."""
-    from peft.tuners.lora import LoraLayer
-    from peft.tuners.trainable_tokens import TrainableTokensLayer
-
     counts: Counter[str] = Counter()
     unfused: Counter[str] = Counter()
     inside = {id(m.base_layer) for m in model.modules() if isinstance(m, LoraLayer)}
@@ -241,7 +240,9 @@ def install(model: nn.Module) -> Fused:
             counts["LoRA experts"] += 1
             _become(module, _FastLoraExperts)
         elif isinstance(module, LoraLayer):
-            if not hasattr(module, "parameter_name") and _is_linear(module.base_layer):
+            layer = module.base_layer
+            linear = formats.is_quantised(layer) or (type(layer) is nn.Linear and not layer.weight.requires_grad)
+            if not hasattr(module, "parameter_name") and linear:
                 reason = unfused_reason(module)
                 unfused.update([reason] if reason else [])
                 counts["LoRA linears"] += not reason
@@ -281,15 +282,12 @@ def install_quantised_experts(model: nn.Module) -> None:
 def remove(model: nn.Module) -> int:
     """Give every module its own class back, and experts their own code. Returns how many had another. LoRA on quantised
     experts keeps ours, as PEFT's has nothing to add to; it is computed by definition then."""
-    fast = [m for m in model.modules() if isinstance(m, _Fast) and not _only_ours(m)]
+    fast = [m for m in model.modules() if isinstance(m, _Fast)]
+    fast = [m for m in fast if not (isinstance(m, _FastLoraExperts) and is_quantised(m.get_base_layer()))]
     for module in fast:
         module.__class__ = type(module).__bases__[1]
         module.__dict__.pop("_halfbyte_cheap", None)
     return len(fast) + interface.remove(model)
-
-
-def _only_ours(module: nn.Module) -> bool:
-    return isinstance(module, _FastLoraExperts) and is_quantised(module.get_base_layer())
 
 
 def recompute_cheap(model: nn.Module, *, on: bool) -> None:
@@ -307,8 +305,6 @@ def _cheap(module: nn.Module, y: Tensor, make: Callable[[], Tensor]) -> Tensor:
 
 
 def is_lora(module: nn.Module) -> bool:
-    from peft.tuners.lora import LoraLayer
-
     return isinstance(module, LoraLayer)
 
 
@@ -344,10 +340,6 @@ def _become(module: nn.Module, mixin: type) -> None:
 def _subclass(mixin: type, cls: type) -> type:
     """`cls` with the mixin's forward. Named alike, since PEFT and transformers look for words in class names."""
     return type(cls.__name__, (mixin, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
-
-
-def _is_linear(layer: nn.Module) -> bool:
-    return formats.is_quantised(layer) or (type(layer) is nn.Linear and not layer.weight.requires_grad)
 
 
 def _computes(layer: nn.Module, x: Tensor) -> bool:
@@ -413,12 +405,10 @@ def _part(module: nn.Module) -> tuple[str, type[_Fast]] | None:
     return ("attentions", _FastAttention) if part == "attention" else ("layers", DecoderLayer)
 
 
-def _pack_lengths(
-    module: nn.Module, x: Tensor, position_embeddings: Any, kwargs: dict[str, Any]
-) -> tuple[int, ...] | None:
+def _pack_lengths(module: nn.Module, x: Tensor, positions: Any, kwargs: dict[str, Any]) -> tuple[int, ...] | None:
     """The lengths of the examples in x (1, T, D) if the fused attention may take them; None if not."""
     cu = kwargs.get("cu_seq_lens_q")
-    if x.dim() != 3 or x.shape[0] != 1 or position_embeddings is None or not available(x):
+    if x.dim() != 3 or x.shape[0] != 1 or positions is None or not available(x):
         return None
     if cu is None or kwargs.get("past_key_values") is not None or kwargs.get("cache") is not None:
         return None

@@ -28,7 +28,7 @@ from halfbyte.layers.kernels.cpu.integer import products as integer
 from halfbyte.layers.kernels.cpu.matmul import into, product
 from halfbyte.layers.kernels.dropout import LoraPart
 from halfbyte.quant import formats
-from halfbyte.quant.number_format import frozen_function
+from halfbyte.quant.dequantise import FrozenLinear
 
 if TYPE_CHECKING:
     from halfbyte.layers.kernels.cpu.lora.common import LoraProducts
@@ -223,7 +223,8 @@ def _lora(x: Tensor) -> "LoraProducts":
 
 def drop(x: Tensor, p: float, seed: Seed, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """x with dropped numbers set to 0, unscaled; and the mask where it has to be kept."""
-    if _by_hash(x, seed):
+    numbers = x.shape[-1] if isinstance(seed, dropout.TokenSeed) else x.numel()  # a word of two never crosses a row
+    if available(x) and x.is_contiguous() and numbers % 2 == 0:
         out = pool.empty_like(x)
         _drop_by_hash(x, out, p, seed)
         return out, None
@@ -252,11 +253,6 @@ def _drop_by_hash(x: Tensor, out: Tensor, p: float, seed: Seed) -> None:
         gate.drop(x, out, p, seed)
 
 
-def _by_hash(x: Tensor, seed: Seed) -> bool:
-    numbers = x.shape[-1] if isinstance(seed, dropout.TokenSeed) else x.numel()  # a word of two never crosses a row
-    return available(x) and x.is_contiguous() and numbers % 2 == 0
-
-
 def draw_seed() -> int:
     """A seed for a mask from torch's global generator, so that runs repeat and recomputation draws the same."""
     return int(torch.randint(_SEEDS, ()))
@@ -266,7 +262,7 @@ def frozen_linear(x: Tensor, layer: nn.Module) -> Tensor:
     """(..., D) -> (..., O) through a frozen layer."""
     forward = partial(frozen_forward, rounded=integer_input(layer, x))
     backward = partial(frozen_backward, eight_bits=integer_gradient(layer, x))
-    y = frozen_function().apply(x.reshape(-1, x.shape[-1]), layer.bias, layer, forward, backward)
+    y = FrozenLinear.apply(x.reshape(-1, x.shape[-1]), layer.bias, layer, forward, backward)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 

@@ -10,16 +10,18 @@ Source: the order of work is that of Liger-Kernel's fused linear cross-entropy (
 Cost: 2 x K D V x 2 FLOP, `CHUNK` logits, (K, D) kept.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
+from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+from torch.nn import functional as F
+from transformers.utils import ModelOutput
 
 from halfbyte.layers import fuse, packing
 from halfbyte.layers.kernels import dropout, last_layer, pool
@@ -27,13 +29,7 @@ from halfbyte.layers.kernels.cpu import available
 from halfbyte.layers.kernels.cpu.matmul import by_kernel, into, product
 from halfbyte.layers.packing import with_hidden
 from halfbyte.models import structure
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from torch.autograd.function import FunctionCtx
-    from transformers.utils import ModelOutput
-
-    from halfbyte.types import Batch, Config, Model
+from halfbyte.types import Batch, Config, Model
 
 # Numbers of logits at once: large enough for the matmul's full rate, in 16 bits small enough for a CPU's third-level
 # cache. In fp32 they are too large for it anyway, so twice as many: the head is read and laid out once for each chunk.
@@ -44,19 +40,15 @@ CARD_CHUNK = 128_000_000
 HEAD_ROWS = 2048
 
 
-def accepts(model: Model, name: str) -> bool:
-    """Whether the base model's forward takes the keyword `name`."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return name in inspect.signature(type(inner).forward).parameters
-
-
 def keeps_some(model: Model) -> bool:
     """Whether a forward takes the positions of the logits it is asked for (`logits_to_keep`), where they lie now: over
     several cards the hidden states end on another one than the input."""
-    return accepts(model, "logits_to_keep") and len({p.device for p in model.parameters()}) == 1
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    takes = "logits_to_keep" in inspect.signature(type(inner).forward).parameters
+    return takes and len({p.device for p in model.parameters()}) == 1
 
 
-def micro_batch_loss(model: Model, batch: Batch, *, label_smoothing: float = 0.0, fused: bool = True) -> torch.Tensor:
+def micro_batch_loss(model: Model, batch: Batch, *, label_smoothing: float = 0.0, fused: bool = True) -> Tensor:
     """Summed cross-entropy over the labelled tokens of one packed micro-batch, fp32. Scalar.
 
     Args:
@@ -68,7 +60,7 @@ def micro_batch_loss(model: Model, batch: Batch, *, label_smoothing: float = 0.0
     if head is not None:
         return head_loss(*_labelled_hidden(model, batch), head, smoothing=label_smoothing)
     logits, targets = labelled_logits(model, batch)
-    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=label_smoothing)
+    return F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=label_smoothing)
 
 
 def text_losses(model: Model, batch: Batch) -> list[float]:
@@ -79,8 +71,7 @@ def text_losses(model: Model, batch: Batch) -> list[float]:
         texts = [(states[first:end], targets[first:end]) for first, end in labels_of_texts(batch)]
         if head is not None:
             return [float(head_loss(hidden, labels, head)) for hidden, labels in texts]
-        cross_entropy = torch.nn.functional.cross_entropy
-        return [float(cross_entropy(logits.float(), labels, reduction="sum")) for logits, labels in texts]
+        return [float(F.cross_entropy(logits.float(), labels, reduction="sum")) for logits, labels in texts]
 
 
 def text_likelihoods(model: Model, batch: Batch) -> list[tuple[float, bool]]:
@@ -102,7 +93,7 @@ def labels_of_texts(batch: Batch) -> Iterator[tuple[int, int]]:
     return pairwise([0, *ends])
 
 
-def labelled_logits(model: Model, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+def labelled_logits(model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
     """The logits (K, V) of the model's own forward that predict the labelled tokens, and the labels (K,), on the same
     device."""
     inputs, keep, targets = _inputs(model, batch)
@@ -115,14 +106,14 @@ def labelled_logits(model: Model, batch: Batch) -> tuple[torch.Tensor, torch.Ten
     return logits, targets.to(logits.device)
 
 
-def _labelled_hidden(model: Model, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+def _labelled_hidden(model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
     """The hidden states (K, D) that predict the labelled tokens, and the labels (K,)."""
     inputs, keep, targets = _inputs(model, batch)
     with torch.autocast(keep.device.type, enabled=False):
         return _hidden(structure.causal_lm(model), inputs, keep), targets
 
 
-def _inputs(model: Model, batch: Batch) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+def _inputs(model: Model, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """What a forward takes of a micro-batch; its positions whose next token is labelled (K,), and the labels (K,)."""
     device = next(model.parameters()).device
     if torch.is_grad_enabled() and packing.installed(model) == "cu_seq_lens":
@@ -133,7 +124,7 @@ def _inputs(model: Model, batch: Batch) -> tuple[dict[str, torch.Tensor], torch.
     return inputs, batch["keep"].to(device), batch["targets"].to(device)
 
 
-def _hidden(lm: Model, inputs: dict[str, torch.Tensor], keep: torch.Tensor) -> torch.Tensor:
+def _hidden(lm: Model, inputs: dict[str, Tensor], keep: Tensor) -> Tensor:
     """The hidden states (K, D) of the tokens `keep` (K,), which are all that the last layer makes where it can."""
     (texts, tokens), body = inputs["input_ids"].shape, structure.body(lm)
     count = len(keep) if tokens < packing.ALIGNED_FROM else packing.up_to(len(keep))
@@ -142,16 +133,16 @@ def _hidden(lm: Model, inputs: dict[str, torch.Tensor], keep: torch.Tensor) -> t
     able = torch.is_grad_enabled() and last is not None and not last.gradient_checkpointing
     if able and texts == 1 and 0 < count < tokens and (dropout.by_row() or not lm.training):
         with last_layer.only_rows(last_layer.LastLayerRows(last, keep, count)) as some:
-            hidden: torch.Tensor = body(**inputs)[0][0]  # (count, D), or (T, D)
+            hidden: Tensor = body(**inputs)[0][0]  # (count, D), or (T, D)
         if some.selected:
             return hidden[: len(keep)]
     else:
         hidden = body(**inputs)[0][0]  # (T, D)
-    picked: torch.Tensor = last_layer.SelectRows.apply(hidden, keep.to(hidden.device), len(keep))
+    picked: Tensor = last_layer.SelectRows.apply(hidden, keep.to(hidden.device), len(keep))
     return picked
 
 
-def _last_layer(module: torch.nn.Module) -> fuse.DecoderLayer | None:
+def _last_layer(module: nn.Module) -> fuse.DecoderLayer | None:
     """The last fused layer in it; looked for from the end, as a model has thousands of modules."""
     if isinstance(module, fuse.DecoderLayer):
         return module
@@ -165,13 +156,13 @@ class Head:
     train, as fp32 masters: it computes in `dtype`, of the weight where that is None. Or only `rows` of W train:
     `values` stand in their place."""
 
-    weight: torch.Tensor  # (V, D)
-    bias: torch.Tensor | None  # (V,)
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
     scale: float = 1.0
     softcap: float | None = None
     dtype: torch.dtype | None = None
-    rows: torch.Tensor | None = None  # (R,)
-    values: torch.Tensor | None = None  # (R, D)
+    rows: Tensor | None = None  # (R,)
+    values: Tensor | None = None  # (R, D)
 
 
 def head_of(model: Model) -> Head | None:
@@ -193,11 +184,9 @@ def head_of(model: Model) -> Head | None:
     return head if seen[1] else None
 
 
-def _linear_head(lm: Model) -> tuple[Model, torch.dtype | None, tuple[torch.Tensor, ...]]:
+def _linear_head(lm: Model) -> tuple[Model, torch.dtype | None, tuple[Tensor, ...]]:
     """The module that makes the logits, the dtype that it does so in where that is not its weight's, and the rows of
     it that train with their values, where not all do."""
-    from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
-
     head = lm.get_output_embeddings()
     if isinstance(head, TrainableTokensWrapper) and isinstance(head.token_adapter, fuse._TokenRows):
         layer = head.token_adapter
@@ -211,7 +200,7 @@ def _linear_head(lm: Model) -> tuple[Model, torch.dtype | None, tuple[torch.Tens
     return used, getattr(getattr(base, "weight", None), "dtype", None), ()
 
 
-_SEEN: WeakKeyDictionary[torch.nn.Module, tuple[torch.Tensor, bool]] = WeakKeyDictionary()
+_SEEN: WeakKeyDictionary[nn.Module, tuple[Tensor, bool]] = WeakKeyDictionary()
 
 
 # What configs call the cap of the logits: gemma, recurrent_gemma, xlstm. What is called otherwise fails the check.
@@ -266,16 +255,16 @@ class _ScaleHidden:
 
     factor = 1.0
 
-    def __call__(self, module: torch.nn.Module, args: object, output: ModelOutput) -> object:
+    def __call__(self, module: nn.Module, args: object, output: ModelOutput) -> object:
         if self.factor == 1.0:
             return None
         return with_hidden(output, output[0] * self.factor)
 
 
-def head_logits(hidden: torch.Tensor, head: Head) -> torch.Tensor:
+def head_logits(hidden: Tensor, head: Head) -> Tensor:
     """(K, D) -> (K, V), in hidden's dtype, as the models' own forward makes them."""
     weight, bias = head.weight.to(hidden.dtype), None if head.bias is None else head.bias.to(hidden.dtype)
-    logits = torch.nn.functional.linear(hidden, weight, bias)
+    logits = F.linear(hidden, weight, bias)
     if head.rows is not None and head.values is not None:
         logits = logits.index_copy(-1, head.rows, hidden @ head.values.to(hidden.dtype).T)
     if head.scale != 1.0:
@@ -283,11 +272,11 @@ def head_logits(hidden: torch.Tensor, head: Head) -> torch.Tensor:
     return logits if head.softcap is None else torch.tanh(logits / head.softcap) * head.softcap
 
 
-def head_loss(hidden: torch.Tensor, targets: torch.Tensor, head: Head, *, smoothing: float = 0.0) -> torch.Tensor:
+def head_loss(hidden: Tensor, targets: Tensor, head: Head, *, smoothing: float = 0.0) -> Tensor:
     """Summed cross-entropy of `targets` (K,) under the head's logits of `hidden` (K, D), in chunks. Scalar, fp32."""
     where = head.weight.device  # over several cards, a tied head lies beside its embedding
     hidden, targets = hidden.to(where, head.dtype or head.weight.dtype), targets.to(where)
-    loss: torch.Tensor = _HeadLoss.apply(hidden, head.weight, head.bias, head.values, targets, head, smoothing)
+    loss: Tensor = _HeadLoss.apply(hidden, head.weight, head.bias, head.values, targets, head, smoothing)
     return loss
 
 
@@ -298,22 +287,22 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: FunctionCtx,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        values: torch.Tensor | None,
-        targets: torch.Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        values: Tensor | None,
+        targets: Tensor,
         head: Head,
         smoothing: float,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         head_gradients = [
             torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) if x is not None and needed else None
             for x, needed in zip((weight, bias, values), ctx.needs_input_grad[1:4], strict=True)
         ]
         labelled, width = hidden.shape[0], weight.shape[0]
         rows = packing.up_to(labelled)  # filled up with zeros, so that products have few shapes
-        hidden = torch.nn.functional.pad(hidden, (0, 0, 0, rows - labelled))
-        targets = torch.nn.functional.pad(targets, (0, rows - labelled))
+        hidden = F.pad(hidden, (0, 0, 0, rows - labelled))
+        targets = F.pad(targets, (0, rows - labelled))
         grad = pool.empty_like(hidden) if any(ctx.needs_input_grad) else None
         losses = torch.empty(rows, dtype=torch.float32, device=hidden.device)
         on_cpu = CHUNK32 if hidden.dtype == torch.float32 else CHUNK
@@ -357,9 +346,7 @@ class _HeadLoss(torch.autograd.Function):
         return *cast, None, None, None
 
 
-def _part(
-    hidden: torch.Tensor, targets: torch.Tensor, head: Head, smoothing: float, *, gradient: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _part(hidden: Tensor, targets: Tensor, head: Head, smoothing: float, *, gradient: bool) -> tuple[Tensor, Tensor]:
     """Losses (C,) of some rows (C, D), and the gradient (C, V) of what head and hidden multiply to."""
     logits = _logits(hidden, head.weight, head.bias)
     if head.rows is not None and head.values is not None:
@@ -379,7 +366,7 @@ def _part(
     return losses, slopes
 
 
-def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(C, D) and (V, D) -> (C, V)."""
     if hidden.device.type != "cpu" or hidden.dtype != torch.float32:
         return product(hidden, weight.T, bias)
@@ -391,16 +378,14 @@ def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     return logits if bias is None else logits.add_(bias)
 
 
-def _chunk_loss(
-    logits: torch.Tensor, targets: torch.Tensor, smoothing: float, *, gradient: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _chunk_loss(logits: Tensor, targets: Tensor, smoothing: float, *, gradient: bool) -> tuple[Tensor, Tensor]:
     """Losses (C,) in fp32, and the logits' gradient (C, V) in their own dtype, which may be their own memory."""
     if available(logits):
         from halfbyte.layers.kernels.cpu import entropy
 
         return entropy.cross_entropy_(logits, targets, smoothing=smoothing, gradient=gradient), logits
     log_p = torch.log_softmax(logits, -1, dtype=torch.float32)
-    losses = torch.nn.functional.nll_loss(log_p, targets, reduction="none")
+    losses = F.nll_loss(log_p, targets, reduction="none")
     if smoothing:
         losses = (1 - smoothing) * losses - smoothing * log_p.mean(-1)
     if not gradient:

@@ -151,11 +151,9 @@ def _check_packed(
     if not causal:
         problems.append("causal attention only")
     # Positions have done their work in the model; any other tensor would change the scores in a way not known here.
-    unknown = sorted(
-        k for k, v in rest.items() if isinstance(v, Tensor) and k not in {"position_ids", "cache_position"}
-    )
-    if unknown:
-        problems.append(f"arguments that are not understood: {', '.join(unknown)}")
+    odd = sorted(k for k, v in rest.items() if isinstance(v, Tensor) and k not in {"position_ids", "cache_position"})
+    if odd:
+        problems.append(f"arguments that are not understood: {', '.join(odd)}")
     if problems:
         raise PackingError("packed attention: " + "; ".join(problems))
     return pack

@@ -170,14 +170,13 @@ def packed_inputs(body: nn.Module, batch: Batch) -> dict[str, Tensor]:
     longest = known.longest
     sight.look(body, longest)
     device = body.device
-    lengths: Document = {
-        "cu_seq_lens_q": starts,
-        "cu_seq_lens_k": starts,
-        "max_length_q": longest,
-        "max_length_k": longest,
-    }
-    lengths[LENGTHS] = known
+    lengths: Document = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, LENGTHS: known}
+    lengths |= {"max_length_q": longest, "max_length_k": longest}
     return {"position_ids": batch["position_ids"].to(device), "attention_mask": no_mask(device), **lengths}
+
+
+# Other keyword arguments of a forward, and the way back for its hidden states.
+Change = tuple[dict[str, Any], Callable[[Tensor], Tensor]]
 
 
 class BodyHooks:
@@ -200,9 +199,7 @@ class BodyHooks:
         for handle in self._handles:
             handle.remove()
 
-    def change(
-        self, body: torch.nn.Module, given: dict[str, Any]
-    ) -> tuple[dict[str, Any], Callable[[Tensor], Tensor]] | None:
+    def change(self, body: nn.Module, given: dict[str, Any]) -> Change | None:
         """Other keyword arguments, and the way back for hidden states; None to leave a forward as it is."""
         raise NotImplementedError
 
@@ -242,9 +239,7 @@ class PaddedRows(BodyHooks):
     (0 and 1) passes untouched.
     """
 
-    def change(
-        self, body: torch.nn.Module, given: dict[str, Any]
-    ) -> tuple[dict[str, Any], Callable[[Tensor], Tensor]] | None:
+    def change(self, body: nn.Module, given: dict[str, Any]) -> Change | None:
         numbers = given.get("attention_mask")
         if numbers is None or numbers.dim() != 2 or numbers.shape[0] != 1 or int(numbers.max()) < 2:
             return None
@@ -252,12 +247,9 @@ class PaddedRows(BodyHooks):
         column = torch.arange(int(lengths.max()), device=lengths.device)  # (L,)
         real = column < lengths[:, None]  # (N, L)
         token = ((lengths.cumsum(0) - lengths)[:, None] + column).where(real, 0)  # (N, L): where in the pack
-        inputs = {name: _as_rows(x, numbers.shape[1], token) for name, x in given.items()}
+        inputs = {  # padding repeats the first token, masked; what is not (1, T, ...) stays
+            name: x[0][token.to(x.device)] if isinstance(x, Tensor) and x.shape[:2] == numbers.shape else x
+            for name, x in given.items()
+        }
         inputs["attention_mask"] = real.long()
         return inputs, lambda hidden: hidden[real.to(hidden.device)][None]  # (N, L, D) -> (1, T, D)
-
-
-def _as_rows(x: Tensor, tokens: int, token: Tensor) -> Tensor:
-    """(1, T, ...) -> (N, L, ...); anything of another shape stays. Padding repeats the first token, masked."""
-    is_packed = isinstance(x, Tensor) and x.dim() >= 2 and x.shape[:2] == (1, tokens)
-    return x[0][token.to(x.device)] if is_packed else x

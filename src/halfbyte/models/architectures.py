@@ -82,9 +82,7 @@ def _layout(config: ConfigFile) -> Layout:
         return replace(layout, biased="mlp")
     if kind == "falcon":
         new = config.get("new_decoder_architecture", False)
-        norms = (
-            "ln_attn ln_mlp" if new else layout.norms if not config.get("parallel_attn", True) else "input_layernorm"
-        )
+        norms = "ln_attn ln_mlp" if new else "input_layernorm" if config.get("parallel_attn", True) else layout.norms
         keys = "QD" if new or config.get("multi_query", True) else "TD"
         linears = layout.linears.replace("QD", keys)
         return replace(layout, norms=norms, linears=linears, biased="." if config.get("bias") else "")

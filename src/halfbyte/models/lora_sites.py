@@ -98,10 +98,8 @@ def sites(specs: Sequence[TensorSpec], lora: Lora, names: Sequence[str] | str | 
     linears = {s.name.removesuffix(".weight"): s for s in specs if s.role == "linear" and s.layer is not None}
     targets = lora.target_modules if names is None else names
     saved = "|".join(lora.modules_to_save or ())  # what trains whole gets no adapter
-    targeted = {
-        name for name in _targeted(targets, linears) if not saved or not re.search(rf"(^|\.)({saved})($|\.)", name)
-    }
-    chosen = [name for name in linears if name in targeted and not _matches(name, lora.exclude_modules or ())]
+    hit = {name for name in _targeted(targets, linears) if not saved or not re.search(rf"(^|\.)({saved})($|\.)", name)}
+    chosen = [name for name in linears if name in hit and not _matches(name, lora.exclude_modules or ())]
     if (layers := lora.layers_to_transform) is not None:
         layers = (layers,) if isinstance(layers, int) else layers
         chosen = [name for name in chosen if linears[name].layer in layers]

@@ -202,7 +202,7 @@ def _main_rates(tries: Tries, kind: torch.dtype) -> tuple[float, float, float, f
     return (
         2 * size**3 / tries.best(lambda: torch.mm(a, b, out=out)),
         3 * long.nbytes / tries.best(lambda: torch.add(long, long, out=sums)),
-        size * size / tries.best(lambda: dequantised(layer, reuse=True)),
+        size * size / tries.best(lambda: dequantised(layer)),
         _attention_rate(tries, kind),
         _disk_rate(),
     )

@@ -11,12 +11,13 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from halfbyte import errors
 from halfbyte.errors import ExportError
@@ -130,9 +131,7 @@ def prove_export(
     """
     asked = json.loads(witness.read_text(encoding="utf-8"))
     heard = json.loads((said / SAID).read_text(encoding="utf-8"))
-    run, alone, other = (
-        np.load(p) for p in (witness.parent / LOGITS, witness.parent / f"base-{LOGITS}", said / LOGITS)
-    )
+    run, alone, other = map(np.load, (witness.parent / LOGITS, witness.parent / f"base-{LOGITS}", said / LOGITS))
     expected = np.load(reference / LOGITS) if reference is not None else run
     squares = sum(ROUNDING[each] ** 2 for each in (kind, *others, _DTYPES[asked["dtype"]]))
     roundings = PRODUCTS_OF_A_LAYER * asked["layers"]
@@ -179,21 +178,19 @@ def _difference(got: np.ndarray, expected: np.ndarray) -> float:
     return distance(centred(torch.from_numpy(got)), centred(torch.from_numpy(expected)))
 
 
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+def _log_softmax(logits: np.ndarray) -> Iterator[torch.Tensor]:
+    """In fp64, some rows at a time."""
+    return (torch.log_softmax(rows.double(), -1) for rows in torch.from_numpy(logits).split(64))
 
 
 def _kl(run: np.ndarray, other: np.ndarray) -> float:
-    total = 0.0
-    for first in range(0, len(run), 64):
-        p, q = _log_softmax(run[first : first + 64]), _log_softmax(other[first : first + 64])
-        total += float((np.exp(p) * (p - q)).sum())
-    return total / len(run)
+    pairs = zip(_log_softmax(run), _log_softmax(other), strict=True)
+    return sum(float(F.kl_div(q, p, reduction="sum", log_target=True)) for p, q in pairs) / len(run)
 
 
 def _loss(logits: np.ndarray, following: np.ndarray) -> float:
-    return float(np.mean([-_log_softmax(row[None])[0, token] for row, token in zip(logits, following, strict=True)]))
+    rows = zip(_log_softmax(logits), torch.from_numpy(following).split(64), strict=True)
+    return sum(float(F.nll_loss(log_p, tokens, reduction="sum")) for log_p, tokens in rows) / len(logits)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from halfbyte.errors import first_line
@@ -123,8 +124,6 @@ def _compare(model: Model, *, packed: bool, longest: int | None) -> tuple[str, f
 @contextmanager
 def _random_b(model: Model) -> Iterator[None]:
     """LoRA's B is 0 at first, and then A's gradient is 0 whatever the code does: give B numbers for the moment."""
-    from peft.tuners.lora import LoraLayer
-
     generator = torch.Generator().manual_seed(1)
     parts = [b.weight for m in model.modules() if isinstance(m, LoraLayer) for b in m.lora_B.values()]
     saved = [(p, p.detach().clone()) for p in parts if isinstance(p, nn.Parameter)]

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -22,13 +22,6 @@ INSTALL = "pip install 'halfbyte[gguf]'"
 
 def has_llama() -> bool:
     return find_spec("llama_cpp_py_sync") is not None
-
-
-class Program(Protocol):
-    def tokens(self, text: str) -> list[int]: ...
-    def logits(self, ids: Sequence[int], at: Sequence[int]) -> np.ndarray: ...
-    def answer(self, prompt: Sequence[int], stop: Sequence[int], most: int) -> list[int]: ...
-    def text(self, ids: Sequence[int]) -> str: ...
 
 
 class Transformers:
@@ -141,7 +134,7 @@ class LlamaCpp:
         return b"".join(pieces()).decode(errors="replace")
 
 
-def ask(program: Program, asked: Document, out: Path) -> None:
+def ask(program: Transformers | LlamaCpp, asked: Document, out: Path) -> None:
     """Put a witness' questions to a program."""
     rows = asked["rows"]
     logits = np.concatenate([program.logits(row["ids"], row["at"]) for row in rows])
@@ -158,14 +151,9 @@ def ask(program: Program, asked: Document, out: Path) -> None:
 def main(program: str, task: Path) -> None:
     values: dict[str, Any] = json.loads(task.read_text(encoding="utf-8"))
     asked = json.loads(Path(values["witness"]).read_text(encoding="utf-8"))
-    longest = max(
-        [len(row["ids"]) for row in asked["rows"]] + [len(ids) + asked["new_tokens"] for ids in asked["prompts"]]
-    )
-    opened: Program = (
-        LlamaCpp(values["path"], values.get("adapter"), longest + 8)
-        if program == "llama.cpp"
-        else Transformers(values["path"])
-    )
+    longest = max([len(r["ids"]) for r in asked["rows"]] + [len(ids) + asked["new_tokens"] for ids in asked["prompts"]])
+    path, adapter = values["path"], values.get("adapter")
+    opened = LlamaCpp(path, adapter, longest + 8) if program == "llama.cpp" else Transformers(path)
     ask(opened, asked, Path(values["out"]))
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 
 from halfbyte.layers import sight
@@ -98,8 +99,6 @@ def tokens_of(lm: Model) -> int:
 
 def _trained_tokens(lm: Model) -> list[Any]:
     """PEFT's layers that train rows of an embedding or head; those that are tied share theirs."""
-    from peft.tuners.trainable_tokens import TrainableTokensLayer
-
     return [m for m in lm.modules() if isinstance(m, TrainableTokensLayer)]
 
 

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from halfbyte.quant.kernels import nf4_cpu
-from halfbyte.quant.number_format import Codes, Nested
+from halfbyte.quant.number_format import Codes, Nested, NumberFormat
 
 _NATIVE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # From this block size on, the C function is inaccurate on AVX-512 (`bitsandbytes/backends/cpu/ops.py`).
@@ -29,22 +30,16 @@ _distrusted: set[tuple[str, torch.dtype]] = set()
 _memory = threading.local()
 
 
-def dequantised(module: nn.Module, *, reuse: bool = False) -> Tensor:
-    """The 16-bit weight that a 4-bit layer computes with, (out, in), in its quant state's dtype.
-
-    Args:
-        reuse: put it into memory that this thread keeps for it, which the next call with `reuse` overwrites. The C
-            library gives a block of this size back to the system each time, and to be given fresh pages costs seven
-            times what the arithmetic does (8192 x 28672: 0.135 s against 0.020 s).
-    """
+def dequantised(module: nn.Module) -> Tensor:
+    """The 16-bit weight that a 4-bit layer computes with, (out, in), in its quant state's dtype; on a CPU in memory
+    that this thread keeps, which the next call overwrites. The C library gives a block of this size back to the system
+    each time, and fresh pages cost seven times what the arithmetic does (8192 x 28672: 0.135 s against 0.020 s)."""
     packed, state = _codes_and_state(module)
     if packed.device.type != "cpu" and not is_distrusted(state.quant_type, state.dtype):
         import bitsandbytes.functional as bnb_f
 
         return bnb_f.dequantize_4bit(packed, state)
-    count = state.shape.numel()
-    make = scratch if reuse else torch.empty
-    out = make(torch.Size((count,)), dtype=state.dtype, device=packed.device)
+    out = scratch(torch.Size((state.shape.numel(),)), dtype=state.dtype, device=packed.device)
     write(packed, block_scales(state), out, state.blocksize, state.quant_type)
     return out.view(state.shape)
 
@@ -61,7 +56,7 @@ def in_pieces(module: nn.Module, rows: int) -> Iterator[Tensor]:
     packed, state = _codes_and_state(module)
     count, width = state.shape
     if packed.device.type != "cpu" or rows >= count or rows * width % state.blocksize:
-        yield dequantised(module, reuse=True)
+        yield dequantised(module)
         return
     codes, scales = packed.contiguous().view(-1).view(torch.uint8), block_scales(state)
     for first in range(0, count, rows):
@@ -178,3 +173,42 @@ def scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tens
         _memory.bytes = None  # before the larger one is made, not after
         _memory.bytes = memory = torch.empty(size, dtype=torch.uint8)
     return memory[:size].view(dtype).view(shape)
+
+
+class FrozenLinear(torch.autograd.Function):
+    """x W^T + b for a frozen W, which is dequantised again in backward: nothing but the layer is kept for it.
+
+    Args of `apply`:
+        x: (..., D). bias: (O,) or None; it may train. layer: the module that holds W.
+        forward: (layer, x, bias in x's dtype) -> (..., O). backward: (layer, dy, x's dtype) -> (..., D).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x: Tensor, bias: Tensor | None, layer: nn.Module,
+        forward: Callable[..., Tensor], backward: Callable[..., Tensor],
+    ) -> Tensor:  # fmt: skip
+        ctx.layer, ctx.gradient = layer, backward
+        ctx.dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
+        return forward(layer, x, None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[object, ...]:
+        (dy,) = grads
+        dx = ctx.gradient(ctx.layer, dy, ctx.dtype) if ctx.needs_input_grad[0] else None
+        db = dy.flatten(0, -2).sum(0, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        return dx, None if db is None else db.to(ctx.bias_dtype), None, None, None
+
+
+def frozen_product(x: Tensor, layer: nn.Module, number_format: NumberFormat) -> Tensor:
+    """x W^T + b (..., O) in x's dtype for a layer whose frozen W is held in a format."""
+
+    def forward(layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+        weight = number_format.weight(layer, x.dtype).to(x.dtype)
+        return nn.functional.linear(number_format.inputs(layer, x), weight, bias)
+
+    def backward(layer: nn.Module, dy: Tensor, dtype: torch.dtype) -> Tensor:
+        return dy @ number_format.weight(layer, dtype).to(dtype)
+
+    product: Tensor = FrozenLinear.apply(x, layer.bias, layer, forward, backward)
+    return product

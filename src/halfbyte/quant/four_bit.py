@@ -16,13 +16,13 @@ import numpy as np
 
 from halfbyte.errors import BaseModelError
 from halfbyte.quant.kernels import nf4_cpu
-from halfbyte.quant.number_format import Codes, NumberFormat, StoredPart, frozen_product, own_weight
+from halfbyte.quant.number_format import Codes, NumberFormat, StoredPart, own_weight
 from halfbyte.recipe.schema import Quant
 from halfbyte.types import Config, Document
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
     from transformers import BitsAndBytesConfig
 
     from halfbyte.quant.stack import ExpertStack
@@ -73,9 +73,7 @@ class FourBit(NumberFormat):
     def encoder(self, quant: Quant, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> FourBitEncoder:
         return FourBitEncoder(quant, shape, dtype, name)
 
-    def layer(
-        self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int], quant: Quant, dtype: torch.dtype
-    ) -> nn.Module:
+    def layer(self, parts: Mapping[str, Tensor], shape: tuple[int, int], quant: Quant, dtype: torch.dtype) -> nn.Module:
         import bitsandbytes as bnb
 
         layer = self.empty_layer(shape, quant, dtype)
@@ -90,7 +88,7 @@ class FourBit(NumberFormat):
         return layer
 
     def stack(
-        self, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...], quant: Quant, dtype: torch.dtype
+        self, parts: Mapping[str, Tensor], shape: tuple[int, ...], quant: Quant, dtype: torch.dtype
     ) -> ExpertStack:
         import bitsandbytes.functional as bnb_f
 
@@ -102,7 +100,7 @@ class FourBit(NumberFormat):
             raise ValueError(f"experts of {tuple(state.shape[1:])} are not whole blocks of {state.blocksize}")
         return ExpertStack.of(self, codes.view(-1, 1), state.shape, state.dtype, quant_state=state)
 
-    def expert(self, module: nn.Module, e: int, out: torch.Tensor) -> torch.Tensor:
+    def expert(self, module: nn.Module, e: int, out: Tensor) -> Tensor:
         import torch
 
         from halfbyte.quant import dequantise
@@ -113,19 +111,17 @@ class FourBit(NumberFormat):
         dequantise.write(codes, scales, out.view(-1), state.blocksize, state.quant_type)
         return out
 
-    def divided(self, module: nn.Module) -> tuple[torch.Tensor, ...]:
+    def divided(self, module: nn.Module) -> tuple[Tensor, ...]:
         return module.weight.data, module.weight.quant_state.absmax
 
-    def load_config(
-        self, quant: Quant, compute_dtype: torch.dtype, head_names: Iterable[str] = ()
-    ) -> BitsAndBytesConfig:
+    def load_config(self, quant: Quant, dtype: torch.dtype, head_names: Iterable[str] = ()) -> BitsAndBytesConfig:
         from transformers import BitsAndBytesConfig
 
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=self.name,
             bnb_4bit_use_double_quant=quant.double_quant,
-            bnb_4bit_compute_dtype=compute_dtype,
+            bnb_4bit_compute_dtype=dtype,
             llm_int8_skip_modules=[*head_names, *quant.exempt] if quant.exempt else None,
         )
 
@@ -153,12 +149,12 @@ class FourBit(NumberFormat):
         state = getattr(own_weight(module), "quant_state", None)
         return state is not None and state.quant_type == self.name
 
-    def weight(self, module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
+    def weight(self, module: nn.Module, dtype: torch.dtype) -> Tensor:
         from halfbyte.quant.dequantise import dequantised
 
-        return dequantised(module, reuse=True)
+        return dequantised(module)
 
-    def pieces(self, module: nn.Module, dtype: torch.dtype, rows: int) -> Iterator[torch.Tensor]:
+    def pieces(self, module: nn.Module, dtype: torch.dtype, rows: int) -> Iterator[Tensor]:
         from halfbyte.quant.dequantise import in_pieces
 
         return in_pieces(module, rows)
@@ -217,7 +213,7 @@ class FourBitEncoder:
         self.block = quant.block_size or BLOCK
         self.absmax = np.empty(-(-int(np.prod(shape)) // self.block), np.float32)
 
-    def codes(self, first: int, values: torch.Tensor) -> np.ndarray:
+    def codes(self, first: int, values: Tensor) -> np.ndarray:
         import torch
 
         block = self.block
@@ -234,7 +230,7 @@ class FourBitEncoder:
             )
         return packed
 
-    def decoded(self, codes: np.ndarray, first: int, out: torch.Tensor) -> torch.Tensor:
+    def decoded(self, codes: np.ndarray, first: int, out: Tensor) -> Tensor:
         import torch
 
         from halfbyte.quant import dequantise
@@ -246,7 +242,7 @@ class FourBitEncoder:
     def code_bytes(self, first: int) -> int:
         return first // 2
 
-    def parts(self) -> dict[str, torch.Tensor]:
+    def parts(self) -> dict[str, Tensor]:
         """The scales, tables and state that a checkpoint holds beside the codes."""
         import bitsandbytes.functional as bnb_f
         import torch
@@ -273,11 +269,13 @@ class FourBitEncoder:
 def _layer_class() -> type[nn.Module]:
     import bitsandbytes as bnb
 
+    from halfbyte.quant.dequantise import frozen_product
+
     class Linear4bit(bnb.nn.Linear4bit):
         """bitsandbytes' 4-bit layer, named alike since PEFT looks for the name; right for every width, and it keeps no
         weight alive for backward (`bitsandbytes/autograd/_functions.py` holds on to it outside `save_for_backward`)."""
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: Tensor) -> Tensor:
             state = self.weight.quant_state
             if state is None:  # not quantised yet
                 return super().forward(x)

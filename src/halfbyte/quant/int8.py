@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from halfbyte.errors import BaseModelError
-from halfbyte.quant.number_format import NumberFormat, StoredPart, frozen_product, own_weight
+from halfbyte.quant.number_format import NumberFormat, StoredPart, own_weight
 from halfbyte.recipe.schema import Quant
 from halfbyte.types import Config, Document
 
@@ -97,9 +97,7 @@ class RowWise8(NumberFormat):
     def divided(self, module: nn.Module) -> tuple[Tensor, ...]:
         return module.weight.data, module.weight.SCB
 
-    def load_config(
-        self, quant: Quant, compute_dtype: torch.dtype, head_names: Iterable[str] = ()
-    ) -> BitsAndBytesConfig:
+    def load_config(self, quant: Quant, dtype: torch.dtype, head_names: Iterable[str] = ()) -> BitsAndBytesConfig:
         from transformers import BitsAndBytesConfig
 
         return BitsAndBytesConfig(
@@ -274,6 +272,8 @@ def _pieces(matrix: Tensor, numbers: int) -> Iterator[slice]:
 @cache
 def _layer_class() -> type[nn.Module]:
     import bitsandbytes as bnb
+
+    from halfbyte.quant.dequantise import frozen_product
 
     int8 = RowWise8("int8")
 

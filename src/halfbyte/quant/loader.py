@@ -14,19 +14,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from functools import cache
-from typing import TYPE_CHECKING
 
-from halfbyte.quant import formats
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from halfbyte.quant import experts, formats
 from halfbyte.quant.policy import matches
+from halfbyte.quant.stack import ExpertStack
 from halfbyte.recipe import number_formats
 from halfbyte.recipe.schema import Quant
 from halfbyte.types import Config, Document, Model
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-    from transformers.utils.quantization_config import QuantizationConfigMixin
 
 # By model type: subclasses of nn.Linear whose forward is the plain product, and which the loader leaves in 16 bits.
 PLAIN_LINEARS = {"falcon": "FalconLinear"}
@@ -61,11 +65,8 @@ def opening_config(config: Config) -> Config | None:
     values = getattr(config, "quantization_config", None)
     if not isinstance(values, dict) or not (MARK in values or values.get("quant_method") == METHOD):
         return None
-    _registered()
     config = copy.deepcopy(config)
     if MARK in values:
-        from transformers import BitsAndBytesConfig
-
         upstream = BitsAndBytesConfig.from_dict({k: v for k, v in values.items() if k not in (MARK, "quant_method")})
         quant = {**formats.settings_of(upstream), "skip_modules": values[MARK]}
         skipped = upstream.llm_int8_skip_modules
@@ -104,110 +105,83 @@ def plain_linears(model: Model, exempt: Iterable[str]) -> list[tuple[str, nn.Mod
 
 def _passes_over(model: Model, exempt: Iterable[str]) -> bool:
     """Whether transformers' own quantisers would not hold a model as the policy says."""
-    from halfbyte.quant import experts
-
     # Llama 4's experts they replace by linear layers, but only where a checkpoint is quantised already
     replaced = any(type(module).__name__ == "Llama4TextExperts" for module in model.modules())
     return bool(replaced or plain_linears(model, exempt) or experts.expert_parameters(model))
 
 
-def _own_config(quant: Quant, head_names: Iterable[str]) -> QuantizationConfigMixin:
+@register_quantization_config(METHOD)
+class OwnConfig(QuantizationConfigMixin):
+    """The fields of a recipe's `quant:`; `skipped`: names of modules, None for transformers' own choice."""
+
+    def __init__(self, quant: Document, skipped: list[str] | None = None, **_: object) -> None:
+        self.quant_method = METHOD
+        self.quant, self.skipped = quant, skipped
+
+    @property
+    def settings(self) -> Quant:
+        return Quant(**self.quant)
+
+
+def _own_config(quant: Quant, head_names: Iterable[str]) -> OwnConfig:
     fields = {"type", *number_formats.UNSET, "skip_modules", "fp32_modules"}
     skipped = [*head_names, *quant.exempt] if quant.exempt else None
-    config: QuantizationConfigMixin = _registered()(quant.model_dump(mode="json", include=fields), skipped)
-    return config
+    return OwnConfig(quant.model_dump(mode="json", include=fields), skipped)
 
 
-@cache
-def _registered() -> type:
-    """The config class, which is registered with its quantiser when it is first needed."""
-    from transformers.quantizers import register_quantization_config, register_quantizer
-    from transformers.utils.quantization_config import QuantizationConfigMixin
+@register_quantizer(METHOD)
+class OwnQuantizer(HfQuantizer):
+    is_trainable, requires_calibration = True, False
 
-    @register_quantization_config(METHOD)
-    class OwnConfig(QuantizationConfigMixin):
-        """The fields of a recipe's `quant:`; `skipped`: names of modules, None for transformers' own choice."""
+    def is_serializable(self) -> bool:
+        return True
 
-        def __init__(self, quant: Document, skipped: list[str] | None = None, **_: object) -> None:
-            self.quant_method = METHOD
-            self.quant, self.skipped = quant, skipped
+    def _process_model_before_weight_loading(self, model: Model, **_: object) -> None:
+        quant, kinds = self.quantization_config.settings, (nn.Linear, Conv1D)
+        self.modules_to_not_convert = [
+            *self.get_modules_to_not_convert(model, self.quantization_config.skipped, model._keep_in_fp32_modules),
+            *experts.routers(model),
+        ]
+        linears = [item for item in model.named_modules() if type(item[1]) in kinds]
+        taken = [item for item in linears if should_convert_module(item[0], self.modules_to_not_convert)]
+        for name, module in (*taken, *plain_linears(model, quant.exempt)):
+            model.set_submodule(name, _empty_layer(module, quant, model.dtype))
+        for each in experts.expert_parameters(model, quant.exempt):
+            empty = ExpertStack.empty(formats.of(quant), each.parameter.shape, model.dtype, quant)
+            each.module.register_parameter(each.name, empty)
 
-        @property
-        def settings(self) -> Quant:
-            return Quant(**self.quant)
+    def _process_model_after_weight_loading(self, model: Model, **_: object) -> Model:
+        bits = number_formats.FORMATS[self.quantization_config.settings.type].bits
+        if bits in (4, 8):  # PEFT asks for these
+            setattr(model, f"is_loaded_in_{bits}bit", True)
+        return model
 
-    register_quantizer(METHOD)(_quantiser())
-    return OwnConfig
+    def param_needs_quantization(self, model: Model, param_name: str, **_: object) -> bool:
+        path, _dot, name = param_name.rpartition(".")
+        is_stack = isinstance(model.get_parameter_or_buffer(param_name), ExpertStack)
+        return is_stack or (name == "weight" and hasattr(model.get_submodule(path), "source_cls"))
 
+    def get_quantize_ops(self) -> object:
+        return Quantize(self)
 
-def _quantiser() -> type:
-    from torch import nn
-    from transformers.core_model_loading import WeightConverter
-    from transformers.pytorch_utils import Conv1D
-    from transformers.quantizers.base import HfQuantizer
-    from transformers.quantizers.quantizers_utils import should_convert_module
+    def get_weight_conversions(self) -> list[object]:
+        quant = self.quantization_config.settings
+        names = [part.name("weight") for part in formats.of(quant).parts((1, 1), quant)]
+        return [WeightConverter(names, "weight", [Deserialize(self)])] if self.pre_quantized else []
 
-    from halfbyte.quant import experts
-    from halfbyte.quant.stack import ExpertStack
-
-    class OwnQuantizer(HfQuantizer):
-        is_trainable, requires_calibration = True, False
-
-        def is_serializable(self) -> bool:
-            return True
-
-        def _process_model_before_weight_loading(self, model: Model, **_: object) -> None:
-            quant, kinds = self.quantization_config.settings, (nn.Linear, Conv1D)
-            self.modules_to_not_convert = [
-                *self.get_modules_to_not_convert(model, self.quantization_config.skipped, model._keep_in_fp32_modules),
-                *experts.routers(model),
-            ]
-            linears = [item for item in model.named_modules() if type(item[1]) in kinds]
-            taken = [item for item in linears if should_convert_module(item[0], self.modules_to_not_convert)]
-            for name, module in (*taken, *plain_linears(model, quant.exempt)):
-                model.set_submodule(name, _empty_layer(module, quant, model.dtype))
-            for each in experts.expert_parameters(model, quant.exempt):
-                empty = ExpertStack.empty(formats.of(quant), each.parameter.shape, model.dtype, quant)
-                each.module.register_parameter(each.name, empty)
-
-        def _process_model_after_weight_loading(self, model: Model, **_: object) -> Model:
-            bits = number_formats.FORMATS[self.quantization_config.settings.type].bits
-            if bits in (4, 8):  # PEFT asks for these
-                setattr(model, f"is_loaded_in_{bits}bit", True)
-            return model
-
-        def param_needs_quantization(self, model: Model, param_name: str, **_: object) -> bool:
-            path, _dot, name = param_name.rpartition(".")
-            is_stack = isinstance(model.get_parameter_or_buffer(param_name), ExpertStack)
-            return is_stack or (name == "weight" and hasattr(model.get_submodule(path), "source_cls"))
-
-        def get_quantize_ops(self) -> object:
-            return _quantize()(self)
-
-        def get_weight_conversions(self) -> list[object]:
-            quant = self.quantization_config.settings
-            names = [part.name("weight") for part in formats.of(quant).parts((1, 1), quant)]
-            return [WeightConverter(names, "weight", [_deserialize()(self)])] if self.pre_quantized else []
-
-        def update_weight_conversions(self, weight_conversions: list[object], model: Model) -> list[object]:
-            """What brings the stacks of a store into the model is tried before the model's own conversions."""
-            conversions: dict[str, object] = {}
-            for path, stack in experts.stacks(model) if self.pre_quantized else ():
-                pattern = ".".join(path.split(".")[-2:])  # a parameter's name and its module's
-                parts = stack.number_format.parts(tuple(stack.shape), self.quantization_config.settings)
-                names = [rf"(?<=\.){part.name(pattern + '.weight')}" for part in parts]
-                conversions[pattern] = WeightConverter(names, pattern, [_deserialize()(self)])
-            return [*conversions.values(), *super().update_weight_conversions(weight_conversions, model)]
-
-    return OwnQuantizer
+    def update_weight_conversions(self, weight_conversions: list[object], model: Model) -> list[object]:
+        """What brings the stacks of a store into the model is tried before the model's own conversions."""
+        conversions: dict[str, object] = {}
+        for path, stack in experts.stacks(model) if self.pre_quantized else ():
+            pattern = ".".join(path.split(".")[-2:])  # a parameter's name and its module's
+            parts = stack.number_format.parts(tuple(stack.shape), self.quantization_config.settings)
+            names = [rf"(?<=\.){part.name(pattern + '.weight')}" for part in parts]
+            conversions[pattern] = WeightConverter(names, pattern, [Deserialize(self)])
+        return [*conversions.values(), *super().update_weight_conversions(weight_conversions, model)]
 
 
 def _empty_layer(module: nn.Module, quant: Quant, dtype: torch.dtype) -> nn.Module:
     """A quantised layer on the meta device, in the place of a linear one."""
-    import torch
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
     shape = (module.nf, module.nx) if isinstance(module, Conv1D) else (module.out_features, module.in_features)
     layer = formats.of(quant).empty_layer(shape, quant, dtype)
     if module.bias is not None:
@@ -218,8 +192,6 @@ def _empty_layer(module: nn.Module, quant: Quant, dtype: torch.dtype) -> nn.Modu
 
 def _parameter(quantiser: Model, model: Model, name: str, parts: Mapping[str, torch.Tensor]) -> torch.nn.Parameter:
     """What parts, by suffix, make of the empty parameter of this name: a stack of experts, or a layer's weight."""
-    from halfbyte.quant.stack import ExpertStack
-
     place, quant = model.get_parameter(name), quantiser.quantization_config.settings
     if isinstance(place, ExpertStack):
         return formats.of(quant).stack(parts, tuple(place.shape), quant, place.compute_dtype)
@@ -230,65 +202,46 @@ def _parameter(quantiser: Model, model: Model, name: str, parts: Mapping[str, to
     return weight
 
 
-@cache
-def _deserialize() -> type:
-    from transformers.core_model_loading import ConversionOps
-
-    from halfbyte.quant.stack import ExpertStack
-
-    class Deserialize(ConversionOps):
-        """The tensors of a stack, or of a layer's weight, in a store become the parameter."""
-
-        def __init__(self, hf_quantizer: Model) -> None:
-            self.hf_quantizer = hf_quantizer  # an operation with this attribute gets its tensors uncast
-
-        def convert(
-            self,
-            input_dict: dict[str, list[torch.Tensor]],
-            target_patterns: list[str],
-            full_layer_name: str,
-            model: Model,
-            **kwargs: object,
-        ) -> dict[str, torch.Tensor]:
-            pattern, place = target_patterns[0], model.get_parameter(full_layer_name)
-            tensors = {key: value[0] for key, value in input_dict.items()}
-            if isinstance(place, ExpertStack):
-                tensors = {key.partition(f"{pattern}.")[2]: value for key, value in tensors.items()}
-            elif len(tensors) == 1:  # a layer that is not quantised
-                return {pattern: tensors["weight"]}
-            quant = self.hf_quantizer.quantization_config.settings
-            names = {part.suffix: part.name("weight") for part in formats.of(quant).parts(tuple(place.shape), quant)}
-            parts = {suffix: tensors[name] for suffix, name in names.items() if name in tensors}
-            return {pattern: _parameter(self.hf_quantizer, model, full_layer_name, parts)}
-
-    return Deserialize
+class _Operation(ConversionOps):
+    def __init__(self, hf_quantizer: Model) -> None:
+        self.hf_quantizer = hf_quantizer  # an operation with this attribute gets its tensors uncast
 
 
-@cache
-def _quantize() -> type:
-    import torch
-    from transformers.core_model_loading import ConversionOps
-    from transformers.pytorch_utils import Conv1D
+class Deserialize(_Operation):
+    """The tensors of a stack, or of a layer's weight, in a store become the parameter."""
 
-    class Quantize(ConversionOps):
-        """Stacks and weights in 16 bits are quantised as they are loaded."""
+    def convert(
+        self,
+        input_dict: dict[str, list[torch.Tensor]],
+        target_patterns: list[str],
+        full_layer_name: str,
+        model: Model,
+        **kwargs: object,
+    ) -> dict[str, torch.Tensor]:
+        pattern, place = target_patterns[0], model.get_parameter(full_layer_name)
+        tensors = {key: value[0] for key, value in input_dict.items()}
+        if isinstance(place, ExpertStack):
+            tensors = {key.partition(f"{pattern}.")[2]: value for key, value in tensors.items()}
+        elif len(tensors) == 1:  # a layer that is not quantised
+            return {pattern: tensors["weight"]}
+        quant = self.hf_quantizer.quantization_config.settings
+        names = {part.suffix: part.name("weight") for part in formats.of(quant).parts(tuple(place.shape), quant)}
+        parts = {suffix: tensors[name] for suffix, name in names.items() if name in tensors}
+        return {pattern: _parameter(self.hf_quantizer, model, full_layer_name, parts)}
 
-        def __init__(self, hf_quantizer: Model) -> None:
-            self.hf_quantizer = hf_quantizer
 
-        def convert(
-            self, input_dict: dict[str, torch.Tensor], model: Model, **kwargs: object
-        ) -> dict[str, torch.Tensor]:
-            quant, parameters = self.hf_quantizer.quantization_config.settings, {}
-            for name, given in input_dict.items():
-                values = given[0] if isinstance(given, list) else given
-                source = getattr(model.get_submodule(name.rpartition(".")[0]), "source_cls", object)
-                values = (values.T.contiguous() if issubclass(source, Conv1D) else values).to(model.dtype)
-                encoder = formats.of(quant).encoder(quant, tuple(values.shape), values.dtype, name)
-                first, *_ = formats.of(quant).parts(tuple(values.shape), quant)
-                codes = torch.from_numpy(encoder.codes(0, values.cpu().reshape(-1))).view(first.shape)
-                parts = {s: part.to(values.device) for s, part in {"": codes, **encoder.parts()}.items()}
-                parameters[name] = _parameter(self.hf_quantizer, model, name, parts)
-            return parameters
+class Quantize(_Operation):
+    """Stacks and weights in 16 bits are quantised as they are loaded."""
 
-    return Quantize
+    def convert(self, input_dict: dict[str, torch.Tensor], model: Model, **kwargs: object) -> dict[str, torch.Tensor]:
+        quant, parameters = self.hf_quantizer.quantization_config.settings, {}
+        for name, given in input_dict.items():
+            values = given[0] if isinstance(given, list) else given
+            source = getattr(model.get_submodule(name.rpartition(".")[0]), "source_cls", object)
+            values = (values.T.contiguous() if issubclass(source, Conv1D) else values).to(model.dtype)
+            encoder = formats.of(quant).encoder(quant, tuple(values.shape), values.dtype, name)
+            first, *_ = formats.of(quant).parts(tuple(values.shape), quant)
+            codes = torch.from_numpy(encoder.codes(0, values.cpu().reshape(-1))).view(first.shape)
+            parts = {s: part.to(values.device) for s, part in {"": codes, **encoder.parts()}.items()}
+            parameters[name] = _parameter(self.hf_quantizer, model, name, parts)
+        return parameters

@@ -7,10 +7,9 @@ Planning, storing, loading and computing ask the same object, so that a new form
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Protocol
 
 from halfbyte.recipe.schema import Quant
@@ -19,7 +18,7 @@ from halfbyte.types import Config, Document
 if TYPE_CHECKING:
     import numpy as np
     import torch
-    from torch import nn
+    from torch import Tensor, nn
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
 
@@ -44,8 +43,8 @@ class StoredPart:
 class Nested:
     """Scales in 8 bits: values[code] x scales[number // block] + offset. values: (256,), scales: fp32."""
 
-    values: torch.Tensor
-    scales: torch.Tensor
+    values: Tensor
+    scales: Tensor
     block: int
     offset: float
 
@@ -60,9 +59,9 @@ class Codes:
         rounded to.
     """
 
-    packed: torch.Tensor
-    scales: torch.Tensor
-    values: torch.Tensor
+    packed: Tensor
+    scales: Tensor
+    values: Tensor
     shape: tuple[int, int]
     block: int
     dtype: torch.dtype
@@ -72,18 +71,18 @@ class Codes:
 class MatrixEncoder(Protocol):
     """One matrix on its way into a format, in chunks of whole `NumberFormat.unit`s."""
 
-    def codes(self, first: int, values: torch.Tensor) -> np.ndarray:
+    def codes(self, first: int, values: Tensor) -> np.ndarray:
         """The bytes of the codes of `values`, the elements from `first` on. Raises BaseModelError: NaN or Inf among the
         values: they would turn a whole block into nonsense."""
 
-    def decoded(self, codes: np.ndarray, first: int, out: torch.Tensor) -> torch.Tensor:
+    def decoded(self, codes: np.ndarray, first: int, out: Tensor) -> Tensor:
         """Fill `out` with what the codes just made of the elements from `first` on stand for, in scales of full
         precision."""
 
     def code_bytes(self, first: int) -> int:
         """Where the codes of element `first` begin."""
 
-    def parts(self) -> dict[str, torch.Tensor]:
+    def parts(self) -> dict[str, Tensor]:
         """What is stored beside the codes, by suffix, once all are made."""
 
 
@@ -115,9 +114,7 @@ class NumberFormat:
         """For a matrix whose weights are later dequantised to `dtype`; `name` is what an error calls it."""
         raise NotImplementedError(self.name)
 
-    def layer(
-        self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int], quant: Quant, dtype: torch.dtype
-    ) -> nn.Module:
+    def layer(self, parts: Mapping[str, Tensor], shape: tuple[int, int], quant: Quant, dtype: torch.dtype) -> nn.Module:
         """A layer without a bias that holds one quantised matrix, right in training and evaluation. All that belongs
         to the matrix is the layer's `weight` or an attribute of that, so that a loader can put it into another layer.
 
@@ -137,22 +134,22 @@ class NumberFormat:
         return self.layer(empty, shape, quant, dtype)
 
     def stack(
-        self, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...], quant: Quant, dtype: torch.dtype
+        self, parts: Mapping[str, Tensor], shape: tuple[int, ...], quant: Quant, dtype: torch.dtype
     ) -> nn.Parameter:
         """The same for the experts of a layer, (experts, a, b), as one parameter (`stack.py`). `dtype`: what an expert
         is dequantised to."""
         raise NotImplementedError(self.name)
 
-    def expert(self, module: nn.Module, e: int, out: torch.Tensor) -> torch.Tensor:
+    def expert(self, module: nn.Module, e: int, out: Tensor) -> Tensor:
         """Dequantise one expert of the stack that a module has as its weight into `out`, (a, b) contiguous."""
         raise NotImplementedError(self.name)
 
-    def divided(self, module: nn.Module) -> tuple[torch.Tensor, ...]:
+    def divided(self, module: nn.Module) -> tuple[Tensor, ...]:
         """What grows with the number of a stack's experts, in their order: codes, and a scale for each row or block."""
         raise NotImplementedError(self.name)
 
     def load_config(
-        self, quant: Quant, compute_dtype: torch.dtype, head_names: Iterable[str] = ()
+        self, quant: Quant, dtype: torch.dtype, head_names: Iterable[str] = ()
     ) -> QuantizationConfigMixin | None:
         """What `from_pretrained` needs to quantise while it loads; None if nothing is quantised, and for a format that
         transformers does not know: then our own quantiser does it (`loader.py`).
@@ -183,14 +180,14 @@ class NumberFormat:
         """Whether a layer's weight is there, in this format."""
         return False
 
-    def weight(self, module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
+    def weight(self, module: nn.Module, dtype: torch.dtype) -> Tensor:
         """The (out, in) matrix that a layer multiplies with. To be used at once: a dequantised one is in memory that
         the next call overwrites. `dtype`: what it will be multiplied in. A format whose layers have a dtype of their
         own returns that."""
-        weight: torch.Tensor = module.weight
+        weight: Tensor = module.weight
         return weight
 
-    def pieces(self, module: nn.Module, dtype: torch.dtype, rows: int) -> Iterator[torch.Tensor]:
+    def pieces(self, module: nn.Module, dtype: torch.dtype, rows: int) -> Iterator[Tensor]:
         """`weight`, perhaps `rows` of it at a time, in their order; each to be used before the next is asked for."""
         yield self.weight(module, dtype)
 
@@ -198,7 +195,7 @@ class NumberFormat:
         """A layer's weight in 4 bits; None in another format."""
         return None
 
-    def inputs(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    def inputs(self, module: nn.Module, x: Tensor) -> Tensor:
         """What a layer's weight is multiplied with for an input x (..., in); x itself unless it is rounded."""
         return x
 
@@ -243,47 +240,3 @@ def own_weight(module: nn.Module) -> object:
     whole matrix for the question."""
     attributes = vars(module)
     return attributes["weight"] if "weight" in attributes else attributes.get("_parameters", {}).get("weight")
-
-
-def frozen_product(x: torch.Tensor, layer: nn.Module, number_format: NumberFormat) -> torch.Tensor:
-    """x W^T + b (..., O) in x's dtype for a layer whose frozen W is held in a format."""
-    from torch.nn import functional as F
-
-    def forward(layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return F.linear(number_format.inputs(layer, x), number_format.weight(layer, x.dtype).to(x.dtype), bias)
-
-    def backward(layer: nn.Module, dy: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return dy @ number_format.weight(layer, dtype).to(dtype)
-
-    product: torch.Tensor = frozen_function().apply(x, layer.bias, layer, forward, backward)
-    return product
-
-
-@cache
-def frozen_function() -> type[torch.autograd.Function]:
-    """x W^T + b for a frozen W, which is dequantised again in backward: nothing but the layer is kept for it.
-
-    Args of `apply`:
-        x: (..., D). bias: (O,) or None; it may train. layer: the module that holds W.
-        forward: (layer, x, bias in x's dtype) -> (..., O). backward: (layer, dy, x's dtype) -> (..., D).
-    """
-    import torch
-
-    class FrozenLinear(torch.autograd.Function):
-        @staticmethod
-        def forward(
-            ctx: torch.autograd.function.FunctionCtx, x: torch.Tensor, bias: torch.Tensor | None, layer: nn.Module,
-            forward: Callable[..., torch.Tensor], backward: Callable[..., torch.Tensor],
-        ) -> torch.Tensor:  # fmt: skip
-            ctx.layer, ctx.gradient = layer, backward
-            ctx.dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
-            return forward(layer, x, None if bias is None else bias.to(x.dtype))
-
-        @staticmethod
-        def backward(ctx: torch.autograd.function.FunctionCtx, *grads: torch.Tensor) -> tuple[object, ...]:
-            (dy,) = grads
-            dx = ctx.gradient(ctx.layer, dy, ctx.dtype) if ctx.needs_input_grad[0] else None
-            db = dy.flatten(0, -2).sum(0, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-            return dx, None if db is None else db.to(ctx.bias_dtype), None, None, None
-
-    return FrozenLinear

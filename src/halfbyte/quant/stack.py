@@ -9,12 +9,10 @@ is read. Number formats keep what belongs to the codes as attributes of the para
 Cost: that of dequantising one matrix, and with double quantisation its scales, 1/64 of that.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -33,28 +31,28 @@ class ExpertStack(nn.Parameter):
     @classmethod
     def of(
         cls, number_format: NumberFormat, codes: Tensor, shape: Iterable[int], dtype: torch.dtype, **beside: object
-    ) -> ExpertStack:
+    ) -> Self:
         """
         Args:
             codes: of all experts, of any shape. shape: (E, a, b) of the weights. dtype: what `stack[e]` gives.
             beside: what the format looks for on the parameter.
         """
-        stack: ExpertStack = torch.Tensor._make_subclass(cls, codes, False)
+        stack: Self = torch.Tensor._make_subclass(cls, codes, False)
         stack.__dict__.update(
             number_format=number_format, _logical=torch.Size(shape), compute_dtype=dtype, **beside
         )  # fmt: skip
         return stack
 
     @classmethod
-    def empty(cls, number_format: NumberFormat, shape: Iterable[int], dtype: torch.dtype, quant: Quant) -> ExpertStack:
+    def empty(cls, number_format: NumberFormat, shape: Iterable[int], dtype: torch.dtype, quant: Quant) -> Self:
         """A place for a stack on the meta device, with the bytes that its codes will have."""
         first, *_ = number_format.parts(tuple(shape), quant)
         codes = torch.empty(first.shape, dtype=torch_dtypes()[first.dtype], device="meta")
         return cls.of(number_format, codes, shape, dtype)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> ExpertStack:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         attributes = copy.deepcopy(vars(self), memo)
-        stack: ExpertStack = torch.Tensor._make_subclass(type(self), self.data.clone(), False)
+        stack: Self = torch.Tensor._make_subclass(type(self), self.data.clone(), False)
         stack.__dict__.update(attributes)
         return stack
 

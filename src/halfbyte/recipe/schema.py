@@ -19,24 +19,10 @@ from pydantic_core import PydanticCustomError
 from halfbyte.recipe import fields, number_formats
 from halfbyte.recipe.data import Data, Fields, Int, Section, field, must
 from halfbyte.recipe.evaluation import LOSSES, METRICS, Eval
-from halfbyte.recipe.values import (
-    Bool,
-    Count,
-    Float,
-    Index,
-    Modules,
-    ModulesOrNone,
-    Names,
-    NamesOrNone,
-    NamesOrText,
-    OffIsNo,
-    Seed,
-    Steps,
-    assigns,
-    init,
-    integrations,
-    one_of,
-    settings,
+
+from halfbyte.recipe.values import (  # isort: skip
+    Bool, Count, Float, Index, Modules, ModulesOrNone, Names, NamesOrNone, NamesOrText, OffIsNo, Seed, Steps, assigns,
+    init, integrations, one_of, settings,
 )  # fmt: skip
 
 

@@ -38,9 +38,7 @@ def need() -> None:
 @dataclass(frozen=True)
 class RowSums:
     """A score as a ratio of sums over rows, (n,) each: a mean divides by ones, a loss by each row's tokens.
-
-    `exponential`: the score is e to that ratio, as perplexity is. `share`: a mean of rows that are all 0 or 1.
-    """
+    `exponential`: the score is e to that ratio, as perplexity is. `share`: a mean of rows that are all 0 or 1."""
 
     numerators: Floats
     denominators: Floats

@@ -28,18 +28,12 @@ _MAX_CHOICES = 64  # answers that are taken from the rows
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric as a recipe asks for it.
-
-    Args:
-        score: (expected, answer) -> its scores of a row.
-        parts: names of what else `score` gives.
-        yes_no: its values are 0 and 1, so that an exact test can be made.
-    """
+    """A metric as a recipe asks for it."""
 
     name: str
-    score: Callable[[str, str], Scores]
-    parts: tuple[str, ...] = ()
-    yes_no: bool = True
+    score: Callable[[str, str], Scores]  # (expected, answer) -> its scores of a row
+    parts: tuple[str, ...] = ()  # names of what else `score` gives
+    yes_no: bool = True  # its values are 0 and 1, so that an exact test can be made
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -48,11 +42,8 @@ class Metric:
 
 
 def of(settings: Eval, names: Sequence[str], expected: Sequence[str]) -> list[Metric]:
-    """Metrics by their names, for rows with these expected answers; `choice`, which needs a model, is only checked.
-
-    Raises:
-        DataError: a metric that has nothing to compare with in any of the rows. RecipeError: its setting is missing.
-    """
+    """Metrics by their names, for rows with these expected answers; `choice`, which needs a model, is only checked. Raises
+    DataError: a metric that has nothing to compare with in any of the rows. RecipeError: its setting is missing."""
     if names and not expected:
         raise DataError(
             f"no row asks for an answer (they are plain text), so there is no {names[0]}.",
@@ -174,11 +165,8 @@ def _regex(settings: Eval, expected: Sequence[str]) -> Metric:
 
 
 def _extracted(name: str, extract: Callable[[str], object], expected: Sequence[str], nothing: str, fix: str) -> Metric:
-    """Whether the same is extracted from an answer as from the expected one; rows without it are left out.
-
-    Raises:
-        DataError: nothing is extracted from any expected answer; `nothing` says so.
-    """
+    """Whether the same is extracted from an answer as from the expected one; rows without it are left out. Raises
+    DataError: nothing is extracted from any expected answer; `nothing` says so."""
 
     def score(right: str, text: str) -> Scores:
         value = extract(right)

@@ -31,30 +31,22 @@ SIDES = ("adapter", "base")
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """What is scored, and how.
-
-    Args:
-        names: metrics beside loss and perplexity; None: exact match where rows ask for an answer.
-        limit: only so many rows. with_base: score the base alone too.
-        sure: with intervals and tests, which scipy computes; None: where it is installed.
-    """
+    """What is scored, and how. `names`: metrics beside loss and perplexity; None: exact match where rows ask for an
+    answer."""
 
     settings: Eval
     names: tuple[str, ...] | None = None
-    limit: int | None = None
-    with_base: bool = False
-    sure: bool | None = None
+    limit: int | None = None  # only so many rows
+    with_base: bool = False  # score the base alone too
+    sure: bool | None = None  # with intervals and tests, which scipy computes; None: where it is installed
 
     @classmethod
     def of(
         cls, settings: Eval, names: Sequence[str] = (), *, limit: int | None = None, with_base: bool = False,
         sure: bool | None = None,
     ) -> EvalOptions:  # fmt: skip
-        """The recipe's metrics, or those named on the command line.
-
-        Raises:
-            RecipeError: an unknown metric, one whose setting is missing, or intervals without scipy.
-        """
+        """The recipe's metrics, or those named on the command line. Raises RecipeError: an unknown metric, one whose
+        setting is missing, or intervals without scipy."""
         chosen = tuple(dict.fromkeys(n for n in names if n not in LOSSES)) if names else settings.metrics
         metrics.check(settings, chosen or ())
         if sure:

@@ -65,6 +65,7 @@ class Device:
 def detect(root: Path = Path("/"), env: Mapping[str, str] = os.environ) -> Device:
     """Look at the machine; `root` holds `proc` and `sys`, and CUDA_VISIBLE_DEVICES is read from `env`."""
     free, (cpu, isa) = ram_available(root), _cpu(root)
+    huge = _read(root / "sys/kernel/mm/transparent_hugepage/enabled")
     cards = card_list.find(root, env, free)
     return Device(
         kind=cards.kind,
@@ -75,16 +76,8 @@ def detect(root: Path = Path("/"), env: Mapping[str, str] = os.environ) -> Devic
         cards=cards.cards,
         cpu=cpu,
         notes=cards.notes,
-        large_pages=_large_pages(root),
+        large_pages=bool(huge) and "[never]" not in huge and hasattr(mmap, "MADV_HUGEPAGE"),
     )
-
-
-def _large_pages(root: Path) -> bool:
-    try:
-        enabled = (root / "sys/kernel/mm/transparent_hugepage/enabled").read_text(encoding="utf-8")
-    except OSError:
-        return False
-    return "[never]" not in enabled and hasattr(mmap, "MADV_HUGEPAGE")
 
 
 def ram_available(root: Path = Path("/")) -> int:

@@ -25,20 +25,15 @@ VARIABLE = "NUMBA_CACHE_DIR"
 _KERNELS = Path(__file__).parents[1] / "layers" / "kernels" / "cpu"
 
 
-def user_folder(env: Mapping[str, str] = os.environ) -> Path | None:
-    """numba's place for a user; None where there is no home folder."""
-    try:
-        return Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "numba"
-    except RuntimeError:
-        return None
-
-
 def places(env: Mapping[str, str] = os.environ) -> tuple[Path, ...]:
     """Where compiled kernels may lie: in the folder that is set, else beside them and in the user's."""
     if named := env.get(VARIABLE):
         return (Path(named),)
-    user = user_folder(env)
-    return (_KERNELS / "__pycache__", *([user] if user is not None else []))
+    beside = _KERNELS / "__pycache__"
+    try:
+        return beside, Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "numba"
+    except RuntimeError:  # there is no home folder
+        return (beside,)
 
 
 @cache

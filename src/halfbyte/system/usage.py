@@ -11,9 +11,8 @@ import re
 import sys
 import threading
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from halfbyte.system import accelerator
 from halfbyte.system.platforms import calls
@@ -55,15 +54,9 @@ def process_memory() -> dict[str, int]:
     return used
 
 
-@cache
-def _c_library(name: str) -> Any:
-    """A function of the C library that Linux has loaded; None where it has none of that name."""
-    return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None
-
-
 def trim() -> None:
     """Give what the C library keeps of freed memory back to the system, where it can (glibc)."""
-    if (release := _c_library("malloc_trim")) is not None:
+    if sys.platform.startswith("linux") and (release := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         release(0)
 
 

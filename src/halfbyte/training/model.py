@@ -41,7 +41,6 @@ def open_model(run: PlannedRun, start: RunStart, tell: Listener, *, force: bool)
         run.machine,
         trust_remote_code=recipe.trust_remote_code,
         device_map="split" if plan.placement == "split" else {"": run.machine.main},
-        with_tokenizer=False,
         tell=supply.Tell(progress=tell.building, note=tell.note),
     )
     check_vocabulary(prepared.checkpoint, tokenizer, base.model)

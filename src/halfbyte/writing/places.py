@@ -95,10 +95,7 @@ class CachePlaces:
 
     def find(self, adapter: str | None, prompt: Sequence[int], *, any_reader: bool = False) -> tuple[int, int]:
         """The place where most first tokens of a prompt were read by this adapter, and how many; 0: too few.
-
-        Args:
-            any_reader: also what the model's own forward has read, whose bits are others than a tape's.
-        """
+        `any_reader`: also what the model's own forward has read, whose bits are others than a tape's."""
         lengths = [0] * len(self.texts)
         for m, (reader, tokens, by_tape) in enumerate(self.contents):
             if reader == adapter and (by_tape or any_reader):

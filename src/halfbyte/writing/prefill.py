@@ -29,11 +29,8 @@ _FACTOR_NOISE = 2e-4
 
 
 def by_tape(decoder: Decoder, tokens: int, *, packed: bool) -> bool:
-    """Whether a prompt of so many tokens is read by a tape: where a forward would take longer.
-
-    Args:
-        packed: a forward reads it together with others.
-    """
+    """Whether a prompt of so many tokens is read by a tape: where a forward would take longer. `packed`: a forward
+    reads it together with others."""
     return decoder.tape.isa == "avx2" or (tokens <= LONGEST and not packed)
 
 
@@ -52,12 +49,7 @@ class TapeReader:
     def read(self, jobs: Sequence[tuple[int, Sequence[int], int]]) -> None:
         """Of each job (place, tokens, start) the tokens from `start` on, of which those before are there; and the
         first one, which a place without a text has lost."""
-        flat = [
-            (place, at, token)
-            for place, tokens, start in jobs
-            for at, token in enumerate(tokens)
-            if at >= start or at == 0
-        ]
+        flat = [(place, at, t) for place, tokens, start in jobs for at, t in enumerate(tokens) if not 0 < at < start]
         embedding = self.lm.get_input_embeddings()
         adapters, used = self.decoder.tape.adapters, self.target.tape.adapters
         for n in range(0, len(flat), VECTORS):
@@ -94,12 +86,9 @@ def forward(
     each: Callable[[Tensor, Batch], None] = lambda hidden, batch: None,
     before: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> Prefilled:
-    """Prompts, or the rows that begin with them, through the model's own forward, end to end without padding.
-
-    Args:
-        rows, head, each: where rows are read; `each` gets the body's hidden states (T, D).
-        before: keys and values (1, K, T, d) of each layer, of what comes before the one prompt.
-    """
+    """Prompts, or the rows that begin with them, through the model's own forward, end to end without padding. `rows`,
+    `head`, `each`: where rows are read; `each` gets the body's hidden states (T, D). `before`: keys and values (1, K,
+    T, d) of each layer, of what comes before the one prompt."""
     from transformers import DynamicCache
 
     batch = collate.collate(rows or [Example(tuple(p), (IGNORED,) * len(p), "", (), "") for p in prompts])

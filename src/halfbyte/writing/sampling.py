@@ -19,21 +19,14 @@ Processors = Callable[["Tensor", "Tensor"], "Tensor"]
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a text is to be written.
+    """How a text is to be written."""
 
-    Args:
-        max_tokens: the longest answer. temperature: 0 takes the likeliest token. top_p: draw only from the likeliest
-            tokens that have this probability together. seed: makes what is drawn repeatable.
-        stop: strings that end an answer and are no part of it.
-        logprobs: how many likely tokens are reported beside each one; None: none, nor the token's own.
-    """
-
-    max_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    logprobs: int | None = None
+    max_tokens: int = 256  # the longest answer
+    temperature: float = 0.0  # 0 takes the likeliest token
+    top_p: float = 1.0  # draw only from the likeliest tokens that have this probability together
+    seed: int | None = None  # makes what is drawn repeatable
+    stop: tuple[str, ...] = ()  # strings that end an answer and are no part of it
+    logprobs: int | None = None  # how many likely tokens are reported beside each one; None: none, nor the token's own
 
 
 @dataclass(frozen=True)
@@ -56,12 +49,8 @@ class Constraint(Protocol):
 
 
 class Sampler:
-    """Chooses the tokens of one text.
-
-    Args:
-        index: of texts after one prompt, which draw differently: its seed is the seed plus this.
-        constraint: allows only some tokens.
-    """
+    """Chooses the tokens of one text. `index`: of texts after one prompt, which draw differently: its seed is the seed
+    plus this. `constraint`: allows only some tokens."""
 
     def __init__(self, params: SamplingParams, index: int = 0, constraint: Constraint | None = None) -> None:
         self.params, self.constraint = params, constraint

@@ -163,11 +163,8 @@ class TextWriter(ABC):
 
     @abstractmethod
     def insert(self, texts: Sequence[Text], *, packed: bool = False) -> None:
-        """Read the prompts of texts, of one adapter; texts after the same prompt follow each other.
-
-        Args:
-            packed: read prompts together where that is faster; rounding may then change what is written.
-        """
+        """Read the prompts of texts, of one adapter; texts after the same prompt follow each other. `packed`: read
+        prompts together where that is faster; rounding may then change what is written."""
 
     @abstractmethod
     def next_logits(self) -> list[tuple[Text, Tensor]]:

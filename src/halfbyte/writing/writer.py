@@ -112,11 +112,8 @@ class Writer(TextWriter):
     # ----------------------------------------------------------------- reading
     def insert(self, texts: Sequence[Text], *, packed: bool = False) -> None:
         """packed: prompts go through as few forwards as may be, where those are faster than a tape; then first tokens
-        are chosen from the forward's logits, and rows get their losses.
-
-        Raises:
-            FastPathUnavailable: the tape is not right; none of the texts is written.
-        """
+        are chosen from the forward's logits, and rows get their losses. Raises FastPathUnavailable: the tape is not
+        right; none of the texts is written."""
         waiting = list(texts)
         try:
             while waiting:

@@ -23,7 +23,7 @@ def checkpoint(folder: Path, **values: Any) -> Checkpoint:
 def opened(folder: Path, *, use_store: bool = True, tell: supply.Tell | None = None, **quant: Any) -> Base:
     found = checkpoint(folder, pickle=(folder / "pytorch_model.bin").is_file())
     machine = device.detect()
-    return open_base(found, Quant(**quant), machine, with_tokenizer=False, use_store=use_store, tell=tell)
+    return open_base(found, Quant(**quant), machine, use_store=use_store, tell=tell)
 
 
 def wanted(folder: Path, **quant: Any) -> shelf.StoreSpec:

@@ -26,7 +26,7 @@ def test_experts_of_a_gguf_are_held_in_four_bits(tmp_path: Path, name: str, monk
     convert.convert(file, tmp_path / "out")
     quant = Quant(type="nf4", double_quant=False, compute_dtype="bf16")
     checkpoint = Checkpoint(tmp_path / "out", name, None, "gguf")
-    base = load.open_base(checkpoint, quant, device.detect(), with_tokenizer=False)
+    base = load.open_base(checkpoint, quant, device.detect())
     assert base.origin.startswith("store ")
     expected = dict(reference.named_parameters())
     stacks = {key: value for key, value in base.model.named_parameters() if isinstance(value, ExpertStack)}

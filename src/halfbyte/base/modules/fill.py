@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from halfbyte.base.modules.places import DISK, Places
@@ -74,8 +75,6 @@ class Filling:
 
     def _into_file(self, part: str, tensors: Sequence[ModuleTensor], pool: ThreadPoolExecutor) -> None:
         """One part of the module, written and opened again."""
-        from safetensors import safe_open
-
         assert self.folder is not None
         path = self.folder / (re.sub(r"[^A-Za-z0-9_.-]+", "-", part or "module") + ".safetensors")
         plans = [self.weights.plan(tensor) for tensor in tensors]

@@ -10,7 +10,6 @@ Trap: a layer of bitsandbytes itself keeps its weight on the card for backward; 
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +19,6 @@ from halfbyte.base.modules.survey import Survey, tensors_of
 from halfbyte.base.stream import Mover, after
 from halfbyte.quant import bnb
 from halfbyte.system import pages
-
-
-class Moves(Protocol):
-    """What `base.stream.Mover` offers: see there."""
-
-    def fetch(self, group: int) -> None: ...
-    def need(self, group: int) -> None: ...
-    def drop(self, group: int) -> None: ...
 
 
 class Copies:
@@ -66,7 +57,7 @@ def _computed_with(part: nn.Module) -> Iterator[tuple[object, str]]:
 class Recent:
     """Which part computes now, and so which are there."""
 
-    def __init__(self, parts: Sequence[nn.Module], moves: Moves) -> None:
+    def __init__(self, parts: Sequence[nn.Module], moves: Mover | Copies) -> None:
         self.moves, self.uses = moves, 0
         self.present: set[int] = set(range(len(parts)))
         self._last = (-1, -1)

@@ -4,8 +4,6 @@ A caller's configuration is read and never written to: accelerate puts names of 
 that it is given (`accelerate/utils/bnb.py`), so that a second call with it does something else.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace

@@ -79,7 +79,8 @@ def survey(root: nn.Module, settings: ModuleSettings) -> Survey:
         shared.setdefault(id(tensor), []).append(name)
     fp32, heads = _fp32(modules, state, shared, settings), _heads(root, modules)
     plan = root._get_dtype_plan(settings.rest) if callable(getattr(root, "_get_dtype_plan", None)) else {}
-    stay = _names_that_stay(root, settings)
+    kept = [getattr(root, f"_keep_in_fp32_modules{strict}", None) or () for strict in ("", "_strict")]  # by its class
+    stay = (*(settings.skip or ()), *settings.fp32, *kept[0], *kept[1])
     stacks, routers = _stacks(root, settings), set(experts.routers(root))
     tensors, unasked = [], []
     for names in shared.values():
@@ -102,12 +103,6 @@ def survey(root: nn.Module, settings: ModuleSettings) -> Survey:
         _check_any(root, tensors, unasked)
     owners_in_fp32 = dict.fromkeys(owner_of(name) for name in fp32)
     return Survey(tuple(tensors), tuple((name, id(modules[name]) in heads) for name in owners_in_fp32))
-
-
-def _names_that_stay(root: nn.Module, settings: ModuleSettings) -> tuple[str, ...]:
-    """Names that are not quantised: those that are asked for, and those that the class keeps in fp32."""
-    kept_by_class = [getattr(root, f"_keep_in_fp32_modules{strict}", None) or () for strict in ("", "_strict")]
-    return (*(settings.skip or ()), *settings.fp32, *kept_by_class[0], *kept_by_class[1])
 
 
 def _stacks(root: nn.Module, settings: ModuleSettings) -> set[str]:

@@ -153,11 +153,7 @@ def _unexpected(root: nn.Module, names: Mapping[str, str], tensors: Iterable[Mod
     """Tensors of the source that the module does not have; older checkpoints hold buffers that it makes itself."""
     known = {name for tensor in tensors for name in tensor.names} | {*tensors_of(root, persistent=False)}
     ignored = [re.compile(p) for p in getattr(root, "_keys_to_ignore_on_load_unexpected", None) or ()]
-    return [
-        file_name
-        for file_name, name in names.items()
-        if name not in known and not any(pattern.search(name) for pattern in ignored)
-    ]
+    return [file for file, name in names.items() if name not in known and not any(p.search(name) for p in ignored)]
 
 
 def _refuse(

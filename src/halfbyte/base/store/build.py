@@ -194,12 +194,10 @@ class _Counter:
         return Progress(self.done, self.total, rate, seconds)
 
 
-def _build_file(
-    plan: FilePlan, quant: Quant, source: Source, journal: _Journal, on_read: Callable[[int], None]
-) -> None:
+def _build_file(plan: FilePlan, quant: Quant, source: Source, journal: _Journal, read: Callable[[int], None]) -> None:
     """One file from its tensors, on one thread."""
     hashes: dict[str, str] = {}
-    reader, late = TensorReader(source, quant, on_read=on_read, hashes=hashes), dict[str, bytes]()
+    reader, late = TensorReader(source, quant, on_read=read, hashes=hashes), dict[str, bytes]()
     with SafetensorsWriter(journal.folder / plan.name, slots(plan.tensors, quant)) as out:
         for tensor in plan.tensors:
             late |= reader.write(tensor, out)

@@ -8,24 +8,25 @@ Source: transformers, `conversion_mapping.py`; `rename_source_key`, `MergeModule
 `core_model_loading.py`. A conversion that is none of these is refused.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from itertools import chain
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+from transformers.core_model_loading import (  # isort: skip
+    WeightConverter, WeightRenaming, build_glob_alternation, dot_natural_key, rename_source_key,
+)  # fmt: skip
+from transformers.quantizers import HfQuantizer
 
 from halfbyte.base.store import mxfp4
 from halfbyte.base.store.reading import FLOATS, SourceTensor, TensorPlan
 from halfbyte.errors import BaseModelError
 from halfbyte.quant import experts, formats
 from halfbyte.recipe.schema import Quant
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-    from transformers.core_model_loading import WeightConverter
-    from transformers.quantizers import HfQuantizer
 
 
 class Rule(NamedTuple):
@@ -48,9 +49,6 @@ def renamed(
     """
     if not hasattr(model, "base_model_prefix") or not hasattr(model, "config"):
         return {name: (name, None) for name in names}
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-
     mapping = get_model_conversion_mapping(model, None, quantiser)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -66,8 +64,6 @@ def renamed(
 
 def planned_dtype(plan: Mapping[str, torch.dtype], name: str) -> torch.dtype | None:
     """transformers' own exception from a model's dtype for a tensor; `plan` has patterns, as `_get_dtype_plan`."""
-    from transformers.core_model_loading import build_glob_alternation
-
     return next((dtype for p, dtype in plan.items() if build_glob_alternation([p])[0].search(name)), None)
 
 
@@ -89,7 +85,7 @@ def stack_plan(
     """
     sources = in_order(target, members)
     packed = sources[0].dtype == mxfp4.DTYPE
-    transposed = is_transposed(target, sources, shape)
+    turned = is_transposed(target, sources, shape)
     if math.prod(shape) != sum(math.prod(source.shape) for source in sources) or (packed and sources[0].shape != shape):
         shapes = ", ".join(sorted({f"{source.shape}" for source in sources}))
         raise BaseModelError(
@@ -107,9 +103,7 @@ def stack_plan(
                 fix="a smaller quant.block_size, or leave experts in 16 bits: --set 'quant.skip_modules=[experts]'",
             )
     name = experts.stored_name(target)
-    return TensorPlan(
-        name, halves[sources[0].name] if packed else sources, shape, "quantised", dtype, transposed, packed
-    )
+    return TensorPlan(name, halves[sources[0].name] if packed else sources, shape, "quantised", dtype, turned, packed)
 
 
 def in_order(target: str, members: list[Member]) -> tuple[SourceTensor, ...]:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from halfbyte.base.store import mxfp4
 from halfbyte.base.store.reading import Source, TensorPlan
-from halfbyte.base.store.writer import Slot
+from halfbyte.base.store.writer import SafetensorsWriter, Slot
 from halfbyte.plan import store_build
 from halfbyte.quant import formats
 from halfbyte.quant.number_format import torch_dtypes
@@ -24,12 +24,6 @@ from halfbyte.recipe.schema import Quant
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
-
-
-class Sink(Protocol):
-    """Where tensors go: `SafetensorsWriter`, or `Memory`."""
-
-    def put(self, name: str, data: Buffer, offset: int = 0) -> None: ...
 
 
 class Memory:
@@ -125,7 +119,7 @@ class TensorReader:
         if self.hashes is not None:
             self.hashes |= {source.name: d.hexdigest() for source, d in zip(plan.sources, digests, strict=True)}
 
-    def write(self, plan: TensorPlan, out: Sink) -> dict[str, bytes]:
+    def write(self, plan: TensorPlan, out: SafetensorsWriter | Memory) -> dict[str, bytes]:
         """Put a tensor into its place; what is known only when all of it is read is handed back, by name. Raises
         BaseModelError: a weight that is not finite."""
         if plan.encoding == "copy":

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
+from transformers import AutoModelForCausalLM
+from transformers.quantizers import AutoHfQuantizer
 
 from halfbyte.base.store import conversion, mxfp4
 from halfbyte.base.store.conversion import Rule, planned_dtype, renamed
@@ -71,15 +73,13 @@ def lay_out(tensors: dict[str, SourceTensor], spec: StoreSpec) -> StoreLayout:
             raise CannotHold(f"transformers merges or splits {name} while it loads")
         dtype = empty.dtype_of(target, quantised=quantised)
         module = empty.original[target.rpartition(".")[0]]
-        transposed = quantised and type(module).__name__ == "Conv1D"  # GPT-2's holds (in, out)
+        turned = quantised and type(module).__name__ == "Conv1D"  # GPT-2's holds (in, out)
         if quantised and source.dtype not in FLOATS:
             raise CannotHold(f"{name} is {source.dtype}, which is not quantised")
         if quantised and source.shape != tuple(module.weight.shape):
             wrong.append((name, source.shape, tuple(module.weight.shape)))
-        shape = source.shape[::-1] if transposed else source.shape
-        plan = TensorPlan(
-            name, (source,), shape, "quantised" if quantised else "copy", dtype, transposed, target=target
-        )
+        shape = source.shape[::-1] if turned else source.shape
+        plan = TensorPlan(name, (source,), shape, "quantised" if quantised else "copy", dtype, turned, target=target)
         plans.append((plan, target))
     for target, members in stacked.items():
         shape, dtype = tuple(empty.stacks[target].shape), empty.dtype_of(target, quantised=True)
@@ -95,10 +95,6 @@ class _EmptyModel:
     """transformers' own view of a load: the empty model, prepared by its quantiser, and how tensors are renamed."""
 
     def __init__(self, spec: StoreSpec, *, pre_quantised: bool) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM
-        from transformers.quantizers import AutoHfQuantizer
-
         quant, dtype = spec.quant, spec.dtype
         self.compute_dtype = dtype
         with torch.device("meta"):

@@ -7,18 +7,13 @@ Source: OCP Microscaling Formats 1.0, section 5; `transformers/integrations/mxfp
 Cost: an expert at a time in memory; what a second rounding costs stands in docs/log.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from halfbyte.base.store.reading import SourceTensor
 from halfbyte.errors import BaseModelError
-
-if TYPE_CHECKING:
-    import torch
 
 DTYPE = "MXFP4"
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -50,8 +45,6 @@ def joined(tensors: dict[str, SourceTensor]) -> tuple[dict[str, SourceTensor], H
 
 def decoded(blocks: np.ndarray, scales: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
     """One expert, (in, out) flat. `blocks`: (out, n, 16) uint8. `scales`: (out, n) uint8."""
-    import torch
-
     codes = torch.from_numpy(blocks)
     table = torch.tensor(VALUES, dtype=dtype)
     values = torch.empty(*blocks.shape[:2], BLOCK, dtype=dtype)

@@ -5,8 +5,6 @@ A source is read once, front to back; kept in the page cache it would push out w
 are never mapped, so they count in no process's resident memory.
 """
 
-from __future__ import annotations
-
 import math
 import mmap
 import os
@@ -15,7 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Self
+
+import torch
 
 from halfbyte.errors import BaseModelError, StoreError, first_line
 from halfbyte.models.sources import safetensors
@@ -23,9 +23,6 @@ from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.quant.number_format import torch_dtypes
 from halfbyte.system.platforms import calls
 from halfbyte.types import ConfigFile
-
-if TYPE_CHECKING:
-    import torch
 
 # What can be quantised, as safetensors calls it.
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -88,7 +85,7 @@ class Source:
                 shape = tuple(entry["shape"])
                 self.tensors[name] = SourceTensor(name, entry["dtype"], shape, end - begin, file, data + begin)
 
-    def __enter__(self) -> Source:
+    def __enter__(self) -> Self:
         for file in self.files:
             self._fds[file] = os.open(file, os.O_RDONLY | calls.BINARY)
             # The kernel reads ahead by itself. Asked for each next piece (WILLNEED) it takes the thread's own time, and
@@ -122,8 +119,6 @@ class PickledSource(Source):
     """A checkpoint of `.bin` files, each mapped by torch and read with `weights_only=True`."""
 
     def _index(self) -> None:
-        import torch
-
         names = {dtype: name for name, dtype in torch_dtypes().items()}
         self._values: dict[str, torch.Tensor] = {}
         for file in self.files:
@@ -143,8 +138,6 @@ class PickledSource(Source):
 
 def read_tensor(value: torch.Tensor, offset: int, into: memoryview) -> None:
     """Fill `into` with bytes of a tensor, on any device, from `offset` on."""
-    import torch
-
     flat = value.detach().reshape(-1)
     size = flat.element_size()
     part = flat[offset // size : (offset + len(into)) // size].cpu().contiguous()

@@ -4,20 +4,13 @@ The plain stack quantises at every load, with the 16-bit weights in memory; a st
 headers, with plain `from_pretrained`, and its pages belong to the file, not to the process.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING
 
-from halfbyte.base.store import manifest, shelf
+from halfbyte.base.store import build, layout, manifest, reading, shelf
 from halfbyte.errors import StoreError
-
-if TYPE_CHECKING:
-    from halfbyte.base.store.build import Progress
-    from halfbyte.base.store.reading import Source
 
 
 @dataclass(frozen=True)
@@ -25,7 +18,7 @@ class Tell:
     """Whom to tell what: `progress` about ten times a second while building, `note` (a label, a text) now and then, and
     `built` once if this call has built the store."""
 
-    progress: Callable[[Progress], None] | None = None
+    progress: Callable[[build.Progress], None] | None = None
     note: Callable[[str, str], None] | None = None
     built: Callable[[], None] | None = None
 
@@ -104,16 +97,12 @@ def _complete_store(target: Path, key: str, tell: Tell | None = None) -> Path | 
 
 
 def _build(spec: shelf.StoreSpec, key: str, target: Path, tell: Tell) -> None:
-    from halfbyte.base.store import build, layout
-
     source = open_source(spec)
     build.build(build.BuildJob(spec, layout.lay_out(source.tensors, spec), key), source, target, tell.progress)
 
 
-def open_source(spec: shelf.StoreSpec) -> Source:
+def open_source(spec: shelf.StoreSpec) -> reading.Source:
     """The tensors of what is, or was, quantised."""
-    from halfbyte.base.store import reading
-
     files = shelf.source_files(spec.checkpoint)
     try:
         return (reading.PickledSource if spec.checkpoint.pickle else reading.Source)(files)

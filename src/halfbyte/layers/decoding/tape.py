@@ -10,6 +10,7 @@ Letters: M vectors (texts at once), D in, O out, R rank.
 
 import ctypes
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -144,8 +145,7 @@ class Tape:
         self._rows: list[np.ndarray] = []
         self.before, self._group = (0, 0), 0
         self._alive: list[object] = []
-        self._levels: dict[bytes, Tensor] = {}
-        self._planes: dict[bytes, Tensor] = {}
+        self._tables: dict[tuple[object, bytes], Tensor] = {}
         self._caches: pages.Arena | None = None
         # What the largest operation needs: groups of 256 blocks, blocks of a row, bytes.
         self._groups, self._blocks, self._scratch = 1, 1, 0
@@ -285,11 +285,12 @@ class Tape:
         self._blocks = max(self._blocks, d // 64)
         self._groups = max(self._groups, rows * (d // 64) // 256 + 2)
         numbers = self._matrix(codes, shape, x.ordered, 2 * x.width, out, rows) | self._bias(add, bias)
-        numbers |= {s.CODES_SCALES: self.keep(scales.absmax), s.CODES_LEVELS: self._level_table(values)}
+        levels = self.code_tables.int16_levels if self.isa == "avx2" else self.code_tables.bf16_levels
+        numbers |= {s.CODES_SCALES: self.keep(scales.absmax), s.CODES_LEVELS: self.keep(self._made(levels, values))}
         if scales.nested is not None and scales.table is not None:
-            in_planes = self.isa == "avx512" and self.code_tables.has_planes()
+            in_planes, table = self.isa == "avx512" and self.code_tables.has_planes(), scales.table
             numbers |= {
-                s.CODES_TABLE: self.keep(self._planes_of(scales.table) if in_planes else scales.table),
+                s.CODES_TABLE: self.keep(self._made(self.code_tables.planes, table) if in_planes else table),
                 s.CODES_IN_PLANES: int(in_planes), s.CODES_OUTER: self.keep(scales.nested),
                 s.CODES_OFFSET: scales.offset,
             }  # fmt: skip
@@ -339,21 +340,13 @@ class Tape:
     def _item_rows(self, rows: int, row_bytes: int) -> int:
         return max(1, min(_ITEM_BYTES // max(1, row_bytes), math.ceil(rows / 8)))
 
-    def _level_table(self, values: Tensor) -> int:
-        numbers = values.numpy()
-        key = numbers.tobytes()
-        if key not in self._levels:
-            table = self.code_tables.int16_levels if self.isa == "avx2" else self.code_tables.bf16_levels
-            self._levels[key] = torch.from_numpy(table(numbers))
-        return self.keep(self._levels[key])
-
-    def _planes_of(self, table: Tensor) -> Tensor:
-        """One for all matrices whose scales stand for the same numbers."""
-        numbers = table.contiguous().numpy()
-        key = numbers.tobytes()
-        if key not in self._planes:
-            self._planes[key] = torch.from_numpy(self.code_tables.planes(numbers))
-        return self._planes[key]
+    def _made(self, table: Callable[[np.ndarray], np.ndarray], values: Tensor) -> Tensor:
+        """The table that `table` makes of some numbers; one for all matrices whose codes stand for the same."""
+        numbers = values.contiguous().numpy()
+        key = table, numbers.tobytes()
+        if key not in self._tables:
+            self._tables[key] = torch.from_numpy(table(numbers))
+        return self._tables[key]
 
     # --------------------------------------------------------------------- run
     def run(self, first: int = 0, last: int | None = None) -> None:

@@ -15,16 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from halfbyte.layers.experts.layout import (
-    NO_LORA,
-    LoraOfExperts,
-    Loras,
-    bias_of,
-    gate_of,
-    matrix,
-    post_norm_of,
-    stacks_of,
-)
+from halfbyte.layers.experts.layout import (  # isort: skip
+    NO_LORA, LoraOfExperts, Loras, bias_of, gate_of, matrix, post_norm_of, stacks_of,
+)  # fmt: skip
 from halfbyte.layers.experts.sizes import FILL
 
 

@@ -12,11 +12,9 @@ Cost: 12 k D I FLOP a token, forward and backward. Kept: the input, k W numbers 
 Letters: T tokens, k experts of a token, S = T k pairs, n tokens of one expert; D, I, W as in `layout.py`; R rank.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +39,7 @@ class Groups:
     spans: tuple[tuple[int, int, int], ...]
 
     @classmethod
-    def of(cls, index: Tensor, experts: int) -> Groups:
+    def of(cls, index: Tensor, experts: int) -> Self:
         """Of the experts (T, k) that the router chose. Numbers past the last expert are another process's."""
         flat, order = index.reshape(-1).sort(stable=True)
         counts = torch.bincount(flat, minlength=experts)[:experts].tolist()
@@ -85,7 +83,7 @@ class _Stack:
     @classmethod
     def of(
         cls, module: nn.Module, name: str, trained: tuple[Tensor | None, ...], scale: float, dtype: torch.dtype
-    ) -> _Stack:
+    ) -> Self:
         """`trained`: A, B and the bias, as parameters."""
         a, b, bias = (None if part is None else part.to(dtype) for part in trained)
         experts = int(module.num_experts)
@@ -129,7 +127,7 @@ class _Grads:
     bias: Tensor | None
 
     @classmethod
-    def of(cls, product: _Stack, wanted: tuple[bool, bool, bool]) -> _Grads:
+    def of(cls, product: _Stack, wanted: tuple[bool, bool, bool]) -> Self:
         parts = (product.a, None if product.b is None else product.b.transpose(1, 2), product.bias)
         return cls(*(
             torch.zeros(part.shape, dtype=torch.float32, device=part.device) if part is not None and need else None
@@ -148,9 +146,7 @@ class _Grads:
         """In the shapes and dtypes of the parameters."""
         turned = None if self.b is None else self.b.permute(2, 1, 0)  # (out, R, E): expert fastest
         parts = ((self.a, a), (turned, b), (self.bias, bias))
-        return tuple(
-            None if grad is None or like is None else grad.reshape(like.shape).to(like.dtype) for grad, like in parts
-        )
+        return tuple(None if g is None or like is None else g.reshape(like.shape).to(like.dtype) for g, like in parts)
 
 
 class Experts(torch.autograd.Function):
@@ -252,9 +248,7 @@ def experts(
     if not is_frozen(self):
         return experts_by_definition(self, hidden_states, top_k_index, top_k_weights, loras=loras)
     given = [(loras or {}).get(name, NO_LORA) for name in stacks_of(self)]
-    trained = [
-        t for lora, name in zip(given, stacks_of(self), strict=True) for t in (lora.a, lora.b, bias_of(self, name))
-    ]
+    trained = [t for lora, n in zip(given, stacks_of(self), strict=True) for t in (lora.a, lora.b, bias_of(self, n))]
     groups = Groups.of(top_k_index, int(self.num_experts))
     scales = (given[0].scale, given[1].scale)
     y: Tensor = Experts.apply(hidden_states, top_k_weights, *trained, self, groups, scales)

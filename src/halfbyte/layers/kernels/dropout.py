@@ -60,13 +60,7 @@ _now: RowMasks | None = None
 
 @contextmanager
 def row_masks(
-    sites: Mapping[int, int],
-    rows: Sequence[int],
-    lengths: Sequence[int],
-    *,
-    seed: int,
-    step: int,
-    anywhere: bool = False,
+    sites: dict[int, int], rows: Sequence[int], lengths: Sequence[int], *, seed: int, step: int, anywhere: bool = False
 ) -> Iterator[None]:
     """While it lasts (forward and backward), masks are those of these rows, laid end to end.
 

@@ -9,6 +9,10 @@ Source: llama.cpp's converter and graphs (conversion/, src/models/), and transfo
 import dataclasses
 from collections.abc import Callable
 
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
 from halfbyte.errors import first_line
 from halfbyte.models.gguf.header import GgufHeader
 from halfbyte.models.gguf.reader import GgufError, GgufReader
@@ -67,8 +71,6 @@ _SOFTMAX, _SIGMOID = 1, 2
 def config_of(header: GgufHeader) -> Config:
     """transformers' config for a file. Raises GgufError: the architecture is not known here, or the file says something
     that the config has no place for."""
-    from huggingface_hub.errors import StrictDataclassError
-
     file = GgufReader(header)
     if header.architecture not in ARCHITECTURES:
         raise GgufError(
@@ -86,16 +88,11 @@ def config_of(header: GgufHeader) -> Config:
 def _check_numbers(file: GgufReader) -> None:
     for key in ("embedding_length", *NAMES):
         value = file.header.metadata.get(f"{file.header.architecture}.{key}", None if key == "embedding_length" else 0)
-        if not all(
-            isinstance(each, (int, float)) for each in (value if isinstance(value, list) and value else [value])
-        ):
+        if not all(isinstance(n, (int, float)) for n in (value if isinstance(value, list) and value else [value])):
             raise GgufError(f"its {file.header.architecture}.{key} is {value!r}, not a number")
 
 
 def _config_of(file: GgufReader) -> Config:
-    from transformers import AutoConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
     stated = ARCHITECTURES[file.header.architecture](file)
     kind = stated.pop("model_type")
     names = {field.name for field in dataclasses.fields(CONFIG_MAPPING[kind])} | set(CONFIG_MAPPING[kind].attribute_map)
@@ -373,10 +370,8 @@ def _qwen35(file: GgufReader) -> Document:
 
 # `general.architecture` -> the config's model_type and what only this architecture states its own way.
 ARCHITECTURES: dict[str, Callable[[GgufReader], Document]] = {
-    **{
-        name: _plain(name) for name in ("qwen2", "qwen3", "bloom", "gpt2", "nemotron", "gemma", "granite", "granitemoe")
-    },
-    **{name: _plain(name) for name in ("smollm3", "seed_oss", "arcee")},
+    **{n: _plain(n) for n in ("qwen2", "qwen3", "bloom", "gpt2", "nemotron", "gemma", "granite", "granitemoe")},
+    **{n: _plain(n) for n in ("smollm3", "seed_oss", "arcee")},
     "command-r": _plain("cohere"),
     "deepseek2": _deepseek2,
     "falcon": _falcon,

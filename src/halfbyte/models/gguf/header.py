@@ -27,7 +27,7 @@ STRING, ARRAY = 8, 9
 # Of an array more values than this (a vocabulary) only the length is kept.
 KEPT_VALUES = 4096
 # ggml's own limit.
-MAX_DIMENSIONS = 4
+MAX_AXES = 4
 # What the shortest pair (key, type, one byte) and the shortest tensor (name, rank, one size, type, offset) take.
 PAIR_BYTES, TENSOR_BYTES = 13, 32
 # The types that `gguf.quants.dequantize` reads; a seam test compares.
@@ -199,12 +199,10 @@ class _Parser:
 
     def _placed(self, metadata: Document, tensors: list[tuple[str, tuple[int, ...], str, int, int]]) -> GgufHeader:
         """The header with each tensor's place in the file; none of them ends behind it."""
-        alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
-        if not isinstance(alignment, int) or isinstance(alignment, bool) or alignment < 1 or alignment % 8:
-            raise SourceError(
-                f"{self.path}: its general.alignment is {alignment!r}; allowed: a multiple of 8", fix=_AGAIN
-            )
-        data = -(-self.position // alignment) * alignment
+        unit = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+        if not isinstance(unit, int) or isinstance(unit, bool) or unit < 1 or unit % 8:
+            raise SourceError(f"{self.path}: its general.alignment is {unit!r}; allowed: a multiple of 8", fix=_AGAIN)
+        data = -(-self.position // unit) * unit
         # Offsets count from the start of the data, so the furthest end is the least size of a whole file.
         needed_bytes = data + max((offset + nbytes for *_, offset, nbytes in tensors), default=0)
         if self.size_bytes < needed_bytes:
@@ -213,10 +211,7 @@ class _Parser:
         return GgufHeader(
             architecture if isinstance(architecture, str) else "",
             metadata,
-            [
-                GgufTensor(name, shape, kind, self.path, data + offset, nbytes)
-                for name, shape, kind, offset, nbytes in tensors
-            ],
+            [GgufTensor(name, shape, kind, self.path, data + at, nbytes) for name, shape, kind, at, nbytes in tensors],
             self.position,
             (self.path,),
         )
@@ -280,10 +275,8 @@ class _Parser:
         name = self._string()
         self.field = f"the tensor {name}"
         (rank,) = self._unpack("I")
-        if not 1 <= rank <= MAX_DIMENSIONS:
-            raise SourceError(
-                f"{self.path}: {self.field} has {rank} dimensions; allowed: 1 to {MAX_DIMENSIONS}", fix=_AGAIN
-            )
+        if not 1 <= rank <= MAX_AXES:
+            raise SourceError(f"{self.path}: {self.field} has {rank} dimensions; allowed: 1 to {MAX_AXES}", fix=_AGAIN)
         # ggml stores the innermost dimension first.
         shape = tuple(reversed(self._unpack(f"{rank}Q")))
         kind, offset = self._unpack("IQ")

@@ -6,22 +6,17 @@ Source: the gguf package's own name map, which llama.cpp's converter uses; the c
 for the tensors whose values or rows it rearranges. Checked against it: docs/log, 2026-11-26.
 """
 
-from __future__ import annotations
-
 import fnmatch
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+
+import numpy as np
+from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
 from halfbyte.models.gguf.header import GgufHeader
-from halfbyte.models.gguf.reader import PLAIN, FileNumbers, GgufError, GgufReader, Transform
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from halfbyte.models.gguf.reader import Order
+from halfbyte.models.gguf.reader import PLAIN, FileNumbers, GgufError, GgufReader, Order, Transform
 
 # Tables that the config describes; no weights.
 ROPE_TABLES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
@@ -51,8 +46,6 @@ def parameter_sources(
     """Where each parameter of a checkpoint comes from, given the shapes that transformers' class has for it. `prefix`:
     the class's base_model_prefix, which the name map has only for some. `layers`: of the model; what the file holds for
     further ones (prediction of several tokens) is left out. Raises GgufError: anything that does not match."""
-    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
-
     file = GgufReader(header)
     kinds = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}
     if header.architecture not in kinds:
@@ -89,9 +82,7 @@ def parameter_sources(
     return sources
 
 
-def _mapped_source(
-    architecture: str, name: str, prefix: str, names: object, file: GgufReader
-) -> ParameterSource | None:
+def _mapped_source(kind: str, name: str, prefix: str, names: object, file: GgufReader) -> ParameterSource | None:
     stacked = _STACKED.search(name)
     plain = _STACKED.sub(".experts.", name)
     # What is no weight or bias of a module: converters call it one.
@@ -101,7 +92,7 @@ def _mapped_source(
         mapped = names.get_name(way, try_suffixes=(".weight", ".bias"))  # type: ignore[attr-defined]
         for ending in ("", ".weight", ".bias"):
             if mapped is not None and mapped + ending in file.tensors:
-                transform = transform_of(architecture, mapped + ending)
+                transform = transform_of(kind, mapped + ending)
                 number = int(stacked[1]) if stacked is not None else None
                 if number is not None and not 0 <= number < file.shape(mapped + ending)[0]:
                     return None
@@ -125,8 +116,6 @@ def _rotary(heads_key: str) -> Order:
     """llama.cpp turns neighbours where transformers turns halves: (head, pair, half) -> (head, half, pair)."""
 
     def order(numbers: FileNumbers, name: str, rows: int) -> np.ndarray:
-        import numpy as np
-
         heads = numbers.number(heads_key) or numbers.number("attention.head_count")
         return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(-1)
 
@@ -135,16 +124,12 @@ def _rotary(heads_key: str) -> Order:
 
 def _fused_by_head(numbers: FileNumbers, name: str, rows: int) -> np.ndarray:
     """(q, k, v) of all heads -> each head's own q, k, v."""
-    import numpy as np
-
     heads = numbers.number("attention.head_count")
     return np.arange(rows).reshape(3, heads, rows // heads // 3).swapaxes(0, 1).reshape(-1)
 
 
 def _fused_by_group(numbers: FileNumbers, name: str, rows: int) -> np.ndarray:
     """All queries, all keys, all values -> each group's queries, its key, its value (Falcon)."""
-    import numpy as np
-
     groups = numbers.number("attention.head_count_kv")
     size = rows // (numbers.number("attention.head_count") + 2 * groups)
     queries, keys, values = np.split(np.arange(rows), [rows - 2 * groups * size, rows - groups * size])
@@ -154,8 +139,6 @@ def _fused_by_group(numbers: FileNumbers, name: str, rows: int) -> np.ndarray:
 
 def _grouped_values(numbers: FileNumbers, name: str, rows: int, *, after_keys: bool = False) -> np.ndarray:
     """Value heads (turn, key head) -> (key head, turn); `after_keys`: they follow queries and keys (Qwen3.5)."""
-    import numpy as np
-
     keys, heads = numbers.number("ssm.group_count"), numbers.number("ssm.time_step_rank")
     first = 2 * keys * numbers.number("ssm.state_size") if after_keys else 0
     tail = np.arange(first, rows).reshape(heads // keys, keys, -1).swapaxes(0, 1).reshape(-1)
@@ -163,8 +146,6 @@ def _grouped_values(numbers: FileNumbers, name: str, rows: int, *, after_keys: b
 
 
 def _log_of_negated(values: np.ndarray) -> np.ndarray:
-    import numpy as np
-
     with np.errstate(all="ignore"):
         return np.log(-values)
 
@@ -230,8 +211,6 @@ def _experts(file: GgufReader, name: str) -> range:
 
 def _interleaved(file: GgufReader, gate: str, up: str) -> Iterator[np.ndarray]:
     """(E, I, H) twice -> (E, H, 2I), gate and up in turns."""
-    import numpy as np
-
     for expert in _experts(file, gate):
         both = np.stack([file.whole(gate, expert), file.whole(up, expert)], axis=1)  # (I, 2, H)
         yield np.ascontiguousarray(both.reshape(-1, both.shape[-1]).T)
@@ -239,16 +218,12 @@ def _interleaved(file: GgufReader, gate: str, up: str) -> Iterator[np.ndarray]:
 
 def _interleaved_bias(file: GgufReader, gate: str, up: str) -> Iterator[np.ndarray]:
     """(E, I) twice -> (E, 2I)."""
-    import numpy as np
-
     both = np.stack([file.whole(gate), file.whole(up)], axis=-1)
     yield both.reshape(len(both), -1)
 
 
 def _transposed(file: GgufReader, name: str) -> Iterator[np.ndarray]:
     """(E, out, in) -> (E, in, out)."""
-    import numpy as np
-
     for expert in _experts(file, name):
         yield np.ascontiguousarray(file.whole(name, expert).T)
 
@@ -262,8 +237,6 @@ def _stacked(file: GgufReader, gate: str, up: str) -> Iterator[np.ndarray]:
 
 def _absorbed(file: GgufReader, keys: str, values: str) -> Iterator[np.ndarray]:
     """(heads, R, nope) and (heads, v, R) -> (heads * (nope + v), R)."""
-    import numpy as np
-
     for head in _experts(file, keys):
         yield np.ascontiguousarray(file.whole(keys, head).T)
         yield file.whole(values, head)

@@ -8,21 +8,17 @@ Cost: 16 MB a piece whatever the tensor's size, but for one that is turned; 50 t
 thread, by type.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
+
+import numpy as np
+from gguf.constants import GGMLQuantizationType
+from gguf.quants import dequantize
 
 from halfbyte.models.gguf.header import GgufHeader, GgufTensor
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    Order = Callable[["FileNumbers", str, int], np.ndarray]
-    """(numbers, a tensor's name, its rows) -> which row of the file each row of the model is."""
 
 PIECE_ELEMENTS = 1 << 22
 
@@ -35,6 +31,10 @@ class FileNumbers(Protocol):
     """What looks up a number of a file's metadata."""
 
     def number(self, key: str) -> int: ...
+
+
+Order = Callable[[FileNumbers, str, int], np.ndarray]
+"""(numbers, a tensor's name, its rows) -> which row of the file each row of the model is."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,6 @@ class Transform:
     def inverse(self, values: np.ndarray, numbers: FileNumbers, name: str) -> np.ndarray:
         """The tensor of the file that reads as this parameter. `numbers`: what the file will state of its heads and
         groups."""
-        import numpy as np
-
         if self.transposed and values.ndim > 1:
             values = values.T
         for axis, order in ((0, self.order), (values.ndim - 1, self.columns)):
@@ -80,8 +78,6 @@ class GgufReader:
 
     @cached_property
     def _maps(self) -> dict[Path, np.ndarray]:
-        import numpy as np
-
         return {file: np.memmap(file, np.uint8, "r") for file in self.header.files}
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -130,8 +126,6 @@ class GgufReader:
     def pieces(self, name: str, expert: int | None = None, transform: Transform = PLAIN) -> Iterator[np.ndarray]:
         """The values, row by row in pieces of (rows, columns); of a stack those of one expert, or of all in turn. A
         tensor that is transposed is one piece."""
-        import numpy as np
-
         tensor = self.tensors[name]
         raw = self._rows(tensor, single=transform.order is not None and len(tensor.shape) == 1)
         if expert is not None:
@@ -151,8 +145,6 @@ class GgufReader:
 
     def whole(self, name: str, expert: int | None = None) -> np.ndarray:
         """All of a matrix, or of one expert's."""
-        import numpy as np
-
         return np.concatenate(list(self.pieces(name, expert)))
 
     def _rows(self, tensor: GgufTensor, *, single: bool) -> np.ndarray:
@@ -164,16 +156,10 @@ class GgufReader:
 
 def _short(value: float) -> float:
     """The shortest number that a float32 of the file stands for: 1e-05, not 9.999999747378752e-06."""
-    import numpy as np
-
     return float(str(np.float32(value)))
 
 
 def _dequantised(rows: np.ndarray, kind: str) -> np.ndarray:
-    import numpy as np
-    from gguf.constants import GGMLQuantizationType
-    from gguf.quants import dequantize
-
     # A block's scale may be any float16; whoever reads the values looks for what is not finite.
     with np.errstate(all="ignore"):
         values: np.ndarray = dequantize(rows, GGMLQuantizationType[kind])

@@ -1,15 +1,11 @@
 """A GGUF file's rotary positions as transformers' `rope_parameters`."""
 
-from __future__ import annotations
-
 import math
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from halfbyte.models.gguf.reader import GgufError, GgufReader
 from halfbyte.types import ConfigFile, Document
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 def rope(file: GgufReader, default: ConfigFile, values: ConfigFile) -> Document:
@@ -50,8 +46,6 @@ def scaling(file: GgufReader, default: ConfigFile, dims: int, theta: float) -> D
 
 def _llama3(factors: np.ndarray, dims: int, theta: float) -> Document:
     """Llama 3's scaling from the table that a converter made of it; the numbers behind it are found by trying."""
-    import numpy as np
-
     if np.allclose(factors, 1):
         return {}
     for original in (8192, 4096, 16384, 32768):
@@ -67,8 +61,6 @@ def _llama3(factors: np.ndarray, dims: int, theta: float) -> Document:
 
 def llama3_factors(params: Document, theta: float, dims: int) -> np.ndarray:
     """The divisor of each frequency: transformers, `modeling_rope_utils.py`, `_compute_llama3_parameters`."""
-    import numpy as np
-
     wave = 2 * math.pi * theta ** (np.arange(0, dims, 2, dtype=np.float64) / dims)
     factor, low, high = params["factor"], params["low_freq_factor"], params["high_freq_factor"]
     original = params["original_max_position_embeddings"]

@@ -27,7 +27,7 @@ NO_WEIGHTS = ["config.json", "adapter_config.json", "*.py", *DESCRIPTIONS]
 WEIGHTS = [SINGLE, INDEX, "model-*.safetensors"]
 PICKLED_WEIGHTS = [PICKLE, PICKLE_INDEX, "pytorch_model-*.bin"]
 # fnmatch's star crosses folders; what lies in one (onnx/, original/) is never read.
-SUBFOLDERS = ["*/*"]
+NESTED = ["*/*"]
 # How long the hub may take until it is connected (name service, proxy, TCP), and from there to its first line.
 CONNECTS_S, ANSWERS_S = 4.0, 20.0
 _SLICE_S = 0.1
@@ -122,11 +122,7 @@ def _download(repo: str, revision: str | None, patterns: list[str]) -> Path:
 
     try:
         path = snapshot_download(
-            repo,
-            revision=revision,
-            allow_patterns=patterns,
-            ignore_patterns=SUBFOLDERS,
-            local_files_only=is_out_of_reach(),
+            repo, revision=revision, allow_patterns=patterns, ignore_patterns=NESTED, local_files_only=is_out_of_reach()
         )
     # Every failure of a download ends as one of ours; what is not recognised is raised again as it is.
     except Exception as error:

@@ -48,10 +48,7 @@ class Platform:
 
     def to_json(self) -> dict[str, str]:
         """What is told of it, by column."""
-        return {
-            "platform": self.name,
-            **{name: getattr(self, name) for name in ("runs", "executed", "slow", "install")},
-        }
+        return {"platform": self.name, **{n: getattr(self, n) for n in ("runs", "executed", "slow", "install")}}
 
 
 def here(

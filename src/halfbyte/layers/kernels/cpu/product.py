@@ -44,12 +44,8 @@ def faster() -> bool:
 
 def takes(out: Tensor, a: Tensor, b: Tensor) -> bool:
     """Whether `product_` is faster than torch for these, and may be used: rows one after the other, B either way."""
-    if (
-        a.shape[0] < LEAST_ROWS
-        or b.shape[1] < COLUMNS
-        or b.shape[0] < 8
-        or not a.dtype == b.dtype == out.dtype == torch.float32
-    ):
+    (depth, width), dtypes = b.shape, {a.dtype, b.dtype, out.dtype}
+    if a.shape[0] < LEAST_ROWS or width < COLUMNS or depth < 8 or dtypes != {torch.float32}:
         return False
     return a.stride(1) == 1 and out.stride(1) == 1 and 1 in b.stride() and faster()
 

@@ -6,7 +6,9 @@ Source: rounding to nearest even as in `c10/util/BFloat16.h`; exp after Cephes (
 Cost: none of their own; each is inlined.
 """
 
+import inspect
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -27,6 +29,32 @@ inlined: Any = njit(forceinline=True, fastmath=FASTMATH, error_model="numpy")
 
 def _i32(value: int) -> Value:
     return ir.Constant(_I32, value)
+
+
+def instruction(result: Value, *kinds: Value) -> Callable[[Callable[..., Value]], Any]:
+    """A decorator: `build(builder, *arguments)`, which writes LLVM's instructions -> a function that kernels call. Its
+    arguments are of these types of numba's; None: an array, with `data`, where it begins, and its `dtype`."""
+
+    def decorate(build: Callable[..., Value]) -> Any:
+        def define(typing_context, *given):  # type: ignore[no-untyped-def]
+            def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+                arguments = list(values)
+                for i, kind in enumerate(signature.args):
+                    if kinds[i] is None:
+                        data = context.make_array(kind)(context, builder, values[i]).data
+                        arguments[i] = SimpleNamespace(data=data, dtype=kind.dtype)
+                written = build(builder, *arguments)
+                return context.get_dummy_value() if result is types.void else written
+
+            return result(*(one if kind is None else kind for one, kind in zip(given, kinds, strict=True))), generate
+
+        names = ("typing_context", *list(inspect.signature(build).parameters)[1:])
+        parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in names]
+        define.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        define.__name__, define.__doc__ = build.__name__, build.__doc__
+        return intrinsic(define)
+
+    return decorate
 
 
 def call(builder: Value, name: str, result: Value, *args: Value) -> Value:
@@ -77,23 +105,15 @@ def store(typing_context, x, array):  # type: ignore[no-untyped-def]
     return array.dtype(types.float32, array), bf16 if array.dtype == types.uint16 else fp32
 
 
-@intrinsic
-def _two_to(typing_context, n):  # type: ignore[no-untyped-def]
+@instruction(types.float32, types.float32)
+def _two_to(b: Value, n: Value) -> Value:
     """2 to the power of a whole float32 in [-126, 127]."""
-
-    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        whole = builder.fptosi(args[0], _I32)
-        return builder.bitcast(builder.shl(builder.add(whole, _i32(127)), _i32(23)), _F32)
-
-    return types.float32(types.float32), build
+    return b.bitcast(b.shl(b.add(b.fptosi(n, _I32), _i32(127)), _i32(23)), _F32)
 
 
-@intrinsic
-def _floor(typing_context, x):  # type: ignore[no-untyped-def]
-    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return builder.call(builder.module.declare_intrinsic("llvm.floor", [_F32]), args)
-
-    return types.float32(types.float32), build
+@instruction(types.float32, types.float32)
+def _floor(b: Value, x: Value) -> Value:
+    return b.call(b.module.declare_intrinsic("llvm.floor", [_F32]), [x])
 
 
 @njit(inline="always", fastmath={"contract"})
@@ -119,78 +139,43 @@ def up(n, step):  # type: ignore[no-untyped-def]
     return (n + step - 1) // step * step
 
 
-@intrinsic
-def take(typing_context, counter):  # type: ignore[no-untyped-def]
+@instruction(types.int64, None)
+def take(b: Value, counter: Value) -> Value:
     """counter[0]++, atomically; returns the value before."""
-
-    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        array = context.make_array(signature.args[0])(context, builder, args[0])
-        return builder.atomic_rmw("add", array.data, ir.Constant(_I64, 1), "acq_rel")
-
-    return types.int64(counter), build
+    return b.atomic_rmw("add", counter.data, _I64(1), "acq_rel")
 
 
-@intrinsic
-def give(typing_context, counter, n):  # type: ignore[no-untyped-def]
+@instruction(types.void, None, types.int64)
+def give(b: Value, counter: Value, n: Value) -> Value:
     """counter[0] += n, atomically; what this thread wrote before is there for who reads it."""
-
-    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        array = context.make_array(signature.args[0])(context, builder, args[0])
-        builder.atomic_rmw("add", array.data, args[1], "acq_rel")
-        return context.get_dummy_value()
-
-    return types.void(counter, types.int64), build
+    b.atomic_rmw("add", counter.data, n, "acq_rel")
 
 
-@intrinsic
-def read(typing_context, counter):  # type: ignore[no-untyped-def]
+@instruction(types.int64, None)
+def read(b: Value, counter: Value) -> Value:
     """counter[0] as other threads have left it; what they wrote before is there too."""
-
-    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        array = context.make_array(signature.args[0])(context, builder, args[0])
-        return builder.load_atomic(array.data, "acquire", 8)
-
-    return types.int64(counter), build
+    return b.load_atomic(counter.data, "acquire", 8)
 
 
-@intrinsic
-def pause(typing_context, function):  # type: ignore[no-untyped-def]
+@instruction(types.void, types.int64)
+def pause(b: Value, function: Value) -> Value:
     """Wait a moment while looking at a counter; give the core to others by `int function()` if that is not 0."""
-
-    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        kind = ir.FunctionType(ir.VoidType(), [])
-        builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
-        with builder.if_then(builder.icmp_signed("!=", args[0], ir.Constant(_I64, 0))):
-            yielding = ir.FunctionType(_I32, []).as_pointer()
-            builder.call(builder.inttoptr(args[0], yielding), [])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), build
+    call(b, "llvm.x86.sse2.pause", ir.VoidType())
+    with b.if_then(b.icmp_signed("!=", function, _I64(0))):
+        b.call(b.inttoptr(function, ir.FunctionType(_I32, []).as_pointer()), [])
 
 
-@intrinsic
-def fetch(typing_context, x):  # type: ignore[no-untyped-def]
+@instruction(types.void, None)
+def fetch(b: Value, x: Value) -> Value:
     """Ask for the line of the cache in which the array x begins."""
-
-    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        array = context.make_array(signature.args[0])(context, builder, args[0])
-        place = builder.bitcast(array.data, ir.IntType(8).as_pointer())
-        kind = ir.FunctionType(ir.VoidType(), [place.type, _I32, _I32, _I32])
-        ask = builder.module.declare_intrinsic("llvm.prefetch", [place.type], kind)
-        builder.call(ask, [place, _i32(0), _i32(3), _i32(1)])
-        return context.get_dummy_value()
-
-    return types.void(x), build
+    place = b.bitcast(x.data, ir.IntType(8).as_pointer())
+    kind = ir.FunctionType(ir.VoidType(), [place.type, _I32, _I32, _I32])
+    b.call(b.module.declare_intrinsic("llvm.prefetch", [place.type], kind), [place, _i32(0), _i32(3), _i32(1)])
 
 
-@intrinsic
-def pointer(typing_context, address):  # type: ignore[no-untyped-def]
-    """int64 -> void*."""
-
-    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
-
-    return types.voidptr(types.int64), build
+@instruction(types.voidptr, types.int64)
+def pointer(b: Value, address: Value) -> Value:
+    return b.inttoptr(address, ir.IntType(8).as_pointer())
 
 
 def hash_words(builder: Value, value: Value, constant: Callable[[int], Value]) -> Value:
@@ -204,15 +189,13 @@ def hash_words(builder: Value, value: Value, constant: Callable[[int], Value]) -
     return shift_xor(builder.mul(value, constant(0x846CA68B)), 16)
 
 
-@intrinsic
-def hash_u32(typing_context, x):  # type: ignore[no-untyped-def]
-    """A 32-bit mixing function (two multiplications), for random bits from a counter. Source: "lowbias32" by C. Wellons
-    (bias 0.17), github.com/skeeto/hash-prospector, public domain."""
+@instruction(types.uint32, types.uint32)
+def hash_u32(b: Value, x: Value) -> Value:
+    """A 32-bit mixing function (two multiplications), for random bits from a counter.
 
-    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return hash_words(builder, args[0], _i32)
-
-    return types.uint32(types.uint32), build
+    Source: "lowbias32" by C. Wellons (bias 0.17), github.com/skeeto/hash-prospector, public domain.
+    """
+    return hash_words(b, x, _i32)
 
 
 @intrinsic
@@ -231,11 +214,7 @@ def drop_pair(typing_context, pair, bits, low):  # type: ignore[no-untyped-def]
     return pair(pair, types.uint32, types.uint32), build
 
 
-@intrinsic
-def counter_bits(typing_context, start, j, seed):  # type: ignore[no-untyped-def]
+@instruction(types.uint32, types.uint32, types.intp, types.uint32)
+def counter_bits(b: Value, start: Value, j: Value, seed: Value) -> Value:
     """The hash input of pair `start + j` under `seed`, in 32 bits."""
-
-    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return builder.xor(builder.add(args[0], builder.trunc(args[1], _I32)), args[2])
-
-    return types.uint32(types.uint32, types.intp, types.uint32), build
+    return b.xor(b.add(start, b.trunc(j, _I32)), seed)

@@ -235,12 +235,7 @@ def _bytes(element: Value) -> int:
     return 4 if element == F32 else int(element.width) // 8
 
 
-@intrinsic
-def ask(typing_context, at):  # type: ignore[no-untyped-def]
-    """Ask for the line at an address, int64, into the second cache."""
-
-    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        Code(builder, types.Array(FP32, 1, "C")).prefetch(args[0])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), build
+@scalar.instruction(types.void, types.int64)
+def ask(b: Value, at: Value) -> None:
+    """Ask for the line at an address into the second cache."""
+    Code(b, types.Array(FP32, 1, "C")).prefetch(at)

@@ -101,10 +101,8 @@ def takes_lora(lora: LoraPart) -> bool:
     from halfbyte.layers.kernels.cpu import tiles
 
     rank, width = lora.right.shape
-    fits = rank % 2 == 0 and 0 < rank <= LARGEST_RANK and width % tiles.COLUMNS == 0
-    return (
-        fits and {lora.left.dtype, lora.right.dtype} == {torch.bfloat16} and tiles.available() and works("integer.sums")
-    )
+    fits = rank % 2 == 0 and 0 < rank <= LARGEST_RANK and width % tiles.COLUMNS == 0 and tiles.available()
+    return fits and {lora.left.dtype, lora.right.dtype} == {torch.bfloat16} and works("integer.sums")
 
 
 class _Scratch(threading.local):

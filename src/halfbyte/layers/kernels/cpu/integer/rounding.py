@@ -20,12 +20,11 @@ import torch
 from llvmlite import ir
 from numba import carray, types
 from numba.core import cgutils
-from numba.extending import intrinsic
 from torch import Tensor
 
 from halfbyte.layers.kernels import pool
 from halfbyte.layers.kernels.cpu.parallel import array, block_rows, each_block, kernel, per_dtype, run
-from halfbyte.layers.kernels.cpu.scalar import Value, broadcast, call, inlined, load, store
+from halfbyte.layers.kernels.cpu.scalar import Value, broadcast, call, inlined, instruction, load, store
 
 LANES = 16  # numbers of a register
 MOST = 16  # registers, or rows, that are mixed with one another
@@ -135,131 +134,99 @@ def _largest(builder: Value, most: Value) -> Value:
     return call(builder, f"llvm.vector.reduce.smax.v{LANES}i32", _I32, builder.load(most))
 
 
-def _row_mixing(count: int, *, weighted: bool = False) -> Value:
-    @intrinsic
-    def mix(typing_context, like, source, factors, out, distance):  # type: ignore[no-untyped-def]
-        """A row of count x distance registers, each mixed in itself and with those `distance` apart; times factors.
-        Returns the bits of the largest size, those of a NaN if one is among them.
-
-        Args: like: an array of the source's dtype, uint16 for bf16. Then int64: addresses of the row, of fp32 factors
-            where there are any, of the fp32 result; and registers from one to the next that it is mixed with.
-        """
-        bf16 = like.dtype == types.uint16
-
-        def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
-            _, source, factors, out, distance = args
-            b, vector = builder, _Vector(builder)
-            most = cgutils.alloca_once_value(b, ir.Constant(_WORDS, None))
-            b.store(ir.Constant(_WORDS, None), most)
-            with cgutils.for_range(b, distance, intp=_I64) as loop:
-                first = [b.mul(b.add(loop.index, b.mul(distance, _I64(k))), _I64(LANES)) for k in range(count)]
-                v = [vector.floats(b.add(source, b.mul(at, _I64(2 if bf16 else 4))), bf16=bf16) for at in first]
-                for at, value in zip(first, _butterflies(b, v), strict=True):
-                    value = _in_register(b, value)
-                    if weighted:
-                        value = b.fmul(value, vector.load(b.add(factors, b.mul(at, _I64(4))), _FLOATS))
-                    vector.store(value, b.add(out, b.mul(at, _I64(4))))
-                    _larger(b, most, value)
-            return _largest(b, most)
-
-        n = types.int64
-        return types.int32(like, n, n, n, n), build
-
-    return mix
-
-
-@intrinsic
-def mirror(typing_context, like, source, out, distance):  # type: ignore[no-untyped-def]
-    """Registers i, i + distance and i + 2 distance of a row, each less two thirds of their sum, as fp32: a reflection,
-    so an orthogonal matrix. Addresses as in `_row_mixing`."""
+def _read(b: Value, vector: _Vector, like: Value, base: Value, number: Value) -> Value:
+    """A register of a row at `base`, in the dtype of `like` (uint16 for bf16), from this number on; as fp32."""
     bf16 = like.dtype == types.uint16
+    return vector.floats(b.add(base, b.mul(number, _I64(2 if bf16 else 4))), bf16=bf16)
 
-    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        _, source, out, distance = args
-        b, vector = builder, _Vector(builder)
+
+def _write(b: Value, vector: _Vector, value: Value, base: Value, number: Value) -> None:
+    vector.store(value, b.add(base, b.mul(number, _I64(4))))
+
+
+def _apart(b: Value, index: Value, distance: Value, count: int) -> list[Value]:
+    """The first numbers of register `index` and of those `distance`, 2 `distance`, ... registers after it."""
+    return [b.mul(b.add(index, b.mul(distance, _I64(k))), _I64(LANES)) for k in range(count)]
+
+
+@instruction(types.int32, types.int64, None, types.int64, types.int64, types.int64, types.int64)
+def mix(b: Value, count: Value, like: Value, source: Value, factors: Value, out: Value, distance: Value) -> Value:
+    """A row of count x distance registers, each mixed in itself and with those `distance` apart; or, times factors, in
+    itself alone. Returns the bits of the largest size, those of a NaN if one is among them.
+
+    Args: count: 1, 2, 4, 8 or 16. like: an array of the source's dtype, uint16 for bf16. Then int64: addresses of the
+        row, of fp32 factors or 0, of the fp32 result; and registers from one to the next that it is mixed with.
+    """
+    vector, most = _Vector(b), cgutils.alloca_once_value(b, ir.Constant(_WORDS, None))
+    b.store(ir.Constant(_WORDS, None), most)
+
+    def rows_of(together: int, distance: Value, *, weighted: bool) -> None:
         with cgutils.for_range(b, distance, intp=_I64) as loop:
-            first = [b.mul(b.add(loop.index, b.mul(distance, _I64(k))), _I64(LANES)) for k in range(3)]
-            v = [vector.floats(b.add(source, b.mul(at, _I64(2 if bf16 else 4))), bf16=bf16) for at in first]
-            two = b.fmul(b.fadd(b.fadd(v[0], v[1]), v[2]), ir.Constant(_FLOATS, [2 / 3] * LANES))
-            for at, value in zip(first, v, strict=True):
-                vector.store(b.fsub(value, two), b.add(out, b.mul(at, _I64(4))))
-        return context.get_dummy_value()
+            first = _apart(b, loop.index, distance, together)
+            v = [_read(b, vector, like, source, at) for at in first]
+            for at, value in zip(first, _butterflies(b, v), strict=True):
+                value = _in_register(b, value)
+                if weighted:
+                    value = b.fmul(value, vector.load(b.add(factors, b.mul(at, _I64(4))), _FLOATS))
+                _write(b, vector, value, out, at)
+                _larger(b, most, value)
 
-    n = types.int64
-    return types.void(like, n, n, n), build
-
-
-_mix_1 = _row_mixing(1)
-_mix_2 = _row_mixing(2)
-_mix_4 = _row_mixing(4)
-_mix_8 = _row_mixing(8)
-_mix_16 = _row_mixing(16)
-_mix_weighted = _row_mixing(1, weighted=True)
-
-
-@inlined
-def mix(count, like, source, factors, out, distance):  # type: ignore[no-untyped-def]
-    if factors != 0:
-        return _mix_weighted(like, source, factors, out, count * distance)
-    if count == 16:
-        return _mix_16(like, source, factors, out, distance)
-    if count == 8:
-        return _mix_8(like, source, factors, out, distance)
-    if count == 4:
-        return _mix_4(like, source, factors, out, distance)
-    if count == 2:
-        return _mix_2(like, source, factors, out, distance)
-    return _mix_1(like, source, factors, out, distance)
+    with b.if_else(b.icmp_signed("!=", factors, _I64(0))) as (times_factors, plain):
+        with times_factors:
+            rows_of(1, b.mul(count, distance), weighted=True)
+        with plain:
+            for together in (16, 8, 4, 2, 1):
+                with b.if_then(b.icmp_signed("==", count, _I64(together))):
+                    rows_of(together, distance, weighted=False)
+    return _largest(b, most)
 
 
-@intrinsic
-def mix_group(typing_context, like, source, source_row, out, out_row, width, peaks):  # type: ignore[no-untyped-def]
+@instruction(types.void, None, types.int64, types.int64, types.int64)
+def mirror(b: Value, like: Value, source: Value, out: Value, distance: Value) -> None:
+    """Registers i, i + distance and i + 2 distance of a row, each less two thirds of their sum, as fp32: a reflection,
+    so an orthogonal matrix. Addresses as in `mix`."""
+    vector = _Vector(b)
+    with cgutils.for_range(b, distance, intp=_I64) as loop:
+        first = _apart(b, loop.index, distance, 3)
+        v = [_read(b, vector, like, source, at) for at in first]
+        two = b.fmul(b.fadd(b.fadd(v[0], v[1]), v[2]), ir.Constant(_FLOATS, [2 / 3] * LANES))
+        for at, value in zip(first, v, strict=True):
+            _write(b, vector, b.fsub(value, two), out, at)
+
+
+@instruction(types.void, None, *[types.int64] * 6)
+def mix_group(
+    b: Value, like: Value, source: Value, source_row: Value, out: Value, out_row: Value, width: Value, peaks: Value
+) -> None:
     """out[k, j] = sum over i of H[k, i] source[i, j] for 16 rows of this width; peaks[k]: the bits of the largest
-    |out[k]|, those of a NaN if one is among them. Addresses as in `_row_mixing`; numbers from a row to the next. `out`
-    may be `source`."""
-    bf16 = like.dtype == types.uint16
+    |out[k]|, those of a NaN if one is among them. Addresses as in `mix`; numbers from a row to the next. `out` may be
+    `source`."""
+    most = [cgutils.alloca_once_value(b, ir.Constant(_WORDS, None)) for _ in range(MOST)]
+    for one in most:
+        b.store(ir.Constant(_WORDS, None), one)
 
-    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        _, source, source_row, out, out_row, width, peaks = args
-        b, most = builder, [cgutils.alloca_once_value(builder, ir.Constant(_WORDS, None)) for _ in range(MOST)]
-        for one in most:
-            b.store(ir.Constant(_WORDS, None), one)
+    def body(vector: _Vector, first: Value) -> None:
+        v = [_read(b, vector, like, source, b.add(b.mul(source_row, _I64(k)), first)) for k in range(MOST)]
+        for k, value in enumerate(_butterflies(b, v)):
+            _write(b, vector, value, out, b.add(b.mul(out_row, _I64(k)), first))
+            _larger(b, most[k], value)
 
-        def at(base: Value, row: Value, k: int, first: Value, size: int) -> Value:
-            return b.add(base, b.mul(b.add(b.mul(row, _I64(k)), first), _I64(size)))
-
-        def body(vector: _Vector, first: Value) -> None:
-            v = [vector.floats(at(source, source_row, k, first, 2 if bf16 else 4), bf16=bf16) for k in range(MOST)]
-            for k, value in enumerate(_butterflies(b, v)):
-                vector.store(value, at(out, out_row, k, first, 4))
-                _larger(b, most[k], value)
-
-        _over(b, width, body)
-        for k in range(MOST):
-            b.store(_largest(b, most[k]), b.inttoptr(b.add(peaks, _I64(4 * k)), _I32.as_pointer()))
-        return context.get_dummy_value()
-
-    n = types.int64
-    return types.void(like, n, n, n, n, n, n), build
+    _over(b, width, body)
+    for k in range(MOST):
+        b.store(_largest(b, most[k]), b.inttoptr(b.add(peaks, _I64(4 * k)), _I32.as_pointer()))
 
 
-@intrinsic
-def to_bytes(typing_context, source, factor, out, width):  # type: ignore[no-untyped-def]
+@instruction(types.void, types.int64, types.float32, types.int64, types.int64)
+def to_bytes(b: Value, source: Value, factor: Value, out: Value, width: Value) -> None:
     """out[j] = round(source[j] x factor) as int8, for products of at most 127; fp32 at an address -> bytes at one."""
+    times, magic = broadcast(b, factor, LANES), ir.Constant(_FLOATS, [_MAGIC] * LANES)
 
-    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        source, factor, out, width = args
-        times, magic = broadcast(builder, factor, LANES), ir.Constant(_FLOATS, [_MAGIC] * LANES)
+    def body(vector: _Vector, first: Value) -> None:
+        value = vector.load(b.add(source, b.mul(first, _I64(4))), _FLOATS)
+        bits = b.bitcast(call(b, _FMA, _FLOATS, value, times, magic), _WORDS)
+        vector.store(b.trunc(bits, ir.VectorType(_I8, LANES)), b.add(out, first))
 
-        def body(vector: _Vector, first: Value) -> None:
-            value = vector.load(builder.add(source, builder.mul(first, _I64(4))), _FLOATS)
-            bits = builder.bitcast(call(builder, _FMA, _FLOATS, value, times, magic), _WORDS)
-            vector.store(builder.trunc(bits, ir.VectorType(_I8, LANES)), builder.add(out, first))
-
-        _over(builder, width, body)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.float32, types.int64, types.int64), build
+    _over(b, width, body)
 
 
 @inlined

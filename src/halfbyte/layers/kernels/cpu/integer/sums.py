@@ -14,14 +14,13 @@ import torch
 from llvmlite import ir
 from numba import carray, types
 from numba.core import cgutils
-from numba.extending import intrinsic
 from torch import Tensor
 
 from halfbyte.layers.kernels.cpu import gate, tiles
 from halfbyte.layers.kernels.cpu.integer.rounding import LANES
 from halfbyte.layers.kernels.cpu.lora.common import mask_of
 from halfbyte.layers.kernels.cpu.parallel import array, each_block, kernel, run
-from halfbyte.layers.kernels.cpu.scalar import Value, broadcast, call, hash_u32, hash_words, inlined
+from halfbyte.layers.kernels.cpu.scalar import Value, broadcast, call, hash_u32, hash_words, inlined, instruction
 from halfbyte.layers.kernels.cpu.tiles import COLUMNS, ROWS, BFloat, rows_into, tile
 from halfbyte.layers.kernels.dropout import LoraPart
 
@@ -46,55 +45,54 @@ def _two(b: Value, at: Value, kind: Value) -> list[Value]:
     return [b.load(place, align=4) for place in places]
 
 
-@intrinsic
-def _finish(typing_context, product, scale, low, start, seed, sums, row, columns, y, count):  # type: ignore[no-untyped-def]
+@instruction(
+    types.void, types.int64, types.float32, *[types.uint32] * 3, types.int64, types.float32, *[types.int64] * 3
+)
+def _finish(
+    b: Value, product: Value, scale: Value, low: Value, start: Value, seed: Value, sums: Value, row: Value,
+    columns: Value, y: Value, count: Value,
+) -> None:  # fmt: skip
     """y = drop(bf16(product x scale)) + sums x row x columns as bf16, for `count` columns, whole tiles of them.
 
     Args: addresses of fp32, int32, fp32 (0 for none) and bf16; low: 0 for no mask; start: number of the first word of
         a mask of this seed.
     """
 
-    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        product, scale, low, start, seed, sums, row, columns, y, count = args
-        b, bits = builder, ir.VectorType(_I16, COLUMNS)
-        by, steps, words_seed = (broadcast(b, each, LANES) for each in (scale, row, seed))
-        least, lanes = broadcast(b, b.trunc(low, _I16), COLUMNS), ir.Constant(_WORDS, list(range(LANES)))
+    bits = ir.VectorType(_I16, COLUMNS)
+    by, steps, words_seed = (broadcast(b, each, LANES) for each in (scale, row, seed))
+    least, lanes = broadcast(b, b.trunc(low, _I16), COLUMNS), ir.Constant(_WORDS, list(range(LANES)))
 
-        def packed(two: list[Value]) -> Value:  # to nearest even, in one instruction; below 2^-126 it gives 0
-            return b.bitcast(call(b, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", _PAIRS, two[1], two[0]), bits)
+    def packed(two: list[Value]) -> Value:  # to nearest even, in one instruction; below 2^-126 it gives 0
+        return b.bitcast(call(b, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", _PAIRS, two[1], two[0]), bits)
 
-        def body(first: Value, *, masked: bool, across: bool) -> None:
-            four = b.mul(first, _I64(4))
-            small = packed([b.fmul(each, by) for each in _two(b, b.add(product, four), _FLOATS)])
-            if masked:
-                word = b.add(start, b.trunc(b.lshr(first, _I64(1)), _I32))
-                drawn = hash_words(b, b.xor(b.add(broadcast(b, word, LANES), lanes), words_seed), _words)
-                keep = b.icmp_unsigned(">=", b.bitcast(drawn, bits), least)
-                small = b.select(keep, small, ir.Constant(bits, None))
-            results, times = [], _two(b, b.add(columns, four), _FLOATS) if across else None
-            for k, sum_ in enumerate(_two(b, b.add(sums, four), _WORDS)):
-                here = ir.Constant(_WORDS, list(range(LANES * k, LANES * (k + 1))))
-                upper = b.zext(b.shuffle_vector(small, ir.Constant(bits, ir.Undefined), here), _WORDS)
-                lora = b.bitcast(b.shl(upper, _words(16)), _FLOATS)
-                step = b.fmul(steps, times[k]) if times else steps
-                results.append(call(b, "llvm.fma.v16f32", _FLOATS, b.sitofp(sum_, _FLOATS), step, lora))
-            b.store(packed(results), b.inttoptr(b.add(y, b.mul(first, _I64(2))), bits.as_pointer()), align=2)
+    def body(first: Value, *, masked: bool, across: bool) -> None:
+        four = b.mul(first, _I64(4))
+        small = packed([b.fmul(each, by) for each in _two(b, b.add(product, four), _FLOATS)])
+        if masked:
+            word = b.add(start, b.trunc(b.lshr(first, _I64(1)), _I32))
+            drawn = hash_words(b, b.xor(b.add(broadcast(b, word, LANES), lanes), words_seed), _words)
+            keep = b.icmp_unsigned(">=", b.bitcast(drawn, bits), least)
+            small = b.select(keep, small, ir.Constant(bits, None))
+        results, times = [], _two(b, b.add(columns, four), _FLOATS) if across else None
+        for k, sum_ in enumerate(_two(b, b.add(sums, four), _WORDS)):
+            here = ir.Constant(_WORDS, list(range(LANES * k, LANES * (k + 1))))
+            upper = b.zext(b.shuffle_vector(small, ir.Constant(bits, ir.Undefined), here), _WORDS)
+            lora = b.bitcast(b.shl(upper, _words(16)), _FLOATS)
+            step = b.fmul(steps, times[k]) if times else steps
+            results.append(call(b, "llvm.fma.v16f32", _FLOATS, b.sitofp(sum_, _FLOATS), step, lora))
+        b.store(packed(results), b.inttoptr(b.add(y, b.mul(first, _I64(2))), bits.as_pointer()), align=2)
 
-        def loop(*, masked: bool, across: bool) -> None:
-            with cgutils.for_range(b, b.lshr(count, _I64(5)), intp=_I64) as each:
-                body(b.mul(each.index, _I64(COLUMNS)), masked=masked, across=across)
+    def loop(*, masked: bool, across: bool) -> None:
+        with cgutils.for_range(b, b.lshr(count, _I64(5)), intp=_I64) as each:
+            body(b.mul(each.index, _I64(COLUMNS)), masked=masked, across=across)
 
-        with b.if_else(b.icmp_signed("!=", low, _I32(0))) as (dropped, whole):
-            for branch, masked in ((dropped, True), (whole, False)):
-                with branch, b.if_else(b.icmp_signed("!=", columns, _I64(0))) as (scaled, even):
-                    with scaled:
-                        loop(masked=masked, across=True)
-                    with even:
-                        loop(masked=masked, across=False)
-        return context.get_dummy_value()
-
-    n, w = types.int64, types.uint32
-    return types.void(n, types.float32, w, w, w, n, types.float32, n, n, n), build
+    with b.if_else(b.icmp_signed("!=", low, _I32(0))) as (dropped, whole):
+        for branch, masked in ((dropped, True), (whole, False)):
+            with branch, b.if_else(b.icmp_signed("!=", columns, _I64(0))) as (scaled, even):
+                with scaled:
+                    loop(masked=masked, across=True)
+                with even:
+                    loop(masked=masked, across=False)
 
 
 @inlined

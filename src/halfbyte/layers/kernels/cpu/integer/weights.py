@@ -14,27 +14,17 @@ import torch
 from llvmlite import ir
 from numba import carray, types
 from numba.core import cgutils
-from numba.extending import intrinsic
 from torch import Tensor
 
 from halfbyte.layers.kernels.cpu import tiles
 from halfbyte.layers.kernels.cpu.integer import rounding
-from halfbyte.layers.kernels.cpu.integer.rounding import (
-    LANES,
-    MOST,
-    Int8Matrix,
-    mirror,
-    mirrors_thirds,
-    mix,
-    mix_group,
-    padded_width,
-    registers_mixed,
-    round_group,
-    round_row,
-    row_in_cache,
-)
+
+from halfbyte.layers.kernels.cpu.integer.rounding import (  # isort: skip
+    LANES, MOST, Int8Matrix, mirror, mirrors_thirds, mix, mix_group, padded_width, registers_mixed, round_group,
+    round_row, row_in_cache,
+)  # fmt: skip
 from halfbyte.layers.kernels.cpu.parallel import array, block_rows, each_block, kernel, run
-from halfbyte.layers.kernels.cpu.scalar import Value, broadcast, call, inlined
+from halfbyte.layers.kernels.cpu.scalar import Value, broadcast, call, inlined, instruction
 from halfbyte.quant import dequantise
 from halfbyte.quant.number_format import Codes, Nested
 
@@ -60,66 +50,54 @@ def _to_bf16(b: Value, value: Value) -> Value:
     return b.bitcast(b.select(b.fcmp_unordered("uno", value, value), bits, up), _FLOATS)
 
 
-@intrinsic
-def _decode(typing_context, codes, scales, table, out, blocks, registers, bf16):  # type: ignore[no-untyped-def]
+@instruction(types.void, *[types.int64] * 7)
+def _decode(
+    b: Value, codes: Value, scales: Value, table: Value, out: Value, blocks: Value, registers: Value, bf16: Value
+) -> None:
     """`blocks` blocks of `registers` x 16 codes -> fp32 at `out`. Addresses: of bytes, of fp32 scales, of the 16 fp32
     values of the codes; bf16: whether a value times its scale is rounded to bf16."""
-
-    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        codes, scales, table, out, blocks, registers, bf16 = args
-        b = builder
-        values = b.load(b.inttoptr(table, _FLOATS.as_pointer()), align=4)
-        size = b.mul(registers, _I64(LANES))
-        with cgutils.for_range(b, blocks, intp=_I64) as block:
-            scale = b.load(b.inttoptr(b.add(scales, b.mul(block.index, _I64(4))), _F32.as_pointer()))
-            exact = b.fmul(values, broadcast(b, scale, LANES))
-            scaled = b.select(b.icmp_signed("!=", bf16, _I64(0)), _to_bf16(b, exact), exact)
-            first = b.mul(block.index, size)
-            with cgutils.for_range(b, registers, intp=_I64) as register:
-                at = b.add(first, b.mul(register.index, _I64(LANES)))
-                place = b.inttoptr(b.add(codes, b.lshr(at, _I64(1))), ir.VectorType(_I8, LANES // 2).as_pointer())
-                pairs = b.zext(b.load(place, align=1), _EIGHT)  # a byte in each: its upper half is the earlier code
-                halves = [ir.Constant(_EIGHT, [n] * (LANES // 2)) for n in (4, 32)]
-                which = b.bitcast(b.or_(b.lshr(pairs, halves[0]), b.shl(pairs, halves[1])), _WORDS)
-                numbers = call(b, "llvm.x86.avx512.permvar.sf.512", _FLOATS, scaled, which)  # looks at 4 bits of each
-                b.store(numbers, b.inttoptr(b.add(out, b.mul(at, _I64(4))), _FLOATS.as_pointer()), align=4)
-        return context.get_dummy_value()
-
-    n = types.int64
-    return types.void(n, n, n, n, n, n, n), build
+    values = b.load(b.inttoptr(table, _FLOATS.as_pointer()), align=4)
+    size = b.mul(registers, _I64(LANES))
+    with cgutils.for_range(b, blocks, intp=_I64) as block:
+        scale = b.load(b.inttoptr(b.add(scales, b.mul(block.index, _I64(4))), _F32.as_pointer()))
+        exact = b.fmul(values, broadcast(b, scale, LANES))
+        scaled = b.select(b.icmp_signed("!=", bf16, _I64(0)), _to_bf16(b, exact), exact)
+        first = b.mul(block.index, size)
+        with cgutils.for_range(b, registers, intp=_I64) as register:
+            at = b.add(first, b.mul(register.index, _I64(LANES)))
+            place = b.inttoptr(b.add(codes, b.lshr(at, _I64(1))), ir.VectorType(_I8, LANES // 2).as_pointer())
+            pairs = b.zext(b.load(place, align=1), _EIGHT)  # a byte in each: its upper half is the earlier code
+            halves = [ir.Constant(_EIGHT, [n] * (LANES // 2)) for n in (4, 32)]
+            which = b.bitcast(b.or_(b.lshr(pairs, halves[0]), b.shl(pairs, halves[1])), _WORDS)
+            numbers = call(b, "llvm.x86.avx512.permvar.sf.512", _FLOATS, scaled, which)  # looks at 4 bits of each
+            b.store(numbers, b.inttoptr(b.add(out, b.mul(at, _I64(4))), _FLOATS.as_pointer()), align=4)
 
 
-@intrinsic
-def _scales(typing_context, scales, nested, first, count, out):  # type: ignore[no-untyped-def]
+@instruction(
+    types.void, types.int64, types.Tuple((*[types.int64] * 3, types.float32)), types.int64, types.int64, types.int64
+)
+def _scales(b: Value, scales: Value, nested: Value, first: Value, count: Value, out: Value) -> None:
     """`count` scales from number `first` on, as fp32 at `out`; a product and a sum, each rounded.
 
     Args: scales: address of fp32, or of bytes where they are nested. nested: addresses of the 256 values (0 where they
         are not nested) and of fp32 scales of so many bytes, and an offset.
     """
+    values, outer, size, offset = cgutils.unpack_tuple(b, nested)
 
-    def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        scales, nested, first, count, out = args
-        values, outer, size, offset = cgutils.unpack_tuple(builder, nested)
-        b = builder
+    def read(base: Value, number: Value, kind: Value, size: int) -> Value:
+        return b.load(b.inttoptr(b.add(base, b.mul(number, _I64(size))), kind.as_pointer()), align=size)
 
-        def read(base: Value, number: Value, kind: Value, size: int) -> Value:
-            return b.load(b.inttoptr(b.add(base, b.mul(number, _I64(size))), kind.as_pointer()), align=size)
-
-        with cgutils.for_range(b, count, intp=_I64) as loop:
-            number, place = b.add(first, loop.index), b.add(out, b.mul(loop.index, _I64(4)))
-            to = b.inttoptr(place, _F32.as_pointer())
-            with b.if_else(b.icmp_signed("!=", values, _I64(0))) as (inner, plain):
-                with inner:
-                    value = read(values, b.zext(read(scales, number, _I8, 1), _I64), _F32, 4)
-                    product = b.fmul(value, read(outer, b.udiv(number, size), _F32, 4))
-                    # fenced, or both would be one operation, with other last bits
-                    b.store(b.fadd(call(b, "llvm.arithmetic.fence.f32", _F32, product), offset), to)
-                with plain:
-                    b.store(read(scales, number, _F32, 4), to)
-        return context.get_dummy_value()
-
-    n = types.int64
-    return types.void(n, types.Tuple((n, n, n, types.float32)), n, n, n), build
+    with cgutils.for_range(b, count, intp=_I64) as loop:
+        number, place = b.add(first, loop.index), b.add(out, b.mul(loop.index, _I64(4)))
+        to = b.inttoptr(place, _F32.as_pointer())
+        with b.if_else(b.icmp_signed("!=", values, _I64(0))) as (inner, plain):
+            with inner:
+                value = read(values, b.zext(read(scales, number, _I8, 1), _I64), _F32, 4)
+                product = b.fmul(value, read(outer, b.udiv(number, size), _F32, 4))
+                # fenced, or both would be one operation, with other last bits
+                b.store(b.fadd(call(b, "llvm.arithmetic.fence.f32", _F32, product), offset), to)
+            with plain:
+                b.store(read(scales, number, _F32, 4), to)
 
 
 @inlined

@@ -20,17 +20,10 @@ from halfbyte.layers.kernels.cpu.gate import mask_words
 from halfbyte.layers.kernels.cpu.lora.common import PART, LoraProducts
 from halfbyte.layers.kernels.cpu.parallel import array, each_block, kernel
 from halfbyte.layers.kernels.cpu.scalar import hash_u32, inlined, store
-from halfbyte.layers.kernels.cpu.tiles import (
-    COLUMNS,
-    LOW_ROWS,
-    ROWS,
-    TALL_COLUMNS,
-    TALL_ROWS,
-    low_tile,
-    rows_into,
-    tall_tile,
-    tile,
-)
+
+from halfbyte.layers.kernels.cpu.tiles import (  # isort: skip
+    COLUMNS, LOW_ROWS, ROWS, TALL_COLUMNS, TALL_ROWS, low_tile, rows_into, tall_tile, tile,
+)  # fmt: skip
 
 PAIRS = 32  # pairs of rows that lie in cache at once
 _LOW = np.uint32(0xFFFF)
