@@ -6,29 +6,28 @@ state-space block), in the shortest names that hit nothing else; never heads, ro
 Source: matching is PEFT's own (`peft.tuners.tuners_utils.check_target_module_exists`): what is listed is adapted.
 PEFT can wrap any parameter (`lora.target_parameters`). Here an adapter of a parameter is computed where the experts are
 (`layers/experts`), so a name must hit stacks of experts whose layout is known; everything else is refused by name.
-Cost: a walk over module names.
+Cost: a walk over module names. torch and peft are imported inside functions.
 """
+
+from __future__ import annotations
 
 import difflib
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from transformers.pytorch_utils import Conv1D
+from typing import TYPE_CHECKING
 
 from halfbyte.errors import AdapterError
-from halfbyte.layers.experts import layout
 
 from halfbyte.models.lora_sites import (  # isort: skip
     ALL_LINEAR, AUTO, endings_of, is_aside, is_mixer_projection, leaf_of, split_at_layer,
 )  # fmt: skip
 from halfbyte.recipe.schema import Lora
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from torch import nn
 
 # Read as raw weights by the fused kernels (`outproj_weight=self.out_proj.weight`), so an adapter there would be ignored
 # without a word. Only the input of a state-space block is always called as a module.
@@ -105,6 +104,8 @@ def resolve_targets(model: nn.Module, asked: str | Sequence[str]) -> Targets:
 def matched(model: nn.Module, targets: Targets, lora: Lora | None = None) -> list[str]:
     """Full names of the modules that PEFT will adapt under the limits of `lora`, in the model's order. Raises
     AdapterError: an entry matches nothing, or something that cannot carry an adapter."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
     _refuse_unmatched(model, targets)
     asked = {key: getattr(lora, key, None) for key in _LIMITS}
     # PEFT takes lists, a recipe holds tuples
@@ -122,6 +123,10 @@ def matched(model: nn.Module, targets: Targets, lora: Lora | None = None) -> lis
 
 def _is_matmul(module: nn.Module) -> bool:
     """Whether the module is y = xW and nothing more, in any storage (plain, Conv1D, bitsandbytes)."""
+    from torch import nn
+    from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+    from transformers.pytorch_utils import Conv1D
+
     if isinstance(module, Conv1D):
         return True
     # nn.MultiheadAttention reads the weight of its out_proj and never calls it.
@@ -161,6 +166,8 @@ def _raw_in_state_space(model: nn.Module, name: str) -> bool:
 
 
 def _cannot_carry(model: nn.Module, name: str) -> str | None:
+    from torch import nn
+
     module, leaf = model.get_submodule(name), leaf_of(name)
     if not _is_matmul(module):
         kind = type(module).__name__
@@ -206,6 +213,9 @@ def _regex(chosen: set[str]) -> str:
 
 def _peft_config(model: nn.Module, targets: Targets, **limits: object) -> LoraConfig:
     """The LoraConfig as PEFT will see it, after its renames for fused experts."""
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
     if isinstance(targets.names, str) and limits.get("layers_to_transform") is not None:
         raise AdapterError(
             f"lora.layers_to_transform needs target_modules as a list; here they are one regex: {targets.names}",
@@ -287,6 +297,8 @@ def _show(targets: Targets) -> str:
 def matched_stacks(model: nn.Module, asked: Sequence[str]) -> list[str]:
     """Full names of the stacks that PEFT will adapt, in the model's order. Raises AdapterError: a name hits nothing, or
     something other than a stack of experts, or experts of a layout that is not known here."""
+    from halfbyte.layers.experts import layout
+
     if not asked:
         return []
     outside = layout.outside_interface(model)
@@ -318,6 +330,8 @@ def matched_stacks(model: nn.Module, asked: Sequence[str]) -> list[str]:
 
 def stacks_of(model: nn.Module) -> list[str]:
     """Full names of all stacks of experts of a known layout."""
+    from halfbyte.layers.experts import layout
+
     return [f"{name}.{stack}" for name, module in layout.experts_of(model) for stack in layout.stacks_of(module)]
 
 

@@ -320,8 +320,8 @@ class ExpertReader:
         self._handles = []
         self.stacks: list[ExpertStack] = []
         for _, module in experts_of(model):
-            held = [getattr(module, name) for name in stacks_of(module)]
-            mapped = [s for s in held if isinstance(s, ExpertStack) and maps.holds(s.data.data_ptr(), s.data.nbytes)]
+            every = [getattr(module, name) for name in stacks_of(module)]
+            mapped = [s for s in every if isinstance(s, ExpertStack) and maps.holds(s.data.data_ptr(), s.data.nbytes)]
             if mapped:
                 self.stacks += mapped
                 self._handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))

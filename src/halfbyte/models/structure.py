@@ -1,19 +1,23 @@
-"""The parts of a causal LM that others ask for, found in any architecture."""
+"""The parts of a causal LM that others ask for, found in any architecture; torch is imported inside functions."""
+
+from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-
-import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM
+from typing import TYPE_CHECKING
 
 from halfbyte.errors import BaseModelError, SourceError
 from halfbyte.types import Config, Model
 
+if TYPE_CHECKING:
+    from torch import nn
+
 
 def meta_model(config: Config, *, trust_remote_code: bool = False) -> Model:
     """The model of a transformers config on the meta device: shapes without weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -24,6 +28,8 @@ def meta_model(config: Config, *, trust_remote_code: bool = False) -> Model:
 
 def causal_lm(model: Model) -> Model:
     """The transformers model inside DDP and PEFT wrappers."""
+    from torch.nn.parallel import DistributedDataParallel
+
     if isinstance(model, DistributedDataParallel):
         model = model.module
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -59,6 +65,8 @@ def layer_list(model: nn.Module) -> tuple[nn.Module, str]:
 
 
 def _layer_lists(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    from torch import nn
+
     return [
         (module, name)
         for module in model.modules()
@@ -94,6 +102,8 @@ def shallow(model: Model) -> Iterator[int]:
     that a proof sets reach these layers alone. Afterwards the model has all its layers again. Yields how many there are
     meanwhile; 0 for a model without a list of layers, which stays as it is.
     """
+    from torch import nn
+
     if not _layer_lists(model):
         yield 0
         return

@@ -42,8 +42,9 @@ class Metric:
 
 
 def of(settings: Eval, names: Sequence[str], expected: Sequence[str]) -> list[Metric]:
-    """Metrics by their names, for rows with these expected answers; `choice`, which needs a model, is only checked. Raises
-    DataError: a metric that has nothing to compare with in any of the rows. RecipeError: its setting is missing."""
+    """Metrics by their names, for rows with these expected answers; `choice`, which needs a model, is only checked.
+    Raises DataError: a metric that has nothing to compare with in any of the rows. RecipeError: its setting is
+    missing."""
     if names and not expected:
         raise DataError(
             f"no row asks for an answer (they are plain text), so there is no {names[0]}.",

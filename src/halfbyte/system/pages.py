@@ -9,6 +9,8 @@ MADV_HUGEPAGE has private memory in pages of 2 MB.
 Cost: measured, per GB: looking up 2.5 ms, letting go 0.6 ms, bringing back from the page cache 5 ms. Linux only.
 """
 
+from __future__ import annotations
+
 import ctypes
 import math
 import mmap
@@ -18,12 +20,13 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, dtype
+
+if TYPE_CHECKING:
+    from torch import Tensor, dtype
 
 PAGE = mmap.PAGESIZE
 _PAGEMAP = "/proc/self/pagemap"
@@ -108,15 +111,21 @@ class Arena:
 
     def empty(self, shape: Sequence[int], dtype: dtype) -> Tensor:
         """A tensor in this arena, without values; elsewhere in memory where it does not fit."""
+        import torch
+
         place = self._place(shape, dtype)
         return torch.empty(shape, dtype=dtype) if place is None else place
 
     def zeros(self, shape: Sequence[int], dtype: dtype) -> Tensor:
         """The same of zeros. In the arena they take memory only as they are written to."""
+        import torch
+
         place = self._place(shape, dtype)  # new pages are zero
         return torch.zeros(shape, dtype=dtype) if place is None else place
 
     def _place(self, shape: Sequence[int], dtype: dtype) -> Tensor | None:
+        import torch
+
         size = math.prod(shape) * dtype.itemsize
         if self._memory is None or not 0 < size <= len(self._memory) - self._used:
             return None

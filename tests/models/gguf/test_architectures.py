@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GgufConfig
@@ -353,6 +354,6 @@ def test_a_gguf_package_that_is_older_than_the_architecture_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = llama(tmp_path)
-    monkeypatch.setattr(layouts, "MODEL_ARCH_NAMES", {})
+    monkeypatch.setattr(gguf, "MODEL_ARCH_NAMES", {})
     with pytest.raises(GgufError, match="the installed gguf package does not know 'llama': pip install -U gguf"):
         layouts.parameter_sources(read_header(file), "llama", {}, "model", 2)

@@ -79,8 +79,8 @@ def survey(root: nn.Module, settings: ModuleSettings) -> Survey:
         shared.setdefault(id(tensor), []).append(name)
     fp32, heads = _fp32(modules, state, shared, settings), _heads(root, modules)
     plan = root._get_dtype_plan(settings.rest) if callable(getattr(root, "_get_dtype_plan", None)) else {}
-    kept = [getattr(root, f"_keep_in_fp32_modules{strict}", None) or () for strict in ("", "_strict")]  # by its class
-    stay = (*(settings.skip or ()), *settings.fp32, *kept[0], *kept[1])
+    by_class = [getattr(root, f"_keep_in_fp32_modules{strict}", None) or () for strict in ("", "_strict")]
+    stay = (*(settings.skip or ()), *settings.fp32, *by_class[0], *by_class[1])
     stacks, routers = _stacks(root, settings), set(experts.routers(root))
     tensors, unasked = [], []
     for names in shared.values():

@@ -10,8 +10,6 @@ import dataclasses
 from collections.abc import Callable
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from halfbyte.errors import first_line
 from halfbyte.models.gguf.header import GgufHeader
@@ -93,6 +91,9 @@ def _check_numbers(file: GgufReader) -> None:
 
 
 def _config_of(file: GgufReader) -> Config:
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
     stated = ARCHITECTURES[file.header.architecture](file)
     kind = stated.pop("model_type")
     names = {field.name for field in dataclasses.fields(CONFIG_MAPPING[kind])} | set(CONFIG_MAPPING[kind].attribute_map)

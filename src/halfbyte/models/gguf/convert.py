@@ -12,10 +12,6 @@ import os
 import sys
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM
-from transformers.core_model_loading import revert_weight_conversion
-
 from halfbyte.models.gguf.architectures import config_of
 from halfbyte.models.gguf.header import GgufHeader, read_header
 from halfbyte.models.gguf.layouts import ParameterSource, parameter_sources
@@ -56,6 +52,9 @@ def convert(source: Path, target: Path) -> None:
 
 
 def _empty(config: Config) -> Model:
+    import torch
+    from transformers import AutoModelForCausalLM
+
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -65,6 +64,8 @@ def _empty(config: Config) -> Model:
 
 def _shapes(model: Model) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter of a checkpoint of this model, by the checkpoint's own names."""
+    from transformers.core_model_loading import revert_weight_conversion
+
     untied = {name: value for name, value in model.state_dict().items() if name not in model.all_tied_weights_keys}
     return {name: tuple(value.shape) for name, value in revert_weight_conversion(model, untied).items()}
 
@@ -74,6 +75,8 @@ def _write(
 ) -> None:
     """One safetensors file, its tensors one after the other and each in pieces. What a file has in float32 stays so
     where bf16 would change a value; the rest becomes bf16."""
+    import torch
+
     torch.set_num_threads(1)  # pieces are small: threads would wait for each other, long on a busy machine
     entries: Document = {"__metadata__": {"format": "pt"}}
     file, end = GgufReader(header), 0
@@ -100,6 +103,8 @@ def _write(
 
 def _fits_bf16(parameter: ParameterSource, file: GgufReader) -> bool:
     """Whether a parameter is written in bf16: it was rounded further already, or nothing of it is lost."""
+    import torch
+
     if file.tensors[parameter.name].type != "F32":
         return True
     pieces = map(torch.from_numpy, parameter.pieces(file))

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
 from halfbyte.models.gguf.header import GgufHeader
 from halfbyte.models.gguf.reader import PLAIN, FileNumbers, GgufError, GgufReader, Order, Transform
@@ -46,6 +45,8 @@ def parameter_sources(
     """Where each parameter of a checkpoint comes from, given the shapes that transformers' class has for it. `prefix`:
     the class's base_model_prefix, which the name map has only for some. `layers`: of the model; what the file holds for
     further ones (prediction of several tokens) is left out. Raises GgufError: anything that does not match."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
     file = GgufReader(header)
     kinds = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}
     if header.architecture not in kinds:

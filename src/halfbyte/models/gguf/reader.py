@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from gguf.constants import GGMLQuantizationType
-from gguf.quants import dequantize
 
 from halfbyte.models.gguf.header import GgufHeader, GgufTensor
 
@@ -160,6 +158,9 @@ def _short(value: float) -> float:
 
 
 def _dequantised(rows: np.ndarray, kind: str) -> np.ndarray:
+    from gguf.constants import GGMLQuantizationType
+    from gguf.quants import dequantize
+
     # A block's scale may be any float16; whoever reads the values looks for what is not finite.
     with np.errstate(all="ignore"):
         values: np.ndarray = dequantize(rows, GGMLQuantizationType[kind])

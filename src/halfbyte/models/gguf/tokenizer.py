@@ -5,18 +5,18 @@ transformers builds it from the file's vocabulary, but cuts text by GPT-2's rule
 are llama.cpp's (src/llama-vocab.cpp); a file with another one is refused.
 """
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
-
-from tokenizers import Regex, pre_tokenizers
-from tokenizers import Tokenizer as Backend
-from tokenizers.pre_tokenizers import PreTokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+from typing import TYPE_CHECKING
 
 from halfbyte.models.gguf.header import GgufHeader
 from halfbyte.models.gguf.reader import GgufError
 from halfbyte.types import Config, Tokenizer
+
+if TYPE_CHECKING:
+    from tokenizers.pre_tokenizers import PreTokenizer
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -52,6 +52,9 @@ PROBE = "Hello  world, it's 12345 + 6.  7\n\n\tdef f(x):\n    return x  # é 日
 def tokenizer_of(folder: str, name: str, header: GgufHeader, config: Config) -> Tokenizer:
     """The tokenizer of the file `name`, alone in `folder`: transformers prefers a tokenizer.json that lies beside it.
     Raises GgufError: it is of a kind, or cuts text by a rule, that is not known."""
+    from transformers import PreTrainedTokenizerFast
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
     kind, rule = header.metadata.get("tokenizer.ggml.model"), header.metadata.get("tokenizer.ggml.pre", "default")
     if kind == "gpt2" and rule not in {*SPLITS, *GGUF_PRE_TOKENIZER_SPLITS, "default"}:
         raise GgufError(f"its tokenizer cuts text by the rule {rule!r} (tokenizer.ggml.pre), which is not known")
@@ -73,6 +76,9 @@ def tokenizer_of(folder: str, name: str, header: GgufHeader, config: Config) -> 
 
 def cutting(rule: str) -> PreTokenizer:
     """What cuts a text by a rule of `SPLITS` or of transformers' own table."""
+    from tokenizers import Regex, pre_tokenizers
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
     splits = SPLITS.get(rule) or (GGUF_PRE_TOKENIZER_SPLITS[rule],)
     cuts = [
         pre_tokenizers.Split(Regex(cut), behavior="isolated")
@@ -88,6 +94,9 @@ def cutting(rule: str) -> PreTokenizer:
 
 def _mended(tokenizer: Tokenizer, header: GgufHeader, rule: str) -> Tokenizer:
     """Without the tokens that transformers' class adds to the file's: no row of the embedding is theirs."""
+    from tokenizers import Tokenizer as Backend
+    from transformers import PreTrainedTokenizerFast
+
     count = header.metadata["tokenizer.ggml.tokens"]
     if len(tokenizer) <= count and rule not in WHOLE_WORDS:
         return tokenizer
@@ -103,6 +112,8 @@ def _mended(tokenizer: Tokenizer, header: GgufHeader, rule: str) -> Tokenizer:
 
 def check_tokenizer(target: Path, tokenizer: Tokenizer, header: GgufHeader) -> None:
     """What was written must read back as what the file says."""
+    from transformers import AutoTokenizer
+
     again = AutoTokenizer.from_pretrained(str(target))
     for token, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         stated = header.metadata.get(f"tokenizer.ggml.{key}_token_id")
