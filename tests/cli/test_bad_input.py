@@ -350,7 +350,7 @@ CASES = [
         train("data.train=trian.jsonl"),
         "error: trian.jsonl: no such file.\n  fix: did you mean train.jsonl?",
     ),
-    Case("data is a folder", train("data.train=model"), "error: model is a folder; a .jsonl file is needed."),
+    Case("data is a folder", train("data.train=model"), "error: model is a folder; it holds "),
     Case(
         "empty data",
         train(DATA),

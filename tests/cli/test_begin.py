@@ -14,6 +14,7 @@ from prompt_toolkit.output import DummyOutput
 
 from halfbyte.cli import begin, show
 from halfbyte.plan import estimate
+from halfbyte.recipe.data import DataEntry, Fields
 from halfbyte.recipe.file import load_recipe
 from tests import in_process, tiny_run
 from tests.in_process import Cli
@@ -49,7 +50,10 @@ def test_the_columns_and_the_held_out_rows_are_found(halfbyte: Cli) -> None:
     rows(Path("data/my test.jsonl"), "question", "answer", n=3, words=2)
     ended = halfbyte("init", "--model", "model", "--data", "data/my train.jsonl")
     assert ended.code == 0, ended
-    assert "the column question asks, answer answers" in ended.out and "data/my test.jsonl is held out" in ended.out
+    assert (
+        "data/my train.jsonl: the column question asks, answer answers" in ended.out
+        and "data/my test.jsonl is held out" in ended.out
+    )
     recipe = load_recipe(Path("recipe.yaml")).recipe
     assert (recipe.data.fields.prompt, recipe.data.fields.completion) == ("question", "answer")
     assert (recipe.data.eval, recipe.output) == ("data/my test.jsonl", "runs/my train")
@@ -132,6 +136,37 @@ def test_three_questions_are_asked_until_their_answers_can_be(halfbyte: Cli, mon
     recipe = load_recipe(Path("recipe.yaml")).recipe
     assert (recipe.model, recipe.data.train, recipe.data.fields.prompt) == ("model", "some train.jsonl", "question")
     passes(halfbyte)
+
+
+def test_files_that_differ_are_read_each_in_its_own_way(halfbyte: Cli) -> None:
+    rows(Path("a.jsonl"), "prompt", "completion")
+    rows(Path("b.jsonl"), "question", "answer")
+    ended = halfbyte("init", "--model", "model", "--data", "[ab].jsonl")
+    assert ended.code == 0 and "b.jsonl: the column question asks, answer answers" in ended.out, ended
+    fields = Fields(prompt="question", completion="answer")
+    assert load_recipe(Path("recipe.yaml")).recipe.data.train == ("a.jsonl", DataEntry(path="b.jsonl", fields=fields))
+    passes(halfbyte)
+
+
+def test_a_label_beside_a_text_is_its_answer_unless_somebody_says_no(
+    halfbyte: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows(Path("train.jsonl"), "text", "label")
+    ended = halfbyte("init", "--model", "model")
+    assert "train.jsonl: the column text asks, label answers; to learn text alone: data.format: text" in ended.out
+    assert load_recipe(Path("recipe.yaml")).recipe.data.fields.completion == "label"
+    passes(halfbyte)
+    Path("recipe.yaml").unlink()
+    for said, written in (("no", "text"), ("yes", "auto")):
+        answers: Iterator[str] = iter(["train.jsonl", "perhaps", said, "here"])
+        at_a_terminal(monkeypatch)
+        monkeypatch.setattr(show, "questioner", lambda answers=answers: lambda default: next(answers))
+        ended = halfbyte("init", "--model", "model")
+        assert ended.code == 0 and "yes or no is needed, got 'perhaps'" in ended.err, ended
+        assert "is text to be answered with label?" in " ".join(ended.out.split())
+        assert load_recipe(Path("recipe.yaml")).recipe.data.format == written
+        passes(halfbyte)
+        Path("recipe.yaml").unlink()
 
 
 @pytest.mark.parametrize(("typed", "taken"), [("mine.jsonl\r", "mine.jsonl"), ("\r", "")])

@@ -15,6 +15,7 @@ from halfbyte.layers import packing
 from halfbyte.layers.decoding.llama import Decoder
 from halfbyte.layers.decoding.tape import isa
 from halfbyte.recipe.evaluation import Eval
+from halfbyte.scoring import metrics
 from halfbyte.writing.places import CachePlaces, FastPathUnavailable
 from halfbyte.writing.prefill import Prefilled, TapeReader
 from halfbyte.writing.text import Text
@@ -241,11 +242,11 @@ def test_a_choice_is_the_most_likely_answer(name: str) -> None:
 
 
 def test_choices_that_cannot_be_are_told() -> None:
-    assert choices.check(Eval(), ["yes", "no", "yes", "no"]) == ("yes", "no")
+    assert metrics.choices(Eval(), ["yes", "no", "yes", "no"]) == ("yes", "no")
     with pytest.raises(DataError, match=r"4 rows expect 4 different answers\.\n  fix: --set 'eval.choices="):
-        choices.check(Eval(), ["a", "b", "c", "d"])
+        metrics.choices(Eval(), ["a", "b", "c", "d"])
     with pytest.raises(DataError, match=r"'maybe' is not among eval.choices \(yes, no\)"):
-        choices.check(Eval(choices=("yes", "no")), ["yes", "maybe"])
+        metrics.choices(Eval(choices=("yes", "no")), ["yes", "maybe"])
     model = tiny.model("llama", vocab_size=tiny_run.VOCAB)
     row = example("red ", "cup")
     torn = Example((*row.input_ids[:-2], 7, 8), row.labels, row.where, row.prompt_ids, "cup")

@@ -16,7 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from halfbyte.errors import RecipeError
-from halfbyte.recipe.data import Data
+from halfbyte.recipe.data import Data, DataEntry
 from halfbyte.recipe.file import init_template, load_recipe, recipe_from, to_yaml
 from halfbyte.recipe.schema import Loaded, Recipe, leaves, rows
 
@@ -414,7 +414,7 @@ WHOLE_FILES: list[tuple[str | bytes, str]] = [
     (b"model: \x00", "r.yaml: not YAML: unacceptable character #x0000: special characters are not allowed."),
     ("data: {train: t}\n", "r.yaml: model is required: hub id[@revision], local folder, .gguf file, or a packaged name"),
     ("model: m\n", "r.yaml: data is required: what is trained on"),
-    ("model: m\ndata: {}\n", "r.yaml: data.train is required: the rows to train on: JSONL, JSON, CSV, Parquet or .txt; a glob, a list, or hub:org/name?split=train"),
+    ("model: m\ndata: {}\n", "r.yaml: data.train is required: the rows to train on: JSONL, JSON, CSV, Parquet, .txt or .md; a glob, hub:org/name?split=train, or a list of them and of {path, format, fields, mask, chat_template}"),
     ("model: o/n@a\nrevision: b\ndata: {train: t}\n", "r.yaml: line 1: model o/n@a and revision b: give the revision once"),
     ("model: .\nrevision: b\ndata: {train: t}\n", "r.yaml: line 2: revision is for hub ids, and model . is a path that exists"),
 ]  # fmt: skip
@@ -656,6 +656,53 @@ def test_rows_that_lie_beside_the_recipe_are_found_from_elsewhere(
     assert str(load_recipe(Path("there/r.yaml"), ["data.eval=test.jsonl"]).recipe.data.eval) == "test.jsonl"
     monkeypatch.chdir(tmp_path / "there")
     assert str(load_recipe(Path("r.yaml")).recipe.data.eval) == "test.jsonl"
+
+
+ENTRY = "{path: b.jsonl, fields: {prompt: question, completion: answer}, mask: all}"
+
+
+def test_files_that_are_read_each_in_its_own_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "there").mkdir()
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / "there" / name).touch()
+    recipe = tmp_path / "there" / "r.yaml"
+    recipe.write_text(f"model: m\ndata: {{train: [a.jsonl, {ENTRY}], eval: [{{path: a.jsonl, mask: all}}], mask: assistant}}\n"
+                      "output: run\n")  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    data = load_recipe(recipe).recipe.data
+    first, second = data.train
+    assert str(first) == str(tmp_path / "there" / "a.jsonl") and isinstance(second, DataEntry)
+    assert second.path == str(tmp_path / "there" / "b.jsonl")
+    assert (data.of(second).fields.prompt, data.of(second).mask, data.of(second).format) == ("question", "all", "auto")
+    assert data.of(None) == data and data.eval_names == (
+        DataEntry(path=str(tmp_path / "there" / "a.jsonl"), mask="all"),
+    )
+    again = tmp_path / "again.yaml"
+    again.write_text(to_yaml(load_recipe(recipe).recipe))
+    assert load_recipe(again).recipe == load_recipe(recipe).recipe and "null" not in again.read_text()
+    set_ = load_recipe(recipe, [f"data.train=[{ENTRY}]"])
+    assert set_.recipe.data.train == (DataEntry.model_validate(yaml.safe_load(ENTRY)),)
+
+
+@pytest.mark.parametrize(
+    ("entry", "wrong"),
+    [
+        (
+            "{path: b.jsonl, field: {}}",
+            "entry 2: field: is not a field; allowed: path, format, fields, mask, chat_template",
+        ),
+        ("{fields: {prompt: q}}", "entry 2: path: Field required"),
+        ("{path: b.jsonl, mask: some}", "entry 2: mask: Input should be 'completion', 'assistant' or 'all'"),
+        (
+            "3",
+            "must be the name of a file, a glob, a hub: dataset, or a list of them and of {path: FILE, fields: {...}}",
+        ),
+    ],
+)
+def test_an_entry_that_is_wrong(load: Load, entry: str, wrong: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        load(f"model: m\ndata: {{train: [a.jsonl, {entry}]}}\noutput: o\n")
+    assert f"line 2: data.train {wrong}" in str(error.value)
 
 
 def test_a_name_longer_than_a_path_may_be_is_only_a_name(load: Load) -> None:

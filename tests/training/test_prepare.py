@@ -60,6 +60,17 @@ def test_rows_that_are_left_out_are_told(tmp_path: Path) -> None:
     assert length.level == "warning", length
 
 
+def test_why_other_rows_are_held_out_than_were_asked_for(tmp_path: Path) -> None:
+    """Rows with the same tokens are on one side together."""
+    rows = write(tmp_path / "rows.jsonl", [*range(2, 18)])
+    made = prepare(tiny_run.recipe(tmp_path, data__train=rows, data__eval=4).recipe)
+    assert notices(made) == ["4 of 16 rows are held out (data.eval: 4)"]
+    rows.write_text(rows.read_text() * 2)
+    made = prepare(tiny_run.recipe(tmp_path, data__train=rows, data__eval=5).recipe)
+    why = "of rows with the same tokens all are or none, and 16 rows are another one again"
+    assert notices(made) == [f"4 of 32 rows are held out (data.eval: 5; {why})"]
+
+
 def test_what_the_gates_refuse_is_looked_at_but_not_prepared(tmp_path: Path) -> None:
     recipe = tiny_run.recipe(tmp_path).recipe
     config = tmp_path / "model" / "config.json"

@@ -88,6 +88,34 @@ def test_what_would_be_refused_is_shown_and_the_exit_code_is_2(halfbyte: Cli) ->
     assert ended.code == 2 and "refused  vocabulary" in ended.out and "row 1 (" in ended.out
 
 
+@pytest.mark.parametrize(
+    ("sets", "told"),
+    [
+        (["eval.metrics=[number]"], "not one of the 4 expected answers has a number after the mark '####'"),
+        (["eval.metrics=[json_fields]"], "not one of the 4 expected answers is a JSON object"),
+        (["eval.metrics=[choice]"], "the metric choice needs choices, and there are none: 4 rows expect 4 different"),
+        (["eval.metrics=[choice]", "eval.choices=[good, bad]"], "is not among eval.choices (good, bad)"),
+        (["train.lr_scheduler_type=polynomial", "train.lr_scheduler_kwargs={lr_end: 1}"], "cannot be made as asked"),
+    ],
+)
+def test_what_train_refuses_of_the_rows_data_check_and_a_dry_run_refuse(
+    halfbyte: Cli, sets: list[str], told: str
+) -> None:
+    words = [word for text in ["data.eval=4", *sets] for word in ("--set", text)]
+    for command in (("data", "check"), ("train", "--dry-run"), ("train",)):
+        ended = halfbyte(*command, "recipe.yaml", *words)
+        assert ended.code == 2 and told in " ".join((ended.out + ended.err).split()), ended
+    assert not Path(load_recipe(Path("recipe.yaml")).recipe.output).exists()
+
+
+def test_what_the_rows_have_passes(halfbyte: Cli) -> None:
+    asked = ("--set", "eval.metrics=[exact_match, normalized_match]")
+    ended = halfbyte("data", "check", "recipe.yaml", "--set", "data.eval=4", *asked)
+    assert "ok       metrics        4 held-out rows have what exact_match, normalized_match compares" in ended.out
+    ended = halfbyte("data", "check", "recipe.yaml", "--set", "data.eval=none", *asked)
+    assert ended.code == 0 and "warning  metrics        eval.metrics asks for exact_match, " in ended.out
+
+
 def test_rows_that_are_too_long_hide_nothing(halfbyte: Cli) -> None:
     """The whole table, the histogram with the long rows in it, and rows to look at, beside what is refused."""
     long = json.dumps({"prompt": "red " * 100, "completion": "cup"})

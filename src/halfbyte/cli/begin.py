@@ -17,11 +17,9 @@ import yaml
 
 from halfbyte.cli import show
 from halfbyte.errors import DataError, HalfbyteError, RecipeError, typed
+from halfbyte.types import Document
 
 MODEL, ROWS = "smollm2-135m", "train.jsonl"
-# Common names of the column that asks and of the one that answers.
-ASKING = ("question", "query", "input", "instruction", "prompt", "problem", "source")
-ANSWERING = ("answer", "response", "output", "completion", "solution", "target", "label")
 HELD_OUT = ("test", "eval", "valid", "validation", "dev")
 MOST_FIXES = 3
 COUNTED_WRONG = 1.3  # an estimate of tokens by characters, and a chat template, may be so many times too low
@@ -97,7 +95,7 @@ def asked(model: str | None, data: str | None, machine: str | None) -> Draft:
 
     def rows_are(answer: str) -> None:
         draft.data, draft.values, draft.remarks = answer, {}, []
-        look_at_rows(draft)
+        look_at_rows(draft, _agrees)
 
     here = sorted(str(p) for pattern in ("*.jsonl", "*.csv", "*.parquet") for p in Path().glob(pattern))
     rows = next((name for name in here if "train" in name), here[0] if here else ROWS)
@@ -132,6 +130,18 @@ def _ask(question: str, default: str, take: Callable[[str], None], answer: str |
             raise KeyboardInterrupt from None
 
 
+def _agrees(question: str) -> bool:
+    answers: list[str] = []
+
+    def take(answer: str) -> None:
+        if answer.lower() not in ("y", "yes", "n", "no"):
+            raise RecipeError(f"yes or no is needed, got {answer!r}.")
+        answers.append(answer.lower())
+
+    _ask(question, "yes", take, None)
+    return answers[-1].startswith("y")
+
+
 def look_at_model(model: str) -> None:
     """A HalfbyteError where a run would not find the model, or its shape is not known."""
     from halfbyte.models import describe
@@ -144,22 +154,17 @@ def look_at_model(model: str) -> None:
     describe.describe(recipe.model, recipe.revision)
 
 
-def look_at_rows(draft: Draft) -> None:
-    """Which columns are read, and the held-out rows beside them. A DataError where the rows cannot be read."""
-    from halfbyte.data.reading import read
-    from halfbyte.recipe.file import recipe_from
+def look_at_rows(draft: Draft, ask: Callable[[str], bool] | None = None) -> None:
+    """Which columns are read, of each file, and the held-out rows beside them. A DataError where the rows cannot be
+    read. `ask`: a question to answer with yes or no; None: nobody is there."""
+    from halfbyte.data.reading import files
 
     names = draft.data
-    try:
-        read.look(names, recipe_from(draft.model, names).recipe.data)
-    except DataError:
-        here = read.columns(names)
-        asking, answering = (next((n for n in known if n in here), None) for known in (ASKING, ANSWERING))
-        if asking is None or answering is None:
-            raise
-        draft.values["data.fields"] = {"prompt": asking, "completion": answering}
-        read.look(names, recipe_from(draft.model, names, draft.sets).recipe.data)
-        draft.remarks.append(f"the column {asking} asks, {answering} answers")
+    ways = {str(s.path): _how_read(draft, str(s.path), ask) for s in files.find(names) if s.kind != "hub"}
+    if len({str(way) for way in ways.values()}) == 1:  # all alike
+        draft.values |= {f"data.{name}": value for name, value in next(iter(ways.values())).items()}
+    elif ways:
+        draft.values["data.train"] = [{"path": name, **way} if way else name for name, way in ways.items()]
     path = Path(names)
     for word in HELD_OUT if "train" in path.stem else ():
         beside = path.with_name(path.name.replace("train", word))
@@ -167,6 +172,32 @@ def look_at_rows(draft: Draft) -> None:
             draft.values["data.eval"] = str(beside)
             draft.remarks.append(f"{beside} is held out")
             break
+
+
+def _how_read(draft: Draft, name: str, ask: Callable[[str], bool] | None) -> Document:
+    """What the recipe must say of how a file is read: its fields or its format; nothing where its columns say it."""
+    from halfbyte.data.reading import columns, read
+    from halfbyte.recipe.file import recipe_from
+
+    try:
+        read.look(name, recipe_from(draft.model, name).recipe.data)
+        return {}
+    except read.Unclear as unclear:
+        pair = unclear.asking, unclear.answering
+        question = f"{name}: is {pair[0]} to be answered with {pair[1]}? (yes; or no: {pair[0]} is learned alone)"
+        if ask is not None and not ask(question):
+            draft.remarks.append(f"of {name} only {pair[0]} is learned, as plain text")
+            return {"format": "text"}
+        how = f"; to learn {pair[0]} alone: data.format: text"
+    except DataError:
+        guess, how = columns.pair(read.columns(name)), ""
+        if guess is None:
+            raise
+        pair = guess
+    way: Document = {"fields": {"prompt": pair[0], "completion": pair[1]}}
+    read.look(name, recipe_from(draft.model, name, [f"data.fields={way['fields']}"]).recipe.data)
+    draft.remarks.append(f"{name}: the column {pair[0]} asks, {pair[1]} answers{how}")
+    return way
 
 
 def fit(draft: Draft, machine: str | None) -> None:

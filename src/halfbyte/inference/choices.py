@@ -16,31 +16,8 @@ from halfbyte.errors import DataError
 from halfbyte.inference.generate import stop_ids
 from halfbyte.layers import loss, packing
 from halfbyte.recipe.evaluation import Eval
-from halfbyte.scoring.metrics import Scores
+from halfbyte.scoring.metrics import Scores, choices
 from halfbyte.types import Model, Tokenizer
-
-_MOST = 64  # labels that are taken from the rows
-
-
-def check(settings: Eval, expected: Sequence[str]) -> tuple[str, ...]:
-    """The choices of every row: those of the recipe, or else the answers that the rows expect. Raises DataError: an
-    expected answer that is not among them, or as many answers as rows."""
-    if settings.choices is None:
-        answers = tuple(dict.fromkeys(expected))
-        if not 1 < len(answers) <= min(_MOST, max(2, len(expected) // 2)):
-            raise DataError(
-                f"the metric choice needs choices, and there are none: {len(expected):,} rows expect {len(answers):,} "
-                "different answers.",
-                fix="--set 'eval.choices=[good, bad]'",
-            )
-        return answers
-    strange = next((answer for answer in expected if answer not in settings.choices), None)
-    if strange is not None:
-        raise DataError(
-            f"the metric choice: the expected answer {strange!r} is not among eval.choices "
-            f"({', '.join(settings.choices)})."
-        )
-    return settings.choices
 
 
 def scores(
@@ -52,7 +29,7 @@ def scores(
     tell: Callable[[str, int, int], None],
 ) -> list[Scores]:
     """For each row 1 where the expected answer is the most likely one, else 0."""
-    named = check(settings, [e.completion for e in asking])
+    named = choices(settings, [e.completion for e in asking])
     stops = set(stop_ids(model, tokenizer))
     ids = {name: tokenizer(name, add_special_tokens=False)["input_ids"] for name in named}
     chosen: list[Scores] = []

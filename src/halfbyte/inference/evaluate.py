@@ -106,7 +106,7 @@ def _rows(opened: Opened, data: Path | None, limit: int | None) -> tuple[list[Ex
         source = str(RunFolder(opened.run).held_out)
         encoded = split.load(RunFolder(opened.run).held_out)
     else:
-        source = ", ".join(names) if isinstance(names, tuple | list) else str(names)
+        source = ", ".join(map(str, names)) if isinstance(names, tuple | list) else str(names)
         encoded = encode.encode(names, opened.tokenizer, recipe.data, cores=device.cores())
     encoded.tally.check_length(recipe.data)
     if recipe.data.packing == "stream":
@@ -135,10 +135,7 @@ class Scoring:
         """By the metrics of these names; a DataError where one has nothing to compare with in the rows."""
         asking = [e for e in examples if e.completion]  # a plain text asks nothing
         expected = [e.completion for e in asking]
-        scoring = cls(model, tokenizer, settings, metrics.of(settings, names, expected), "choice" in names, asking)
-        if scoring.chooses:
-            choices.check(settings, expected)
-        return scoring
+        return cls(model, tokenizer, settings, metrics.of(settings, names, expected), "choice" in names, asking)
 
     @property
     def names(self) -> list[tuple[str, bool]]:

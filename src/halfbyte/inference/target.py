@@ -10,6 +10,7 @@ from halfbyte.errors import AdapterError, DataError, SourceError, typed
 from halfbyte.models.sources import hub, pypi
 from halfbyte.recipe.adapter import ADAPTER_FILES, read_config, read_passport
 from halfbyte.recipe.command import to_use, to_use_alone
+from halfbyte.recipe.data import Sources
 from halfbyte.recipe.schema import Lora, Recipe
 from halfbyte.runs.folder import RunFolder
 
@@ -36,7 +37,7 @@ def find(path: Path, overrides: Sequence[str] = ()) -> Target:
     return Target(path, to_use(run.recipe, overrides), run.adapter, run)
 
 
-def held_out(recipe: Recipe, run: Path, data: Path | None) -> str | Path | Sequence[str] | None:
+def held_out(recipe: Recipe, run: Path, data: Path | None) -> Sources | None:
     """The rows that `halfbyte eval` scores: `data`, else the recipe's own; None for those that the run has kept. Raises
     DataError: there are none."""
     names = data or recipe.data.eval_names

@@ -6,9 +6,8 @@ Cost: under a second, and counting the tokens of the rows; no torch.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from halfbyte.data.reading.formats import Row
 from halfbyte.errors import RecipeError
@@ -18,7 +17,7 @@ from halfbyte.plan import FAMILIES, Job, Plan, Rows, calibrate, plan_training
 from halfbyte.plan.alternatives import Method, compare
 from halfbyte.plan.timing import Rates
 from halfbyte.recipe.command import NO_ROWS
-from halfbyte.recipe.data import Data
+from halfbyte.recipe.data import Data, Sources
 from halfbyte.recipe.schema import Loaded, Recipe
 from halfbyte.system import kernel_cache, usage
 from halfbyte.system.cards import Card
@@ -155,13 +154,13 @@ def longest_row(recipe: Recipe) -> int:
     return max(_sizes(recipe.data.train, unlimited, count)[0], default=0)
 
 
-def _sizes(names: Path | str | Sequence[str], data: Data, count: Callable[[str], int]) -> tuple[list[int], list[int]]:
+def _sizes(names: Sources, data: Data, count: Callable[[str], int]) -> tuple[list[int], list[int]]:
     """About how many tokens each row has, and how many labelled ones; of blocks where texts are packed into them."""
     from halfbyte.data.reading.files import find
     from halfbyte.data.reading.read import Reader
 
-    reader = Reader(find(names), data)
-    sizes = [_size(row, data, count) for row in reader]
+    reader = Reader(sources := find(names), data)
+    sizes = [_size(row, source.read_as(data), count) for source in sources for row in reader.rows_of(source)]
     reader.check()
     limit = data.max_length
     if data.packing == "stream":

@@ -12,7 +12,7 @@ from halfbyte.errors import RecipeError, typed
 from halfbyte.recipe.file import init_template, load_recipe, recipe_from
 from halfbyte.recipe.schema import Loaded, Recipe
 
-ROW_SUFFIXES = frozenset({".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz"})
+ROW_SUFFIXES = frozenset({".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md", ".gz"})
 NO_ROWS = "-"  # what stands for the rows in the recipe of a model alone
 
 

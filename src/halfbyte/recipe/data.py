@@ -1,10 +1,12 @@
 """The `data:` section of a recipe: which rows, how they are read, and what of them is trained. No torch; pydantic."""
 
 import re
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal, TypeGuard
+from collections.abc import Callable, Mapping, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeAlias, TypeGuard
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_serializer, model_validator
 
 
 class Section(BaseModel):
@@ -39,16 +41,19 @@ def is_list_of_names(value: object) -> TypeGuard[Sequence[str]]:
     return isinstance(value, (tuple, list)) and bool(value) and all(isinstance(v, str) and v for v in value)
 
 
+def names_rows(value: object) -> bool:
+    """As `is_name_or_list`, and `DataEntry` may be in the list."""
+    is_list = isinstance(value, tuple)
+    return is_name_or_list([v.path if isinstance(v, DataEntry) else v for v in value] if is_list else value)
+
+
 def is_name_or_list(value: object) -> bool:
     return (isinstance(value, str) and bool(value.strip())) or is_list_of_names(value)
 
 
 Int = Annotated[int, must("a number", lambda v: not isinstance(v, bool))]
-RowNames = Annotated[
-    str | tuple[str, ...], must("the name of a file, a glob, a hub: dataset, or a list of them", is_name_or_list)
-]
-
-
+Format = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text"]
+Mask = Literal["completion", "assistant", "all"]
 _LIKE = "rows: files, a glob, a hub: dataset, or a list of them; 5% or a number of the training rows; none; or auto"
 _SPLIT = re.compile(r"(?P<count>[1-9]\d*)|(?P<percent>\d+(\.\d+)?)\s*%|(?P<share>0?\.\d+)")
 AUTO_PERCENT = 5  # of the rows
@@ -69,9 +74,6 @@ def _held_out(value: object) -> object:
     return match["count"] or f"{percent:g}%"
 
 
-HeldOut = Annotated[str | tuple[str, ...], must(_LIKE, is_name_or_list), BeforeValidator(_held_out)]
-
-
 class Fields(Section):
     """Which columns of a row hold what."""
 
@@ -89,23 +91,71 @@ class Fields(Section):
     tools: str = field("tools", "the tools that a conversation may call, or their JSON", min_length=1)
 
 
+class DataEntry(Section):
+    """Files that are read in a way of their own: `path` is a name as in `data.train`; null is as `data` says."""
+
+    path: Annotated[str, Field(min_length=1)]
+    format: Format | None = None
+    fields: Fields | None = None
+    mask: Mask | None = None
+    chat_template: str | None = None
+
+    def __str__(self) -> str:
+        return str(self.model_dump()).replace("'", "")
+
+    @classmethod
+    def of(cls, value: object, number: int) -> object:
+        """A mapping as an entry, the `number`th of its list; anything else as it is. Raises ValueError."""
+        if not isinstance(value, Mapping):
+            return value
+        try:
+            return cls.model_validate(value)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            name, allowed = ".".join(map(str, first["loc"])), ", ".join(cls.model_fields)
+            wrong = "is not a field" if first["type"] == "extra_forbidden" else first["msg"]
+            raise ValueError(f"entry {number}: {name}: {wrong}; allowed: {allowed}") from None
+
+    @model_serializer
+    def _given(self) -> dict[str, object]:
+        values = {name: value for name, value in self if value is not None}
+        return {n: v.model_dump(exclude_defaults=True) if isinstance(v, Fields) else v for n, v in values.items()}
+
+
+def _entries(value: object) -> object:
+    return tuple(map(DataEntry.of, value, count(1))) if isinstance(value, (tuple, list)) else value
+
+
+Sources: TypeAlias = str | Path | Sequence[str | DataEntry]
+"""What names rows: a file, a glob, a hub dataset, or a list of them and of `DataEntry`."""
+RowNames = Annotated[
+    str | tuple[str | DataEntry, ...],
+    must(
+        "the name of a file, a glob, a hub: dataset, or a list of them and of {path: FILE, fields: {...}}",
+        names_rows,
+    ),
+    BeforeValidator(_entries),
+]  # fmt: skip
+HeldOut = Annotated[
+    str | tuple[str | DataEntry, ...], must(_LIKE, names_rows), BeforeValidator(_entries), BeforeValidator(_held_out)
+]
+
+
 class Data(Section):
     """What is trained on."""
 
     train: RowNames = field(
-        ..., "the rows to train on: JSONL, JSON, CSV, Parquet or .txt; a glob, a list, or hub:org/name?split=train"
+        ...,
+        "the rows to train on: JSONL, JSON, CSV, Parquet, .txt or .md; a glob, hub:org/name?split=train, or a list of "
+        "them and of {path, format, fields, mask, chat_template}",
     )
     eval: HeldOut = field(
         "auto", "held-out rows: files; 5% or a number of the training rows; none; auto (5% of 200 rows and more)"
     )
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = field(
-        "auto", "how a row is read; auto tells it from the columns"
-    )
+    format: Literal["auto"] | Format = field("auto", "how a row is read; auto tells it from the columns")
     fields: Fields = field(Fields(), "which columns hold what")
     max_length: Int = field(1024, "tokens of the longest row", ge=2)
-    mask: Literal["completion", "assistant", "all"] = field(
-        "completion", "what is trained: the last assistant turn, every one, or all tokens"
-    )
+    mask: Mask = field("completion", "what is trained: the last assistant turn, every one, or all tokens")
     overlong: Literal["error", "truncate", "skip"] = field("error", "what happens to a longer row")
     packing: Literal["rows", "stream"] = field(
         "rows", "rows as they are; or stream: plain texts end to end, in blocks of max_length tokens"
@@ -114,8 +164,13 @@ class Data(Section):
         None, "not the model's own: a Jinja template, its file, or chatml, chatml-tools, qwen-tools, llama3-tools"
     )
 
+    def of(self, entry: DataEntry | None) -> Self:
+        """As these files are read."""
+        given = {} if entry is None else {n: v for n, v in entry if n != "path" and v is not None}
+        return self.model_copy(update=given) if given else self
+
     @property
-    def eval_names(self) -> str | tuple[str, ...] | None:
+    def eval_names(self) -> str | tuple[str | DataEntry, ...] | None:
         """The rows that `eval` names; None where they are taken out of the training rows, or there are none."""
         splits = isinstance(self.eval, str) and (self.eval in ("auto", "none") or _SPLIT.fullmatch(self.eval))
         return None if splits else self.eval

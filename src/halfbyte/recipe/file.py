@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from halfbyte.errors import RecipeError, typed
 from halfbyte.recipe import adapter
+from halfbyte.recipe.data import DataEntry
 from halfbyte.recipe.fields import shown
 from halfbyte.recipe.messages import Problem, field_of, fields_in, first_of_each, sentences, unusual
 from halfbyte.recipe.schema import SECTIONS, Loaded, Origin, Recipe, is_path, leaves
@@ -90,6 +91,8 @@ def relative_to_run(recipe: Recipe, folder: Path, *, model: bool) -> Recipe:
     def seen(name: object) -> object:
         if isinstance(name, list | tuple):
             return type(name)(seen(one) for one in name)
+        if isinstance(name, DataEntry):
+            return name.model_copy(update={"path": seen(name.path)})
         if not isinstance(name, str | Path) or Path(name).is_absolute() or not _is_there(name):
             return name
         return type(name)(os.path.relpath(name, folder))
@@ -332,6 +335,8 @@ def _beside(recipe: Recipe, origins: Mapping[str, Origin], folder: Path, *, firs
     def found(name: object) -> object:
         if isinstance(name, list | tuple):
             return type(name)(found(one) for one in name)
+        if isinstance(name, DataEntry):
+            return name.model_copy(update={"path": found(name.path)})
         if not isinstance(name, str | Path) or Path(name).is_absolute() or (_is_there(name) and not first):
             return name
         # of a run that was moved alone, its paths go from where it was

@@ -23,6 +23,7 @@ Scores = dict[str, float | None]
 _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 _PUNCTUATION = re.compile(f"[{re.escape(string.punctuation)}]")
 _MAX_FIELDS = 24  # up to so many, each JSON field has a score of its own
+_MAX_CHOICES = 64  # answers that are taken from the rows
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,16 @@ class Metric:
 
 
 def of(settings: Eval, names: Sequence[str], expected: Sequence[str]) -> list[Metric]:
-    """Metrics by their names, for rows with these expected answers; `choice`, which needs a model, is left out. Raises
-    DataError: a metric that has nothing to compare with in any of the rows. RecipeError: its setting is missing."""
+    """Metrics by their names, for rows with these expected answers; `choice`, which needs a model, is only checked.
+    Raises DataError: a metric that has nothing to compare with in any of the rows. RecipeError: its setting is
+    missing."""
     if names and not expected:
         raise DataError(
             f"no row asks for an answer (they are plain text), so there is no {names[0]}.",
             fix="score the loss alone: --metric loss",
         )
+    if "choice" in names:
+        choices(settings, expected)
     return [BUILDERS[name](settings, expected) for name in names if name in BUILDERS]
 
 
@@ -61,6 +65,27 @@ def check(settings: Eval, names: Sequence[str]) -> None:
             "the metric regex needs a pattern (eval.pattern), and there is none.",
             fix=r"--set 'eval.pattern=answer is (\d+)'",
         )
+
+
+def choices(settings: Eval, expected: Sequence[str]) -> tuple[str, ...]:
+    """The choices of every row: those of the recipe, or else the answers that the rows expect. Raises DataError: an
+    expected answer that is not among them, or as many answers as rows."""
+    if settings.choices is None:
+        answers = tuple(dict.fromkeys(expected))
+        if not 1 < len(answers) <= min(_MAX_CHOICES, max(2, len(expected) // 2)):
+            raise DataError(
+                f"the metric choice needs choices, and there are none: {len(expected):,} rows expect {len(answers):,} "
+                "different answers.",
+                fix="--set 'eval.choices=[good, bad]'",
+            )
+        return answers
+    strange = next((answer for answer in expected if answer not in settings.choices), None)
+    if strange is not None:
+        raise DataError(
+            f"the metric choice: the expected answer {strange!r} is not among eval.choices "
+            f"({', '.join(settings.choices)})."
+        )
+    return settings.choices
 
 
 # ------------------------------------------------------------------ one answer

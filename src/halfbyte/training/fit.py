@@ -75,7 +75,6 @@ def plan_run(
     """
     shard.check(recipe, ranks)
     prepared = prepare(recipe, objective)
-    check_arguments(prepared.recipe.train, total_steps=count_steps(prepared))
     tell = listener or Listener()
     tell.note("data", data_note(prepared))
     for finding in prepared.findings:
@@ -89,6 +88,7 @@ def with_plan(
 ) -> PlannedRun:
     """The plan of rows that are prepared already. With `say` the machine may be calibrated first, for a long run."""
     recipe = prepared.recipe
+    check_arguments(recipe.train, total_steps=count_steps(prepared))
     meta = meta_model(prepared.config, trust_remote_code=recipe.trust_remote_code)
     targets, modules = lora.choose_targets(meta, recipe.lora)
     held_out = prepared.evaluation.lengths if prepared.evaluation is not None else ()

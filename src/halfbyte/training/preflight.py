@@ -97,9 +97,8 @@ def check(recipe: Recipe, *, resume: bool = False, writes: bool = True) -> None:
 
 def check_rows(recipe: Recipe) -> None:
     """A DataError where the recipe's rows are missing or have other fields than it says."""
-    for names in (recipe.data.train, recipe.data.eval_names):
-        if names:
-            read.look(names, recipe.data)
+    names = [n for n in (recipe.data.train, recipe.data.eval_names) if n is not None]
+    read.look([name for some in names for name in ([some] if isinstance(some, str) else some)], recipe.data)
 
 
 def check_resumed(start: RunStart, objective: str, rows: Document, total_steps: int, tell: Listener) -> list[str]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 from dataclasses import asdict, dataclass
 
+import numpy as np
+
 from halfbyte.base.config import open_config
 from halfbyte.base.tokenizer import open_tokenizer
 from halfbyte.data import blocks, gates, split
@@ -16,6 +18,7 @@ from halfbyte.data.encoding import chatml, encode
 from halfbyte.data.encoding.encoder import EncodedRows
 from halfbyte.data.encoding.examples import Examples
 from halfbyte.data.reading import read
+from halfbyte.errors import HalfbyteError
 from halfbyte.models.context import context_of
 from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.sources.lookup import find_model
@@ -23,6 +26,7 @@ from halfbyte.models.tensors import is_embedding
 from halfbyte.objectives.causal_lm import CausalLM
 from halfbyte.objectives.objective import Objective
 from halfbyte.recipe.schema import Recipe
+from halfbyte.scoring import metrics
 from halfbyte.system import device
 from halfbyte.training import preflight
 from halfbyte.types import Config, Document, Tokenizer
@@ -79,6 +83,7 @@ def look(recipe: Recipe, objective: Objective | None = None) -> Prepared:
     findings = gates.check(
         train, evaluation, tokenizer, recipe.data, embedding_rows=rows, trained=trained, context=context_of(config)
     )
+    findings += _metrics(recipe, evaluation)
     if data.packing == "stream":
         train = blocks.stream(train, data.max_length)
         evaluation = blocks.stream(evaluation, data.max_length) if evaluation is not None else None
@@ -98,6 +103,23 @@ def _held_out(
     wanted = False if asks.eval_strategy == "no" else wanted
     train, evaluation = split.split(train, data, asks.order_seed, wanted=wanted)
     return train, evaluation, evaluation.examples if evaluation is not None else None
+
+
+def _metrics(recipe: Recipe, evaluation: EncodedRows | None) -> tuple[gates.Finding, ...]:
+    """Whether the held-out rows have what `eval.metrics` compares."""
+    settings = recipe.eval
+    if not settings.metrics:
+        return ()
+    listed = ", ".join(settings.metrics)
+    if evaluation is None:
+        found = f"eval.metrics asks for {listed}, and no rows are held out"
+        return (gates.Finding("metrics", "warning", found, "data.eval: 10%, or a file of other rows"),)
+    expected = [e.completion for e in evaluation.examples[: settings.rows] if e.completion]
+    try:
+        metrics.of(settings, settings.metrics, expected)
+    except HalfbyteError as error:
+        return (gates.Finding("metrics", "refused", error.message.rstrip("."), error.fix),)
+    return (gates.Finding("metrics", "ok", f"{len(expected):,} held-out rows have what {listed} compares", None),)
 
 
 def with_trained(recipe: Recipe, tokens: tuple[int, ...]) -> Recipe:
@@ -160,6 +182,10 @@ def notices(prepared: Prepared) -> list[str]:
     if prepared.held_out is not None:
         count, asked = len(prepared.held_out), prepared.recipe.data.eval
         off = "; data.eval: none trains on them too" if asked == "auto" else ""
-        first.append(f"{count:,} of {prepared.train.tally.kept:,} rows are held out (data.eval: {asked}){off}")
+        total, why = prepared.train.tally.kept, ""
+        if count != prepared.recipe.data.held_out_of(total):
+            again = total - len(np.unique(Examples(prepared.held_out.batches).digests()))
+            why = f"; of rows with the same tokens all are or none, and {again:,} rows are another one again"
+        first.append(f"{count:,} of {total:,} rows are held out (data.eval: {asked}{why}){off}")
     first += read.unread(prepared.recipe.data.train, prepared.recipe.data)
     return first + [m for rows in (prepared.train, prepared.evaluation) if rows for m in rows.tally.messages()]

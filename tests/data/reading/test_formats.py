@@ -182,7 +182,7 @@ WRONG = [
      "conversations[1].from: the last message must be of the assistant, got 'human'"),
     ({"conversations": "q"}, "conversations: a list of messages is needed, got the string 'q'"),
     ({"instruction": "q", "output": 3.5}, "output: a string is needed, got the number 3.5"),
-    ({"instruction": "q", "output": True}, "output: a string is needed, got true or false"),
+    ({"instruction": "q", "output": [True]}, "output: a string is needed, got a list"),
     ({"prompt": MESSAGES[:1], "completion": MESSAGES[:1]}, "completion: the last message must be of the assistant"),
     ({"prompt": MESSAGES[:1], "completion": []}, "completion: the last message must be of the assistant"),
     ({"prompt": ["q"], "completion": "a"}, "prompt[0]: an object with role and content is needed, got the string 'q'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,10 @@ def test_prompt_completion(tmp_path: Path, make_data: Any) -> None:
 
 
 def test_columns_that_nothing_is_read_from_are_told(tmp_path: Path, make_data: Any) -> None:
-    labelled = write(tmp_path, "text,label\ngood stuff,1\n", "reviews.csv")
+    labelled = write(tmp_path, "text,source\ngood stuff,1\n", "reviews.csv")
     pairs = write(tmp_path, '{"prompt": "a", "completion": "b", "tools": null}\n', "pairs.jsonl")
-    assert unread([str(labelled), str(pairs)], make_data()) == ["reviews.csv is read as text; not read of it: label"]
-    asked = make_data(fields={"prompt": "text", "completion": "label"})
+    assert unread([str(labelled), str(pairs)], make_data()) == ["reviews.csv is read as text; not read of it: source"]
+    asked = make_data(fields={"prompt": "text", "completion": "source"})
     assert unread(str(labelled), asked) == []
 
 
@@ -251,8 +252,21 @@ def test_a_folder(tmp_path: Path, make_data: Any) -> None:
     write(tmp_path, GOOD, "rows.jsonl")
     with pytest.raises(DataError) as error:
         read_rows(tmp_path, make_data())
-    expected = f"{tmp_path} is a folder; a .jsonl file is needed.\n  fix: data.train: {tmp_path / 'rows.jsonl'}"
+    expected = f"{tmp_path} is a folder; it holds 1 .jsonl.\n  fix: data.train: {tmp_path / 'rows.jsonl'}"
     assert str(error.value) == expected
+    (tmp_path / "deep").mkdir()
+    for name in ("a.md", "deep/b.md", "c.md.gz", "deep/picture.png", "README"):
+        write(tmp_path, "text", name)
+    with pytest.raises(DataError) as error:
+        read_rows(tmp_path, make_data())
+    assert error.value.message.startswith(f"{tmp_path} is a folder; it holds 2 .md, 1 ")
+    assert error.value.message.endswith(" and others.")
+    names = [str(tmp_path / name) for name in ("**/*.md", "*.jsonl", "*.md.gz")]
+    assert error.value.fix == f"data.train: [{', '.join(names)}]"
+    assert [row.text for row in read_rows(names[0], make_data())] == ["text", "text"]
+    (tmp_path / "deep" / "b.md").unlink()
+    with pytest.raises(DataError, match=r"is a folder; it holds 1 \.png\.$"):
+        read_rows(tmp_path / "deep", make_data())
 
 
 def test_one_json_list_under_the_name_of_json_lines(tmp_path: Path, make_data: Any) -> None:
@@ -268,3 +282,31 @@ def test_one_json_list_under_the_name_of_json_lines(tmp_path: Path, make_data: A
 def test_utf16(tmp_path: Path, make_data: Any) -> None:
     with pytest.raises(DataError, match="is UTF-16; UTF-8 is needed"):
         read_rows(write(tmp_path, GOOD.encode("utf-16")), make_data())
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.csv", "train.json", "train.txt", "train.jsonl.gz"])
+@pytest.mark.parametrize(("encoding", "told"), [("latin-1", "Latin-1"), ("cp1252", "Windows-1252")])
+def test_one_byte_a_character(tmp_path: Path, make_data: Any, name: str, encoding: str, told: str) -> None:
+    """Help as for UTF-16; what iconv then writes can be read."""
+    quoted = "“Où?” – à côté" if encoding == "cp1252" else "Où? à côté"
+    pair = f'{{"prompt": "{quoted}", "completion": "café"}}'
+    kind = name.split(".")[1]
+    contents = {"csv": f"prompt,completion\n{quoted},café\n", "json": f"[{pair}]", "txt": f"{quoted} café"}
+    content = contents.get(kind, pair + "\n")
+    raw = content.encode(encoding)
+    path = write(tmp_path, gzip.compress(raw) if name.endswith(".gz") else raw, name)
+    with pytest.raises(DataError, match=rf"train\S+ looks like {told} \(line \d: .*Où") as error:
+        read_rows(path, make_data())
+    command = f"iconv -f {'ISO-8859-1' if told == 'Latin-1' else told} -t UTF-8"
+    command = f"gunzip -c {path} | {command}" if name.endswith(".gz") else f"{command} {path}"
+    assert error.value.fix == f"{command} > {tmp_path / f'train.utf8.{kind}'}"
+    write(tmp_path, gzip.compress(content.encode()) if name.endswith(".gz") else content, name)
+    assert len(read_rows(path, make_data())) == 1
+
+
+def test_a_damaged_byte_is_one_bad_row(tmp_path: Path, make_data: Any) -> None:
+    """UTF-8 elsewhere, or no letter: the row is named, and the others are read."""
+    several = f'{GOOD}\n{{"prompt": "é"}}\n'.encode()
+    for damaged in (several + b'{"prompt": "caf\xe9"}', b'{"prompt": "\xff"}'):
+        with pytest.raises(DataError, match=r"not UTF-8 \(byte 0x"):
+            read_rows(write(tmp_path, damaged), make_data())

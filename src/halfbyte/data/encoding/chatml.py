@@ -16,7 +16,6 @@ Cost: the first records of each source are read once more.
 """
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -24,7 +23,7 @@ from pathlib import Path
 from halfbyte.data.reading import files
 from halfbyte.data.reading.read import Reader
 from halfbyte.errors import DataError
-from halfbyte.recipe.data import Data
+from halfbyte.recipe.data import Data, Sources
 from halfbyte.types import Tokenizer
 
 CHATML = ("chatml", "chatml-tools", "qwen-tools")  # in the recipe; their marks can be new to a tokenizer
@@ -63,11 +62,7 @@ def chat_template(tokenizer: Tokenizer, data: Data) -> str | None:
                 f"the tokenizer has several chat templates and no default one: {error}",
                 fix="data.chat_template: a file with the one to use",
             ) from None
-    if asked in BUNDLED:
-        raise DataError(
-            f"data.chat_template {asked} writes {', '.join(BUNDLED[asked])}, which this tokenizer has not.",
-            fix="data.chat_template: chatml-tools",
-        )
+    check_tokens(tokenizer, asked)
     if "{" in asked:
         return asked
     try:
@@ -103,6 +98,15 @@ def with_tools(tokenizer: Tokenizer) -> str | None:
     return next((bundled(n, tokenizer) for n in ("chatml-tools", "llama3-tools") if _knows(tokenizer, n)), None)
 
 
+def check_tokens(tokenizer: Tokenizer, name: str | None) -> None:
+    """Raise a DataError where a bundled template writes tokens that the tokenizer has not."""
+    if name in BUNDLED and not _knows(tokenizer, name):
+        raise DataError(
+            f"data.chat_template {name} writes {', '.join(BUNDLED[name])}, which this tokenizer has not.",
+            fix="data.chat_template: chatml-tools, for all rows",
+        )
+
+
 def _knows(tokenizer: Tokenizer, name: str) -> bool:
     return tokenizer.get_vocab().keys() >= set(BUNDLED[name])
 
@@ -115,7 +119,7 @@ class ChatmlMarks:
     notice: str
 
 
-def is_needed(names: str | Sequence[str], tokenizer: Tokenizer, data: Data) -> bool:
+def is_needed(names: Sources, tokenizer: Tokenizer, data: Data) -> bool:
     """Whether the recipe asks for ChatML, or conversations meet a tokenizer without a template.
 
     Raises:
@@ -123,7 +127,8 @@ def is_needed(names: str | Sequence[str], tokenizer: Tokenizer, data: Data) -> b
     """
     if data.chat_template is not None or tokenizer.chat_template:
         return data.chat_template in CHATML
-    first = (next(iter(Reader([source], data)), None) for source in files.find(names))
+    reader = Reader(sources := [s for s in files.find(names) if s.read_as(data).chat_template is None], data)
+    first = (next(iter(reader.rows_of(source)), None) for source in sources)
     return any(row is not None and row.messages is not None for row in first)
 
 

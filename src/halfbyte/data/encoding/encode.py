@@ -17,10 +17,9 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, islice
-from pathlib import Path
 from typing import IO
 
 import pyarrow as pa
@@ -32,7 +31,7 @@ from halfbyte.data.encoding.tally import Tally
 from halfbyte.data.reading import files
 from halfbyte.data.reading.read import Chunk, Reader
 from halfbyte.errors import HalfbyteError
-from halfbyte.recipe.data import Data
+from halfbyte.recipe.data import Data, Sources
 from halfbyte.types import Tokenizer
 
 ALONE_CHUNKS = 32  # thirty thousand rows, ten seconds: where starting helpers begins to pay
@@ -41,7 +40,7 @@ AHEAD = 3  # chunks under way for each helper
 _ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
 
-def encode(names: Path | str | Sequence[str], tokenizer: Tokenizer, data: Data, *, cores: int = 1) -> EncodedRows:
+def encode(names: Sources, tokenizer: Tokenizer, data: Data, *, cores: int = 1) -> EncodedRows:
     """Rows as tokens. The same ones, in the same order, whatever `cores` is.
 
     Raises:
@@ -60,13 +59,7 @@ def encode(names: Path | str | Sequence[str], tokenizer: Tokenizer, data: Data, 
         return EncodedRows(Examples(batches), tally)
 
 
-def _run(
-    names: Path | str | Sequence[str],
-    tokenizer: Tokenizer,
-    data: Data,
-    cores: int,
-    keep: Callable[[pa.RecordBatch], None],
-) -> Tally:
+def _run(names: Sources, tokenizer: Tokenizer, data: Data, cores: int, keep: Callable[[pa.RecordBatch], None]) -> Tally:
     reader, encoder = Reader(files.find(names), data), Encoder(tokenizer, data)
     tally = Tally()
     error: HalfbyteError | None = None

@@ -13,11 +13,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from halfbyte.data.encoding import chatml
 from halfbyte.data.encoding.examples import Examples, TokenizedRow, batch
 from halfbyte.data.encoding.render import Refused, RenderedRow, Renderer, common_length
 from halfbyte.data.encoding.tally import Tally
@@ -25,7 +27,7 @@ from halfbyte.data.reading.formats import Row
 from halfbyte.data.reading.problems import Problems
 from halfbyte.data.reading.read import Chunk, understand
 from halfbyte.errors import DataError, HalfbyteError
-from halfbyte.recipe.data import Data
+from halfbyte.recipe.data import Data, DataEntry
 from halfbyte.types import Tokenizer
 
 # If these give the same tokens cut and whole, the tokenizer marks no start of text, and texts may be cut.
@@ -96,7 +98,8 @@ class Encoder:
     """Rows to tokens, chunk by chunk. The tokens of a chunk do not depend on the chunks before."""
 
     def __init__(self, tokenizer: Tokenizer, data: Data) -> None:
-        self._data = data
+        self._data, self._tokenizer = data, tokenizer
+        self._others: dict[DataEntry, Self] = {}
         self._renderer, self._lexer = Renderer(tokenizer, data), _Lexer(tokenizer)
         self._ends = self._renderer.end_tokens()
         added = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
@@ -108,11 +111,20 @@ class Encoder:
         encoded = EncodedChunk(problems)
         if not only_read:
             try:
-                encoded.batch, encoded.tally = self.encode(rows)
+                encoded.batch, encoded.tally = self._of(chunk.source.entry).encode(rows)
                 encoded.tally.sources[str((chunk.source.path, chunk.source.hub))] = encoded.tally.kept
             except HalfbyteError as error:
                 encoded.error = error
         return encoded
+
+    def _of(self, entry: DataEntry | None) -> Self:
+        """The encoder of files that a recipe's entry stands for."""
+        if entry is None:
+            return self
+        if entry not in self._others:
+            chatml.check_tokens(self._tokenizer, entry.chat_template)
+            self._others[entry] = type(self)(self._tokenizer, self._data.of(entry))
+        return self._others[entry]
 
     def encode(self, rows: Sequence[Row]) -> tuple[pa.RecordBatch, Tally]:
         """A record batch of the rows that are trained on, cut as `data.overlong` says, and the counts.

@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
@@ -26,7 +25,7 @@ from halfbyte.data.encoding.examples import SCHEMA, Examples, batch
 from halfbyte.data.encoding.tally import Tally
 from halfbyte.data.reading.files import find
 from halfbyte.errors import DataError
-from halfbyte.recipe.data import Data
+from halfbyte.recipe.data import Data, Sources
 from halfbyte.system import files
 from halfbyte.system.libraries import version
 from halfbyte.types import Tokenizer
@@ -46,7 +45,7 @@ def folder() -> Path:
     return files.cache_dir() / "tokens"
 
 
-def key(names: Path | str | Sequence[str], tokenizer: Tokenizer, data: Data) -> str | None:
+def key(names: Sources, tokenizer: Tokenizer, data: Data) -> str | None:
     """The name under which these rows are kept; None for what is not kept: hub datasets, tokenizers that are code.
 
     Raises:
@@ -60,10 +59,13 @@ def key(names: Path | str | Sequence[str], tokenizer: Tokenizer, data: Data) -> 
         values = {
             "format": FORMAT,
             "versions": [version(name) for name in ("halfbyte", "transformers", "tokenizers", "jinja2")],
-            "files": [[str(source.path), source.label, digest(source.path)] for source in sources],
+            "files": [
+                [str(source.path), source.label, digest(source.path), chat_template(tokenizer, source.read_as(data))]
+                for source in sources
+            ],
+            "read": [source.entry and source.entry.model_dump(mode="json", exclude={"path"}) for source in sources],
             "tokenizer": hashlib.sha256(backend.to_str().encode()).hexdigest(),
             "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-            "template": chat_template(tokenizer, data),
             "data": data.model_dump(mode="json", exclude=_ELSEWHERE),
         }
         return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:32]

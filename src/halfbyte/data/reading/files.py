@@ -7,21 +7,24 @@ Cost: a look into the folders; no file is read here.
 """
 
 import glob
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 from urllib.parse import parse_qsl
 
 from halfbyte.errors import DataError
+from halfbyte.recipe.data import Data, DataEntry, Sources
 from halfbyte.system import files
 
 Kind = Literal["jsonl", "json", "csv", "parquet", "txt", "hub"]
 HUB = "hub:"
 HUB_ARGUMENTS = ("name", "split", "revision")
+MAX_COUNTED = 10_000  # files of a folder that are looked at
 ENDINGS: dict[str, Kind] = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
-    ".txt": "txt",
+    ".txt": "txt", ".md": "txt", ".markdown": "txt",
 }  # fmt: skip
 
 
@@ -35,6 +38,12 @@ class RowSource:
     gz: bool = False
     hub: tuple[tuple[str, str], ...] = ()
     """Arguments of `datasets.load_dataset`, `path` among them."""
+    entry: DataEntry | None = None
+    """That says how it is read; None: as the recipe's `data` says."""
+
+    def read_as(self, data: Data) -> Data:
+        """The recipe's `data` as it holds for this source."""
+        return data.of(self.entry)
 
     def where(self, number: int) -> str:
         """The name of a row: `train.jsonl:12` is a line; `rows.parquet row 12` counts rows; a text is its file."""
@@ -43,16 +52,20 @@ class RowSource:
         return f"{self.label}:{number}" if self.kind in ("jsonl", "csv") else f"{self.label} row {number}"
 
 
-def find(names: str | Path | Sequence[str]) -> list[RowSource]:
-    """Every source that the names stand for, globs in sorted order, each file once.
+def find(names: Sources) -> list[RowSource]:
+    """Every source that the names stand for, globs in sorted order, each file once: as an entry of its own says, if
+    there is one.
 
     Raises:
         DataError: a name that stands for nothing, a folder, or a hub dataset that is not named as it must be.
     """
     sources: dict[tuple[str, str], RowSource] = {}
-    for name in [str(names)] if isinstance(names, str | Path) else names:
+    for given in [str(names)] if isinstance(names, str | Path) else names:
+        entry, name = (given, given.path) if isinstance(given, DataEntry) else (None, given)
         for source in _hub(name) if name.startswith(HUB) else _files(name):
-            sources.setdefault((str(source.path), str(source.hub)), source)
+            key = str(source.path), str(source.hub)
+            if entry is not None or key not in sources:
+                sources[key] = replace(source, entry=entry)
     return list(sources.values())
 
 
@@ -60,10 +73,8 @@ def _files(name: str) -> list[RowSource]:
     path = Path(name).expanduser()
     matched = [path]
     if path.is_dir():
-        inside = sorted(p.name for p in path.iterdir() if _kind(p)[0] not in (None, "json"))
-        shown = path / (inside[0] if len(inside) == 1 else f"*{Path(inside[0]).suffix}") if inside else None
-        fix = f"data.train: {shown}" if shown else None
-        raise DataError(f"{name} is a folder; a .jsonl file is needed.", fix=fix)
+        what, fix = _folder(path)
+        raise DataError(what, fix=fix)
     if not path.exists() and glob.has_magic(name):
         matched = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
         if not matched:
@@ -77,6 +88,20 @@ def _files(name: str) -> list[RowSource]:
     return [_source(p) for p in matched]
 
 
+def _folder(path: Path) -> tuple[str, str | None]:
+    """What is in a folder, and the names that read it: an error's message and its fix."""
+    inside = [p for p in islice(path.rglob("*"), MAX_COUNTED) if p.is_file()]
+    endings = Counter(_ending(p) or "without an ending" for p in inside)
+    listed = ", ".join(f"{count:,} {ending}" for ending, count in endings.most_common(4))
+    told = f"it holds {listed}{' and others' if len(endings) > 4 else ''}" if inside else "it is empty"
+    rows = [p for p in inside if _kind(p)[0] not in (None, "json")] or [p for p in inside if _kind(p)[0] is not None]
+    globs = {f"{'**/' if p.parent != path else ''}*{_ending(p)}" for p in rows}
+    globs -= {g.removeprefix("**/") for g in globs if g.startswith("**/")}  # ** stands for no folder, too
+    names = [str(rows[0])] if len(rows) == 1 else sorted(str(path / g) for g in globs)
+    fix = f"data.train: {names[0] if len(names) == 1 else '[' + ', '.join(names) + ']'}" if rows else None
+    return f"{path} is a folder; {told}.", fix
+
+
 def _source(path: Path) -> RowSource:
     kind, gz = _kind(path)
     if kind == "parquet" and gz:
@@ -84,6 +109,10 @@ def _source(path: Path) -> RowSource:
             f"{path}: a Parquet file is compressed inside, and is not read from a .gz.", fix=f"gunzip {path}"
         )
     return RowSource(kind or "jsonl", path, path.name, gz)
+
+
+def _ending(path: Path) -> str:
+    return "".join(path.suffixes[-2:] if path.suffix == ".gz" else path.suffixes[-1:])
 
 
 def _kind(path: Path) -> tuple[Kind | None, bool]:

@@ -13,13 +13,11 @@ import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from halfbyte.data.reading.problems import BadRow, keys, kind, near, shorten, text_in, text_of, value_of
 from halfbyte.errors import DataError
-from halfbyte.recipe.data import Data, Fields
-
-Format = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text"]
+from halfbyte.recipe.data import Data, Fields, Format
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SPEAKERS = {
@@ -295,9 +293,9 @@ def _lists(f: Fields, where: str, record: Mapping[str, object]) -> Row:
 
 
 def _answer(record: Mapping[str, object], key: str) -> str:
-    """A text, or a label that is a whole number, in digits."""
+    """A text, or a label as JSON writes it: a whole number, true or false."""
     value = record.get(key)
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else text_in(record, key)
+    return json.dumps(value) if isinstance(value, int) else text_in(record, key)
 
 
 def _text(f: Fields, where: str, record: Mapping[str, object]) -> Row:

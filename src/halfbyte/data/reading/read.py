@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from halfbyte.data.reading import columns as kinds
 from halfbyte.data.reading import records
 from halfbyte.data.reading.files import RowSource, find
 from halfbyte.data.reading.formats import Format, Row, detect_format, parser
 from halfbyte.data.reading.formats import unread as unread_columns
 from halfbyte.data.reading.problems import BadRow, Problems, shorten
 from halfbyte.errors import DataError
-from halfbyte.recipe.data import Data
+from halfbyte.recipe.data import Data, Sources
+from halfbyte.types import Document
 
 CHUNK_ROWS = 1024  # enough for a tokenizer to be fast, few enough to stay small
 CHUNK_BYTES = 4_000_000  # large rows come in smaller chunks
@@ -38,41 +40,60 @@ class Chunk:
     """The format and the keys of the source's first good record; None before it."""
 
 
-def look(names: str | Path | Sequence[str], data: Data) -> None:
+def look(names: Sources, data: Data) -> None:
     """Look at the first rows of each file, before anything slower is begun; a hub dataset and a pipe are left alone.
 
     Raises:
         DataError: names that stand for nothing, a file without rows; if one of the first rows is bad, all that are.
     """
-    sources = [source for source in find(names) if source.kind != "hub" and source.path.is_file()]
-    for source in sources:
-        reader = Reader([source], data)
-        if understand(next(reader.chunks()), data)[1]:
-            everything = Reader(sources, data)
-            for _ in everything:
-                pass
-            everything.check()
+    reader = Reader(sources := _at_hand(names), data)
+    if any(understand(next(reader.of(source)), data)[1] for source in sources):
+        everything = Reader(sources, data)
+        for _ in everything:
+            pass
+        everything.check()
 
 
-def unread(names: str | Path | Sequence[str], data: Data) -> list[str]:
+def _at_hand(names: Sources) -> list[RowSource]:
+    return [source for source in find(names) if source.kind != "hub" and source.path.is_file()]
+
+
+def unread(names: Sources, data: Data) -> list[str]:
     """Of each file, in words: its format, and the columns that nothing is read from; told from its first rows."""
-    notes = []
-    for source in find(names):
-        if source.kind != "hub" and source.path.is_file():
-            known = next(Reader([source], data).chunks()).known
-            if known is not None and (columns := unread_columns(known[0], data, known[1])):
-                listed = ", ".join(shorten(column) for column in columns)
-                notes.append(f"{source.path.name} is read as {known[0]}; not read of it: {listed}")
+    notes, reader = [], Reader(sources := _at_hand(names), data)
+    for source in sources:
+        known = next(reader.of(source)).known
+        if known is not None and (columns := unread_columns(known[0], source.read_as(data), known[1])):
+            listed = ", ".join(shorten(column) for column in columns)
+            notes.append(f"{source.path.name} is read as {known[0]}; not read of it: {listed}")
     return notes
 
 
-def columns(names: str | Path | Sequence[str]) -> tuple[str, ...]:
+def columns(names: Sources) -> tuple[str, ...]:
     """The keys of the first record that can be read; none where there is none, or only a hub dataset."""
     for source in find(names):
-        for _, raw in islice(records.records(source), CHUNK_ROWS) if source.kind != "hub" else ():
-            with contextlib.suppress(BadRow):
-                return tuple(records.parse(raw))
+        for _, record in _documents(islice(records.records(source), CHUNK_ROWS) if source.kind != "hub" else ()):
+            return tuple(record)
     return ()
+
+
+def _documents(group: Iterable[tuple[int, records.Record]]) -> Iterator[tuple[int, Document]]:
+    """The records that can be read, with their numbers."""
+    for number, raw in group:
+        with contextlib.suppress(BadRow):
+            yield number, records.parse(raw)
+
+
+class Unclear(DataError):
+    """A file of which one column, `asking`, would be trained alone, and another, `answering`, looks like its answer."""
+
+    def __init__(self, path: Path, asking: str, answering: dict[str, list[str]], ways: tuple[str, str]) -> None:
+        self.asking, self.answering = asking, next(iter(answering))
+        looks = " and ".join(f"{c} ({', '.join(shorten(v, 20) for v in values)})" for c, values in answering.items())
+        super().__init__(
+            f"{path}: {asking} would be trained on alone, as plain text; {looks} looks like its answer.",
+            fix=f"{ways[0]} to learn the answer; or {ways[1]} to learn the text alone",
+        )
 
 
 class Reader:
@@ -84,27 +105,33 @@ class Reader:
         self.problems = Problems()
 
     def __iter__(self) -> Iterator[Row]:
-        for chunk in self.chunks():
+        for source in self._sources:
+            yield from self.rows_of(source)
+
+    def rows_of(self, source: RowSource) -> Iterator[Row]:
+        """The good rows of one source."""
+        for chunk in self.of(source):
             rows, problems = understand(chunk, self._data)
             self.problems.update(problems)
             yield from rows
 
     def chunks(self) -> Iterator[Chunk]:
-        """Records in chunks. The caller understands each one, and adds what is wrong with it to `problems`.
-
-        Raises:
-            DataError: a source without rows, that cannot be read, or whose format cannot be told.
-        """
+        """Records in chunks. The caller understands each one, and adds what is wrong with it to `problems`. Raises
+        DataError: a source without rows, that cannot be read, or whose format cannot be told."""
         for source in self._sources:
-            before = self.rows
-            known: Known | None = None
-            for group in _groups(records.records(source)):
-                self.rows += len(group)
-                known = known or self._known(source, group)
-                yield Chunk(source, group, known)
-            if self.rows == before:
-                fix = 'write one JSON object a line: {"prompt": "...", "completion": "..."}'
-                raise DataError(f"{source.path} has no rows.", fix=fix)
+            yield from self.of(source)
+
+    def of(self, source: RowSource) -> Iterator[Chunk]:
+        """The chunks of one source."""
+        before = self.rows
+        known: Known | None = None
+        for group in _groups(records.records(source)):
+            self.rows += len(group)
+            known = known or self._known(source, group)
+            yield Chunk(source, group, known)
+        if self.rows == before:
+            fix = 'write one JSON object a line: {"prompt": "...", "completion": "..."}'
+            raise DataError(f"{source.path} has no rows.", fix=fix)
 
     def check(self) -> None:
         """Raise a DataError that names the rows that cannot be used, the first 20 in full."""
@@ -112,16 +139,39 @@ class Reader:
             raise DataError(self.problems.listing(f"{self.problems.count:,} of {self.rows:,} rows cannot be used"))
 
     def _known(self, source: RowSource, group: Group) -> Known | None:
-        for number, raw in group:
-            with contextlib.suppress(BadRow):
-                record = records.parse(raw)
-                return detect_format(record, self._data, _full_name(source, number)), tuple(record)
-        return None
+        data, documents = source.read_as(self._data), _documents(group)
+        number, first = next(documents, (0, None))
+        if first is None:
+            return None
+        try:
+            shape = detect_format(first, data, _full_name(source, number))
+        except DataError as error:
+            asking, answering = kinds.pair(first) or ("question", "answer")
+            entry = self._entry(source, asking, answering)
+            raise DataError(error.message, fix=f"say how this file is read, {entry}" if entry else error.fix) from None
+        text = data.fields.text
+        alone = shape == "text" and data.format == "auto"
+        if alone and (likely := kinds.answering([first, *(d for _, d in documents)], text)):
+            pair = text, next(iter(likely))
+            ways = "--set 'data.fields={{prompt: {}, completion: {}}}'".format(*pair), "--set data.format=text"
+            if entry := self._entry(source, *pair):
+                ways = entry, "with format: text in the place of fields"
+            raise Unclear(source.path, text, likely, ways)
+        return shape, tuple(first)
+
+    def _entry(self, source: RowSource, asking: str, answering: str) -> str:
+        """The list of all sources, with an entry for this one; empty where the others have these two columns as well,
+        so that one setting serves them all."""
+        others = [str(other.path) for other in self._sources if other is not source]
+        if all({asking, answering} <= {*columns(other)} for other in others):
+            return ""
+        entry = f"{{path: {source.path}, fields: {{prompt: {asking}, completion: {answering}}}}}"
+        return f"in data.train or data.eval: [{', '.join([*others[:2], *['...'] * (len(others) > 2), entry])}]"
 
 
 def understand(chunk: Chunk, data: Data) -> tuple[list[Row], Problems]:
     """The rows of a chunk, and what is wrong with the records that are none."""
-    rows, problems = list[Row](), Problems()
+    rows, problems, data = list[Row](), Problems(), chunk.source.read_as(data)
     parse = parser(chunk.known[0], data, chunk.known[1]) if chunk.known else None
     for number, raw in chunk.records:
         try:

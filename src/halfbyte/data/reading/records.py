@@ -8,11 +8,13 @@ Cost: one pass; one record, or one batch of Parquet rows, in memory. JSON lines:
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import csv
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from itertools import chain, islice
@@ -36,6 +38,10 @@ MAX_ROW_BYTES = 256_000_000  # a longer line is no row, and would fill the memor
 _CHUNK_CHARS = 1 << 20
 _BATCH_ROWS = 256
 READ_S = 60.0  # for a batch, of a slow disk too
+_SAMPLE_BYTES = 1 << 20
+# A letter or quotation mark of Windows-1252 (and Latin-1) beside ASCII; a character of several bytes in UTF-8.
+_ONE_BYTE = re.compile(rb"[A-Za-z ][\xc0-\xfe]|[\xc0-\xfe][A-Za-z ]|[\x80\x85\x91-\x97][\x20-\x7e]")
+_SEVERAL_BYTES = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")
 _CUT = (EOFError, zlib.error, gzip.BadGzipFile)
 csv.field_size_limit(MAX_ROW_BYTES)
 
@@ -46,10 +52,12 @@ def records(source: RowSource) -> Numbered:
     JSON lines come as bytes, so that another process may parse them.
 
     Raises:
-        DataError: no such file, no permission, UTF-16, or a file that is not what its ending says.
+        DataError: no such file, no permission, another encoding, or a file that is not what its ending says.
     """
     readers = {"jsonl": _lines, "json": _json, "csv": _csv, "parquet": _parquet, "txt": _txt, "hub": _hub}
     try:
+        if source.kind not in ("parquet", "hub"):
+            _check_encoding(source)
         yield from readers[source.kind](source)
     except FileNotFoundError:
         raise DataError(f"{source.path}: no such file.", fix="check the path") from None
@@ -102,6 +110,30 @@ def _check_start(start: bytes, source: RowSource) -> bytes:
     if start.startswith(b"PAR1") and source.kind != "parquet":
         raise DataError(f"{source.path} is Parquet.", fix=f"name it {source.path.stem}.parquet")
     return start.removeprefix(b"\xef\xbb\xbf")
+
+
+def _check_encoding(source: RowSource) -> None:
+    """Raise a DataError where the first bytes are text in one byte a character: more letters that can be read so than
+    characters of several bytes that are UTF-8. What else is wrong with them is told row by row."""
+    with contextlib.suppress(*_CUT), _open(source) as file:
+        start = _check_start(file.read(_SAMPLE_BYTES), source)
+        try:
+            codecs.getincrementaldecoder("utf-8")().decode(start)
+        except UnicodeDecodeError as error:
+            if b"\0" in start or len(_ONE_BYTE.findall(start)) <= len(_SEVERAL_BYTES.findall(start)):
+                return
+            name, code = ("Latin-1", "ISO-8859-1")
+            if re.search(rb"[\x80-\x9f]", start):
+                name = code = "Windows-1252"
+            before, after = start[: error.start].split(b"\n"), start[error.start :].split(b"\n", 1)[0]
+            there = (before[-1][-16:] + after[:16]).decode("cp1252", "replace").strip()
+            path = source.path.with_suffix("") if source.gz else source.path
+            unpacked = f"gunzip -c {source.path} | iconv -f {code} -t UTF-8" if source.gz else ""
+            command = unpacked or f"iconv -f {code} -t UTF-8 {path}"
+            raise DataError(
+                f"{source.path} looks like {name} (line {len(before)}: {there!r}); UTF-8 is needed.",
+                fix=f"{command} > {path.with_suffix(f'.utf8{path.suffix}')}",
+            ) from None
 
 
 def parse(raw: Record) -> Document:

@@ -1,0 +1,66 @@
+"""What a column holds, told from its name and its values: which one asks, which answers, which is a label.
+
+Why: `id,text,label` read as plain text trains a model to write tickets, leaves out its labels, and nothing fails.
+What: a column beside the text looks like what the text should be answered with
+- by its name (`label`, `ticket_category`, `answer` ...), where it holds texts or whole numbers;
+- by its values, whatever its name but for those that say where a text is from (`source`, `date`, `lang` ...): of at
+  least `MIN_ROWS` rows each has one of 2 to `MAX_CLASSES` short words without digits, each of them several times.
+Cost: the first rows of a file, parsed once more.
+"""
+
+import re
+from collections.abc import Collection, Sequence
+
+from halfbyte.types import Document
+
+# Common names of the column that asks and of the one that answers, the likeliest first.
+ASKING = ("question", "query", "input", "instruction", "prompt", "problem", "source", "text")
+ANSWERING = (
+    "answer", "response", "output", "completion", "solution", "target", "label", "labels", "class", "category", "reply",
+    "answers", "expected", "gold", "sentiment", "intent", "emotion", "topic", "verdict", "rating", "stars", "summary",
+    "translation",
+)  # fmt: skip
+# Words in the names of columns that say where a text is from, or describe it.
+_ORIGIN = frozenset({
+    "id", "ids", "uid", "uuid", "guid", "key", "index", "idx", "row", "line", "number", "no", "num", "hash",
+    "sha", "date", "time", "timestamp", "datetime", "created", "updated", "added", "year", "month", "day",
+    "source", "src", "origin", "dataset", "corpus", "collection", "split", "subset", "fold", "part", "shard",
+    "file", "filename", "path", "url", "uri", "link", "domain", "site", "host", "dump", "lang", "language",
+    "locale", "license", "author", "authors", "user", "username", "owner", "by", "name", "title", "version",
+    "model", "generator", "format", "encoding", "mime", "meta", "metadata", "extra", "country", "region", "city",
+    "currency", "channel", "platform", "device", "speaker", "score", "count", "length", "len", "size", "tokens",
+})  # fmt: skip
+MIN_ROWS, MAX_CLASSES, MIN_REPEATS, MAX_WORDS, MAX_CHARS = 20, 20, 4, 3, 30
+
+
+def pair(columns: Collection[str]) -> tuple[str, str] | None:
+    """The column that asks and the one that answers, by their names alone."""
+    asking, answering = (next((n for n in known if n in columns), None) for known in (ASKING, ANSWERING))
+    return None if asking is None or answering is None or asking == answering else (asking, answering)
+
+
+def answering(records: Sequence[Document], text: str) -> dict[str, list[str]]:
+    """The columns beside `text` that look like its answer, and the first few values of each. `records`: the first of a
+    file."""
+    columns = dict.fromkeys(key for record in records for key in record if key != text)
+    values = {c: [r[c] for r in records if r.get(c) not in (None, "")] for c in columns}
+    return {c: [*dict.fromkeys(map(str, v))][:4] for c, v in values.items() if v and _answers(c, v)}
+
+
+def _answers(column: str, values: Sequence[object]) -> bool:
+    words = re.findall(r"[a-z]+|[A-Z]+(?![a-z])|[A-Z][a-z]+", column)
+    names = {word.lower() for word in words}
+    if not all(isinstance(value, str | int) for value in values):
+        return False
+    if words and (words[-1].lower() in ANSWERING or column.lower() in ANSWERING):
+        return True
+    return not names & _ORIGIN and _are_classes([value for value in values if isinstance(value, str)], len(values))
+
+
+def _are_classes(values: Sequence[str], rows: int) -> bool:
+    different = set(values)
+    return (
+        len(values) == rows >= MIN_ROWS
+        and 2 <= len(different) <= min(MAX_CLASSES, rows // MIN_REPEATS)
+        and all(len(v) <= MAX_CHARS and len(v.split()) <= MAX_WORDS and not re.search(r"\d", v) for v in different)
+    )
