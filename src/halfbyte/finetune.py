@@ -6,6 +6,7 @@ Only this file (and `doctor.py` and the command line) tells the rooms about each
 """
 
 import tempfile
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,6 @@ from halfbyte.distributed.launch import launch_file
 from halfbyte.distributed.world import World
 from halfbyte.errors import TrainError
 from halfbyte.inference import evaluate, verify
-from halfbyte.layers.kernels import pool
 from halfbyte.objectives.objective import Objective
 from halfbyte.plan import calibrate
 from halfbyte.proofs import adapter, integers
@@ -112,7 +112,8 @@ def set_up(
         tell.note("machine", text)
 
     with world.node_first():
-        run = fit.plan_run(start.recipe, machine, tell, ranks=world.size, objective=objective)
+        run = fit.plan_run(start.recipe, machine, tell, ranks=world.size, objective=objective, done=start.step)
+    began = time.monotonic()
     prepared, plan = run.prepared, run.plan
     if world.first:
         fit.check_disk(plan, Path(start.recipe.output))
@@ -140,8 +141,7 @@ def set_up(
         tell.note("note", notice)
 
     accelerator.reset_peaks()  # of a calibration and the proofs
-    usage.trim()  # what the proofs and the opening of the base left, in the heap and in blocks of our own
-    pool.POOL.give_back()
+    pace.give_back()  # what the proofs and the opening of the base left
     return Setup(
         start=start,
         world=world,
@@ -157,6 +157,7 @@ def set_up(
         shards=shard.over(world, plan, assembled.model, tell.note),
         trained=points.trained_with(start.recipe, learns, rows, model.belongs_to),
         notices=tuple(notices),
+        began=began,
     )
 
 
@@ -176,7 +177,7 @@ def _lead(setup: Setup, loaded: Loaded, tell: Listener) -> Outcome:
     reported = crash.reporting(folder, setup.run.machine.to_json())
     with folder.lock() as run, stop_on_signals(tell.stopping) as stop, page.at_end(run), reported, usage.Peak() as peak:
         try:
-            disk = DiskRetry(tell.warn, lambda: stop.signal is not None)
+            disk, setup.pace.peak = DiskRetry(tell.warn, lambda: stop.signal is not None), peak
             disk.write(lambda: _write_start(setup, loaded, run))
             ended = run_steps(setup, run, stop, tell)
             report = {}
@@ -246,7 +247,7 @@ def _finish(setup: Setup, run: RunFolder, callback: RunCallback, peak: usage.Pea
     adapter_step = disk.write(lambda: _save(setup, run, callback))
     used, cards = usage.process_memory(), accelerator.peaks()
     rows = run.read_metrics()
-    on_card, timed = machine.on_card, plan.time.measured
+    on_card = machine.on_card
     measured, step_s = usage.Usage(peak.private, peak.file), reporting.usual_seconds(rows)
     if step_s is not None and setup.world.alone:  # of several, the link's time is in it
         ran = usage.cpu_time()
@@ -257,11 +258,13 @@ def _finish(setup: Setup, run: RunFolder, callback: RunCallback, peak: usage.Pea
         planned={
             "tokens": setup.steps.tokens,
             "steps": len(setup.steps),
-            "train_seconds": plan.time.run_s if timed else None,
+            "train_seconds": plan.time.run_s,
+            "seconds": plan.time.seconds,
             "peak_rss_bytes": None if on_card else plan.peak_bytes,
             "peak_device_bytes": plan.allocated_bytes if on_card else None,
         },
-        lines=fit.compare(plan, base, before, measured, run.path, step_s if timed else None, cards),
+        lines=fit.compare(plan, base, before, measured, run.path, step_s, cards),
+        seconds=time.monotonic() - setup.began,
         peak_rss_bytes=used["peak_rss_bytes"],
         peak_device_bytes=used.get("peak_device_bytes"),
         adapter_step=adapter_step,

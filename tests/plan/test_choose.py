@@ -428,7 +428,7 @@ def test_the_plan_prints_and_is_json() -> None:
     with show.out.capture() as captured:
         show_plan.summary(plan)
     text = captured.get()
-    for word in ("base", "adapters", "activations", "peak", "max_tokens_per_micro_batch", "warning: "):
+    for word in ("base", "adapters", "activations", "at most", "time", "max_tokens_per_micro_batch", "warning: "):
         assert word in text
     document = json.loads(json.dumps(plan.to_json()))
     assert document["step_bytes"] == sum(item["bytes"] for item in document["lines"]) == plan.step_bytes

@@ -106,3 +106,32 @@ def test_what_integer_products_hold_is_planned() -> None:
         copies = max(o * i for o, i in MATRICES.values()) + tokens * wide
         sums = 4 * wide * min(tokens, max(512, (3 << 19) // wide))
         assert [line.bytes for line in lines] == ([] if asked == "exact" else [copies + sums])
+
+
+def test_a_run_counts_its_evaluations_and_what_it_compiles() -> None:
+    """An evaluation is a forward: half the products of a step of the same rows that recomputes nothing."""
+    rows = Rows((LENGTH,) * ROWS, evaluated=(LENGTH,) * ROWS)
+    given = {"train__per_device_train_batch_size": ROWS, "lora__target_modules": ["q_proj"], "lora__lora_dropout": 0.0}
+    one = job(cpu(64), rows=rows, train__per_device_eval_batch_size=ROWS, **given)
+    rates = Rates(1.0, 1e30, 1e30, 1e30, 1e30, "counted")  # one FLOP a second: all else is nothing beside it
+
+    def around(**changes: Any) -> dict[str, float]:
+        how = {"tokens": TOKENS, "recompute": "none", "placement": "mapped", "read_bytes": 0}
+        return step_time(replace(one, **changes), rates, **how).around
+
+    step = parts(one, rates)["matrix products"]
+    without, twice = around(), around(evaluations=2)
+    assert set(twice) - set(without) == {"evaluations"}
+    thin = (
+        6 * one.lora_parameters_per_token - 4 * one.lora_parameters_per_token
+    )  # six thin products a step, two forward
+    head = 2 * one.facts.vocab * one.facts.hidden
+    share = (2 * one.linear_numel + head + thin) / (4 * one.linear_numel + 2 * head + 3 * thin)
+    assert twice["evaluations"] == pytest.approx(2 * share * step, rel=1e-6)
+    cold = around(cold=True)
+    assert set(cold) - set(without) == {"compiling"} and cold["compiling"] > 10
+    again = step_time(
+        replace(one, done=one.steps), rates, tokens=TOKENS, recompute="none", placement="mapped", read_bytes=0
+    )
+    assert again.seconds == pytest.approx(sum(without.values())), "a run that goes on has the steps that are left"
+    assert again.run_s == pytest.approx(step * one.steps, rel=1e-6)

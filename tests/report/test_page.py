@@ -152,7 +152,7 @@ def test_a_page_holds_what_the_folder_says(tmp_path: Path) -> None:
     parser = seen(page.html(record.read(run.path)))
     words = " ".join(parser.words)
     for said in (
-        *("finished", "held-out rows", "Learning rate", "Gradient norm", "Speed", "Memory", "planned, needed"),
+        *("finished", "held-out rows", "Learning rate", "Gradient norm", "Speed", "Memory", "planned, at most"),
         *("exact_match", "[0.86, 0.99]", "lengths: all fit", "rows.jsonl:1", "proven", "lora.r", "torch 2.13"),
         *("1 values are defaults", "blue", "red", "smoothed over"),
     ):
@@ -306,3 +306,9 @@ def test_a_page_that_cannot_be_made_ends_no_run(
     assert "no page today" in caplog.text and not run.page.exists()
     with pytest.raises(KeyError), page.at_end(run):
         raise KeyError("the run's own error")
+
+
+def test_what_was_measured_stands_beside_its_plan_in_words() -> None:
+    lines = [{"planned": 2e9, "measured": size} for size in (2.4e9, 1.6e9, 2.001e9, "much")]
+    said = ["20% more than planned", "20% less than planned", "as planned", ""]
+    assert [page.beside(line) for line in lines] == said

@@ -21,10 +21,12 @@ ROWS: list[dict[str, Any]] = [
 
 
 def report(rows: list[dict[str, Any]], peak_rss_bytes: int = 800) -> dict[str, Any]:
-    planned = {"tokens": 650, "steps": 3, "train_seconds": None, "peak_rss_bytes": 1000, "peak_device_bytes": None}
+    planned = {"tokens": 650, "steps": 3, "train_seconds": 5.5, "seconds": 7.0}
+    planned |= {"peak_rss_bytes": 1000, "peak_device_bytes": None}
     built = build(
         rows,
         planned=planned,
+        seconds=8.0,
         peak_rss_bytes=peak_rss_bytes,
         peak_device_bytes=None,
         lines=[MeasuredLine("base", 90, 100)],
@@ -37,6 +39,7 @@ def test_every_field_is_there_and_measured() -> None:
     assert report(ROWS) == {
         "tokens": 600,
         "train_seconds": 5.0,
+        "seconds": 8.0,
         "tokens_per_second": 120.0,
         "steps": 3,
         "loss": {"first": 4.0, "last": 2.5},
@@ -44,12 +47,16 @@ def test_every_field_is_there_and_measured() -> None:
         "peak_rss_bytes": 900,
         "peak_device_bytes": None,
         "planned": {
-            "tokens": 650, "steps": 3, "train_seconds": None, "peak_rss_bytes": 1000, "peak_device_bytes": None,
+            "tokens": 650, "steps": 3, "train_seconds": 5.5, "seconds": 7.0, "peak_rss_bytes": 1000,
+            "peak_device_bytes": None,
         },
         "measured": {
-            "tokens": 600, "steps": 3, "train_seconds": 5.0, "peak_rss_bytes": 900, "peak_device_bytes": None,
+            "tokens": 600, "steps": 3, "train_seconds": 5.0, "seconds": 8.0, "peak_rss_bytes": 900,
+            "peak_device_bytes": None,
         },
-        "errors": {"tokens": 50 / 600, "steps": 0.0, "peak_rss_bytes": 100 / 900},
+        "errors": {
+            "tokens": 50 / 600, "steps": 0.0, "train_seconds": 0.1, "seconds": -0.125, "peak_rss_bytes": 100 / 900,
+        },
         "lines": [{"name": "base", "planned": 90, "measured": 100, "error": -0.1}],
     }  # fmt: skip
 

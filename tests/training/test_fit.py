@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,13 @@ def test_every_caller_says_the_same(tmp_path: Path) -> None:
     assert said[1:] == [text for label, text in dry.notes if label == "data"][1:]
     assert [f.line for f in seen.prepared.findings] == said[1:]
     assert seen.steps == outcome.step == outcome.report["planned"]["steps"] == 8
-    assert dry.plan.trainable == seen.plan.trainable
+    plans = [dry.plan, seen.plan, preview.estimate(loaded).plan]
+    assert len({(plan.peak_bytes, plan.max_tokens_per_micro_batch, plan.time.seconds) for plan in plans}) == 1
+    planned, written = outcome.report["planned"], json.loads((outcome.run / "plan.json").read_text())
+    assert planned["peak_rss_bytes"] == written["peak_bytes"] == dry.plan.peak_bytes
+    assert planned["seconds"] == pytest.approx(dry.plan.time.seconds) and planned["train_seconds"] > 0
+    (memory,) = (text for label, text in heard.notes if label == "plan" and text.startswith("memory "))
+    assert f"at most {dry.plan.peak_bytes / 1e9:.2f} GB" in memory
     (adapters,) = (text for label, text in heard.notes if label == "adapters")
     assert f"{dry.plan.trainable:,} of " in adapters
     assert f"{dry.plan.trainable:,} parameters train" in dict(dry.notes)["adapters"]

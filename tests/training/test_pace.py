@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from halfbyte import finetune
 from halfbyte.errors import TrainError
 from halfbyte.objectives.causal_lm import CausalLM
+from halfbyte.system.usage import Usage
 from halfbyte.training import fit
 from halfbyte.training.events import Listener
 from halfbyte.training.pace import Pace, rehearse
@@ -96,3 +98,72 @@ def test_a_run_is_rehearsed_unless_its_plan_is_a_small_part_of_free_memory(
     assert ("the longest micro-batch" in said) == rehearsed and ("nothing" in said) != rehearsed
     lines = {found["name"]: found for found in outcome.report["lines"]}
     assert lines["before a micro-batch, private"]["measured"] > 0, "compared either way"
+
+
+class Level:
+    """In place of what samples this process's memory."""
+
+    def __init__(self, *privates: int) -> None:
+        self.left = [Usage(private, 0) for private in privates]
+
+    def take(self) -> Usage:
+        return self.left.pop(0)
+
+
+def limited(said: list[str], applied: list[str], *privates: int, held: int, monkeypatch: pytest.MonkeyPatch) -> Pace:
+    way = pace(said, applied)
+    way.limit, way.peak = Usage(1_000_000_000, 10**12), Level(*privates)
+    way.need = lambda tokens, recompute: 1_000_000 * tokens // (1 if recompute == "none" else 2)
+    monkeypatch.setattr("halfbyte.training.pace.usage.now", lambda: Usage(held, 0))
+    return way
+
+
+def test_a_run_that_stays_below_the_upper_figure_keeps_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    applied: list[str] = []
+    way = limited(said, applied, 900_000_000, 940_000_000, held=0, monkeypatch=monkeypatch)
+    assert way.between([(0, 1, 2)]) == [(0, 1, 2)] == way.between([(0, 1, 2)])[0:1] and not said
+
+
+def test_a_run_that_comes_near_gives_back_first_and_then_steps_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once memory that is free in the process is given back; where that did not help, a step down each time."""
+    said: list[str] = []
+    applied: list[str] = []
+    way = limited(said, applied, *[990_000_000] * 4, held=500_000_000, monkeypatch=monkeypatch)
+    assert way.between([(0, 1, 2)]) == [(0, 1, 2)] and not said, "given back"
+    way.between([(0, 1, 2)])
+    assert applied == ["full"] and "0.99 GB were in use, 1.00 are planned at most" in said[0]
+    way.between([(0, 1, 2)])
+    assert way.tokens == 30 and [sum(LENGTHS[r] for r in rows) for rows in way.between([(0, 1, 2)])] == [30, 30]
+
+
+def test_a_run_steps_down_before_a_micro_batch_that_would_be_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    applied: list[str] = []
+    way = limited(said, applied, 950_000_000, held=950_000_000, monkeypatch=monkeypatch)
+    assert way.between([(0, 1, 2)]) == [(0, 1, 2)] and applied == ["full"], "held and what half as much takes fit"
+    way = limited(said, applied, 970_000_000, held=960_000_000, monkeypatch=monkeypatch)
+    assert len(way.between([(0, 1, 2)])) == 2 and way.tokens == 30
+
+
+class Leaking(CausalLM):
+    """Each micro-batch leaves so many bytes behind."""
+
+    def __init__(self, leak_bytes: int) -> None:
+        super().__init__()
+        self.leak_bytes, self.left = leak_bytes, list[Any]()
+
+    def loss(self, model: Any, batch: Any) -> Any:
+        self.left.append(torch.ones(self.leak_bytes // 4))
+        return super().loss(model, batch)
+
+
+@pytest.mark.parametrize(("leak_bytes", "downs"), [(0, False), (200_000_000, True)])
+def test_a_whole_run_steps_down_where_it_comes_near_its_upper_figure(
+    leak_bytes: int, downs: bool, tmp_path: Path
+) -> None:
+    recipe = tiny_run.recipe(tmp_path, train__max_steps=6)
+    report = finetune.train(recipe, objective=Leaking(leak_bytes)).report
+    assert any("are planned at most" in notice for notice in report["notices"]) == downs
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert any(row.get("stepped_down") for row in rows) == downs

@@ -235,6 +235,6 @@ def fit(draft: Draft, machine: str | None) -> None:
             f"{draft.model} does not fit {machine or 'here'}: {show.gb(plan.short_bytes)} are missing.",
             fix=f"a smaller model, or another machine; `halfbyte plan {typed(draft.model)}` says what would help",
         )
-    needs = f"{show.gb(plan.needed_bytes)} of {show.gb(plan.available_bytes)} are needed"
+    needs = plan.memory_line
     trial.remarks.append("; ".join([f"planned for {machine or 'this machine'}: {needs}", *estimated.notes[:1]]))
     draft.values, draft.remarks = trial.values, trial.remarks

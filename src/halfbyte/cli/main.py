@@ -183,10 +183,18 @@ def plan(
 ) -> None:
     """What a training takes (memory, disk, time) and how it fits, before anything is downloaded or loaded. Exit code 3
     if it does not fit."""
+    from halfbyte.models.sources.lookup import at_hand
     from halfbyte.plan import estimate
-    from halfbyte.recipe.command import recipe_or_model
+    from halfbyte.recipe.command import NO_ROWS, recipe_or_model
 
-    planned = estimate.plan_model(recipe_or_model(target, set_), device=device, length=length, side_by_side=compare)
+    loaded = recipe_or_model(target, set_)
+    if device is None and length is None and loaded.recipe.data.train != NO_ROWS and at_hand(loaded.recipe):
+        with libraries.loading():
+            from halfbyte.training import preview
+
+        planned = preview.estimate(loaded, side_by_side=compare)
+    else:
+        planned = estimate.plan_model(loaded, device=device, length=length, side_by_side=compare)
     scaled = None
     if nodes is not None:
         from halfbyte.distributed import scaling

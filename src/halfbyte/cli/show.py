@@ -210,7 +210,11 @@ def report(outcome: Outcome) -> None:
         f"({row['tokens_per_second']:.0f} tokens/s)   loss {loss['first']:.4f} -> {loss['last']:.4f}"
         + (f"   eval loss {row['eval_loss']:.4f}" if row["eval_loss"] is not None else "")
     )
-    out.print(f"peak memory {gb(row['measured']['peak_rss_bytes'])} (planned {gb(row['planned']['peak_rss_bytes'])})")
+    measured, planned = row["measured"], row["planned"]
+    if planned["peak_rss_bytes"] is not None:
+        most = f"at most {gb(planned['peak_rss_bytes'])} planned"
+        took = f"{duration(measured['seconds'])} from the plan on ({duration(planned['seconds'])} planned)"
+        out.print(f"peak memory {gb(measured['peak_rss_bytes'])} ({most}); {took}")
     if row["diverged"]:
         text(f"adapter  {outcome.run}/adapter (worse than the base)\n  next: a lower train.learning_rate, in a new run")
         return

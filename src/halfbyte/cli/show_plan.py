@@ -47,7 +47,7 @@ def estimate(value: Estimate) -> None:
     also += [("generating 1,024 tokens", plan.generating_bytes), ("building the base's store", plan.building_bytes)]
     show.field("also", ", ".join(f"{name} {show.gb(size)}" for name, size in also if size))
     show.field("disk", ", ".join(f"{line.name} {show.gb(line.bytes)} ({line.how})" for line in plan.disk))
-    show.field("time", times(plan))
+    show.field("time", f"{times(plan)}{reading(plan)}")
     show.text("")
     for name, why in plan.reasons.items():
         show.field(name, f"{getattr(plan, name)}: {why}", width=len("max_tokens_per_micro_batch") + 1)
@@ -93,8 +93,8 @@ def summary(plan: Plan) -> None:
     """A plan in a few lines: name, GB, how it was counted; then the choices and the warnings."""
     for line in plan.lines:
         show.field(line.name, f"{line.bytes / 1e9:8.3f} GB  {line.how}", width=23)
-    show.field("peak", f"{plan.peak_bytes / 1e9:8.3f} GB  with pages of files", width=23)
-    show.field("needed", f"{plan.needed_bytes / 1e9:8.3f} GB  of {plan.available_bytes / 1e9:.1f} GB free", width=23)
+    show.field("memory", plan.memory_line)
+    show.field("time", plan.time.line)
     for name, why in plan.reasons.items():
         show.paragraph(f"{name} {getattr(plan, name)}: {why}")
     for warning in plan.warnings:
@@ -113,10 +113,8 @@ def verdict(plan: Plan) -> None:
         what = f"{fix.change}: {show.gb(fix.peak_bytes)}, {state}"
         show.text(f"  --set {fix.setting:<34} {what}; a step x{fix.slower:.2f}")
     if not plan.warnings:
-        share = plan.needed_bytes / max(1, plan.available_bytes)
-        needed = f"{show.gb(plan.needed_bytes)} of {show.gb(plan.available_bytes)} free are needed"
-        when = " (most of all while loading or in an evaluation)" if plan.needed_bytes > plan.step_needed_bytes else ""
-        show.out.print(f"[green]it fits[/green]: {needed}, {share:.0%}{when}")
+        when = " (most of all while loading or in an evaluation)" if plan.peak_bytes > plan.step_bytes else ""
+        show.out.print(f"[green]it fits[/green]: {escape(plan.memory_line)}{when}")
         if plan.generating_bytes > plan.available_bytes:
             show.paragraph(f"but not generating 1,024 tokens at once, which takes {show.gb(plan.generating_bytes)}")
 
@@ -129,6 +127,7 @@ def table(title: str, lines: tuple[Line, ...], available: int, plan: Plan | None
     """
     busy_bytes, read_bytes = (plan.busy_file_bytes, plan.read_bytes) if plan else (0, 0)
     needed = sum(line.bytes for line in lines if line.where != "file") + busy_bytes
+    most = needed - busy_bytes + sum(line.bytes for line in lines if line.where == "file")
     full_scale = max(needed, available, 1)
     rows = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, show_header=False)
     rows.add_column("name", no_wrap=True)
@@ -144,12 +143,12 @@ def table(title: str, lines: tuple[Line, ...], available: int, plan: Plan | None
             add(line.name, line.bytes, STYLES[line.where], line.how)
     if busy_bytes:
         add("base in use", busy_bytes, STYLES["file"], "pages of the layers at work")
-    add("needed", needed, "red" if needed > available else "green", f"of {show.gb(available)} free", "bold")
     for line in lines:
         rest = line.bytes - (busy_bytes if line.name == "base" else 0)
         if line.where == "file" and rest > 0:
             name = "base, the rest" if line.name == "base" else line.name
             add(name, rest, STYLES["file"], f"{line.how}; stays while there is room")
+    add("at most", most, "red" if needed > available else "green", f"of {show.gb(available)} free", "bold")
     if read_bytes:
         rows.add_row("read from disk", show.gb(read_bytes), "", "of the base in a step, as it does not stay in memory")
     return rows
@@ -166,8 +165,7 @@ def bar(value: float, full_scale: float, style: str) -> str:
 def times(plan: Plan) -> str:
     time = plan.time
     step = f"{seconds(time.step_low_s)} to {seconds(time.step_high_s)} a step"
-    run = f", {time.steps:,} steps {seconds(time.step_low_s * time.steps)} to {seconds(time.step_high_s * time.steps)}"
-    return f"{step}{run if time.steps > 1 else ''} ({time.source}){reading(plan)}"
+    return f"{step}; {time.line}" if time.steps > 1 else f"{step} ({time.source})"
 
 
 def reading(plan: Plan) -> str:
@@ -230,7 +228,7 @@ def data_check(value: DataCheck) -> None:
         f"{about['micro_batches_per_step']:.1f} micro-batches a step, {about['rows_per_micro_batch']:.1f} rows in each "
         f"(at most {about['max_tokens_per_micro_batch']:,} tokens)",
     )
-    show.field("time", f"about {show.duration(time.run_s)}{'' if time.measured else f' ({time.source})'}")
+    show.field("time", time.line)
     for row in value.shown:
         show.text("")
         example(row)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from halfbyte.errors import RecipeError
 from halfbyte.plan import memory
 from halfbyte.plan.job import Job
-from halfbyte.plan.result import GB, Line, Placement, Plan, Recompute, Where
+from halfbyte.plan.result import GB, POOL_RESERVE, Line, Placement, Plan, Recompute, Where
 from halfbyte.plan.timing import Rates, assumed, mean_micro_batches, step_time
 from halfbyte.system.device import Device
 
@@ -97,7 +97,8 @@ def _during(
     """Lines of one micro-batch at its peak, and of gradients: with `before`, of other micro-batches of its step too."""
     lines = memory.step_lines(job, micro_batch, recompute, where, cards)
     count = -(-job.step_tokens // max(1, micro_batch.tokens)) if before else 1
-    gradients = memory.gradient_lines(job, where, micro_batches=count, micro_batch_bytes=_bytes(lines))
+    taken = _bytes(line for line in lines if line.name != POOL_RESERVE)
+    gradients = memory.gradient_lines(job, where, micro_batches=count, micro_batch_bytes=taken)
     return (*_on_one_card(gradients, cards), *lines)
 
 
@@ -162,7 +163,8 @@ def step_down_policies(job: Job, recompute: Recompute) -> tuple[Recompute, ...]:
 
 def _candidates(job: Job, device: Device, rates: Rates) -> Iterator[Plan]:
     asked = job.recipe.train.max_tokens_per_micro_batch
-    longest, step = job.rows.longest, job.step_tokens
+    step = job.step_tokens
+    longest = min(job.rows.longest, step)  # a run of few steps may never meet the longest row
     for placement in placements(job, device):
         # a base that is read from disk is read for every micro-batch, so a whole step in one is worth having
         read_again = placement == "streamed" and job.base_bytes > PLENTY * device.ram_available_bytes

@@ -106,6 +106,7 @@ class Job:
         beside_bytes: of the tokenizer and what else a store copies; None where they are not at hand.
         ranks: processes that share the rows of a step; this is the plan of one of them.
         objective: what the loss takes beside a forward and a backward.
+        evaluations: of the held-out rows in this process's part of the run. done: steps that others have made.
     """
 
     recipe: Recipe
@@ -125,6 +126,8 @@ class Job:
     tokenizer_json_bytes: int | None = None
     ranks: int = 1
     objective: ObjectiveCost = NO_COST
+    evaluations: int = 0
+    done: int = 0
 
     @classmethod
     def of(

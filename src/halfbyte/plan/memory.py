@@ -21,8 +21,19 @@ import numpy as np
 
 from halfbyte.plan.job import Job, Sizes
 from halfbyte.plan.layer import NO_SCORES, PADDED, expert_products, pairs_of
-from halfbyte.plan.result import Line, Placement, Recompute, Where, library_lines
+from halfbyte.plan.result import (
+    LIBRARIES_FILE_BYTES,
+    POOL_RESERVE,
+    RESERVE,
+    STEP_CODE_BYTES,
+    Line,
+    Placement,
+    Recompute,
+    Where,
+    library_lines,
+)  # fmt: skip
 from halfbyte.quant import formats, policy
+from halfbyte.system import pages
 from halfbyte.system.device import Device
 from halfbyte.system.threads import PRODUCTS_KEPT
 
@@ -40,11 +51,10 @@ HOST_OF_CARD_BYTES = 2_500_000_000  # a CUDA build's libraries and pinned buffer
 FIRST_MICRO_BATCH_BYTES = 50_000_000
 # The compiler (numba, LLVM), where kernels are not in its cache yet; the process keeps it to its end. Measured: a cold
 # run beside a warm one of the same recipe, private: 174 MB in fp32, 296 to 308 in bf16, whose kernels are more, and 379
-# where they multiply integers; 7 MB of code.
+# where they multiply integers.
 COMPILER_PRIVATE_BYTES = 180_000_000
 COMPILER_BF16_BYTES = 120_000_000
 COMPILER_INTEGER_BYTES = 75_000_000
-COMPILER_FILE_BYTES = 7_000_000
 # oneDNN's code of a matrix product of one shape, and how many shapes a size of micro-batches has: 54 MB more in use for
 # 6 sizes, 90 for 10 (docs/log). `system/threads.py` bounds how many are cached. The first micro-batch's are in its
 # own line.
@@ -78,6 +88,10 @@ SLACK, HEAP_SLACK = 0.02, 0.08
 MIXED, MIXED_SIZES = 0.15, 10
 MOMENT_SLACK = 0.15  # share of what comes and goes in between
 HEAP_BYTES = 32 << 20  # glibc's largest moving threshold: a larger block has pages of its own, a smaller one a hole
+HEAP_TOP_BYTES = (
+    2 * HEAP_BYTES
+)  # free at the end of the heap, before glibc gives it back (mallopt(3), M_TRIM_THRESHOLD)
+KEPT_SHARE = 0.1  # layers/kernels/pool.py: free blocks that are kept, of the most that was lent at once
 CARD_SLACK = 0.05  # PyTorch's caching allocator rounds and splits; a round figure, not measured here
 
 
@@ -96,14 +110,18 @@ def process_lines(device: Device, job: Job) -> tuple[Line, ...]:
     if device.on_card:
         return Line("libraries", HOST_OF_CARD_BYTES, "a CUDA build; a round figure"), data
     source, first = "measured on a tiny run", "kernels, threads' buffers and the Trainer, from then on"
-    compiler, code = (_compiler_bytes(job), COMPILER_FILE_BYTES) if job.cold else (0, 0)
+    compiler = _compiler_bytes(job) if job.cold else 0
     return (
-        *library_lines(LIBRARIES_PRIVATE_BYTES, "torch, transformers, peft, numba and their state"),
-        Line("compiler's code", code, "kernels are compiled in the first run on a machine", source, "file"),
+        *library_lines(
+            LIBRARIES_PRIVATE_BYTES,
+            "torch, transformers, peft, numba and their state",
+            STEP_CODE_BYTES if pages.supported() else LIBRARIES_FILE_BYTES,
+        ),
         Line("compiler", compiler, "kernels are compiled in the first run on a machine", source),
         Line("first micro-batch", FIRST_MICRO_BATCH_BYTES, first, source),
         Line("compiled products", _products_bytes(job), "oneDNN's, of micro-batches of other sizes", source),
         data,
+        Line(RESERVE, HEAP_TOP_BYTES, "what glibc keeps at the end of its heap: twice its largest threshold"),
     )
 
 
@@ -204,8 +222,11 @@ def gradient_lines(job: Job, where: Where, *, micro_batches: int, micro_batch_by
 
 
 def loading_bytes(job: Job, placement: Placement, lines: tuple[Line, ...]) -> int:
-    """The peak while the base is opened: what is in memory then, and one tensor more on its way."""
-    process = sum(line.bytes for line in lines if line.name.startswith(("libraries", "CUDA", "cuBLAS")))
+    """The peak while the base is opened and proven: what is in memory then, and one tensor more on its way."""
+    there = ("libraries", "libraries, mapped", "CUDA context", "cuBLAS workspace", "compiler", "data", RESERVE)
+    process = sum(line.bytes for line in lines if line.name in there)
+    if any(line.name == "libraries" for line in lines):  # not on a card
+        process += max(0, LIBRARIES_FILE_BYTES - sum(line.bytes for line in lines if line.name == "libraries, mapped"))
     if job.mappable and placement in ("mapped", "streamed"):
         return process + job.outer_bytes
     base = sum(line.bytes for line in lines if line.name == "base")
@@ -324,6 +345,7 @@ def step_lines(job: Job, largest: MicroBatch, recompute: Recompute, where: Where
     slack = CARD_SLACK * (activations + moment)
     if where == "private":
         slack = _slack_share(job, recompute) * activations + MOMENT_SLACK * moment + _scores_hole(job, pairs, recompute)
+    kept = max(0.0, KEPT_SHARE * (activations + moment) - slack) if where == "private" else 0.0
     words = f"{tokens} tokens x {layers} layers x {layer.of(recompute) / 1e3:.2f} kB"
     weight = f"{job.largest_linear / 1e6:.1f} M numbers"
     return (
@@ -332,6 +354,9 @@ def step_lines(job: Job, largest: MicroBatch, recompute: Recompute, where: Where
         Line("dequantised weight", c * job.largest_linear, weight, "layers/lora_linear.py", where),
         *integer_lines(job, tokens, where),
         Line("allocator", round(slack), f"{slack / max(1, activations + moment):.0%} of these", "measured", where),
+        Line(
+            POOL_RESERVE, round(kept), f"{KEPT_SHARE:.0%} of these, where it keeps them free", "layers/kernels/pool.py"
+        ),
     )
 
 

@@ -10,10 +10,14 @@ from halfbyte.system.cards import torch_build
 from halfbyte.types import Document
 
 GB = 1e9
-LIBRARIES_FILE_BYTES = 235_000_000  # code of the libraries, mapped; measured with a build of torch for CPUs alone
+# Code of the libraries, mapped: all that starting touches, and what a step runs of it, which is all that stays where
+# pages can be let go (`system/pages.py`). Measured with a build of torch for CPUs alone: 270 to 327 MB, and 95 to 104.
+LIBRARIES_FILE_BYTES, STEP_CODE_BYTES = 330_000_000, 105_000_000
 # More where torch is a build for cards, which is what PyPI has for Linux, card or not. Measured: all libraries in,
 # torch 2.15.0+cu132 (Python 3.13) beside 2.13.0+cpu, 165 MB private and 517 of files; 2.13.0+cu130 144 and 489.
 CARD_BUILD_PRIVATE_BYTES, CARD_BUILD_FILE_BYTES = 165_000_000, 517_000_000
+# Lines between what is expected and the upper figure: of the process, and of a micro-batch.
+RESERVE, POOL_RESERVE = "heap's reserve", "pool's reserve"
 NOT_TENSORS = ("CUDA context", "allocator")
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 
@@ -50,10 +54,27 @@ class Time:
     measured: bool = False
     parts: dict[str, float] = field(default_factory=dict)
     reading_s: float = 0.0
+    around: dict[str, float] = field(default_factory=dict)
+    """Seconds of the run beside its steps, by what they are spent on."""
+    done: int = 0
+    """Steps that an earlier process has made."""
 
     @property
     def run_s(self) -> float:
+        """Of all steps, whoever makes them."""
         return self.step_s * self.steps
+
+    @property
+    def seconds(self) -> float:
+        """From the plan to the report: the steps that are left, and what is around them."""
+        return self.step_s * (self.steps - self.done) + sum(self.around.values())
+
+    @property
+    def line(self) -> str:
+        """The seconds and what they go to, as every command says it."""
+        parts = {"steps": self.step_s * (self.steps - self.done), **self.around}
+        shown = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in parts.items())
+        return f"about {_duration(self.seconds)}: {shown} ({self.source})"
 
 
 @dataclass(frozen=True)
@@ -112,8 +133,16 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """The most at any time: of a step, of loading, of an evaluation."""
-        return max(self.step_bytes, self.loading_bytes, self.evaluating_bytes)
+        """The upper figure: the most at any time, of a step, of loading, of an evaluation, of building the store."""
+        building = 0 if self.host_lines else self.building_bytes  # in RAM
+        return max(self.step_bytes, self.loading_bytes, self.evaluating_bytes, building)
+
+    @property
+    def expected_bytes(self) -> int:
+        """The same without reserves."""
+        return max(
+            self.step_bytes - self.line(POOL_RESERVE), self.peak_bytes if self.peak_bytes > self.step_bytes else 0
+        ) - self.line(RESERVE)
 
     @property
     def building_bytes(self) -> int:
@@ -149,6 +178,16 @@ class Plan:
         """What must be in memory at the worst time: in a step, while loading, or in an evaluation."""
         return max(self.peak_bytes - self.file_bytes, self.private_bytes) + self.busy_file_bytes
 
+    @property
+    def memory_line(self) -> str:
+        """The upper figure and what is expected, as every command says it."""
+        droppable = self.file_bytes - self.busy_file_bytes
+        parts = [f"{self.expected_bytes / GB:.2f} expected"] if self.line(RESERVE) else []
+        parts += [f"{droppable / GB:.2f} of it pages of files, which the system may drop"] if droppable > 0 else []
+        return f"at most {self.peak_bytes / GB:.2f} GB of {self.available_bytes / GB:.1f} GB free" + (
+            f" ({'; '.join(parts)})" if parts else ""
+        )
+
     def line(self, name: str) -> int:
         return sum(line.bytes for line in self.lines if line.name == name)
 
@@ -158,9 +197,15 @@ class Plan:
         return {**{name: getattr(self, name) for name in sums}, **asdict(self)}
 
 
-def library_lines(private_bytes: int, names: str) -> tuple[Line, ...]:
+def _duration(seconds: float) -> str:
+    whole = round(seconds)
+    return (
+        f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}" if whole >= 3600 else f"{whole // 60}:{whole % 60:02}"
+    )
+
+
+def library_lines(private_bytes: int, names: str, file_bytes: int = LIBRARIES_FILE_BYTES) -> tuple[Line, ...]:
     """RAM of the libraries: `private_bytes` with a build of torch for CPUs, more with one for cards; and their code."""
-    file_bytes = LIBRARIES_FILE_BYTES
     if torch_build() in ("cuda", "rocm"):
         private_bytes, file_bytes = private_bytes + CARD_BUILD_PRIVATE_BYTES, file_bytes + CARD_BUILD_FILE_BYTES
         names = f"{names}; torch is a build for cards"

@@ -9,7 +9,7 @@ Cost: none; no torch.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from halfbyte.plan.job import Job
 from halfbyte.plan.result import Placement, Recompute, Time
@@ -33,6 +33,12 @@ BLOCK_ROWS = 48
 TRAFFIC = 10.0
 # Of that, what is done again under a policy.
 TRAFFIC_AGAIN = {"none": 1.0, "selective": 1.2, "full": 1.4}
+FORWARD_TRAFFIC = 0.4  # of a forward alone: what full recomputation does again
+# From the plan to the first step (a base is opened, adapters are put on it, proofs), and from the last step to the
+# report (checkpoint, adapter, logits to prove it with). Measured on two cores at 2.4 GHz.
+OPENING_S, OPENING_LAYER_S, SAVING_S, SAVING_SITE_S = 1.0, 0.03, 0.5, 0.01
+# Compiling the kernels of a training, once on a machine: one thread, same cores.
+COMPILING_BF16_S, COMPILING_S = 70.0, 40.0
 # layers/kernels/cpu/integer/products.py: int8 is taken from so many times the rate of the compute dtype on.
 INTEGERS_PAY = 1.3
 # Bytes that an int8 product moves more: of a number of its input (read, written in 8 bits) and one of its output (sums
@@ -88,31 +94,70 @@ def step_time(
     Args:
         tokens: of a micro-batch. read_bytes: of the base, read from disk in a step.
     """
-    rows, facts = job.rows, job.facts
-    step_tokens = max(1.0, rows.mean * job.mean_rows_per_step)
-    micro_batches = mean_micro_batches(job, tokens)
-    more_forwards = job.objective.forwards + (recompute == "full")
-    again = 2.0 + more_forwards
-    products = 2 * again * job.linear_numel + 6 * job.lora_parameters_per_token
-    head = (4 + 2 * job.objective.forwards) * facts.vocab * facts.hidden * rows.labelled_share
+    parts = _parts(
+        job, rates, max(1.0, job.rows.mean * job.mean_rows_per_step), mean_micro_batches(job, tokens), recompute
+    )
+    reading = read_bytes / rates.disk_bytes
+    if placement == "streamed":  # read while the layer before computes
+        parts["waiting for disk"] = max(0.0, reading - sum(parts.values()))
+    elif placement == "mapped":
+        parts["waiting for disk"] = reading
+    total = sum(parts.values())
+    spread = total * (SPREAD if rates.measured else SPREAD_ASSUMED)
+    around = around_the_steps(job, rates, tokens)
+    steps = (total - spread, total, total + spread, job.steps)
+    return Time(*steps, rates.source, rates.measured, parts, reading, around, job.done)
+
+
+def around_the_steps(job: Job, rates: Rates, tokens: int) -> dict[str, float]:
+    """Seconds of a run beside its steps."""
+    tensors = len(job.sites)
+    parts = {"opening": OPENING_S + OPENING_LAYER_S * job.facts.layers, "saving": SAVING_S + SAVING_SITE_S * tensors}
+    if job.cold:
+        parts["compiling"] = COMPILING_BF16_S if job.dtype == "bf16" else COMPILING_S
+    return {
+        **parts,
+        **({"evaluations": job.evaluations * evaluation_time(job, rates, tokens)} if job.evaluations else {}),
+    }
+
+
+def evaluation_time(job: Job, rates: Rates, tokens: int) -> float:
+    """Seconds of one evaluation: a forward of the held-out rows, in micro-batches of at most `tokens`."""
+    rows = replace(job.rows, lengths=job.rows.evaluated)
+    many = rows.tokens / max(1, len(rows.lengths)) * (job.recipe.train.per_device_eval_batch_size if job.packed else 1)
+    micro_batches = math.ceil(rows.tokens / max(1.0, min(tokens, many)))
+    return sum(_parts(replace(job, rows=rows), rates, rows.tokens, micro_batches, "none", trains=False).values())
+
+
+def _parts(
+    job: Job, rates: Rates, tokens: float, micro_batches: int, recompute: Recompute, *, trains: bool = True
+) -> dict[str, float]:
+    """Seconds of `tokens` in so many micro-batches, by what they go to: forward and backward, or forwards alone."""
+    rows, facts, backward, step_tokens = job.rows, job.facts, int(trains), max(1.0, tokens)
+    micro_batches = max(1, micro_batches)
+    forwards = 1 + job.objective.forwards + (recompute == "full") * backward
+    again = forwards + backward
+    products = 2 * again * job.linear_numel + (2 + 4 * backward) * job.lora_parameters_per_token
+    head = 2 * (1 + job.objective.forwards + backward) * facts.vocab * facts.hidden * rows.labelled_share
     width = facts.heads * facts.head_size or facts.hidden
-    attention = (14 + 4 * more_forwards) * pairs_of_a_token(rows.mean_of_a_token) * width * facts.layers
+    attention = (4 * forwards + 10 * backward) * pairs_of_a_token(rows.mean_of_a_token) * width * facts.layers
     weights = job.dequantised_weights(step_tokens / micro_batches)
     operands = again * (1.5 * step_tokens * job.linear_widths + micro_batches * weights)
-    # an adapter's six thin products pass once over the input, the output or a gradient of them
-    operands = job.itemsize * (operands + 3 * step_tokens * job.lora_widths)
+    # an adapter's six thin products (two forward) pass once over the input, the output or a gradient of them
+    operands = job.itemsize * (operands + (1 + 2 * backward) * step_tokens * job.lora_widths)
     # in the forward, and in backward for what was dropped and for its gradient
     dropped = (again + 1) * step_tokens * sum(s.inputs for s in job.sites) if job.recipe.lora.lora_dropout else 0.0
+    dropped *= backward
     dequantised = rates.dequant_elements * formats.of(job.recipe.quant).speed
     # scores that are made in memory (ALiBi, softcap, dropout) go through it as what is kept does
     moved = TRAFFIC * (job.layer.kept + job.layer.pair * rows.mean_of_a_token) * facts.layers
     full_rate = 1 / (1 + HALF_RATE_TOKENS * micro_batches / step_tokens)
     scores = rows.mean_of_a_token * facts.heads if facts.attention_dropout else 0.0
-    masks = facts.layers * (scores + (2 * facts.hidden if facts.residual_dropout else 0))
-    eight, rounding = integer_products(job, rates, again)
+    masks = facts.layers * backward * (scores + (2 * facts.hidden if facts.residual_dropout else 0))
+    eight, rounding = integer_products(job, rates, again) if trains else (0.0, 0.0)
     products, ops = products - eight, eight / rates.integer_ops if eight else 0.0
     parts = {
-        "own dropout": step_tokens * masks * (again - 1) / MASK_NUMBERS if job.kernels else 0.0,
+        "own dropout": step_tokens * masks * forwards / MASK_NUMBERS if job.kernels else 0.0,
         "matrix products": step_tokens * ((products + head) / rates.matmul_flops + ops) / full_rate,
         "rounding": (
             step_tokens * rounding * job.linear_widths + bool(eight) * micro_batches * again * ROUND_WEIGHT * weights
@@ -121,20 +166,18 @@ def step_time(
         "operands": operands / rates.memory_bytes,
         "LoRA's dropout": dropped / rates.dropped if rates.dropped else 0.0,
         "attention": step_tokens * attention / rates.attention_flops,
-        "elementwise": step_tokens * moved * TRAFFIC_AGAIN[recompute] / rates.memory_bytes,
+        "elementwise": step_tokens
+        * moved
+        * (TRAFFIC_AGAIN[recompute] if trains else FORWARD_TRAFFIC)
+        / rates.memory_bytes,
         "dequantising": micro_batches * again * weights / dequantised if job.recipe.quant.quantises else 0.0,
-        "overhead": micro_batches * (LAYER_OVERHEAD_S * facts.layers + SITE_OVERHEAD_S * len(job.sites)),
-        "optimiser": UPDATE_BYTES * job.trainable / rates.memory_bytes + TENSOR_OVERHEAD_S * 2 * len(job.sites),
+        "overhead": (0.4 + 0.6 * backward)
+        * micro_batches
+        * (LAYER_OVERHEAD_S * facts.layers + SITE_OVERHEAD_S * len(job.sites)),
+        "optimiser": backward
+        * (UPDATE_BYTES * job.trainable / rates.memory_bytes + TENSOR_OVERHEAD_S * 2 * len(job.sites)),
     }
-    parts = {name: seconds * rates.correction for name, seconds in parts.items()}
-    reading = read_bytes / rates.disk_bytes
-    if placement == "streamed":  # read while the layer before computes
-        parts["waiting for disk"] = max(0.0, reading - sum(parts.values()))
-    elif placement == "mapped":
-        parts["waiting for disk"] = reading
-    total = sum(parts.values())
-    spread = total * (SPREAD if rates.measured else SPREAD_ASSUMED)
-    return Time(total - spread, total, total + spread, job.steps, rates.source, rates.measured, parts, reading)
+    return {name: seconds * rates.correction for name, seconds in parts.items()}
 
 
 def integer_products(job: Job, rates: Rates, again: float) -> tuple[float, float]:

@@ -1,7 +1,7 @@
 """Which charts a page has: of a run its loss, evaluations, learning rate, gradient norm, speed and memory beside its
 plan; of several runs their curves over each other."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from halfbyte.report import series
 from halfbyte.report.plots import Chart, Curve
@@ -93,26 +93,13 @@ def evaluations(metrics: Metrics) -> list[Chart]:
 
 
 def memory(record: Record) -> Chart:
-    """Memory over the minutes of training; the plan's two levels: what is needed, and with pages of files."""
+    """Memory over the minutes of training, below the plan's upper figure."""
     steps = record.metrics.steps
     minutes = series.minutes(steps["seconds"])
     cards = bool(len(Series(minutes, steps["peak_device_bytes"]).known))
     name, column = ("peak on the cards", "peak_device_bytes") if cards else ("resident", "rss_bytes")
     unit, scale = ("hours", 60) if len(minutes) and minutes[-1] > HOURS_FROM else ("minutes", 1)
+    planned = record.plan.get("peak_bytes")
+    levels = [("planned, at most", planned / 1e9)] if isinstance(planned, int | float) else []
     curve = Curve(name, Series(minutes / scale, steps[column] / 1e9), "smooth")
-    levels = plan_levels(record.plan)
     return Chart("Memory", "GB", f"{unit} of training", [curve], levels=levels, from_zero=True)
-
-
-def plan_levels(plan: dict[str, object]) -> Sequence[tuple[str, float]]:
-    """The plan's levels of memory in GB; one where both are nearly the same."""
-    levels = [
-        (name, size / 1e9)
-        for name, size in (
-            ("planned, with pages of files", plan.get("peak_bytes")),
-            ("planned, needed", plan.get("needed_bytes")),
-        )
-        if isinstance(size, int | float)
-    ]
-    near = len(levels) == 2 and abs(levels[0][1] - levels[1][1]) < 0.02 * levels[0][1]
-    return levels[1:] if near else levels

@@ -25,6 +25,7 @@ from halfbyte.report.record import Record
 from halfbyte.runs.folder import RunFolder
 from halfbyte.scoring.intervals import CONFIDENCE
 from halfbyte.system import files
+from halfbyte.types import Document
 
 WEB = Path(__file__).parent / "web"
 MAX_TEXT = 1_200  # characters of an answer, a prompt or a notice
@@ -92,7 +93,7 @@ def environment() -> Environment:
     jinja = Environment(
         loader=loader, autoescape=True, undefined=ChainableUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    jinja.filters |= {"gb": gb, "shown": shown, "cut": cut, "number": number}
+    jinja.filters |= {"gb": gb, "shown": shown, "cut": cut, "number": number, "beside": beside}
     return jinja
 
 
@@ -116,7 +117,7 @@ def facts(run: Record) -> list[tuple[str, str]]:
         figures += [("tokens", f"{tokens:,.0f}"), ("tokens/s", f"{tokens / seconds:,.0f}")]
     if peak := report.get("peak_rss_bytes"):
         planned = (report.get("planned") or {}).get("peak_rss_bytes")
-        figures.append(("peak memory", gb(peak) + (f" (planned {gb(planned)})" if planned else "")))
+        figures.append(("peak memory", gb(peak) + (f" (at most {gb(planned)} planned)" if planned else "")))
     if run.adapter_step is not None:
         figures.append(("adapter is of step", f"{run.adapter_step:,}"))
     return figures
@@ -150,6 +151,15 @@ def summary(run: Record) -> list[str]:
 
 def gb(count: object) -> str:
     return f"{count / 1e9:.2f} GB" if isinstance(count, int | float) else ""
+
+
+def beside(line: Document) -> str:
+    """What was measured beside its plan, in words."""
+    planned, measured = line["planned"], line["measured"]
+    if not isinstance(planned, int | float) or not isinstance(measured, int | float) or not planned:
+        return ""
+    more = measured / planned - 1
+    return "as planned" if abs(more) < 0.005 else f"{abs(more):.0%} {'more' if more > 0 else 'less'} than planned"
 
 
 def number(value: object) -> str:

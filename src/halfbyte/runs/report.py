@@ -31,6 +31,7 @@ def build(
     rows: Sequence[Document],
     *,
     planned: Document,
+    seconds: float,
     peak_rss_bytes: int,
     peak_device_bytes: int | None,
     lines: Iterable[MeasuredLine] = (),
@@ -41,6 +42,7 @@ def build(
     Args:
         rows: of `metrics.jsonl`. A step's row has `loss`, `tokens` and `seconds`, and may have `rss_bytes`; an
             evaluation's row has `eval_loss`.
+        seconds: of this process, from the plan on.
         planned: each figure under `measured` as the plan had it; None where it had none.
         peak_rss_bytes: of this process; a resumed run's earlier ones are seen through their rows.
         peak_device_bytes: None without a card.
@@ -53,19 +55,20 @@ def build(
     if not steps:
         raise RunError("the run made no step, so there is nothing to report.")
     tokens = sum(int(row["tokens"]) for row in steps)
-    seconds = float(sum(row["seconds"] for row in steps))
+    train_seconds = float(sum(row["seconds"] for row in steps))
     peak = max([peak_rss_bytes, *(int(row["rss_bytes"]) for row in rows if row.get("rss_bytes"))])
     measured = {
         "tokens": tokens,
         "steps": len(steps),
-        "train_seconds": seconds,
+        "train_seconds": train_seconds,
+        "seconds": seconds,
         "peak_rss_bytes": peak,
         "peak_device_bytes": peak_device_bytes,
     }
     known = [name for name, real in measured.items() if planned[name] is not None and real]
     return {
         **measured,
-        "tokens_per_second": tokens / seconds if seconds > 0 else 0.0,
+        "tokens_per_second": tokens / train_seconds if train_seconds > 0 else 0.0,
         "loss": {"first": steps[0]["loss"], "last": steps[-1]["loss"]},
         "eval_loss": reached(rows, adapter_step)["eval_loss"],
         "planned": planned,

@@ -108,6 +108,7 @@ class Peak:
     def __init__(self, period_s: float = PERIOD_S) -> None:
         self.period_s = period_s
         self.private = self.file = self.total = 0
+        self._recent = Usage(0, 0)
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._sample, name="halfbyte-memory", daemon=True)
 
@@ -115,7 +116,14 @@ class Peak:
         used = now()
         self.private, self.file = max(self.private, used.private), max(self.file, used.file)
         self.total = max(self.total, used.total)
+        self._recent = Usage(max(self._recent.private, used.private), max(self._recent.file, used.file))
         return used
+
+    def take(self) -> Usage:
+        """The highest of each since this was last called."""
+        self.look()
+        recent, self._recent = self._recent, Usage(0, 0)
+        return recent
 
     def __enter__(self) -> Self:
         self.look()

@@ -19,7 +19,7 @@ from halfbyte.errors import RunError
 from halfbyte.models.structure import meta_model
 from halfbyte.objectives.objective import Objective
 from halfbyte.plan import Job, Plan, Rows, calibrate, choose, memory, plan_training
-from halfbyte.plan.result import Recompute
+from halfbyte.plan.result import POOL_RESERVE, RESERVE, Recompute
 from halfbyte.proofs import integers
 from halfbyte.recipe.adapter import PASSPORT
 from halfbyte.recipe.schema import Recipe
@@ -31,12 +31,12 @@ from halfbyte.system.usage import Usage
 from halfbyte.training.events import Listener
 from halfbyte.training.pace import Pace, recompute_as, rehearse
 from halfbyte.training.prepare import Prepared, data_note, prepare
-from halfbyte.training.schedule import count_steps
+from halfbyte.training.schedule import count_evaluations, count_steps
 from halfbyte.training.trainer import check_arguments
 from halfbyte.types import Document, Model
 
 # A run that is thought to be shorter is not worth the seconds of a calibration.
-CALIBRATE_FROM_S = 60.0
+CALIBRATE_FROM_S = 15.0
 # A plan that takes no more of what is free need not be rehearsed: it would fit if it were wrong by a factor of four.
 UNREHEARSED = 0.2
 
@@ -51,6 +51,8 @@ class PlannedRun:
     modules: list[str]
     job: Job
     plan: Plan
+    foreign_bytes: int = 0
+    """What this process held before, beyond what libraries take: of a program that halfbyte is a part of."""
 
 
 def plan_run(
@@ -60,12 +62,13 @@ def plan_run(
     *,
     ranks: int = 1,
     objective: Objective | None = None,
+    done: int = 0,
 ) -> PlannedRun:
     """Prepare a run and plan it. Only with a `listener` may the machine be calibrated first.
 
     Args:
         ranks: processes that share the rows of a step; the plan is one's.
-        objective: None for the one that the recipe asks for.
+        objective: None for the one that the recipe asks for. done: steps that earlier processes have made.
 
     Raises:
         HalfbyteError: a mistake in the recipe, the data or the model.
@@ -76,11 +79,12 @@ def plan_run(
     tell.note("data", data_note(prepared))
     for finding in prepared.findings:
         tell.note("data", finding.line)
-    return with_plan(prepared, machine, (lambda text: tell.note("machine", text)) if listener else None, ranks=ranks)
+    say = (lambda text: tell.note("machine", text)) if listener else None
+    return with_plan(prepared, machine, say, ranks=ranks, done=done)
 
 
 def with_plan(
-    prepared: Prepared, machine: Device, say: Callable[[str], None] | None = None, *, ranks: int = 1
+    prepared: Prepared, machine: Device, say: Callable[[str], None] | None = None, *, ranks: int = 1, done: int = 0
 ) -> PlannedRun:
     """The plan of rows that are prepared already. With `say` the machine may be calibrated first, for a long run."""
     recipe = prepared.recipe
@@ -91,11 +95,14 @@ def with_plan(
     rows = Rows(prepared.train.lengths, prepared.train.labelled, held_out)
     job = Job.of_checkpoint(recipe, prepared.checkpoint, meta, rows, machine, targets=targets.names)
     written = job.tokenizer_json_bytes if prepared.chatml is not None else None
-    job = replace(job, tokenizer_bytes=written or 0, ranks=ranks, objective=prepared.objective.cost)
+    job = replace(job, tokenizer_bytes=written or 0, ranks=ranks, objective=prepared.objective.cost, done=done)
+    job = replace(job, evaluations=count_evaluations(prepared, done))
     rates = calibrate.cached(machine, job.dtype)
     if rates is None and say is not None and choose.best_plan(job, machine).time.run_s >= CALIBRATE_FROM_S:
         rates = calibrate.ensure(machine, job.dtype, say=say)
-    return PlannedRun(prepared, machine, targets, modules, job, plan_training(job, machine, rates))
+    plan = plan_training(job, machine, rates)
+    foreign = max(0, usage.now().private - plan.line("libraries"))
+    return PlannedRun(prepared, machine, targets, modules, job, plan, foreign)
 
 
 def decisions(run: PlannedRun) -> Document:
@@ -111,12 +118,11 @@ def decisions(run: PlannedRun) -> Document:
 
 
 def announce(plan: Plan, tell: Listener) -> None:
-    """Tell what the plan has chosen and the memory it needs."""
+    """Tell what the plan has chosen, the memory that it takes at most, and its seconds."""
     for name, why in plan.reasons.items():
         tell.note("plan", f"{name} {getattr(plan, name)}: {why}")
-    dropped = "" if plan.host_lines else f"; {plan.peak_bytes / 1e9:.2f} GB with pages of files, which can be dropped"
-    needed = f"{plan.needed_bytes / 1e9:.2f} GB of {plan.available_bytes / 1e9:.1f} GB free"
-    tell.note("plan", f"peak memory about {needed}{dropped}")
+    tell.note("plan", f"memory {plan.memory_line}")
+    tell.note("plan", f"time {plan.time.line}")
 
 
 def check_disk(plan: Plan, output: Path) -> None:
@@ -155,6 +161,7 @@ def make_pace(run: PlannedRun, model: Model, tell: Callable[[str], None], *, pac
         tell=tell,
         ram_bytes=machine.ram_bytes,
         on_card=machine.on_card,
+        limit=None if plan.host_lines else usage.Usage(plan.private_bytes + run.foreign_bytes, plan.file_bytes),
     )
 
 
@@ -198,7 +205,8 @@ def compare(
         lines.append(MeasuredLine("held by torch on a card", plan.allocated_bytes + plan.line("allocator"), reserved))
     else:
         before = ["libraries", "compiler", "data", "adapters"] + ["base"] * (plan.placement == "resident")
-        passing = (line.bytes for line in plan.lines if line.where != "file" and line.name not in (*before, "base"))
+        others = (*before, "base", RESERVE, POOL_RESERVE)
+        passing = (line.bytes for line in plan.lines if line.where != "file" and line.name not in others)
         lines += [
             MeasuredLine("before a micro-batch, private", sum(map(plan.line, before)), memory_before.private),
             MeasuredLine("the longest micro-batch", sum(passing), max(0, peak.private - memory_before.private)),

@@ -24,12 +24,13 @@ from halfbyte.models import structure
 from halfbyte.objectives import objective as objectives
 from halfbyte.objectives.objective import Objective
 from halfbyte.plan.result import GB, Recompute
-from halfbyte.system import accelerator, usage
+from halfbyte.system import accelerator, pages, usage
 from halfbyte.system.device import ram_available
 from halfbyte.types import Batch, Model
 
 MARGIN_SHARE = 0.03  # of the machine's memory (or the group's limit) that stays free between micro-batches
 MARGIN_BYTES = 64_000_000
+NEAR_BYTES = 16_000_000  # below the plan's upper figure: more than a step adds by itself
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Pace:
         policies: from the one that recomputes least to the one that recomputes most.
         apply: makes the model recompute as a policy says.
         on_card: on a card an allocation that fails is an error; RAM is looked at before it runs out.
+        limit: the plan's upper figures of this process's memory; None for none. peak: samples it all the while.
     """
 
     lengths: pack.Sizes
@@ -54,8 +56,12 @@ class Pace:
     tell: Callable[[str], None]
     ram_bytes: int
     on_card: bool = False
+    limit: usage.Usage | None = None
+    peak: usage.Peak | None = None
     downs: list[str] = field(default_factory=list)
     _tight: bool = False
+    _near: bool = False
+    _last_need: int = 0
 
     @property
     def margin(self) -> int:
@@ -71,16 +77,17 @@ class Pace:
     def between(self, waiting: Sequence[pack.MicroBatch]) -> list[pack.MicroBatch]:
         """The micro-batches that are still to come, after a look at what is free."""
         if self.on_card:
-            return list(waiting)
+            return self.split(waiting)
+        if waiting:
+            self._keep_to_limit(waiting)
         free = ram_available() - self.margin
         if not waiting or free >= 0:
-            return list(waiting)
-        pool.POOL.give_back()
-        usage.trim()
+            return self.split(waiting)
+        give_back()
         free, largest = ram_available() - self.margin, self.largest(waiting)
         needed = self.need(largest, self.recompute)
         if free >= needed:
-            return list(waiting)
+            return self.split(waiting)
         needs = f"the next micro-batch needs {needed / GB:.2f} beside a margin of {self.margin / GB:.2f}"
         reason = f"{(free + self.margin) / GB:.2f} GB are free, {needs}"
         before = len(self.downs)
@@ -90,6 +97,29 @@ class Pace:
             self._tight = True
             self.tell(f"{reason}; there is no smaller way to run this step")
         return self.split(waiting)
+
+    def _keep_to_limit(self, waiting: Sequence[pack.MicroBatch]) -> None:
+        """Give memory back where the next micro-batch may come near the plan's upper figure; step down where that is
+        not enough, or was not enough for the one before."""
+        if self.limit is None or self.peak is None:
+            return
+        needed = self.need(self.largest(waiting), self.recompute)
+        more, self._last_need = max(0, needed - self._last_need), needed
+        recent = self.peak.take()
+        if recent.file > self.limit.file:
+            pages.release_code()
+        room = self.limit.private - NEAR_BYTES
+        # at first nothing is there of a micro-batch
+        near = recent.private + more > room
+        if near:
+            give_back()
+            held = usage.now().private
+            reason = f"{recent.private / GB:.2f} GB were in use, {self.limit.private / GB:.2f} are planned at most"
+            while (self._near or held + self.need(min(self.tokens, self.largest(waiting)), self.recompute) > room) and (
+                self.down(reason)
+            ):
+                self._near = False
+        self._near = near
 
     def down(self, reason: str) -> bool:
         """One step down; False where there is none."""
@@ -135,6 +165,14 @@ class Pace:
 
     def largest(self, micro_batches: Sequence[pack.MicroBatch]) -> int:
         return max((int(sum(self.lengths[r] for r in rows)) for rows in micro_batches), default=0)
+
+
+def give_back() -> None:
+    """Give the system all that is free in this process, the pool's blocks and the C library's, and code of libraries
+    that is not at work."""
+    pool.POOL.give_back()
+    usage.trim()
+    pages.release_code()
 
 
 @dataclass(frozen=True)

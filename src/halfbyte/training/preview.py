@@ -13,7 +13,10 @@ from halfbyte.base import residual
 from halfbyte.data import pack
 from halfbyte.data.encoding.examples import Example
 from halfbyte.errors import DataError
-from halfbyte.plan import Plan
+from halfbyte.models.describe import describe
+from halfbyte.plan import Plan, calibrate
+from halfbyte.plan.alternatives import compare
+from halfbyte.plan.estimate import Estimate
 from halfbyte.recipe.schema import Loaded, Origin, rows
 from halfbyte.system import device
 from halfbyte.training import prepare
@@ -55,6 +58,16 @@ def resolve(loaded: Loaded) -> Resolution:
         *(() if begin is None else (("residual", str(begin)),)),
     )
     return Resolution(resolve_fields(loaded, job), notes, job.plan, loaded.warnings)
+
+
+def estimate(loaded: Loaded, *, side_by_side: bool = False) -> Estimate:
+    """What `halfbyte plan` shows of a model that is at hand: the run's own plan, of the rows' tokens."""
+    run = plan_run(loaded.recipe, device.detect())
+    job, rates = run.job, calibrate.cached(run.machine, run.job.dtype)
+    recipe, shape = run.prepared.recipe, describe(loaded.recipe.model, loaded.recipe.revision)
+    methods = compare(job, run.machine, rates) if side_by_side else ()
+    notes = (prepare.data_note(run.prepared), *prepare.notices(run.prepared))
+    return Estimate(shape, recipe, run.machine, run.plan, notes, job, rates, methods)
 
 
 def resolve_fields(loaded: Loaded, job: PlannedRun) -> list[tuple[str, object, Origin]]:

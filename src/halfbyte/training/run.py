@@ -49,6 +49,8 @@ class Setup:
     trained: Document
     """What checkpoints and adapter say that they were trained with, as `points.trained_with` makes it."""
     notices: tuple[str, ...]
+    began: float
+    """When the plan was made, by `time.monotonic`."""
 
 
 @dataclass(frozen=True)

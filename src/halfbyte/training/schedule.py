@@ -83,6 +83,12 @@ def eval_every(prepared: Prepared) -> int:
     return _count(train.eval_steps or train.logging_steps, prepared)
 
 
+def count_evaluations(prepared: Prepared, done: int = 0) -> int:
+    """Evaluations of the held-out rows in the steps after the first `done`."""
+    every, total = eval_every(prepared), count_steps(prepared)
+    return (total // every - done // every if every else 0) + (prepared.recipe.train.eval_on_start and not done)
+
+
 def _steps_per_epoch(prepared: Prepared) -> int:
     return math.ceil(len(prepared.train.examples) / prepared.recipe.train.rows_per_step)
 

@@ -233,7 +233,7 @@ class StepTrainer(Trainer):
         step, micro_batches = inputs["step"], inputs["micro_batches"]
         total = torch.zeros((), device=self.args.device)
         parts: list[tuple[pack.MicroBatch, torch.Tensor]] = []
-        waiting, done = self.pace.split(step.micro_batches), 0
+        waiting, done = self.pace.between(step.micro_batches), 0
         if self._sum is not None:
             self._sum.begin()
         while self._another(waiting, done):

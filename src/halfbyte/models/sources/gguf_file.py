@@ -36,7 +36,14 @@ NOTE = "halfbyte.json"
 
 def checkpoint_of(file: Path) -> Path:
     """The converted checkpoint of a GGUF file; converted now if it is not in the cache yet."""
-    file = file.absolute()
+    target = converted(file.absolute())
+    if not target.is_dir():
+        convert_into(target, file.absolute())
+    return target
+
+
+def converted(file: Path) -> Path:
+    """Where the conversion of a GGUF file lies, or would lie."""
     try:
         stats = [(part, part.stat()) for part in parts_of(file)]
     except OSError as error:
@@ -44,10 +51,7 @@ def checkpoint_of(file: Path) -> Path:
     parts = [f"{part}\0{stat.st_size}\0{stat.st_mtime_ns}" for part, stat in stats]
     identity = "\0".join([*parts, str(FORMAT_VERSION)])
     stem = re.sub(r"[^\w.-]+", "_", stats[0][0].stem if stats else file.stem)[:60]
-    target = converted_path(f"{stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}")
-    if not target.is_dir():
-        convert_into(target, file)
-    return target
+    return converted_path(f"{stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}")
 
 
 def converted_path(key: str) -> Path:

