@@ -460,3 +460,23 @@ def test_a_plan_of_a_card_has_what_is_no_tensor_the_copy_of_gradients_and_the_st
     assert on_card["gradients' copy"] == on_card["gradients"] > 0
     assert {line.where for line in plan.host_lines} <= {"private", "file"} and plan.host_lines
     assert "base store" in {line.name for line in plan.disk}
+
+
+def test_a_run_that_never_meets_its_longest_row_is_planned_by_its_largest_step() -> None:
+    small = {"train__per_device_train_batch_size": 4, "train__gradient_accumulation_steps": 1, "train__max_steps": 1}
+    one = job(cpu(64), rows=Rows((40,) * 15 + (262,)), train__seed=0, **small)
+    plan = plan_training(one, cpu(64))
+    assert one.step_tokens == 160, "the long row is not among the first four"
+    assert (plan.tokens_in_micro_batch, plan.max_tokens_per_micro_batch) == (160, 160)
+
+
+def test_the_upper_figure_is_what_is_expected_and_what_allocators_may_keep() -> None:
+    """glibc: twice 32 MB; the pool: a tenth of what was lent, of which the slack is counted already."""
+    plan = made(cpu(64))
+    lent = plan.line("activations") + plan.line("logits") + plan.line("backward of a layer")
+    reserves = 2 * (32 << 20) + max(0, round(0.1 * lent - plan.line("allocator")))
+    assert plan.peak_bytes == plan.step_bytes and plan.peak_bytes - plan.expected_bytes == pytest.approx(
+        reserves, abs=1
+    )
+    assert f"at most {plan.peak_bytes / 1e9:.2f} GB" in plan.memory_line
+    assert f"{plan.expected_bytes / 1e9:.2f} expected" in plan.memory_line

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from halfbyte.layers import attention, loss, packing
+from halfbyte.layers.kernels import pool
 from halfbyte.layers.kernels.cpu.integer import products as integer
 from halfbyte.plan import job, memory, timing
 
@@ -14,6 +15,7 @@ def test_the_plan_counts_the_chunks_that_the_engine_makes() -> None:
     assert (memory.LOGITS_CHUNK32, memory.CARD_LOGITS_CHUNK) == (loss.CHUNK32, loss.CARD_CHUNK)
     assert (memory.SCORES_BYTES, memory.SCORES_ROWS) == (attention.SCORES_BYTES, attention.ROWS)
     assert job.FILLED_TO == packing.ROWS
+    assert 1 + memory.KEPT_SHARE == pool.KEPT_SHARE
 
 
 def test_the_plan_counts_integer_products_as_they_are_made() -> None:

@@ -79,7 +79,7 @@ def evaluate(
 
 def answer_scores(run: PlannedRun, model: Model, tokens: int) -> Callable[[], dict[str, float]]:
     """What scores the answers to held-out rows in each evaluation of a training, by `eval.metrics`: as many answers at
-    once as there is memory for beside the training. Nothing where no metric is asked for. `tokens`: of a micro-batch.
+    once as a micro-batch leaves memory for. Nothing where no metric is asked for. `tokens`: of a micro-batch.
     Raises DataError: a metric that has nothing to compare with in these rows."""
     prepared, plan = run.prepared, run.plan
     settings = prepared.recipe.eval
@@ -87,7 +87,7 @@ def answer_scores(run: PlannedRun, model: Model, tokens: int) -> Callable[[], di
         return dict
     examples = prepared.evaluation.examples[: settings.rows]
     longest = max(len(e.prompt_ids) for e in examples) + settings.max_new_tokens
-    at_once = sequences_beside(run.job, plan.available_bytes - plan.needed_bytes, longest)
+    at_once = sequences_beside(run.job, plan.micro_batch_bytes, longest)  # it is free by then
     scoring = Scoring.of(model, prepared.tokenizer, settings, settings.metrics, examples)
 
     def scores() -> dict[str, float]:

@@ -413,14 +413,18 @@ def logits_bytes(job: Job, labelled: int) -> int:
 
 
 def evaluating_bytes(job: Job, max_tokens: int) -> int:
-    """The peak of an evaluation's largest micro-batch above what is held: no tensor is kept for backward."""
+    """The peak of an evaluation above what is held: its largest micro-batch, no tensor of which is kept, or
+    an answer that metrics ask for."""
     max_rows = job.recipe.train.per_device_eval_batch_size if job.packed else 1
     lengths = _longest_first(np.sort(job.rows.evaluated)[::-1], max_rows, max_tokens)
     logits = logits_bytes(job, round(sum(lengths) * job.rows.labelled_share))
     c, tokens = job.itemsize, sum(lengths or [1])
     inside = tokens * job.layer.mlp + job.layer.pair * pairs_of(job.layer, lengths or [1])
     moment = tokens * c * 3 * job.facts.hidden + max(inside, logits)
-    return round((1 + SLACK) * moment) + c * job.largest_linear
+    asked, answer = job.recipe.eval, 0
+    if asked.metrics:
+        answer = generating_bytes(job, int(np.max(job.rows.evaluated, initial=0)) + asked.max_new_tokens)
+    return max(round((1 + SLACK) * moment) + c * job.largest_linear, answer)
 
 
 def cache_bytes(job: Job, tokens: int) -> int:

@@ -149,6 +149,12 @@ class Plan:
         return sum(line.bytes for line in self.building)
 
     @property
+    def micro_batch_bytes(self) -> int:
+        """What is there only while a micro-batch runs."""
+        passing = ("activations", "backward of a layer", "logits", "dequantised weight", "allocator", POOL_RESERVE)
+        return sum(map(self.line, passing))
+
+    @property
     def private_bytes(self) -> int:
         """What cannot be dropped: a step's lines without pages of files."""
         return sum(line.bytes for line in self.lines if line.where != "file")

@@ -7,6 +7,7 @@ Cost: tokenising, and the shapes of the model; a calibration of this machine (se
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from halfbyte.adapters import lora
@@ -146,6 +147,7 @@ def make_pace(run: PlannedRun, model: Model, tell: Callable[[str], None], *, pac
     where = choose.compute_memory(machine)
     cards = len(machine.cards) if plan.placement == "split" else 1
 
+    @cache
     def need(tokens: int, recompute: Recompute) -> int:
         lines = memory.step_lines(job, memory.largest_micro_batch(job, tokens), recompute, where, cards)
         return sum(line.bytes for line in lines)
