@@ -31,7 +31,7 @@ test: $(INSTALLED_DEV)
 	$(PYTEST) -m "not slow"
 
 test-slow: $(INSTALLED_DEV)
-	$(BIN)/python -m pip install --quiet -e '.[harness]'
+	$(BIN)/python -m pip install --quiet -e '.[harness,clients]'
 	$(PYTEST) -m slow
 
 # Both are tested, even if the first fails.

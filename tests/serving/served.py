@@ -5,6 +5,7 @@ Use: `from tests.serving import served`.
 
 from __future__ import annotations
 
+import json
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from halfbyte.serving import models, names
-from tests import tiny_run
+from tests import tiny, tiny_run
 from tests.export import runs
 
 ADAPTERS = {
@@ -26,12 +27,17 @@ BASE = "model"
 QUESTIONS = ["red", "green cup", "a large round box of old trees", "blue road?", "new", "small square tree and a cup"]
 
 
-def folder(name: str = "llama", adapters: dict[str, dict[str, Any]] = ADAPTERS) -> Path:
+def folder(
+    name: str = "llama", adapters: dict[str, dict[str, Any]] = ADAPTERS, positions: int = tiny.POSITIONS
+) -> Path:
     """A checkpoint, and an adapter in a folder of its own for each name; kept until the process ends."""
     made = tempfile.TemporaryDirectory(prefix="halfbyte-serving-")
     _KEPT.append(made)
     where = Path(made.name)
     tiny_run.checkpoint(where / BASE, name)
+    if positions != tiny.POSITIONS:
+        config = json.loads((where / BASE / "config.json").read_text())
+        (where / BASE / "config.json").write_text(json.dumps(config | {"max_position_embeddings": positions}))
     for seed, (adapter, settings) in enumerate(adapters.items()):
         plain = AutoModelForCausalLM.from_pretrained(where / BASE, dtype=torch.float32)
         runs.adapter(plain, where / adapter, settings, seed)
@@ -85,3 +91,38 @@ def greedy(model: Any, ids: list[int], most: int) -> list[int]:
 
 def words(tokens: list[int]) -> str:
     return str(tiny_run.tokenizer().decode(tokens, skip_special_tokens=True))
+
+
+POSITIONS = 4096
+WEATHER: Any = {
+    "type": "function",
+    "function": {
+        "name": "weather", "description": "The weather of a town.",
+        "parameters": {
+            "type": "object", "additionalProperties": False, "required": ["town", "days"],
+            "properties": {
+                "town": {"enum": ["Oslo", "Bergen"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9},
+            },
+        },
+    },
+}  # fmt: skip
+PAINT: Any = {
+    "type": "function",
+    "function": {
+        "name": "paint",
+        "parameters": {
+            "type": "object", "additionalProperties": False, "required": ["colour"],
+            "properties": {"colour": {"enum": ["red", "blue"]}},
+        },
+    },
+}  # fmt: skip
+
+
+@cache
+def talkative() -> models.Models:
+    """One adapter on a base that reads long prompts, as tools need them; its template has none, but knows ChatML."""
+    where = folder(adapters={"first": ADAPTERS["first"]}, positions=POSITIONS)
+    return opened(where, ("first",), max_length=POSITIONS, places=4)
+
+
+NAMED: Any = {"type": "function", "function": {"name": "weather"}}

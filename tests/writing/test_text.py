@@ -99,7 +99,7 @@ def test_draws_have_the_probabilities_of_the_temperature_and_repeat_with_the_see
 
     def drawn(seed: int, index: int = 0) -> list[int]:
         sampler = Sampler(SamplingParams(temperature=0.5, seed=seed), index)
-        return [sampler.choose(logits, ()) for _ in range(count)]
+        return [sampler.choose(logits, (), ()) for _ in range(count)]
 
     share = torch.bincount(torch.tensor(drawn(1)), minlength=3) / count
     wanted = torch.softmax(logits / 0.5, -1)

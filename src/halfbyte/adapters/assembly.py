@@ -74,11 +74,36 @@ def assemble(
     dequantised = prove_dequantised(model)
     with structure.shallow(model) as layers:
         packed = prove_packing(model, recipe.data.max_length)
-        fused = prove_fused(model, packed=packed.ok, longest=recipe.data.max_length)
         loss.head_of(model)  # seen here, on few layers
-    engine = fused.reason
-    if fused.ok:
-        engine = f"{fuse.install(model)}; {fused.reason}"  # on the layers that the proofs have not seen too
-    else:
-        fuse.remove(model)
+    fused, engine = _fused(model, recipe, packed=packed.ok)
     return AdaptedBase(base, model, dequantised, packed, fused, engine, layers, own_biases)
+
+
+def _fused(model: Model, recipe: Recipe, *, packed: bool) -> tuple[FusedProof, str]:
+    """Fused layers where they are proven, and what runs."""
+    with structure.shallow(model):
+        proof = prove_fused(model, packed=packed, longest=recipe.data.max_length)
+    if proof.ok:
+        return proof, f"{fuse.install(model)}; {proof.reason}"  # on the layers that the proof has not seen too
+    fuse.remove(model)
+    return proof, proof.reason
+
+
+def put_beside(model: Model, recipe: Recipe, folder: Path, name: str, *, packed: bool) -> None:
+    """One more trained adapter on an assembled model, by the name that PEFT shall have for it. Raises AdapterError: it
+    does not fit; the model is as it was."""
+    fuse.remove(model)
+    try:
+        lora.load_beside(model, folder, name)
+    except Exception:
+        take_away(model, name)
+        raise
+    finally:
+        _fused(model, recipe, packed=packed)
+
+
+def take_away(model: Model, name: str) -> None:
+    """An adapter of PEFT's name, if it is there and not the only one, which PEFT cannot do without."""
+    if name in model.peft_config and len(model.peft_config) > 1:
+        model.delete_adapter(name)
+        model.requires_grad_(False)

@@ -133,6 +133,9 @@ def serve(
     key_file: Annotated[
         Path | None, typer.Option("--api-key-file", help="A key that clients must send; or HALFBYTE_API_KEY.")
     ] = None,
+    allow_adapters: Annotated[
+        list[Path], typer.Option("--allow-adapters", help="A folder from which clients may load adapters; repeatable.")
+    ] = [],  # noqa: B006
     allow_host: Annotated[
         list[str], typer.Option("--allow-host", help="A name that clients use for this machine; repeatable.")
     ] = [],  # noqa: B006
@@ -152,9 +155,11 @@ def serve(
     with progress.waiting("opening base and adapters", silent=quiet) as tell:
         with libraries.loading():
             from halfbyte.serving import models
+            from halfbyte.serving.adapters import AdapterFolders
             from halfbyte.serving.engine import Engine
             from halfbyte.serving.http import server
 
+        folders = AdapterFolders.of(allow_adapters, set_)
         opened = models.open_all(named, tell, max_length=context, places=at_once, force=force)
         engine = Engine(opened, queue, pack=pack)
     address = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
@@ -164,7 +169,7 @@ def serve(
         f"  {engine.why}; {sizes}; {queue} may wait",
         "  Ctrl-C ends it when the answers that are being written are whole; twice: at once",
     ]
-    server.serve(engine, settings, sock, lambda: show.text("\n".join(lines[: 1 if quiet else 3])))
+    server.serve(engine, settings, sock, lambda: show.text("\n".join(lines[: 1 if quiet else 3])), folders)
 
 
 def _show(result: Exported, *, json_: bool) -> None:

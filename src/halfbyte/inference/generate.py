@@ -6,9 +6,10 @@ Cost: each new token reads the base once for up to 16 texts; by the model's own 
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
@@ -34,11 +35,25 @@ class Session:
     writer: Writer | None = None
 
 
-def chat_ids(tokenizer: Tokenizer, messages: Sequence[Document], tools: Sequence[Document] | None = None) -> list[int]:
+def chat_ids(
+    tokenizer: Tokenizer,
+    messages: Sequence[Document],
+    tools: Sequence[Document] | None = None,
+    variables: Mapping[str, object] = MappingProxyType({}),
+) -> list[int]:
     """Token ids of a conversation up to where the assistant speaks; the plain text where there is no chat template.
-    `tools`: as the template takes them, or a bundled one where the tokenizer's own takes none; None: none."""
-    template = with_tools(tokenizer) if tools else None
-    given: Document = {"tools": list(tools), "chat_template": template} if tools else {}
+
+    Args:
+        tools: as the template takes them, or a bundled one where the tokenizer's own takes none; None: none.
+        variables: more of the template's.
+    """
+    called = any(m.get("tool_calls") or m["role"] == "tool" for m in messages)
+    template = with_tools(tokenizer) if tools or called else None
+    given = {
+        **variables,
+        **({"tools": list(tools)} if tools else {}),
+        **({"chat_template": template} if template else {}),
+    }
     if template or tokenizer.chat_template:
         try:
             with limits.template(template or tokenizer.chat_template):

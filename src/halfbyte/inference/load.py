@@ -44,8 +44,12 @@ class Opened:
     plan: InferencePlan
     alone: bool = False
     """There is no adapter but the base alone."""
-    store: Path | None = None
-    """The folder of the base's store, if it has one."""
+    base: load.Base | None = None
+
+    @property
+    def store(self) -> Path | None:
+        """The folder of the base's store, if it has one."""
+        return None if self.base is None else self.base.store
 
     def sides(self, *, with_base: bool) -> tuple[str, ...]:
         """What is scored: `base`, `adapter`."""
@@ -98,11 +102,9 @@ def open_target(
     base = load.open_base(checkpoint, recipe.quant, machine, trust_remote_code=foreign, tell=tell)
     check_vocabulary(checkpoint, tokenizer, base.model)
     for one in (subject, *beside.values()):
-        if one.adapter is not None:
-            words = tokenizer if one is subject else tokenizer_of(one, checkpoint)
-            here = passport.belongs_to(base, recipe.quant, words, chat_template(words, one.recipe.data))
-            for text in passport.check(one.adapter, here, force=force):
-                (tell or supply.Tell()).say(text, label="note")
+        words = tokenizer if one is subject else tokenizer_of(one, checkpoint)
+        for text in check_belongs(one, base, words, force=force):
+            (tell or supply.Tell()).say(text, label="note")
     trained = RunChoices.from_json(json.loads(run.plan.read_text())) if run is not None and run.plan.is_file() else None
     longest = (trained.max_tokens_per_micro_batch if trained else GENERATED_TOKENS,)
     rows = Rows(longest, evaluated=longest)
@@ -115,8 +117,16 @@ def open_target(
     job = replace(job, packed=assembly.packed.ok)
     return Opened(
         subject.path, recipe, assembly.model, tokenizer, assembly.own_biases, machine, job, trained, chosen,
-        alone=subject.adapter is None, store=base.store,
+        alone=subject.adapter is None, base=base,
     )  # fmt: skip
+
+
+def check_belongs(subject: target.Target, base: load.Base, tokenizer: Tokenizer, *, force: bool = False) -> list[str]:
+    """What is to be told of an adapter on a base, as `passport.check` has it; and its AdapterErrors."""
+    if subject.adapter is None:
+        return []
+    here = passport.belongs_to(base, subject.recipe.quant, tokenizer, chat_template(tokenizer, subject.recipe.data))
+    return passport.check(subject.adapter, here, force=force)
 
 
 def tokenizer_of(subject: target.Target, checkpoint: Checkpoint) -> Tokenizer:

@@ -10,7 +10,8 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import torch
@@ -39,9 +40,14 @@ class Stopping(HalfbyteError):
     """The server ends, and takes nothing new."""
 
 
+class Unloaded(HalfbyteError):
+    """The adapter that was asked is not here any more."""
+
+
 @dataclass(eq=False)
 class Ask:
-    """Up to `n` texts after one prompt. What comes back is read from `chunks`: chunks, or an exception as the last."""
+    """Up to `n` texts after one prompt. What comes back is read from `chunks`: one without a token when they have their
+    places, then those with text; or an exception as the last."""
 
     model: ServedModel
     prompt: Sequence[int]
@@ -67,6 +73,7 @@ class Ask:
 
 
 Sent = list[tuple[Ask, TextChunk | Exception]]
+Change = Callable[[Models], tuple[Models, TextWriter, str]]
 
 
 class Engine:
@@ -82,6 +89,7 @@ class Engine:
         self.writers: list[TextWriter] = [writer]
         """The last one reads what comes; one before it writes what it has begun."""
         self.queue: deque[Ask] = deque()
+        self.changes: deque[tuple[Future[None], Change]] = deque()
         self.ask_of: dict[Text, Ask] = {}
         self.prompt_tokens = self.written_tokens = self.steps = 0
         self.alive, self.failed = True, ""
@@ -103,11 +111,13 @@ class Engine:
         """Take all of them or none.
 
         Raises:
-            Full: there are too few places for all. Stopping: nothing new is taken.
+            Full: there are too few places for all. Stopping: nothing new is taken. Unloaded: an adapter has gone.
         """
         with self._changed:
             if self._draining or not self.alive:
                 raise self._stopping()
+            if gone := next((ask for ask in asks if not self._serves(ask)), None):
+                raise Unloaded(f"there is no model {gone.model.name!r} any more.")
             texts = sum(ask.n for ask in asks)
             free = self.models.places - len(self.ask_of)  # also where others that came just now wait for them
             if self.waiting + texts > self.max_waiting + free:
@@ -129,9 +139,24 @@ class Engine:
         with self._changed:
             self._draining = True
             waiting, self.queue = list(self.queue), deque()
+            changes, self.changes = self.changes, deque()
             self._changed.notify()
+        for future, _ in changes:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(self._stopping())
         for ask in waiting:
             self._post([(ask, self._stopping())])
+
+    def change(self, work: Change) -> Future[None]:
+        """Other models, from when what is being written is written; who asks meanwhile waits. The future has the
+        exceptions of `work`, which leaves everything as it was then."""
+        future: Future[None] = Future()
+        with self._changed:
+            if self._draining or not self.alive:
+                raise self._stopping()
+            self.changes.append((future, work))
+            self._changed.notify()
+        return future
 
     def end(self) -> None:
         """Stop the thread; what is being written ends with an error. Returns when it is over."""
@@ -167,20 +192,44 @@ class Engine:
         with torch.no_grad():
             while True:
                 with self._changed:
-                    while not (self._ending or self.queue or self.ask_of):
+                    while not (self._ending or self.queue or self.ask_of or self.changes):
                         self._changed.wait()
                     if self._ending:
                         break
                 try:
                     for text in [text for text, ask in self.ask_of.items() if ask.gone]:
                         self._remove(text)
-                    while asks := self._next():
+                    if self.changes and not self.ask_of:
+                        self._change()
+                    while not self.changes and (asks := self._next()):
                         self._insert(asks)
                     if self.ask_of:
                         self._step()
                 except Exception as error:  # of the model or of a library: no text is lost without a word
                     _log.exception("a step failed")
                     self._fail(error)
+
+    def _change(self) -> None:
+        with self._changed:
+            if not self.changes:  # the server has begun to end
+                return
+            future, work = self.changes.popleft()
+        if not future.set_running_or_notify_cancel():  # who asked is gone
+            return
+        try:
+            self.models, writer, self.why = work(self.models)
+        except Exception as error:
+            future.set_exception(error)
+            return
+        self.writers = [writer]
+        with self._changed:
+            gone = [ask for ask in self.queue if not self._serves(ask)]
+            self.queue = deque(filter(self._serves, self.queue))
+        self._post([(ask, Unloaded(f"there is no model {ask.model.name!r} any more.")) for ask in gone])
+        future.set_result(None)
+
+    def _serves(self, ask: Ask) -> bool:
+        return self.models.by_name.get(ask.model.name) is ask.model
 
     def _next(self) -> list[Ask]:
         """The first of those that wait; with `pack` also others of its adapter, as far as there are places."""
@@ -197,7 +246,8 @@ class Engine:
                 self.queue.remove(ask)
                 ask.begin()
                 self.ask_of.update(dict.fromkeys(ask.texts, ask))
-            return chosen
+        self._post([(ask, TextChunk(0, "", 0)) for ask in chosen])
+        return chosen
 
     def _insert(self, asks: list[Ask]) -> None:
         """Read prompts; their first tokens come with the next step."""

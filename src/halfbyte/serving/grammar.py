@@ -1,19 +1,20 @@
-"""JSON of a schema, token by token: which tokens may come next. By llguidance, of the extra `[serve]`.
+"""Text of a grammar (calls of tools, JSON of a schema): which tokens may come next.
 
+Source: llguidance, of the extra `[serve]`.
 Cost: a table of a tokenizer's tokens, about a second, once for each tokenizer; then some 50 microseconds a token.
 """
 
 from __future__ import annotations
 
-import json
 from threading import Lock
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
-from halfbyte.errors import DataError, first_line
-from halfbyte.types import Document
+from halfbyte.errors import DataError
+from halfbyte.types import Tokenizer
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
@@ -21,14 +22,12 @@ if TYPE_CHECKING:
 
     from halfbyte.serving.models import ServedModel
 
-# Some models would write line ends without end where JSON allows any number of them.
-_SPACES = {"whitespace_pattern": r"[ ]?|\n[ ]{0,12}"}
 _LOCK = Lock()
-_TABLES: dict[tuple[str, int], LLTokenizer] = {}
+_TABLES: WeakKeyDictionary[Tokenizer, dict[int, LLTokenizer]] = WeakKeyDictionary()
 
 
 class Grammar:
-    """A `writing.sampling.Constraint`: one text's way through a schema. Each text of an ask needs its own (`copy`)."""
+    """A `writing.sampling.Constraint`: one text's way through a grammar in llguidance's Lark syntax."""
 
     def __init__(self, table: LLTokenizer, grammar: str) -> None:
         from llguidance import LLMatcher
@@ -50,7 +49,7 @@ class Grammar:
         return allowed
 
     def take(self, token: int) -> bool:
-        """Go on by a token; whether the JSON is whole."""
+        """Go on by a token; whether the text is whole."""
         if not self._matcher.consume_token(token):
             raise RuntimeError(f"token {token} was not allowed: {self._matcher.get_error()}")
         return bool(self._matcher.is_stopped())
@@ -61,20 +60,14 @@ def table_of(model: ServedModel, vocabulary: int) -> LLTokenizer:
     from llguidance.hf import from_tokenizer
 
     with _LOCK:
-        key = (model.name, vocabulary)
-        if key not in _TABLES:
+        tables = _TABLES.setdefault(model.tokenizer, {})
+        if vocabulary not in tables:
             if not model.tokenizer.is_fast:
-                raise DataError("the tokenizer has no table of its tokens: response_format cannot be followed.")
-            _TABLES[key] = from_tokenizer(model.tokenizer, n_vocab=vocabulary, eos_token=sorted(model.stop_ids))
-        return _TABLES[key]
+                raise DataError("the tokenizer has no table of its tokens: no grammar can be followed.")
+            tables[vocabulary] = from_tokenizer(model.tokenizer, n_vocab=vocabulary, eos_token=sorted(model.stop_ids))
+        return tables[vocabulary]
 
 
-def of_schema(model: ServedModel, vocabulary: int, schema: Document) -> Grammar:
-    """Raises DataError: what is wrong with the schema."""
-    from llguidance import LLMatcher
-
-    try:
-        grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=_SPACES)
-    except Exception as error:  # the library's own, of any type
-        raise DataError(f"the schema cannot be followed: {first_line(error)}") from error
-    return Grammar(table_of(model, vocabulary), grammar)
+def of(model: ServedModel, vocabulary: int, lark: str) -> Grammar:
+    """Raises DataError: what is wrong with a schema in it."""
+    return Grammar(table_of(model, vocabulary), lark)

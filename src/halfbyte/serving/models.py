@@ -11,6 +11,7 @@ from halfbyte.base.store.supply import Tell
 from halfbyte.errors import RecipeError
 from halfbyte.inference import load
 from halfbyte.inference.generate import stop_ids
+from halfbyte.inference.target import Target
 from halfbyte.models import structure
 from halfbyte.models.context import Context, context_of
 from halfbyte.models.sources.lookup import find_model
@@ -58,6 +59,8 @@ class Models:
     vocabulary: int
     """Rows of the head: the length of logits."""
     adapters: tuple[str, ...] = field(default=())
+    first: Target | None = None
+    """With which others have to share the base."""
 
     @property
     def context(self) -> Context:
@@ -97,17 +100,19 @@ def open_all(
     by_name = {}
     for name, target in targets:
         tokenizer = opened.tokenizer if target is names.first else load.tokenizer_of(target, checkpoint)
-        by_name[name] = _served(opened.model, name, internal[name], tokenizer)
-    by_name[names.base] = _served(opened.model, names.base, None, opened.tokenizer)
+        by_name[name] = served(opened.model, name, internal[name], tokenizer)
+    by_name[names.base] = served(opened.model, names.base, None, opened.tokenizer)
     max_length, places, cache_bytes = _sized(opened, max_length, places)
     lm = structure.causal_lm(opened.model)
     head = lm.get_output_embeddings()
     vocabulary = int(head.weight.shape[0] if head is not None else lm.config.get_text_config().vocab_size)
     adapters = tuple(internal.values())
-    return Models(opened, by_name, names.base, max_length, places, cache_bytes, vocabulary, adapters)
+    return Models(
+        opened, by_name, names.base, max_length, places, cache_bytes, vocabulary, adapters, names.first
+    )  # fmt: skip
 
 
-def _served(model: Model, name: str, adapter: str | None, tokenizer: Tokenizer) -> ServedModel:
+def served(model: Model, name: str, adapter: str | None, tokenizer: Tokenizer) -> ServedModel:
     longest = max(map(len, tokenizer.get_vocab()), default=1)
     return ServedModel(name, adapter, tokenizer, frozenset(stop_ids(model, tokenizer)), longest)
 

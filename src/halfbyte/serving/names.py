@@ -49,7 +49,7 @@ def find(words: Sequence[str], overrides: Sequence[str] = ()) -> Names:
     if first is None:
         raise RecipeError("nothing is named that could be served.", fix="halfbyte serve RUN")
     for other in (*adapters.values(), *bases):
-        _check_same(first, other)
+        check_same(first, other)
     if len(adapters) > 1 and (biased := [n for n, each in adapters.items() if each.recipe.lora.bias != "none"]):
         raise AdapterError(
             f"{biased[0]} has trained the base's biases (lora.bias), which its neighbours would get too.",
@@ -76,7 +76,8 @@ def _base_name(model: str) -> str:
     return path.resolve().stem if path.suffix == ".gguf" else path.resolve().name if path.exists() else model
 
 
-def _check_same(one: Target, other: Target) -> None:
+def check_same(one: Target, other: Target) -> None:
+    """Raises AdapterError: two that cannot share a base."""
     for field in _SHARED:
         a, b = _value(one.recipe, field), _value(other.recipe, field)
         if a != b:

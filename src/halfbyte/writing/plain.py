@@ -33,9 +33,13 @@ PROCESSORS = (
 
 
 def processors(lm: Model, text: Text) -> Processors | None:
-    """What the model's generation_config does to the logits of a text; None: nothing."""
-    config = lm.generation_config
-    if all(getattr(config, name, None) in (None, 0, 1, False, [], {}) for name in PROCESSORS):
+    """What the model's generation_config does to the logits of a text, its own repetition penalty being stronger; None:
+    nothing."""
+    config, own = lm.generation_config, text.params.repetition_penalty
+    settings = {name: getattr(config, name, None) for name in PROCESSORS}
+    if own is not None:
+        settings["repetition_penalty"] = own
+    if all(value in (None, 0, 1, False, [], {}) for value in settings.values()):
         return None
     ids = torch.tensor([list(text.prompt)], device=lm.device)
     prepared: Processors = _prepared(lm, ids, torch.ones_like(ids), text)["logits_processor"]
@@ -50,10 +54,11 @@ def _prepared(lm: Model, ids: Tensor, mask: Tensor, text: Text) -> Document:
         prepared.update(inputs)
         return input_ids
 
+    own = text.params.repetition_penalty
     lm.generate(
         input_ids=ids, attention_mask=mask, max_new_tokens=text.params.max_tokens, do_sample=False, temperature=None,
         top_p=None, top_k=None, num_beams=1, num_return_sequences=1, eos_token_id=sorted(text.stop_ids) or None,
-        pad_token_id=0, use_cache=True, custom_generate=note,
+        pad_token_id=0, use_cache=True, custom_generate=note, **({} if own is None else {"repetition_penalty": own}),
     )  # fmt: skip
     return prepared
 

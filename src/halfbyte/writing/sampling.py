@@ -2,7 +2,9 @@
 
 Why: each text has a random generator of its own and draws in fp64, so a seed gives the same text in `generate` and in
 `serve`, alone or beside others.
-Source: top-p sampling, arXiv:1904.09751.
+Source: top-p sampling, arXiv:1904.09751; min-p, arXiv:2407.01082; penalties and biases, OpenAI's API reference.
+Repetition penalties (arXiv:1909.05858) are transformers' own. The order is transformers': top-k, top-p of what is left,
+min-p.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,6 +29,13 @@ class SamplingParams:
     seed: int | None = None  # makes what is drawn repeatable
     stop: tuple[str, ...] = ()  # strings that end an answer and are no part of it
     logprobs: int | None = None  # how many likely tokens are reported beside each one; None: none, nor the token's own
+    top_k: int = 0  # draw only from so many likeliest tokens; 0: from all
+    min_p: float = 0.0  # only from those that have at least this share of the likeliest one's probability
+    repetition_penalty: float | None = None
+    """Divides positive logits of what prompt or answer have, and multiplies negative ones; None: the model's own."""
+    frequency_penalty: float = 0.0  # taken from a token's logit each time that the answer has it
+    presence_penalty: float = 0.0  # taken once
+    logit_bias: tuple[tuple[int, float], ...] = ()  # tokens, and what is added to their logits
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,8 @@ class Sampler:
     def __init__(self, params: SamplingParams, index: int = 0, constraint: Constraint | None = None) -> None:
         self.params, self.constraint = params, constraint
         self.processors: Processors | None = None
+        self._adjusts = bool(params.frequency_penalty or params.presence_penalty or params.logit_bias)
+        self._largest = not self._adjusts and constraint is None and params.temperature <= 0 and params.logprobs is None
         self.generator = torch.Generator() if params.temperature > 0 else None
         if self.generator is not None:
             self.generator.seed() if params.seed is None else self.generator.manual_seed(params.seed + index)
@@ -62,22 +73,43 @@ class Sampler:
     @property
     def greedy(self) -> bool:
         """Whether the largest logit is all that matters."""
-        params = self.params
-        plain = self.constraint is None and self.processors is None
-        return plain and params.temperature <= 0 and params.logprobs is None
+        return self._largest and self.processors is None
 
-    def choose(self, logits: Tensor, tokens: Sequence[int]) -> int:
-        """The next token after `tokens`, from logits (V,) in fp32 on the CPU."""
+    def choose(self, logits: Tensor, prompt: Sequence[int], written: Sequence[int]) -> int:
+        """The next token after a prompt and what is written after it, from logits (V,) in fp32 on the CPU."""
         if self.processors is not None:
-            logits = self.processors(torch.tensor([list(tokens)]), logits[None].clone())[0]
+            logits = self.processors(torch.tensor([[*prompt, *written]]), logits[None].clone())[0]
+        if self._adjusts:
+            logits = adjusted(logits, written, self.params)
         if self.constraint is not None:
             logits = logits.masked_fill(~self.constraint.allowed(len(logits)), -torch.inf)
         if self.params.temperature <= 0:
             return int(logits.numpy().argmax())  # numpy's is nine times as fast
         probabilities = torch.softmax(logits.double() / self.params.temperature, -1)
-        if self.params.top_p < 1:
-            probabilities = top_p_of(probabilities, self.params.top_p)
-        return int(torch.multinomial(probabilities, 1, generator=self.generator))
+        return int(torch.multinomial(narrowed(probabilities, self.params), 1, generator=self.generator))
+
+
+def adjusted(logits: Tensor, written: Sequence[int], params: SamplingParams) -> Tensor:
+    """Logits (V,) with the penalties for what is written already, and the biases."""
+    counts = torch.bincount(torch.tensor(written, dtype=torch.int64), minlength=len(logits))
+    logits = logits - params.frequency_penalty * counts - params.presence_penalty * (counts > 0)
+    if params.logit_bias:
+        tokens, biases = zip(*params.logit_bias, strict=True)
+        logits[list(tokens)] += torch.tensor(biases)
+    return logits
+
+
+def narrowed(probabilities: Tensor, params: SamplingParams) -> Tensor:
+    """Probabilities (V,), zero where top_k, top_p or min_p leaves a token out; they need not sum to 1."""
+    if 0 < params.top_k < len(probabilities):
+        least = torch.topk(probabilities, params.top_k).values[-1]
+        probabilities = probabilities.masked_fill(probabilities < least, 0.0)
+        probabilities = probabilities / probabilities.sum()
+    if params.top_p < 1:
+        probabilities = top_p_of(probabilities, params.top_p)
+    if params.min_p > 0:
+        probabilities = probabilities.masked_fill(probabilities < params.min_p * probabilities.max(), 0.0)
+    return probabilities
 
 
 def top_p_of(probabilities: Tensor, top_p: float) -> Tensor:

@@ -116,7 +116,7 @@ class Text:
                 token = int(logits.argmax())
             else:
                 logits = logits.float().cpu()
-                token = self.sampler.choose(logits, (*self.prompt, *self.tokens) if self.sampler.processors else ())
+                token = self.sampler.choose(logits, self.prompt, self.tokens)
             if not math.isfinite(float(logits[token])):
                 raise FloatingPointError("the model's logits are not finite")
             if self.params.logprobs is not None:

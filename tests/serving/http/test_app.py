@@ -15,23 +15,28 @@ import httpx2
 import openai
 import pytest
 
+from halfbyte.inference.generate import generate
+from halfbyte.serving.adapters import AdapterFolders
 from halfbyte.serving.engine import Engine
 from halfbyte.serving.http import server
 from halfbyte.serving.settings import Settings, bind
+from halfbyte.writing.sampling import SamplingParams
+from tests import tiny_run
 from tests.serving import served
 
 WAITING = 3
+_NONE = AdapterFolders()
 NAMES = ("first", "second", served.BASE)
 
 
 class Running:
     """A server in a thread of its own."""
 
-    def __init__(self, engine: Engine, **settings: Any) -> None:
+    def __init__(self, engine: Engine, *, folders: AdapterFolders = _NONE, **settings: Any) -> None:
         self.settings = Settings(port=0, **settings)
         self.sock = bind(self.settings)
         self.sock.listen(64)
-        self.engine, self.server = engine, server.build(engine, self.settings)
+        self.engine, self.server = engine, server.build(engine, self.settings, folders)
         self.url = f"http://127.0.0.1:{self.sock.getsockname()[1]}"
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.sock]})
         self.thread.start()
@@ -197,10 +202,19 @@ def test_json_follows_its_schema(running: Running) -> None:
         ({"temperature": 3}, 400, "invalid_value", "temperature"),
         ({"temperature": float("nan")}, 400, "", ""),
         ({"n": 9}, 400, "invalid_value", "n: at most 8"),
-        ({"frequency_penalty": 0.5}, 400, "invalid_value", "frequency_penalty"),
+        ({"frequency_penalty": 2.5}, 400, "invalid_value", "frequency_penalty"),
+        ({"logit_bias": {"red": 5}}, 400, "invalid_value", "logit_bias"),
+        ({"logit_bias": {"99999": 5}}, 400, "invalid_value", "logit_bias: a token is none of the model's"),
+        ({"top_k": -2}, 400, "invalid_value", "top_k"),
+        ({"min_p": 1.5}, 400, "invalid_value", "min_p"),
+        ({"repetition_penalty": 0}, 400, "invalid_value", "repetition_penalty"),
+        ({"reasoning_effort": "high"}, 400, "unsupported_parameter", "reasoning_effort: the chat template of first"),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, 400, "invalid_value", "enable_thinking: the chat"),
+        ({"chat_template_kwargs": {"chat_template": "{{ x }}"}}, 400, "invalid_value", "does not read it"),
+        ({"tool_choice": "required"}, 400, "invalid_value", "required needs tools"),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, 400, "invalid_value", "no tool 'f'"),
         ({"best": 1}, 400, "unsupported_parameter", "best: is not known here"),
         ({"top_logprobs": 3}, 400, "invalid_value", "top_logprobs needs logprobs"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "unsupported_parameter", "tools"),
         ({"response_format": {"type": "json_schema"}}, 400, "invalid_value", "json_schema.schema"),
     ],
 )  # fmt: skip
@@ -395,10 +409,42 @@ def test_an_engine_that_has_ended_says_so(monkeypatch: pytest.MonkeyPatch) -> No
         made.end()
 
 
-def test_tools_need_a_place_in_the_template(running: Running) -> None:
-    tool: Any = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
-    with pytest.raises(openai.BadRequestError, match="the chat template of first has no place for tools"):
-        running.client().chat.completions.create(model="first", messages=asked("red"), tools=[tool])
+def test_what_a_template_reads_can_be_said_and_efforts_too(monkeypatch: pytest.MonkeyPatch, running: Running) -> None:
+    more = "{% if enable_thinking %}red box{% endif %}{{ reasoning_effort }}" + tiny_run.CHATML
+    model = running.engine.models.by_name["first"]
+    monkeypatch.setattr(model.tokenizer, "chat_template", more)
+    prompts = [
+        running.client().chat.completions.create(
+            model="first", messages=asked("red"), max_tokens=1, extra_body=options
+        ).usage.prompt_tokens
+        for options in (
+            {}, {"chat_template_kwargs": {"enable_thinking": True}}, {"reasoning_effort": "high"},
+            {"reasoning_effort": "none", "chat_template_kwargs": {"enable_thinking": True}},
+        )
+    ]  # fmt: skip
+    words = [len(model.tokenizer(text)["input_ids"]) for text in ("", "red box", "high", "red boxnone")]
+    assert [n - prompts[0] for n in prompts] == words
+
+
+def test_what_changes_logits_and_draws_is_that_of_generate(running: Running) -> None:
+    models, client = running.engine.models, running.client()
+    one, prompt = models.by_name["first"], served.prompt("green cup")
+    for options in (
+        {"frequency_penalty": 1.5}, {"presence_penalty": -1.0}, {"logit_bias": {"200": 4.0, "60": -9.0}}, {"top_k": 3},
+        {"min_p": 0.2}, {"repetition_penalty": 3.0}, {"top_k": 9, "top_p": 0.8, "min_p": 0.01, "presence_penalty": 1.0},
+    ):  # fmt: skip
+        for temperature in (0, 0.9):
+            params = SamplingParams(
+                12, temperature, seed=7, **{k: tuple((int(t), b) for t, b in v.items()) if k == "logit_bias" else v
+                                            for k, v in options.items()},
+            )  # fmt: skip
+            with models.using(one.adapter):
+                (wanted,) = generate(models.model, one.tokenizer, [prompt], params)
+            made = client.chat.completions.create(
+                model="first", messages=asked("green cup"), temperature=temperature, max_tokens=12, seed=7,
+                extra_body=options,
+            )  # fmt: skip
+            assert made.choices[0].message.content == wanted, options
 
 
 def test_the_end_lets_what_runs_finish_and_refuses_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -415,8 +461,8 @@ def test_the_end_lets_what_runs_finish_and_refuses_what_waits(monkeypatch: pytes
             for chunk in stream:
                 parts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
             found[number] = set(parts)
-        except openai.APIError as error:
-            found[number] = str(error)
+        except openai.InternalServerError as error:
+            found[number] = error
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(2)]
     threads[0].start()
@@ -428,4 +474,6 @@ def test_the_end_lets_what_runs_finish_and_refuses_what_waits(monkeypatch: pytes
     for thread in threads:
         thread.join()
     assert found[0] == {wanted("first", "new", 30)}
-    assert "the server is ending" in str(found[1])
+    refused = found[1]
+    assert isinstance(refused, openai.InternalServerError) and "the server is ending" in str(refused)
+    assert refused.status_code == 503 and int(refused.response.headers["retry-after"]) > 0

@@ -1,28 +1,27 @@
-"""What goes back: OpenAI's objects, whole and in chunks."""
+"""What goes back: OpenAI's chat and completion objects, whole and in chunks."""
 
 from __future__ import annotations
 
 import json
-import re
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from starlette.responses import Response
 
 from halfbyte.serving.http.wire import Refusal
+from halfbyte.serving.tools import AnswerPart, CallForm, CallReader
 from halfbyte.types import Document
 from halfbyte.writing.sampling import TokenLogprob
 from halfbyte.writing.text import TextChunk
 
 if TYPE_CHECKING:
-    from halfbyte.serving.models import ServedModel
+    from collections.abc import Sequence
 
-CALL = "<tool_call>"
-_CALLS = re.compile(r"<tool_call>\s*(\{.*?\})\s*(?:</tool_call>|\Z)", re.DOTALL)
+    from halfbyte.serving.engine import Ask
 
 
 class Json(Response):
@@ -38,45 +37,113 @@ class Json(Response):
 
 
 @dataclass
-class Choice:
-    """One text as it comes in."""
+class CalledTool:
+    """Of a tool."""
 
+    name: str
+    arguments: str = ""
+    id: str = field(default_factory=lambda: f"call_{secrets.token_hex(12)}")
+
+
+@dataclass
+class Choice:
+    """One text as it comes in. form: of calls in it; None: none are looked for."""
+
+    form: CallForm | None = None
     text: str = ""
     tokens: int = 0
+    calls: list[CalledTool] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish: str | None = None
 
-    def add(self, chunk: TextChunk) -> None:
-        self.text += chunk.text
+    def __post_init__(self) -> None:
+        self._reader = None if self.form is None else CallReader(self.form)
+
+    def add(self, chunk: TextChunk) -> list[AnswerPart]:
+        """What is new of it."""
         self.tokens = chunk.tokens
         self.logprobs += chunk.logprobs
         self.finish = chunk.finish or self.finish
+        if self._reader is not None:
+            parts = self._reader.add(chunk.text, ended=chunk.finish is not None)
+        else:
+            parts = [AnswerPart(chunk.text)] if chunk.text else []
+        for part in parts:
+            self.text += part.text
+            if part.name:
+                self.calls.append(CalledTool(part.name))
+            elif part.arguments:
+                self.calls[part.number].arguments += part.arguments
+        if self.calls and self.finish == "stop":
+            self.finish = "tool_calls"
+        return parts
 
 
-@dataclass(frozen=True)
-class Form:
-    """How the answers to one request look.
+class Reply(Protocol):
+    """An answer in the words of one API, as it grows."""
 
-    Args:
-        chat: messages, or plain texts. likely: tokens reported beside each; None: none. calls: whether to look for
-            calls of tools.
-    """
+    def begin(self) -> list[Document]:
+        """What is sent before its first text."""
 
-    model: ServedModel
+    def add(self, number: int, chunk: TextChunk) -> list[Document]:
+        """What is new of text `number`."""
+
+    def end(self) -> list[Document]:
+        """What is sent when all texts have ended."""
+
+    def whole(self) -> Document:
+        """All of it at once."""
+
+    def failed(self, refusal: Refusal) -> Document:
+        """Instead of what would have come."""
+
+
+@dataclass
+class OpenAIReply:
+    """Args: chat: messages, or plain texts. likely: tokens reported beside each; None: none. usage: a last chunk."""
+
+    asks: Sequence[Ask]
     chat: bool
     likely: int | None = None
-    calls: bool = False
+    form: CallForm | None = None
+    usage: bool = False
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def whole(self, choices: Sequence[Choice], prompt_tokens: int) -> Document:
-        return self._head("chat.completion" if self.chat else "text_completion") | {
-            "choices": [self._choice(i, choice) for i, choice in enumerate(choices)],
-            "usage": usage(prompt_tokens, sum(choice.tokens for choice in choices)),
-        }
+    def __post_init__(self) -> None:
+        self.model = self.asks[0].model
+        self.choices = [Choice(self.form) for ask in self.asks for _ in range(ask.n)]
 
-    def _head(self, kind: str) -> Document:
+    def begin(self) -> list[Document]:
+        said = {"role": "assistant", "content": ""}
+        return [self._chunk(index, said) for index in range(len(self.choices))] if self.chat else []
+
+    def add(self, number: int, chunk: TextChunk) -> list[Document]:
+        choice = self.choices[number]
+        parts = choice.add(chunk)
+        if not self.chat:
+            return [self._chunk(number, chunk.text, chunk.logprobs, chunk.finish)] if chunk.tokens else []
+        chunks = [self._chunk(number, _delta(part, choice)) for part in parts]
+        if chunk.logprobs and chunks:
+            chunks[0]["choices"][0]["logprobs"] = self._logprobs(chunk.logprobs)
+        elif chunk.logprobs and self.likely is not None:  # of tokens whose text is held back
+            chunks = [self._chunk(number, {}, chunk.logprobs)]
+        return [*chunks, self._chunk(number, {}, (), choice.finish)] if choice.finish is not None else chunks
+
+    def end(self) -> list[Document]:
+        """The chunk with the usage, which has no choice."""
+        return [self._head(".chunk") | {"choices": [], "usage": self._usage()}] if self.usage else []
+
+    def failed(self, refusal: Refusal) -> Document:
+        return refusal.body
+
+    def whole(self) -> Document:
+        choices = [self._choice(i, choice) for i, choice in enumerate(self.choices)]
+        return self._head() | {"choices": choices, "usage": self._usage()}
+
+    def _head(self, kind: str = "") -> Document:
         name = f"{'chatcmpl' if self.chat else 'cmpl'}-{self.id}"
+        kind = f"chat.completion{kind}" if self.chat else "text_completion"
         return {"id": name, "object": kind, "created": self.created, "model": self.model.name}
 
     def _choice(self, index: int, choice: Choice) -> Document:
@@ -84,25 +151,22 @@ class Form:
         if not self.chat:
             return {"index": index, "text": choice.text, "logprobs": logprobs, "finish_reason": choice.finish}
         message: Document = {"role": "assistant", "content": choice.text, "refusal": None}
-        finish = choice.finish
-        if self.calls and (calls := tool_calls(choice.text)):
-            message |= {"content": choice.text[: choice.text.find(CALL)].strip() or None, "tool_calls": calls}
-            finish = "tool_calls"
-        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish}
+        if choice.calls:
+            message |= {"content": choice.text or None, "tool_calls": [_call(call) for call in choice.calls]}
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": choice.finish}
 
-    def chunk(
+    def _chunk(
         self, index: int, delta: Document | str, logprobs: Sequence[TokenLogprob] = (), finish: str | None = None
     ) -> Document:
         """delta: of a message, or the new text."""
         reported = self._logprobs(logprobs) if self.likely is not None and logprobs else None
         content = {"delta": delta} if self.chat else {"text": delta}
-        choice = {"index": index, **content, "logprobs": reported, "finish_reason": finish}
-        return self._head("chat.completion.chunk" if self.chat else "text_completion") | {"choices": [choice]}
+        return self._head(".chunk") | {
+            "choices": [{"index": index, **content, "logprobs": reported, "finish_reason": finish}]
+        }
 
-    def last(self, prompt_tokens: int, tokens: int) -> Document:
-        """The chunk with the usage, which has no choice."""
-        head = self._head("chat.completion.chunk" if self.chat else "text_completion")
-        return head | {"choices": [], "usage": usage(prompt_tokens, tokens)}
+    def _usage(self) -> Document:
+        return usage(sum(len(ask.prompt) for ask in self.asks), sum(choice.tokens for choice in self.choices))
 
     def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> Document:
         if self.chat:
@@ -135,15 +199,15 @@ def usage(prompt: int, written: int) -> Document:
     return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
 
-def tool_calls(text: str) -> list[Document]:
-    """Calls as Qwen, Hermes and SmolLM write them: JSON between <tool_call> marks. Empty if one is broken."""
-    calls: list[Document] = []
-    for match in _CALLS.finditer(text):
-        try:
-            call = json.loads(match[1])
-            name, arguments = str(call["name"]), call.get("arguments", {})
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return []
-        function = {"name": name, "arguments": arguments if isinstance(arguments, str) else json.dumps(arguments)}
-        calls.append({"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function})
-    return calls
+def _call(call: CalledTool) -> Document:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _delta(part: AnswerPart, choice: Choice) -> Document:
+    """Of a call its name comes first, with no arguments yet; then pieces of them."""
+    if part.text:
+        return {"content": part.text}
+    new: Document = {"function": {"arguments": part.arguments}}
+    if part.name:
+        new = _call(CalledTool(part.name, id=choice.calls[part.number].id))
+    return {"tool_calls": [{"index": part.number, **new}]}

@@ -13,11 +13,15 @@ from types import FrameType
 import uvicorn
 from sse_starlette.sse import AppStatus
 
+from halfbyte.serving.adapters import AdapterFolders
 from halfbyte.serving.engine import Engine
-from halfbyte.serving.http.app import Service, application
+from halfbyte.serving.http.app import application
 from halfbyte.serving.http.gauges import Gauges
 from halfbyte.serving.http.guard import Guard, Rules
+from halfbyte.serving.http.service import Service
 from halfbyte.serving.settings import Settings
+
+_NONE = AdapterFolders()
 
 
 class _Server(uvicorn.Server):
@@ -33,23 +37,29 @@ class _Server(uvicorn.Server):
         threading.Thread(target=self.engine.drain, daemon=True).start()
 
 
-def build(engine: Engine, settings: Settings) -> uvicorn.Server:
+def build(engine: Engine, settings: Settings, folders: AdapterFolders = _NONE) -> uvicorn.Server:
     """The server, to be run with a socket; it ends when its `should_exit` is set."""
     AppStatus.disable_automatic_graceful_drain()  # or a stream would end in the middle of its answer
     service = Service(engine, Gauges(engine), settings.answer_s)
     hosts = frozenset({settings.host.lower()}) | settings.hosts
     rules = Rules(settings.key, hosts, settings.body_bytes)
     config = uvicorn.Config(
-        Guard(application(service), rules), log_config=None, access_log=False, server_header=False, http="h11",
+        Guard(application(service, folders), rules), log_config=None, access_log=False, server_header=False, http="h11",
         ws="none", lifespan="on", timeout_keep_alive=20, timeout_graceful_shutdown=int(settings.grace_s),
         proxy_headers=False, backlog=512,
     )  # fmt: skip
     return _Server(config, engine)
 
 
-def serve(engine: Engine, settings: Settings, sock: socket.socket, ready: Callable[[], None] = lambda: None) -> None:
+def serve(
+    engine: Engine,
+    settings: Settings,
+    sock: socket.socket,
+    ready: Callable[[], None] = lambda: None,
+    folders: AdapterFolders = _NONE,
+) -> None:
     """Serve until a signal. `ready` is called when connections are taken."""
-    server = build(engine, settings)
+    server = build(engine, settings, folders)
     # uvicorn raises a signal again when it has ended
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
     sock.listen(512)

@@ -5,17 +5,20 @@ Source: the `openai` package, 3.57: types/chat, types/completion; its client's h
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from halfbyte.serving.tools import CallRules
 from halfbyte.types import Document
+from halfbyte.writing.sampling import SamplingParams
 
 MOST_CHOICES, MOST_STOPS, MOST_LIKELY = 16, 16, 20
-Zero = Annotated[float, Field(ge=0, le=0)]
-Asked = TypeVar("Asked", bound="Request")
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Asked = TypeVar("Asked", bound="Strict")
 
 
 class Refusal(Exception):
@@ -36,16 +39,27 @@ class Refusal(Exception):
         self.body: Document = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
 
 
-class Request(_Strict):
+class Unused(Strict):
+    """What changes nothing here. Nothing is stored."""
+
+    user: str | None = None
+    metadata: Document | None = None
+    store: bool | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+
+class Request(Unused):
     """What both kinds of request have."""
 
     model: str
@@ -57,17 +71,30 @@ class Request(_Strict):
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: str | Annotated[list[str], Field(max_length=MOST_STOPS)] | None = None
-    # what would change the answer, and is only taken where it does not
-    frequency_penalty: Zero | None = None
-    presence_penalty: Zero | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
-    # what changes nothing here
-    user: str | None = None
-    metadata: Document | None = None
-    store: Literal[False] | None = None
-    service_tier: Literal["auto", "default"] | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = None
+    # vLLM's
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+
+    def sampling(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
+        """As OpenAI has it, a temperature of 1 where none is asked for."""
+        return SamplingParams(
+            max_tokens,
+            1.0 if self.temperature is None else self.temperature,
+            self.top_p or 1.0,
+            self.seed,
+            self.stops,
+            logprobs,
+            top_k=max(0, self.top_k or 0),
+            min_p=self.min_p or 0.0,
+            repetition_penalty=self.repetition_penalty,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            logit_bias=tuple(sorted((self.logit_bias or {}).items())),
+        )
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -79,28 +106,30 @@ class Request(_Strict):
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
-class _Part(_Strict):
+class _Part(Strict):
     type: Literal["text"]
     text: str
 
 
-class _CalledFunction(_Strict):
+class _CalledFunction(Strict):
     name: str
     arguments: str
 
 
-class _Call(_Strict):
+class _Call(Strict):
     id: str | None = None
     type: Literal["function"] = "function"
     function: _CalledFunction
     index: int | None = None
 
 
-class Message(_Strict):
+class Message(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[_Part] | None = None
     name: str | None = None
     refusal: str | None = None
+    reasoning_content: str | None = None
+    annotations: Annotated[list[Document], Field(max_length=0)] | None = None
     tool_calls: list[_Call] | None = None
     tool_call_id: str | None = None
 
@@ -108,7 +137,7 @@ class Message(_Strict):
         """As chat templates read it: one text; arguments of calls as objects."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
         message: Document = {"role": "system" if self.role == "developer" else self.role, "content": text}
-        for field in ("name", "tool_call_id"):
+        for field in ("name", "tool_call_id", "reasoning_content"):
             if (value := getattr(self, field)) is not None:
                 message[field] = value
         if self.tool_calls:
@@ -120,28 +149,37 @@ class Message(_Strict):
         return message
 
 
-class _Function(_Strict):
+class Function(Strict):
     name: Annotated[str, Field(min_length=1, max_length=64)]
     description: str | None = None
     parameters: Document | None = None
-    strict: Literal[False] | None = None
+    strict: bool | None = None
 
 
-class Tool(_Strict):
+class Tool(Strict):
     type: Literal["function"]
-    function: _Function
+    function: Function
 
 
-class _Schema(_Strict):
+class _Name(Strict):
+    name: str
+
+
+class NamedTool(Strict):
+    type: Literal["function"]
+    function: _Name
+
+
+class Schema(Strict):
     name: str
     description: str | None = None
     schema_: Document | None = Field(None, alias="schema")
     strict: bool | None = None
 
 
-class Format(_Strict):
+class Format(Strict):
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: _Schema | None = None
+    json_schema: Schema | None = None
 
     @model_validator(mode="after")
     def _has_schema(self) -> Self:
@@ -163,15 +201,35 @@ class ChatRequest(Request):
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELY)] | None = None
     response_format: Format | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    chat_template_kwargs: Document | None = None
     modalities: list[Literal["text"]] | None = None
 
     @model_validator(mode="after")
     def _together(self) -> Self:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
+        names = [tool.function.name for tool in self.tools or ()]
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            raise ValueError(f"tool_choice: there is no tool {self.tool_choice.function.name!r} in tools")
+        if self.tool_choice == "required" and not names:
+            raise ValueError("tool_choice: required needs tools")
         return self
+
+    @property
+    def rules(self) -> CallRules:
+        """Which calls the answer may have."""
+        tools = [tool.model_dump(exclude_none=True) for tool in self.tools or ()] if self.tool_choice != "none" else []
+        choice, several = self.tool_choice, self.parallel_tool_calls is not False
+        schema = self.response_format.schema_wanted if self.response_format is not None else None
+        if isinstance(choice, NamedTool):
+            tools = [tool for tool in tools if tool["function"]["name"] == choice.function.name]
+            return CallRules(tools, must=True, several=False)
+        if choice == "required":
+            return CallRules(tools, must=True, several=several)
+        return CallRules(tools, several=several, schema=schema)
 
 
 class CompletionRequest(Request):
@@ -192,8 +250,17 @@ class CompletionRequest(Request):
 
 def read(kind: type[Asked], body: bytes) -> Asked:
     """Raises Refusal: names the field and what is allowed."""
+    return _validated(partial(kind.model_validate_json, body))
+
+
+def checked(kind: type[Asked], document: Document) -> Asked:
+    """As `read`, of what has been read already."""
+    return _validated(partial(kind.model_validate, document))
+
+
+def _validated(validate: Callable[[], Asked]) -> Asked:
     try:
-        return kind.model_validate_json(body)
+        return validate()
     except ValidationError as error:
         problems = error.errors(include_url=False, include_context=False, include_input=False)
         first = problems[0]
