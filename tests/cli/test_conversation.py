@@ -15,8 +15,9 @@ import pytest
 from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
+from typer.testing import CliRunner
 
-from halfbyte.cli import conversation, show
+from halfbyte.cli import conversation, main, show
 from halfbyte.inference import generate
 from halfbyte.writing.sampling import SamplingParams
 
@@ -174,3 +175,14 @@ def test_lines_are_edited_with_arrow_keys_and_alt_enter(monkeypatch: pytest.Monk
 def test_speed_is_of_the_tokens_after_the_first() -> None:
     assert conversation.TokenWatch(tokens=11, first_s=2.0, last_s=4.0).per_second == pytest.approx(5.0)
     assert conversation.TokenWatch(tokens=1, first_s=2.0, last_s=2.0).per_second == 0.0
+
+
+def test_what_generate_is_told_reaches_the_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = list[SamplingParams]()
+    monkeypatch.setattr(main, "open_run", lambda *args, **more: SimpleNamespace(alone=False))
+    monkeypatch.setattr(conversation, "answer", lambda ready, talk, how, **more: params.append(how) or "red")
+    words = "generate run -p x --temperature 0.5 --top-k 7 --top-p 0.9 --min-p 0.1 --repetition-penalty 1.3 --seed 4"
+    for command in (words, "generate run -p x"):
+        assert CliRunner().invoke(main.app, command.split()).exit_code == 0
+    told = SamplingParams(256, 0.5, 0.9, 4, top_k=7, min_p=0.1, repetition_penalty=1.3)
+    assert params == [told, SamplingParams(256)]

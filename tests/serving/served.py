@@ -123,3 +123,6 @@ def talkative() -> models.Models:
     """One adapter on a base that reads long prompts, as tools need them; its template has none, but knows ChatML."""
     where = folder(adapters={"first": ADAPTERS["first"]}, positions=POSITIONS)
     return opened(where, ("first",), max_length=POSITIONS, places=4)
+
+
+NAMED: Any = {"type": "function", "function": {"name": "weather"}}

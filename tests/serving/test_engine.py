@@ -25,6 +25,12 @@ PRECISIONS = {
 }  # fmt: skip
 
 
+MORE: list[dict[str, Any]] = [
+    {}, {}, {"top_k": 20, "min_p": 0.02}, {"repetition_penalty": 2.0}, {"frequency_penalty": 1.0}, {},
+    {"presence_penalty": 0.5}, {"logit_bias": ((60, 5.0), (200, -100.0))},
+]  # fmt: skip
+
+
 def written(asking: Engine, asks: list[Ask]) -> list[list[str]]:
     """The texts of asks that come at once."""
 
@@ -51,9 +57,13 @@ def written(asking: Engine, asks: list[Ask]) -> list[list[str]]:
 
 @pytest.mark.parametrize("overrides", PRECISIONS.values())
 def test_an_answer_is_that_of_generate_beside_15_others(overrides: tuple[str, ...]) -> None:
-    """With a temperature of 0.7 and a seed, and greedy; of both adapters and the base; and several after one prompt."""
+    """With a temperature of 0.7 and a seed, and greedy; by what else changes a draw or logits; of both adapters and the
+    base; and several after one prompt."""
     models = served.opened(served.folder(), overrides=overrides, places=16)
-    kinds = [SamplingParams(9 + i % 5, temperature=(0.7, 0.0, 0.7, 1.4)[i % 4], seed=i) for i in range(22)]
+    kinds = [
+        SamplingParams(9 + i % 5, temperature=(0.7, 0.0, 0.7, 1.4)[i % 4], seed=i, **MORE[i % len(MORE)])
+        for i in range(22)
+    ]
     asked = [
         (list(models.by_name)[i % 3], served.prompt(served.QUESTIONS[i % 6]), kind) for i, kind in enumerate(kinds)
     ]

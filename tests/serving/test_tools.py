@@ -43,6 +43,9 @@ def read(form: CallForm, text: str, cuts: list[int], finish: Any = "stop") -> tu
         (MARKED, CALL.replace('"name"', '"title"'), [], CALL.replace('"name"', '"title"')),
         (MARKED, CALL + "<tool_call>{broken}</tool_call>", ["Oslo"], "<tool_call>{broken}</tool_call>"),
         (MARKED, "a < b, <tool_box> and <tool_call>{broken}", [], "a < b, <tool_box> and <tool_call>{broken}"),
+        (MARKED, CALL.replace('"weather"', '""'), [], CALL.replace('"weather"', '""')),
+        (MARKED, CALL.replace('"weather"', '"\\x"'), [], CALL.replace('"weather"', '"\\x"')),
+        (MARKED, CALL.replace('"weather"', "5"), [], CALL.replace('"weather"', "5")),
         (MARKED, "no call at all \n", [], "no call at all \n"),
         (LLAMA, PLAIN, ["Oslo"], ""),
         (LLAMA, f"{PLAIN}; {PLAIN.replace('Oslo', 'Bergen')}", ["Oslo", "Bergen"], ""),
@@ -103,7 +106,7 @@ WRONG = ONE.replace("5", '"5"')
         (MARKED, CallRules(TOOLS, schema={"type": "boolean"}), ["true", ONE], ["a"]),
         (MARKED, CallRules(schema={"type": "boolean"}), ["true"], ["a", "<"]),
         (LLAMA, CallRules(TOOLS, must=True), [BARE, f"{BARE}; {BARE}"], ["a", BARE.replace("5", "a")]),
-        (LLAMA, CallRules(TOOLS), [BARE, "Well {", ""], ['{"nam']),
+        (LLAMA, CallRules(TOOLS), [BARE, "Well {", ""], ['{"no']),
     ],
 )  # fmt: skip
 def test_a_grammar_allows_calls_and_nothing_else(
@@ -122,6 +125,14 @@ def test_a_grammar_allows_calls_and_nothing_else(
 
     assert [follow(one) for one in whole] == [(True, True)] * len(whole)
     assert [follow(one)[0] for one in never] == [False] * len(never)
+
+
+def test_a_schema_may_refer_to_parts_of_itself() -> None:
+    parts = {"$defs": {"n": {"type": "integer"}}, "type": "array", "items": {"$ref": "#/$defs/n"}, "maxItems": 2}
+    table, text = from_tokenizer(tiny_run.tokenizer()), grammar(MARKED, CallRules([tool("f", parts)], must=True))
+    matcher = LLMatcher(table, text, log_level=0)
+    call = '<tool_call>\n{"name": "f", "arguments": [1, 2]}\n</tool_call>'
+    assert matcher.consume_tokens(tiny_run.tokenizer()(call)["input_ids"]) and matcher.is_accepting()
 
 
 def test_free_text_needs_no_grammar() -> None:

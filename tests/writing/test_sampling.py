@@ -102,3 +102,18 @@ def test_a_repetition_penalty_is_the_requests_or_else_the_models(configured: flo
         (answers[penalty],) = generate_ids(model, tokenizer, [prompt], SamplingParams(30, repetition_penalty=penalty))
         assert answers[penalty] == wanted(penalty or configured or 1.0)
     assert answers[1.0] != answers[5.0]
+
+
+def test_what_is_not_asked_for_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def called(*args: object, **more: object) -> None:
+        raise AssertionError
+
+    for name in ("adjusted", "top_p_of"):
+        monkeypatch.setattr(f"halfbyte.writing.sampling.{name}", called)
+    for name in ("topk", "bincount"):
+        monkeypatch.setattr(torch, name, called)
+    logits = torch.from_numpy(LOGITS)
+    assert Sampler(SamplingParams()).choose(logits, [1], WRITTEN) == int(LOGITS.argmax())
+    Sampler(SamplingParams(temperature=0.8, seed=1)).choose(logits, [1], WRITTEN)
+    with pytest.raises(AssertionError):
+        Sampler(SamplingParams(presence_penalty=1.0)).choose(logits, [1], WRITTEN)

@@ -14,7 +14,22 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from halfbyte.cli import begin, conversation, progress, reports, scores, ship, show, show_plan
-from halfbyte.cli.options import BaseOnly, Commands, Force, Json, Quiet, Run, Set, Temperature, Tokens, open_run
+from halfbyte.cli.options import (
+    BaseOnly,
+    Commands,
+    Force,
+    Json,
+    MinP,
+    Quiet,
+    Repetition,
+    Run,
+    Set,
+    Temperature,
+    Tokens,
+    TopK,
+    TopP,
+    open_run,
+)
 from halfbyte.cli.store import stores
 from halfbyte.errors import HalfbyteError, RecipeError, typed
 from halfbyte.system import libraries
@@ -238,6 +253,10 @@ def generate(
     base: BaseOnly = False,
     max_new_tokens: Tokens = 256,
     temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: Repetition = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     set_: Set = [],  # noqa: B006
     force: Force = False,
@@ -248,7 +267,9 @@ def generate(
     ready = open_run(run, set_, silent=json_, force=force, asks=(talks, max_new_tokens))
     from halfbyte.writing.sampling import SamplingParams
 
-    params = SamplingParams(max_new_tokens, temperature, seed=seed)
+    params = SamplingParams(
+        max_new_tokens, temperature, top_p, seed, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty
+    )
     answers = []
     for number, talk in enumerate(talks, 1):
         if len(talks) > 1 and not json_:

@@ -22,6 +22,12 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Plain lines only, an
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, an adapter's folder, or a model.")]
 Tokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="The longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")]
+TopK = Annotated[int, typer.Option("--top-k", min=0, help="Draw only from so many likeliest tokens; 0: from all.")]
+TopP = Annotated[float, typer.Option("--top-p", min=1e-9, max=1.0, help="Only from the likeliest of this probability.")]
+MinP = Annotated[float, typer.Option("--min-p", min=0.0, max=1.0, help="Only from those of this share of the first.")]
+Repetition = Annotated[
+    float | None, typer.Option("--repetition-penalty", min=0.01, max=10.0, help="Default: the model's own.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Also where base or tokenizer are not those of the adapter.")]
 BaseOnly = Annotated[bool, typer.Option("--base", help="The base alone, without the adapter.")]
 

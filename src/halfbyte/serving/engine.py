@@ -142,7 +142,8 @@ class Engine:
             changes, self.changes = self.changes, deque()
             self._changed.notify()
         for future, _ in changes:
-            future.set_exception(self._stopping())
+            if future.set_running_or_notify_cancel():
+                future.set_exception(self._stopping())
         for ask in waiting:
             self._post([(ask, self._stopping())])
 
@@ -213,6 +214,8 @@ class Engine:
             if not self.changes:  # the server has begun to end
                 return
             future, work = self.changes.popleft()
+        if not future.set_running_or_notify_cancel():  # who asked is gone
+            return
         try:
             self.models, writer, self.why = work(self.models)
         except Exception as error:

@@ -165,9 +165,10 @@ class CallReader:
         mark, end = self.form.begin, self.form.end
         before = self._rest.index(mark) + len(mark)
         inside = self._rest[before:]
-        if (head := _NAME.match(inside)) is not None:
+        head = _NAME.match(inside)
+        if head is not None and (name := _decoded(head[1])):
             self._rest, self._state, self._scan = inside[head.end() :], "value", _JsonScan()
-            return [self._begun(json.loads(head[1], strict=False))]
+            return [self._begun(name)]
         closed = inside.find(end) if end else -1
         if closed < 0 and not ended and (end or _may_be_call(inside)):
             return []
@@ -176,7 +177,9 @@ class CallReader:
         self._state = "text" if mark else "plain"
         try:
             call = json.loads(body)
-            name, arguments = str(call["name"]), call.get("arguments", {}) if mark else call["parameters"]
+            name, arguments = call["name"], call.get("arguments", {}) if mark else call["parameters"]
+            if not isinstance(name, str) or not name:
+                raise TypeError
         except (ValueError, KeyError, TypeError, AttributeError):
             return self._said(size)
         self._rest = self._rest[size:]
@@ -203,6 +206,14 @@ class CallReader:
             self._rest, self._state = self._rest[at + len(end) :], "text" if self.form.end else "between"
         elif ended:
             self._rest = ""
+
+
+def _decoded(string: str) -> str:
+    """What a JSON string says; nothing where it is none."""
+    try:
+        return str(json.loads(string, strict=False))
+    except ValueError:
+        return ""
 
 
 def _may_be_call(text: str) -> bool:
@@ -247,8 +258,6 @@ class _JsonScan:
             return new
         if not self.whole:
             return ""
-        try:
-            value = json.loads(self.held, strict=False)
-        except ValueError:
-            return self.held
-        return value if isinstance(value, str) else "{}" if value is None else self.held
+        if self.held.startswith('"'):
+            return _decoded(self.held)
+        return "{}" if self.held.strip() == "null" else self.held

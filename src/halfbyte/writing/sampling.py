@@ -31,10 +31,10 @@ class SamplingParams:
     logprobs: int | None = None  # how many likely tokens are reported beside each one; None: none, nor the token's own
     top_k: int = 0  # draw only from so many likeliest tokens; 0: from all
     min_p: float = 0.0  # only from those that have at least this share of the likeliest one's probability
-    repetition_penalty: float | None = None  # divides the positive logits of what prompt or answer have, multiplies
-    # the negative ones; None: the model's own
+    repetition_penalty: float | None = None
+    """Divides positive logits of what prompt or answer have, and multiplies negative ones; None: the model's own."""
     frequency_penalty: float = 0.0  # taken from a token's logit each time that the answer has it
-    presence_penalty: float = 0.0  # the same, once
+    presence_penalty: float = 0.0  # taken once
     logit_bias: tuple[tuple[int, float], ...] = ()  # tokens, and what is added to their logits
 
 

@@ -74,6 +74,22 @@ def test_adapters_come_and_go(running: Running, where: Path) -> None:
     assert unload(running, "two").status_code == 200 and said(running, "one") == answers["two"]
 
 
+@pytest.mark.parametrize("settings", [("quant.compute_dtype=fp32",), ("quant.compute_dtype=bf16",)])
+def test_one_that_is_loaded_answers_as_one_that_was_there(where: Path, settings: tuple[str, ...]) -> None:
+    """In 4 bits, with fused layers, beside another that has other targets."""
+    names = ("allowed/first", "allowed/second")
+    answers = []
+    for first, later in ((names, ()), (names[:1], ("second",)), ((), ("first", "second"))):
+        server = Running(Engine(served.opened(where, first, settings)),
+                         folders=AdapterFolders.of([where / "allowed"], settings))  # fmt: skip
+        try:
+            assert all(load(server, name, name).status_code == 200 for name in later)
+            answers.append([said(server, name) for name in ("first", "second", served.BASE)])
+        finally:
+            server.end()
+    assert answers[0] == answers[1] == answers[2] and len(set(answers[0])) == 3
+
+
 def test_it_waits_for_what_is_being_written_and_what_waits_goes_on(
     running: Running, where: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,6 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
@@ -28,6 +27,7 @@ from halfbyte.serving.http.answers import CalledTool, Choice, Json
 from halfbyte.serving.http.service import Service
 from halfbyte.serving.http.wire import ChatRequest, Refusal
 from halfbyte.serving.models import ServedModel
+from halfbyte.system.libraries import version
 from halfbyte.types import Document
 from halfbyte.writing.text import TextChunk
 

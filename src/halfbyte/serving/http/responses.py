@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -51,12 +52,8 @@ class _InputItem(BaseModel):
     output: str | list[_InputText] = ""
 
 
-class _FlatTool(wire.Strict):
+class _FlatTool(wire.Function):
     type: Literal["function"]
-    name: str
-    description: str | None = None
-    parameters: Document | None = None
-    strict: bool | None = None
 
 
 class _FlatChoice(wire.Strict):
@@ -64,12 +61,9 @@ class _FlatChoice(wire.Strict):
     name: str
 
 
-class _FlatFormat(wire.Strict):
+class _FlatFormat(wire.Schema):
     type: Literal["text", "json_object", "json_schema"]
     name: str = ""
-    description: str | None = None
-    schema_: Document | None = Field(None, alias="schema")
-    strict: bool | None = None
 
 
 class _TextOptions(wire.Strict):
@@ -80,7 +74,7 @@ class _Reasoning(wire.Strict):
     effort: str | None = None
 
 
-class ResponsesRequest(wire.Strict):
+class ResponsesRequest(wire.Unused):
     model: str
     input: str | Annotated[list[_InputItem], Field(min_length=1)]
     instructions: str | None = None
@@ -94,15 +88,8 @@ class ResponsesRequest(wire.Strict):
     parallel_tool_calls: bool | None = None
     text: _TextOptions | None = None
     reasoning: _Reasoning | None = None
-    # what changes nothing here
     include: list[Literal["reasoning.encrypted_content"]] | None = None
     truncation: Literal["disabled"] | None = None
-    store: bool | None = None
-    metadata: Document | None = None
-    user: str | None = None
-    service_tier: Literal["auto", "default"] | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
 
     def as_chat(self) -> ChatRequest:
         """Raises Refusal: a value that chat would not take either."""
@@ -207,11 +194,11 @@ class ResponsesReply:
     def whole(self) -> Document:
         for item in self.items:
             item["status"] = "completed"
-        if not (cut := self.choice.finish == "length"):
+        if self.choice.finish != "length":
             return self._response("completed") | {"completed_at": int(time.time())}
         if self.items:
             self.items[-1]["status"] = "incomplete"
-        return self._response("incomplete") | {"incomplete_details": {"reason": "max_output_tokens"} if cut else None}
+        return self._response("incomplete") | {"incomplete_details": {"reason": "max_output_tokens"}}
 
     def failed(self, refusal: Refusal) -> Document:
         return self._event("error", **{name: refusal.body["error"][name] for name in ("code", "message", "param")})
@@ -219,9 +206,7 @@ class ResponsesReply:
     def _opened(self, item: Document) -> list[Document]:
         kind = "msg" if item["type"] == "message" else "fc"
         self.items.append({"id": f"{kind}_{secrets.token_hex(16)}", "status": "in_progress", **item})
-        events = [
-            self._event("response.output_item.added", output_index=len(self.items) - 1, item=_copy(self.items[-1]))
-        ]
+        events = [self._whole_item("added")]
         if item["type"] == "message":
             self.items[-1]["content"].append({"type": "output_text", "text": "", "annotations": [], "logprobs": []})
             part = dict(self.items[-1]["content"][0])
@@ -246,7 +231,7 @@ class ResponsesReply:
 
     def _whole_item(self, kind: str) -> Document:
         last = len(self.items) - 1
-        return self._event(f"response.output_item.{kind}", output_index=last, item=_copy(self.items[last]))
+        return self._event(f"response.output_item.{kind}", output_index=last, item=deepcopy(self.items[last]))
 
     def _of_text(self, kind: str, **more: object) -> Document:
         return self._of_item(f"output_text.{kind}", content_index=0, logprobs=[], **more)
@@ -267,7 +252,7 @@ class ResponsesReply:
         return {
             "id": self.id, "object": "response", "created_at": self.created, "status": status, "error": None,
             "incomplete_details": None, "instructions": asked.instructions, "metadata": asked.metadata or {},
-            "model": self.ask.model.name, "output": [_copy(item) for item in self.items],
+            "model": self.ask.model.name, "output": deepcopy(self.items),
             "parallel_tool_calls": asked.parallel_tool_calls is not False, "previous_response_id": None,
             "temperature": self.ask.params.temperature, "top_p": self.ask.params.top_p,
             "max_output_tokens": asked.max_output_tokens, "store": False, "truncation": "disabled",
@@ -280,8 +265,3 @@ class ResponsesReply:
 
 
 _BEGUN = ("created", "in_progress")
-
-
-def _copy(item: Document) -> Document:
-    """As it is now."""
-    return {**item, **({"content": [dict(part) for part in item["content"]]} if "content" in item else {})}

@@ -15,6 +15,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -188,29 +189,18 @@ class Service:
                     break
         self.gauges.whole(asks)
 
-    def _time_limit(self, asks: list[Ask]) -> _TimeLimit:
-        return _TimeLimit(self.answer_s, self.answer_s - (time.monotonic() - asks[0].came))
+    @asynccontextmanager
+    async def _time_limit(self, asks: list[Ask]) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(self.answer_s - (time.monotonic() - asks[0].came)):
+                yield
+        except TimeoutError:
+            raise Refusal(504, f"the answer took longer than {self.answer_s:g} s.", code="time_limit",
+                          kind="server_error", headers={"X-Should-Retry": "false"}) from None  # fmt: skip
 
     def _leave(self, asks: list[Ask]) -> None:
         for ask in asks:
             self.engine.leave(ask)
-
-
-class _TimeLimit:
-    """Raises Refusal when so many seconds more are over."""
-
-    def __init__(self, limit_s: float, left_s: float) -> None:
-        self.limit_s, self.timeout = limit_s, asyncio.timeout(left_s)
-
-    async def __aenter__(self) -> None:
-        await self.timeout.__aenter__()
-
-    async def __aexit__(self, *error: object) -> None:
-        try:
-            await self.timeout.__aexit__(*error)  # type: ignore[arg-type]
-        except TimeoutError:
-            raise Refusal(504, f"the answer took longer than {self.limit_s:g} s.", code="time_limit",
-                          kind="server_error", headers={"X-Should-Retry": "false"}) from None  # fmt: skip
 
 
 def as_events(documents: AsyncIterator[Document], last: str | None = None, *, named: bool = False) -> Response:

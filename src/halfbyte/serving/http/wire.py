@@ -48,7 +48,18 @@ class StreamOptions(Strict):
     include_obfuscation: Literal[False] | None = None
 
 
-class Request(Strict):
+class Unused(Strict):
+    """What changes nothing here. Nothing is stored."""
+
+    user: str | None = None
+    metadata: Document | None = None
+    store: bool | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+
+class Request(Unused):
     """What both kinds of request have."""
 
     model: str
@@ -67,13 +78,23 @@ class Request(Strict):
     top_k: Annotated[int, Field(ge=-1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    # what changes nothing here
-    user: str | None = None
-    metadata: Document | None = None
-    store: Literal[False] | None = None
-    service_tier: Literal["auto", "default"] | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
+
+    def sampling(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
+        """As OpenAI has it, a temperature of 1 where none is asked for."""
+        return SamplingParams(
+            max_tokens,
+            1.0 if self.temperature is None else self.temperature,
+            self.top_p or 1.0,
+            self.seed,
+            self.stops,
+            logprobs,
+            top_k=max(0, self.top_k or 0),
+            min_p=self.min_p or 0.0,
+            repetition_penalty=self.repetition_penalty,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            logit_bias=tuple(sorted((self.logit_bias or {}).items())),
+        )
 
     def sampling(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
         """As OpenAI has it, a temperature of 1 where none is asked for."""
@@ -145,7 +166,7 @@ class Message(Strict):
         return message
 
 
-class _Function(Strict):
+class Function(Strict):
     name: Annotated[str, Field(min_length=1, max_length=64)]
     description: str | None = None
     parameters: Document | None = None
@@ -154,7 +175,7 @@ class _Function(Strict):
 
 class Tool(Strict):
     type: Literal["function"]
-    function: _Function
+    function: Function
 
 
 class _Name(Strict):
@@ -166,7 +187,7 @@ class NamedTool(Strict):
     function: _Name
 
 
-class _Schema(Strict):
+class Schema(Strict):
     name: str
     description: str | None = None
     schema_: Document | None = Field(None, alias="schema")
@@ -175,7 +196,7 @@ class _Schema(Strict):
 
 class Format(Strict):
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: _Schema | None = None
+    json_schema: Schema | None = None
 
     @model_validator(mode="after")
     def _has_schema(self) -> Self:
