@@ -105,9 +105,9 @@ def test_a_version_that_the_tests_do_not_cover_is_told(halfbyte: Cli, monkeypatc
 def test_what_the_installed_versions_lack_is_listed_and_is_no_failure(
     halfbyte: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "lacking", lambda: {"peft 0.30.0 has no such layer": "it runs slowly"})
+    monkeypatch.setattr(doctor, "lacking", lambda: {"peft 9 has no layer": "it runs slowly"})
     ended = halfbyte("doctor")
-    assert ended.code == 0 and "without   peft 0.30.0 has no such layer: it runs slowly\n" in ended.out
+    assert ended.code == 0 and "without   peft 9 has no layer: it runs slowly\n" in ended.out
     assert json.loads(halfbyte("doctor", "--json").out)["lacking"] == {
         "peft 0.30.0 has no such layer": "it runs slowly"
     }
