@@ -101,3 +101,14 @@ def test_a_version_that_the_tests_do_not_cover_is_told(halfbyte: Cli, monkeypatc
     ended = halfbyte("doctor")
     assert ended.code == 1 and "0.20.0 is installed, and the tests cover peft<0.22,>=0.21" in ended.err
     assert "fix: pip install 'peft<0.22,>=0.21'" in ended.err
+
+
+def test_what_the_installed_versions_lack_is_listed_and_is_no_failure(
+    halfbyte: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "lacking", lambda: {"peft 9 has no layer": "it runs slowly"})
+    ended = halfbyte("doctor")
+    assert ended.code == 0 and "without   peft 9 has no layer: it runs slowly\n" in ended.out
+    assert json.loads(halfbyte("doctor", "--json").out)["lacking"] == {
+        "peft 0.30.0 has no such layer": "it runs slowly"
+    }

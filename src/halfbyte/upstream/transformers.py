@@ -14,7 +14,8 @@ CACHE_ARGUMENTS = ("cache", "past_key_values")
 
 def cache_argument(model: Any) -> str:
     """Of `CACHE_ARGUMENTS` the one that the forward of this model has."""
-    return CACHE_ARGUMENTS["cache" not in inspect.signature(model.forward).parameters]
+    new, old = CACHE_ARGUMENTS
+    return new if new in inspect.signature(model.forward).parameters else old
 
 
 def recompute(model: Any, options: dict[str, Any]) -> None:
