@@ -96,23 +96,6 @@ class Request(Unused):
             logit_bias=tuple(sorted((self.logit_bias or {}).items())),
         )
 
-    def sampling(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
-        """As OpenAI has it, a temperature of 1 where none is asked for."""
-        return SamplingParams(
-            max_tokens,
-            1.0 if self.temperature is None else self.temperature,
-            self.top_p or 1.0,
-            self.seed,
-            self.stops,
-            logprobs,
-            top_k=max(0, self.top_k or 0),
-            min_p=self.min_p or 0.0,
-            repetition_penalty=self.repetition_penalty,
-            frequency_penalty=self.frequency_penalty or 0.0,
-            presence_penalty=self.presence_penalty or 0.0,
-            logit_bias=tuple(sorted((self.logit_bias or {}).items())),
-        )
-
     @property
     def stops(self) -> tuple[str, ...]:
         given = [self.stop] if isinstance(self.stop, str) else self.stop or []
