@@ -36,6 +36,7 @@ def test_the_machine_alone(halfbyte: Cli) -> None:
         "platform  Linux, ",
         "executed: ",
         "cache",
+        ", waiting: ",
         "computes",
         "380 GFLOP/s in matrix products (none in int8)",
         "versions  python",

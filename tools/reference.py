@@ -61,6 +61,14 @@ _EXECUTED = """\
   asked for by that, or by `attn_implementation="flash_attention_2"` in a script.
 - Cards of several kinds: one dtype is multiplied on all, so one without bf16 is left out beside one that has it.
 
+## Beside other programs
+
+- Threads of one operation wait for each other. On an idle machine they spin, which is faster; while other programs use
+  the cores that they wait for, they sleep, so that each program gets its share. halfbyte looks four times a second
+  (Linux; `system/openmp.py`); `doctor` and the first lines of a run say so.
+- `GOMP_SPINCOUNT` or `OMP_WAIT_POLICY` in the environment win. `OMP_NUM_THREADS` is the number of threads.
+- In a container that may use one and a half cores (`docker run --cpus 1.5`) two threads run, and sleep when they wait.
+
 ## Apple's GPU
 
 A run computes on the processor and says so. A script whose model lies on `mps` is refused with one line:

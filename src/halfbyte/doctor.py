@@ -29,9 +29,9 @@ from halfbyte.types import Check, Document, Model
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What `doctor` saw. `cache_problem` says why the cache cannot be written, if so; `outside_ranges` names
-    installed versions that halfbyte does not allow; `platform` is this machine's row of docs/machines.md; `model` is
-    its id; `checks` are empty without one."""
+    """What `doctor` saw. `threads` say how many there are, and how they wait; `cache_problem` why the cache cannot be
+    written, if so; `outside_ranges` names installed versions that halfbyte does not allow; `platform` is this machine's
+    row of docs/machines.md; `model` is its id; `checks` are empty without one."""
 
     machine: device.Device
     compute_dtype: str
@@ -40,6 +40,7 @@ class Diagnosis:
     cache: Path
     cache_free_bytes: int
     versions: dict[str, str]
+    threads: str
     cache_problem: str = ""
     outside_ranges: dict[str, str] = field(default_factory=dict)
     platform: dict[str, str] = field(default_factory=dict)
@@ -61,13 +62,14 @@ def examine(recipe: Recipe | None = None, *, tell: Callable[[str], None] = lambd
     machine = device.detect()
     asked = recipe.quant.compute_dtype if recipe is not None else "auto"
     dtype, why = device.compute_dtype(machine, asked)
-    threads.configure(machine.cores)
+    process = threads.configure(machine.cores)
     rates = calibrate.ensure(machine, dtype, say=tell, anew=True)
     cache, free = cache_dir(), free_bytes(cache_dir())
     row = table.here(machine.kind, [(card.name, card.multiplies_bf16) for card in machine.cards], machine.isa)
     seen = Diagnosis(
-        machine, dtype, why, rates, cache, free, versions(), why_unwritable(cache), outside_ranges(), row.to_json()
-    )
+        machine, dtype, why, rates, cache, free, versions(), process.line, why_unwritable(cache), outside_ranges(),
+        row.to_json(),
+    )  # fmt: skip
     return seen if recipe is None else _with_model(seen, recipe, tell)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from halfbyte.layers.kernels import cpu
-from halfbyte.layers.kernels.cpu import parallel
+from halfbyte.system import openmp
 
 
 def test_a_hook_lends_a_parameter_another_dtype_and_takes_it_back_after_an_error() -> None:
@@ -68,7 +68,7 @@ def test_torchs_flash_kernel_for_cpus_gives_the_log_sum_exp() -> None:
 
 def test_torchs_openmp_runs_a_function_on_every_thread() -> None:
     torch.ones(100_000).sum()  # its OpenMP is in the process
-    run = parallel._openmp()
+    run = openmp.region()
     if run is None:
         pytest.skip("no OpenMP library that exports GOMP_parallel: kernels run on the calling thread")
     seen = np.zeros(1, dtype=np.int64)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from halfbyte.errors import RecipeError
-from halfbyte.system import files, kernel_cache
+from halfbyte.system import device, files, kernel_cache
 from halfbyte.system.device import Card, Device, compute_dtype, detect
 
 GIB = 2**30
@@ -110,8 +110,10 @@ def test_v1_limit_and_no_limit(tmp_path: Path) -> None:
         },
     ],
 )
-def test_cpu_quota_bounds_the_cores(tmp_path: Path, files: dict[str, str]) -> None:
-    assert detect(machine(tmp_path / "quota", files)).cores == 1
+def test_cpu_quota_bounds_the_cores(tmp_path: Path, files: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device.calls, "cores", lambda: 4)
+    root = machine(tmp_path / "quota", files)
+    assert device.core_share(root) == 1.5 and detect(root).cores == 2  # two threads, three quarters of the time
     for name in files:
         if "cpu." in name:
             files[name] = "max 100000\n" if name.endswith("max") else "-1\n"

@@ -76,7 +76,10 @@ def test_waiting_for_a_core_is_read_from_every_thread(tmp_path: Path) -> None:
     seen = usage.cpu_time(tmp_path)
     assert seen == usage.CpuTime(4.0, 4.0) and seen.waited_share == 0.5
     assert seen.since(usage.CpuTime(3.0, 4.0)) == usage.CpuTime(1.0, 0.0)
-    (tmp_path / "task" / "2" / "schedstat").write_text("")
+    assert usage.cpu_times(tmp_path) == {"1": usage.CpuTime(3.0, 1.0), "2": usage.CpuTime(1.0, 3.0)}
+    (tmp_path / "task" / "2" / "schedstat").unlink()  # a thread that has ended
+    assert usage.cpu_time(tmp_path) == usage.CpuTime(3.0, 1.0)
+    (tmp_path / "task" / "1" / "schedstat").write_text("")
     assert usage.cpu_time(tmp_path) is None
     assert usage.cpu_time(tmp_path / "none") is None
 

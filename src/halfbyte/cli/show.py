@@ -290,6 +290,7 @@ def diagnosis(value: Diagnosis) -> None:
             f"the cache cannot be written ({value.cache_problem}): nothing is converted, and bases are quantised anew "
             "for each command\n  fix: export HALFBYTE_CACHE=/path/with/space"
         )
+    field("threads", value.threads)
     field("computes", f"in {value.compute_dtype} ({value.compute_dtype_reason})")
     eight = f" ({rates.integer_ops / 1e9:,.0f} in int8)" if rates.integer_ops else " (none in int8)"
     field(

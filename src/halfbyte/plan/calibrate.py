@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from halfbyte.plan.result import Time
 from halfbyte.plan.timing import Rates, pairs_of_a_token
 from halfbyte.system import files, usage
-from halfbyte.system.device import Device
+from halfbyte.system.device import Device, core_share
 from halfbyte.system.files import cache_dir
 from halfbyte.system.libraries import version
 from halfbyte.system.platforms import calls
@@ -63,7 +63,9 @@ def path_of(device: Device, dtype: str) -> Path:
     import hashlib
 
     cards = ", ".join(card.name for card in device.cards)
-    what = f"{FORMAT} {device.cpu} {' '.join(device.isa)} {threads(device)} {dtype} {version('torch')} {cards}"
+    share = core_share()  # a quota of 1.5 cores has two threads, which are slower than on two cores
+    many = f"{threads(device)}{f' of {share:g}' if share < threads(device) else ''}"
+    what = f"{FORMAT} {device.cpu} {' '.join(device.isa)} {many} {dtype} {version('torch')} {cards}"
     return cache_dir() / "calibration" / f"{hashlib.sha256(what.encode()).hexdigest()[:16]}.json"
 
 

@@ -7,6 +7,7 @@ instruction set is not read, so a CPU there computes in fp32 unless the recipe s
 """
 
 import json
+import math
 import mmap
 import os
 import platform
@@ -124,14 +125,20 @@ def _cpu(root: Path) -> tuple[str, tuple[str, ...]]:
 
 
 def cores(root: Path = Path("/")) -> int:
-    """Cores that this process may use, by its affinity and the control group's quota."""
+    """Threads that keep all busy that this process may use: for a quota of one and a half, two for three quarters of
+    the time."""
+    return math.ceil(core_share(root))
+
+
+def core_share(root: Path = Path("/")) -> float:
+    """Cores that this process may use, by its affinity and the control group's quota, which need not be whole."""
     count: float = calls.cores()
     for folder in _cgroup_folders(root, "cpu"):
         old = _read(folder / "cpu.cfs_quota_us") + _read(folder / "cpu.cfs_period_us")
         quota = (_read(folder / "cpu.max") or old).split()
         if len(quota) == 2 and quota[0].isdigit() and quota[1].isdigit() and int(quota[1]) > 0:
             count = min(count, int(quota[0]) / int(quota[1]))
-    return max(1, int(count))
+    return count
 
 
 def _memory(root: Path) -> tuple[int, int]:

@@ -12,6 +12,8 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from halfbyte.system import device, openmp
+
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 MALLOC_VARIABLES = (
     "GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "LD_PRELOAD",
@@ -26,12 +28,14 @@ class ProcessSettings:
 
     threads: int
     threads_why: str
+    waiting: str
     allocator: str
     huge_pages: str
 
     @property
     def line(self) -> str:
-        return f"{self.threads} threads ({self.threads_why}); allocator {self.allocator}; huge pages: {self.huge_pages}"
+        threads = f"{self.threads} threads ({self.threads_why}), waiting: {self.waiting}"
+        return f"{threads}; allocator {self.allocator}; huge pages: {self.huge_pages}"
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
@@ -51,7 +55,9 @@ def configure(cores: int, env: Mapping[str, str] = os.environ, *, sharing: int |
     """Set the threads of this process to at most `cores`, where the environment does not say otherwise. `sharing`: so
     many processes of one run share this machine, and `cores` are this one's."""
     keep_few_products()
-    return ProcessSettings(*_threads(cores, env, sharing), _allocator(env), _huge_pages())
+    threads, why = _threads(cores, env, sharing)
+    waiting = openmp.watch(threads, device.core_share() / (sharing or 1), env)
+    return ProcessSettings(threads, why, waiting, _allocator(env), _huge_pages())
 
 
 def asked_threads(env: Mapping[str, str] = os.environ) -> tuple[int, str] | None:

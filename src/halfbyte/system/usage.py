@@ -75,15 +75,24 @@ class CpuTime:
         return CpuTime(self.run_s - before.run_s, self.waited_s - before.waited_s)
 
 
+def cpu_times(root: Path = Path("/proc/self")) -> dict[str, CpuTime]:
+    """Of each thread of this process that is there now, by its number, since it began (`/proc/self/task/*/schedstat`,
+    in ns); empty where the kernel does not tell."""
+    rows = {}
+    for path in (root / "task").glob("*/schedstat"):
+        try:
+            run, waited, *_ = path.read_text(encoding="ascii").split()
+            rows[path.parent.name] = CpuTime(int(run) / 1e9, int(waited) / 1e9)
+        except (OSError, ValueError):  # it has ended
+            continue
+    return rows
+
+
 def cpu_time(root: Path = Path("/proc/self")) -> CpuTime | None:
-    """Of this process's threads as they are now, since each began (`/proc/self/task/*/schedstat`, in ns); None where
-    the kernel does not tell. Tells load beside this process, whatever others there are in the machine."""
-    try:
-        texts = [path.read_text(encoding="ascii") for path in (root / "task").glob("*/schedstat")]
-        rows = [[int(part) for part in text.split()] for text in texts]
-        return CpuTime(sum(row[0] for row in rows) / 1e9, sum(row[1] for row in rows) / 1e9) if rows else None
-    except (OSError, ValueError, IndexError):
-        return None
+    """Of all of them; None where the kernel does not tell. Tells load beside this process, whatever others there are
+    in the machine."""
+    rows = cpu_times(root).values()
+    return CpuTime(sum(row.run_s for row in rows), sum(row.waited_s for row in rows)) if rows else None
 
 
 def pressure(path: Path = Path("/proc/pressure/cpu")) -> float | None:

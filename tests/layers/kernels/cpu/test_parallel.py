@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from halfbyte.layers import attention, norm_gate
 from halfbyte.layers.kernels.cpu import parallel
 from halfbyte.layers.kernels.cpu.parallel import array, each_block, kernel
 from halfbyte.layers.kernels.cpu.scalar import inlined
+from halfbyte.system import openmp
 
 ROWS = 5000
 
@@ -42,9 +42,9 @@ def threads() -> Iterator[int]:
 
 @pytest.mark.parametrize("openmp", [True, False])
 def test_every_block_is_done_once(openmp: bool, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert parallel._openmp() is not None
+    assert openmp.region() is not None
     if not openmp:
-        monkeypatch.setattr(parallel, "_openmp", lambda: None)
+        monkeypatch.setattr(openmp, "region", lambda: None)
     for _ in range(20):
         rows = torch.zeros(ROWS, dtype=torch.int64)
         parallel.run(counted, ROWS, 3, rows)
@@ -52,7 +52,7 @@ def test_every_block_is_done_once(openmp: bool, threads: int, monkeypatch: pytes
 
 
 def test_without_openmp_the_kernel_is_called_on_each_thread(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel, "_openmp", lambda: None)
+    monkeypatch.setattr(openmp, "region", lambda: None)
     gate, called = threading.Barrier(threads), set[int]()
 
     class Compiled:
@@ -66,7 +66,7 @@ def test_without_openmp_the_kernel_is_called_on_each_thread(threads: int, monkey
 
 
 def test_a_failure_on_another_thread_is_not_lost(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel, "_openmp", lambda: None)
+    monkeypatch.setattr(openmp, "region", lambda: None)
     own = threading.get_ident()
 
     class Compiled:
@@ -77,18 +77,6 @@ def test_a_failure_on_another_thread_is_not_lost(threads: int, monkeypatch: pyte
 
     with pytest.raises(RuntimeError, match="broken"):
         parallel.start(Compiled, np.zeros(32, np.int64))
-
-
-def test_the_library_that_torch_brings_is_found_without_a_list_of_maps(tmp_path: Path) -> None:
-    """macOS has no /proc/self/maps; torch's wheel for it has lib/libomp.dylib. That for arm64 has a libarm_compute."""
-    listed = parallel._openmp_libraries()
-    assert listed and parallel._openmp_libraries(tmp_path / "none")[0] in listed
-
-
-def test_the_library_is_found_in_a_path_with_a_space(tmp_path: Path) -> None:
-    library = "/home/my models/.venv/lib/torch/lib/libgomp-1.so.1"
-    (tmp_path / "maps").write_text(f"7f0c10000000-7f0c10020000 r-xp 00001000 fe:00 4711    {library}\n")
-    assert parallel._openmp_libraries(tmp_path / "maps") == [library]
 
 
 def test_kernels_are_right_on_pythons_threads(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,6 +92,6 @@ def test_kernels_are_right_on_pythons_threads(threads: int, monkeypatch: pytest.
         return [out, normed, q.grad, k.grad, v.grad, x.grad]
 
     wanted = made()
-    monkeypatch.setattr(parallel, "_openmp", lambda: None)
+    monkeypatch.setattr(openmp, "region", lambda: None)
     for got, want in zip(made(), wanted, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)

@@ -11,7 +11,7 @@ from importlib import import_module
 
 import torch
 
-from halfbyte.system import kernel_cache
+from halfbyte.system import device, kernel_cache, openmp
 
 DTYPES = (torch.bfloat16, torch.float32)
 
@@ -25,6 +25,7 @@ def enabled() -> bool:
         kernel_cache.find_place()
         from halfbyte.layers.kernels.cpu import parallel
 
+        openmp.watch(torch.get_num_threads(), device.core_share())  # a script's own process is not configured by us
         return parallel.works()
     except Exception:  # of any kind: a broken numba must not stop a training, torch does the same more slowly
         return False

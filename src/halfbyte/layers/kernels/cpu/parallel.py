@@ -10,12 +10,10 @@ macOS brings, exports it too. Intel's library on Windows does not: there Python'
 Cost: 5 microseconds a call; 50 by Python's threads.
 """
 
-import ctypes
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +22,7 @@ from numba import carray, cfunc, types
 from torch import Tensor
 
 from halfbyte.layers.kernels.cpu.scalar import inlined, pointer, take
+from halfbyte.system import openmp
 
 SLOTS = 32
 MOST_THREADS = 64  # of Python's, where they have to be used
@@ -48,31 +47,6 @@ def each_block(slots, part, args):  # type: ignore[no-untyped-def]
         if first >= rows:
             break
         part(*(args + (first, min(rows, first + block))))  # noqa: RUF005, numba takes one tuple
-
-
-@cache
-def _openmp() -> Any | None:
-    """`GOMP_parallel` of the OpenMP library that torch has loaded; None where it has none of that name."""
-    for path in _openmp_libraries():
-        try:
-            parallel = ctypes.CDLL(path).GOMP_parallel
-        except (OSError, AttributeError):
-            continue
-        parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-        parallel.restype = None
-        return parallel
-    return None
-
-
-def _openmp_libraries(maps: Path = Path("/proc/self/maps")) -> list[str]:
-    """Where the OpenMP library in this process lies: as Linux lists it, else the one that torch's wheel brings."""
-    try:
-        lines = maps.read_text(encoding="utf-8", errors="replace").splitlines()
-        mapped = {line.split(maxsplit=5)[5] for line in lines if "omp" in line}  # a path may hold spaces
-    except OSError:
-        mapped = {str(path) for path in (Path(torch.__file__).parent / "lib").glob("lib*omp*")}
-    paths = {path for path in mapped if Path(path).name.startswith(("libgomp", "libomp", "libiomp"))}
-    return [path for path in sorted(paths) if f"{os.sep}torch" in path] or sorted(paths)
 
 
 @cache
@@ -107,8 +81,8 @@ def start(compiled: Any, slots: np.ndarray) -> None:
     threads = torch.get_num_threads()
     if threads == 1:
         compiled.ctypes(slots.ctypes.data)
-    elif (parallel := _openmp()) is not None:
-        parallel(compiled.address, slots.ctypes.data, threads, 0)
+    elif (region := openmp.region()) is not None:
+        region(compiled.address, slots.ctypes.data, threads, 0)
     else:
         others = [_pool().submit(compiled.ctypes, slots.ctypes.data) for _ in range(min(threads, MOST_THREADS) - 1)]
         compiled.ctypes(slots.ctypes.data)
