@@ -26,11 +26,11 @@ from pathlib import Path
 import torch
 from halfbyte.system.openmp import EmptyTeam
 torch.set_num_threads(2)
-x, team, sleeps = torch.ones(1_000_000), EmptyTeam(), []
+team, sleeps = EmptyTeam(), []
 def tasks():
     return {path.name for path in Path("/proc/self/task").iterdir()}
 before = tasks()
-x.add(1)
+x = torch.ones(1_000_000)  # on both
 (other,) = tasks() - before
 def slept():
     text = Path(f"/proc/self/task/{other}/status").read_text()
