@@ -72,7 +72,7 @@ PAST_FORMS = re.compile(
 )
 NO_PAST_FORMS = frozenset({"embed", "feed", "need", "seed", "speed", "distributed"})  # the last is torch's own name
 # Library -> the rooms that may import it.
-DOORS = {"bitsandbytes": {"quant"}, "peft": {"adapters", "layers", "proofs"}}
+DOORS = {"bitsandbytes": {"quant", "upstream"}, "peft": {"adapters", "layers", "proofs", "upstream"}}
 TRAINER_NAMES = re.compile(r"^(Trainer|TrainingArguments|Seq2SeqTrainer|TrainerCallback|trainer(_\w+)?)$")
 TRAINER_ROOM = "training"
 PRINTING_ROOM = "cli"

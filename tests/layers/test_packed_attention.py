@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward as stock_sdpa
 
 from halfbyte.layers import packed_attention as A
 
@@ -138,14 +139,14 @@ def test_dropout_is_applied(kwargs: dict[str, Any]) -> None:
 
 def test_without_lengths_it_is_stock_sdpa() -> None:
     q, k, v = (x.detach() for x in qkv(6))
-    stock = A.sdpa_attention_forward(Module(), q, k, v, None, scaling=0.3)[0]
+    stock = stock_sdpa(Module(), q, k, v, None, scaling=0.3)[0]
     assert torch.equal(A.attention(Module(), q, k, v, None, scaling=0.3)[0], stock)
     mask = torch.rand(1, 1, 6, 6, generator=torch.Generator().manual_seed(0)) < 0.5
     mask |= torch.eye(6, dtype=torch.bool)
-    stock = A.sdpa_attention_forward(Module(), q, k, v, mask)[0]
+    stock = stock_sdpa(Module(), q, k, v, mask)[0]
     assert torch.equal(A.attention(Module(), q, k, v, mask)[0], stock)
     newest = q[:, :, -1:]
-    stock = A.sdpa_attention_forward(Module(), newest, k, v, None)[0]
+    stock = stock_sdpa(Module(), newest, k, v, None)[0]
     assert torch.equal(A.attention(Module(), newest, k, v, None)[0], stock)
 
 

@@ -14,7 +14,7 @@ import torch
 
 from halfbyte.layers.kernels import cpu
 from halfbyte.system import openmp, threads
-from halfbyte.system.openmp import CALM_S, LEAST_WAIT, LOOK_S, EmptyTeam, Watch
+from halfbyte.system.openmp import CALM_S, LEAST_WAIT, LOOK_S, CoreWatch, EmptyTeam
 from halfbyte.system.usage import CpuTime
 
 REGIONS = 200
@@ -26,11 +26,11 @@ from pathlib import Path
 import torch
 from halfbyte.system.openmp import EmptyTeam
 torch.set_num_threads(2)
-x, team, sleeps = torch.ones(1_000_000), EmptyTeam(), []
+team, sleeps = EmptyTeam(), []
 def tasks():
     return {path.name for path in Path("/proc/self/task").iterdir()}
 before = tasks()
-x.add(1)
+x = torch.ones(1_000_000)  # on both
 (other,) = tasks() - before
 def slept():
     text = Path(f"/proc/self/task/{other}/status").read_text()
@@ -56,7 +56,7 @@ def environment(**values: str) -> dict[str, str]:
 @pytest.fixture
 def unwatched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openmp, "_watching", None)
-    monkeypatch.setattr(Watch, "run", lambda self: threading.Event().wait())
+    monkeypatch.setattr(CoreWatch, "run", lambda self: threading.Event().wait())
 
 
 @LINUX
@@ -72,7 +72,7 @@ def test_threads_sleep_between_regions_while_the_empty_team_is_there_and_only_th
 
 def test_the_team_is_there_while_a_thread_waits_for_a_core() -> None:
     team = FakeTeam()
-    watch, wait = Watch(team, always=False), 1.1 * LEAST_WAIT * LOOK_S
+    watch, wait = CoreWatch(team, always=False), 1.1 * LEAST_WAIT * LOOK_S
     watch.look({"1": CpuTime(0.0, 5.0), "2": CpuTime(0.0, 7.0)}, at=0.0)
     assert not team.there  # what was before the first look does not count
     watch.look({"1": CpuTime(0.2, 5.0 + 0.4 * wait), "2": CpuTime(0.2, 7.0 + 0.4 * wait)}, at=1.0)
@@ -90,7 +90,7 @@ def test_the_team_is_there_while_a_thread_waits_for_a_core() -> None:
 
 def test_a_quota_of_fewer_cores_than_threads_keeps_the_team_there() -> None:
     team = FakeTeam()
-    watch = Watch(team, always=True)
+    watch = CoreWatch(team, always=True)
     for at in (0.0, 2 * CALM_S):
         watch.look({"1": CpuTime(0.0, 0.0)}, at=at)
         assert team.there

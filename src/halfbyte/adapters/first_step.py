@@ -10,7 +10,6 @@ import logging
 import time
 import warnings
 from dataclasses import dataclass
-from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -24,7 +23,7 @@ from halfbyte.proofs.fusing import prove_fused
 from halfbyte.proofs.integers import decide
 from halfbyte.proofs.setting import labelled
 from halfbyte.system import hub_kernel, kernel_cache
-from halfbyte.types import Model
+from halfbyte.types import Document, Model
 
 _log = logging.getLogger("halfbyte")
 # Models whose first training forward was, or whose proofs another has made.
@@ -72,7 +71,7 @@ class FirstStep:
         )
 
 
-def prove(model: Model, inputs: dict[str, Any], *, raised: int, compute: str) -> FirstStep:
+def prove(model: Model, inputs: Document, *, raised: int, compute: str) -> FirstStep:
     """Compare the fused layers with PEFT's own, before the first training forward; take them off if they are wrong. And
     see on its batch whether integer products are right, where they were asked for.
 

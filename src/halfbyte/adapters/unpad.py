@@ -10,7 +10,6 @@ as the model counts them itself, no cache, no hidden states of every layer asked
 Cost: one gather of the ids, one scatter of (T, D).
 """
 
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,7 +19,7 @@ from halfbyte.layers import loss, packing
 from halfbyte.layers.packing import BodyHooks
 from halfbyte.models import structure
 from halfbyte.proofs.packing import prove_packing
-from halfbyte.types import Batch, Model
+from halfbyte.types import Batch, Document, Model
 
 _PLAIN = frozenset({"input_ids", "inputs_embeds", "attention_mask", "use_cache", "return_dict"})
 _LABELLED = frozenset({"input_ids", "attention_mask", "labels", "use_cache", "return_dict"})
@@ -64,7 +63,7 @@ def pack(lengths: Tensor, width: int) -> Batch:
     return {"position_ids": (real_tokens(lengths, width) % width)[None], "cu_seq_lens_q": starts}
 
 
-def _beyond(given: dict[str, Any], taken: frozenset[str]) -> str:
+def _beyond(given: Document, taken: frozenset[str]) -> str:
     """What a forward was given that is not `taken`, in words; empty if nothing."""
     more = sorted({*given} - taken | ({"use_cache"} if given.get("use_cache") else set()))
     return f"the script passes {', '.join(more)}" if more else ""
@@ -75,7 +74,7 @@ class Unpad(BodyHooks):
 
     why = ""
 
-    def change(self, body: torch.nn.Module, given: dict[str, Any]) -> packing.Change | None:
+    def change(self, body: torch.nn.Module, given: Document) -> packing.Change | None:
         if not (body.training and torch.is_grad_enabled()):
             return None
         given = {k: v for k, v in given.items() if v is not None and v is not False}

@@ -84,7 +84,7 @@ def _stay(leave: threading.Event) -> None:
         leave.wait()
 
 
-class Watch:
+class CoreWatch:
     """Sees, look by look, whether threads of this process wait for a core; `team` is there while they do, or always."""
 
     def __init__(self, team: EmptyTeam, *, always: bool) -> None:
@@ -112,7 +112,7 @@ _watching: threading.Thread | None = None
 
 
 def watch(threads: int, cores: float, env: Mapping[str, str] = os.environ) -> str:
-    """Watch from now on how `threads`, torch's for one operation, get the `cores` that this process may use; returns
+    """CoreWatch from now on how `threads`, torch's for one operation, get the `cores` that this process may use; returns
     how they wait for each other, in words. Once for a process is enough, and one that was forked is another one."""
     global _watching
     if asked := next((f"{name}={env[name]}" for name in WAIT_VARIABLES if env.get(name)), None):
@@ -122,7 +122,7 @@ def watch(threads: int, cores: float, env: Mapping[str, str] = os.environ) -> st
     if region() is None or not any("libgomp" in Path(path).name for path in libraries()) or not usage.cpu_times():
         return "the library's own way"
     if _watching is None or not _watching.is_alive():
-        watching = Watch(EmptyTeam(), always=threads > cores)
+        watching = CoreWatch(EmptyTeam(), always=threads > cores)
         _watching = threading.Thread(target=watching.run, name="halfbyte-openmp", daemon=True)
         _watching.start()
     return "short, then asleep" if threads > cores else "spinning; asleep while other programs use the cores"

@@ -6,28 +6,29 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
+from halfbyte.types import Document, Model
 from halfbyte.upstream.seam import Seam, fields_of
 
 # What a model and its layers take their cache by: the name of newer versions, and that of older ones.
 CACHE_ARGUMENTS = ("cache", "past_key_values")
 
 
-def cache_argument(model: Any) -> str:
+def cache_argument(model: Model) -> str:
     """Of `CACHE_ARGUMENTS` the one that the forward of this model has."""
     new, old = CACHE_ARGUMENTS
     return new if new in inspect.signature(model.forward).parameters else old
 
 
-def recompute(model: Any, options: dict[str, Any]) -> None:
+def recompute(model: Model, options: Document) -> None:
     """Recompute activations of a model's layers in backward. `options`: of `torch.utils.checkpoint`."""
     (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)(options)
 
 
-def recompute_nothing(model: Any) -> None:
+def recompute_nothing(model: Model) -> None:
     (getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable)()
 
 
-def recomputes(model: Any) -> bool:
+def recomputes(model: Model) -> bool:
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
@@ -57,7 +58,7 @@ def experts_functions() -> Any:
     return _moe().ALL_EXPERTS_FUNCTIONS
 
 
-def experts_implementation(model: Any) -> dict[str, str | None]:
+def experts_implementation(model: Model) -> dict[str, str | None]:
     """By which function a model and its parts compute experts, as `set_experts_implementation` takes it."""
     parts = {name: getattr(model.config, name, None) for name in model.config.sub_configs}
     configs = {"": model.config, **parts}
