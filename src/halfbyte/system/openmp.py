@@ -112,7 +112,7 @@ _watching: threading.Thread | None = None
 
 
 def watch(threads: int, cores: float, env: Mapping[str, str] = os.environ) -> str:
-    """CoreWatch from now on how `threads`, torch's for one operation, get the `cores` that this process may use; returns
+    """Watch from now on how `threads`, torch's for one operation, get the `cores` that this process may use; returns
     how they wait for each other, in words. Once for a process is enough, and one that was forked is another one."""
     global _watching
     if asked := next((f"{name}={env[name]}" for name in WAIT_VARIABLES if env.get(name)), None):
