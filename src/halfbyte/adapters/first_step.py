@@ -35,12 +35,14 @@ class FirstStep:
     """What was seen before the first training forward.
 
     Args:
+        layers: which of ours run; empty if none do.
         problem: why PEFT's own layers run; empty if ours do.
         products: how the frozen base's products are computed, where that was asked for.
         raised: how many parameters that train were not fp32, and are now.
         begin: when it began, of `time.perf_counter`.
     """
 
+    layers: str
     problem: str
     products: str
     raised: int
@@ -52,10 +54,9 @@ class FirstStep:
         Args:
             why_logits: why the loss was not made from the labelled tokens alone; empty if it was.
         """
-        layers = "" if self.problem else f"its layers ({fuse.install(model)})"
         padded = unpad.why_padded(model) if why_logits else ""
         parts = (
-            (layers, "PEFT's own layers", self.problem),
+            (self.layers, "PEFT's own layers", self.problem),
             ("rows without padding", "rows with their padding", padded),
             ("logits of labelled tokens alone", "the script's own loss", why_logits),
         )
@@ -98,4 +99,5 @@ def prove(model: Model, inputs: Document, *, raised: int, compute: str) -> First
         if batch is None:
             batch = labelled(setting.random_examples(structure.causal_lm(model), setting.SHORT))
         products = f"the frozen base's products so: {decide(model, compute, batch)}"
-    return FirstStep("" if proof.ok else proof.reason, products, raised, begin)
+    layers = f"its layers ({fuse.install(model)})" if proof.ok else ""  # also those that the proof has not seen
+    return FirstStep(layers, "" if proof.ok else proof.reason, products, raised, begin)

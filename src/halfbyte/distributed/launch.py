@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-import psutil
-
 from halfbyte.errors import WorldError
 
 TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -82,6 +80,8 @@ def is_launchers_one_thread(env: Mapping[str, str] = os.environ) -> bool:
 def agent() -> str:
     """The process that started this one, by host, number and the time of its start: of a launcher that restarts its
     workers it stays the same."""
+    import psutil
+
     parent = os.getppid()
     try:
         return f"{socket.gethostname()}/{parent}/{psutil.Process(parent).create_time():.2f}"
@@ -91,11 +91,15 @@ def agent() -> str:
 
 def process() -> tuple[int, float]:
     """The number of this process and when it began: by both, others of this machine know it (`end`)."""
+    import psutil
+
     return os.getpid(), psutil.Process().create_time()
 
 
 def end(number: int, began: float) -> None:
     """SIGKILL to a process of this machine, also a stopped one; not to a later process of the same number."""
+    import psutil
+
     with contextlib.suppress(psutil.Error):
         process = psutil.Process(number)
         if abs(process.create_time() - began) < SAME_START_S:
