@@ -54,9 +54,9 @@ def train(folder, collator=pad, callbacks=(), resume=None, **more):
     torch.manual_seed(0)
     model = get_peft_model(prepare_model_for_kbit_training(base()), config)
     arguments = TrainingArguments(
-        output_dir=folder, per_device_train_batch_size=4, max_steps=4, learning_rate=2e-3, report_to="none",
-        logging_steps=1, disable_tqdm=True, remove_unused_columns=False, use_cpu=True,
-        **{"save_strategy": "no", **more})
+        output_dir=folder, per_device_train_batch_size=4, max_steps=4, report_to="none", logging_steps=1,
+        disable_tqdm=True, remove_unused_columns=False, use_cpu=True,
+        **{"save_strategy": "no", "learning_rate": 2e-3, **more})
     trainer = Trainer(
         model=model, args=arguments, train_dataset=rows, data_collator=collator, callbacks=list(callbacks))
     trainer.train(resume_from_checkpoint=resume)
@@ -265,7 +265,7 @@ def test_trls_trainers_get_the_fast_layers(
     assert "Not: the script's own loss (the script passes" in line
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert "fp32 for what trains, which it was not" in line
-    assert all(bool(value.any()) for name, value in adapter(model).items() if "lora_B" in name)
+    assert all(bool(value.any()) for name, value in adapter(model).items() if "lora_B.default" in name)
     log = [row["loss"] for row in names["trainer"].state.log_history if "loss" in row]
     if trainer == "DPO":
         assert abs(float(log[0]) - 0.6931) < 0.02  # policy and reference are one model at first: ln 2
@@ -352,3 +352,20 @@ def test_a_checkpoint_finds_fp32_numbers_in_a_model_that_trl_has_made_bf16(tmp_p
             parameter.data = parameter.data.to(torch.bfloat16)
     model.load_adapter(tmp_path, "default", is_trainable=True)  # a Trainer's resume
     assert same(adapter(model), adapter(saved))
+
+
+def test_a_trained_head_that_trl_has_made_bf16_is_one_master_again() -> None:
+    config = halfbyte.LoraConfig(r=4, target_modules=TARGETS, modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    model = halfbyte.get_peft_model(tiny.model("llama", dtype=torch.bfloat16), config).train()
+    head = next(p for n, p in model.named_parameters() if "lm_head.modules_to_save" in n)
+    hooks = sum(len(m._forward_pre_hooks) for m in model.modules())
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    ids = torch.randint(3, 200, (2, 12), generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    assert any(p is head for p in model.parameters()) and head.dtype == torch.float32
+    assert head.grad is not None and head.grad.dtype == torch.float32
+    model.eval()(input_ids=ids)
+    assert sum(len(m._forward_pre_hooks) for m in model.modules()) == hooks + 1  # the body's, that takes padding off

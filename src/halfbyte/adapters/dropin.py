@@ -20,7 +20,6 @@ import peft
 import torch
 from peft import PeftConfig
 from peft.tuners.lora import LoraModel
-from peft.tuners.tuners_utils import cast_adapter_dtype
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -138,13 +137,7 @@ def _beside(model: Model, inputs: dict[str, object]) -> dict[str, object]:
 
 def _hold(model: Model) -> int:
     """Make fp32 what trains and is not (TRL makes LoRA bf16 on a 4-bit base). Returns how many parameters were."""
-    if model in _ROUNDED:
-        return 0
-    halves = sum(p.requires_grad and p.dtype in masters.HALVES for p in model.parameters())
-    for name in model.peft_config if halves else ():
-        cast_adapter_dtype(model.base_model, adapter_name=name, autocast_adapter_dtype=True)
-    masters.hold(model)
-    return halves
+    return 0 if model in _ROUNDED else masters.hold(model)
 
 
 def _adopt(module: torch.nn.Module, name: str, part: torch.nn.Module | None) -> None:

@@ -27,11 +27,14 @@ HALVES = (torch.bfloat16, torch.float16)
 
 def hold(adapted: Model) -> int:
     """Make every 16-bit parameter that trains an fp32 master, in place. Returns how many there are. The parameters stay
-    the same objects, so an optimiser that has them already is right too."""
+    the same objects, so an optimiser that has them already is right too. What was held before and made 16-bit since, by
+    a trainer, keeps its hooks."""
+    count = _raise_adapters(adapted)
     masters = {id(p) for p in adapted.parameters() if p.requires_grad and p.dtype in HALVES}
     if not masters:
-        return 0
-    taken = set[int]()
+        return count
+    hooks = (getattr(hook, "__self__", None) for m in adapted.modules() for hook in m._forward_pre_hooks.values())
+    taken = {id(part) for cast in hooks if isinstance(cast, _Cast) for part, _ in cast.places}
     like = next((p for p in adapted.parameters() if id(p) not in masters and p.dtype in HALVES), None)
     for parameter in adapted.parameters():
         if id(parameter) in masters:
@@ -50,7 +53,20 @@ def hold(adapted: Model) -> int:
             cast = _Cast(places, like)
             holder.register_forward_pre_hook(cast.before, with_kwargs=True)
             holder.register_forward_hook(cast.after, always_call=True)
-    return len(masters)
+    return count + len(masters)
+
+
+def _raise_adapters(adapted: Model) -> int:
+    """The same for LoRA's own parts, which PEFT makes fp32 and a trainer (TRL's) may have made 16-bit again.
+
+    PEFT's `cast_adapter_dtype` would put new parameters in their places, of which an optimiser does not know.
+    """
+    layers = [layer for layer in adapted.modules() if isinstance(layer, BaseTunerLayer)]
+    parts = [getattr(layer, name) for layer in layers for name in layer.adapter_layer_names if hasattr(layer, name)]
+    halves = [p for part in parts for p in part.parameters() if p.requires_grad and p.dtype in HALVES]
+    for parameter in halves:
+        parameter.data = parameter.data.float()
+    return len(halves)
 
 
 def _parts_of_layers(adapted: Model) -> list[nn.Module]:
