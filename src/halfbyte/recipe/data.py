@@ -43,8 +43,9 @@ def is_list_of_names(value: object) -> TypeGuard[Sequence[str]]:
 
 def names_rows(value: object) -> bool:
     """As `is_name_or_list`, and `DataEntry` may be in the list."""
-    is_list = isinstance(value, tuple)
-    return is_name_or_list([v.path if isinstance(v, DataEntry) else v for v in value] if is_list else value)
+    if isinstance(value, tuple):
+        value = [v.path if isinstance(v, DataEntry) else v for v in value]
+    return is_name_or_list(value)
 
 
 def is_name_or_list(value: object) -> bool:

@@ -16,11 +16,11 @@ from pathlib import Path
 from halfbyte.data.reading import columns as kinds
 from halfbyte.data.reading import records
 from halfbyte.data.reading.files import RowSource, find
-from halfbyte.data.reading.formats import Format, Row, detect_format, parser
+from halfbyte.data.reading.formats import Row, detect_format, parser
 from halfbyte.data.reading.formats import unread as unread_columns
 from halfbyte.data.reading.problems import BadRow, Problems, shorten
 from halfbyte.errors import DataError
-from halfbyte.recipe.data import Data, Sources
+from halfbyte.recipe.data import Data, Format, Sources
 from halfbyte.types import Document
 
 CHUNK_ROWS = 1024  # enough for a tokenizer to be fast, few enough to stay small
