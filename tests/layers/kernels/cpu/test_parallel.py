@@ -40,10 +40,10 @@ def threads() -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("openmp", [True, False])
-def test_every_block_is_done_once(openmp: bool, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("on_openmp", [True, False])
+def test_every_block_is_done_once(on_openmp: bool, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert openmp.region() is not None
-    if not openmp:
+    if not on_openmp:
         monkeypatch.setattr(openmp, "region", lambda: None)
     for _ in range(20):
         rows = torch.zeros(ROWS, dtype=torch.int64)
