@@ -55,6 +55,8 @@ class FirstStep:
             why_logits: why the loss was not made from the labelled tokens alone; empty if it was.
         """
         padded = unpad.why_padded(model) if why_logits else ""
+        if "num_items_in_batch" in padded:  # a Trainer's own loss stays whole, as its labels may lie on padding
+            padded = why_logits
         parts = (
             (self.layers, "PEFT's own layers", self.problem),
             ("rows without padding", "rows with their padding", padded),

@@ -77,7 +77,7 @@ class Unpad(BodyHooks):
     def change(self, body: torch.nn.Module, given: Document) -> packing.Change | None:
         if not (body.training and torch.is_grad_enabled()):
             return None
-        given = {k: v for k, v in given.items() if v is not None and v is not False and k != "num_items_in_batch"}
+        given = {k: v for k, v in given.items() if v is not None and v is not False}
         self.why = _beyond(given, _PLAIN)
         name = "input_ids" if "input_ids" in given else "inputs_embeds"
         x = given.get(name)
