@@ -104,7 +104,7 @@ class OllamaChat(wire.Strict):
             "messages": [message.as_chat() for message in self.messages],
             "tools": self.tools,
             "response_format": form,
-            "reasoning_effort": {False: "none", True: None, None: None}.get(self.think, self.think),
+            "reasoning_effort": "none" if self.think is False else None if self.think is True else self.think,
             "chat_template_kwargs": {"enable_thinking": True} if self.think is True else None,
             **_DEFAULTS,
             **{_AS_CHAT.get(name, name): value for name, value in given.items()},
