@@ -11,6 +11,7 @@ import uvicorn
 from typer.testing import CliRunner
 
 from halfbyte.cli.main import app
+from halfbyte.serving.adapters import AdapterFolders
 from halfbyte.serving.engine import Ask, Engine
 from halfbyte.serving.http import server
 from halfbyte.serving.settings import Settings
@@ -25,23 +26,24 @@ def base(tmp_path: Path) -> Path:
     return tmp_path / "tiny"
 
 
-def started(base: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[Engine, Settings, str]:
+def started(base: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[Engine, Settings, str, AdapterFolders]:
     """What the command hands to the server, and what it prints; nothing is served."""
     seen: list[Any] = []
 
-    def serve(engine: Engine, settings: Settings, sock: Any, ready: Any) -> None:
-        seen[:] = engine, settings
+    def serve(engine: Engine, settings: Settings, sock: Any, ready: Any, folders: AdapterFolders) -> None:
+        seen[:] = engine, settings, folders
         ready()
         sock.close()
 
     monkeypatch.setattr(server, "serve", serve)
     done = CliRunner().invoke(app, ["serve", str(base), "--port", "0", *words, "--set", "quant.type=none"])
     assert done.exit_code == 0, done.output + repr(done.exception)
-    return seen[0], seen[1], done.output
+    return seen[0], seen[1], done.output, seen[2]
 
 
 def test_without_options(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, settings, said = started(base, monkeypatch)
+    engine, settings, said, folders = started(base, monkeypatch)
+    assert not folders.allowed
     assert settings == Settings(port=0)
     assert (engine.max_waiting, engine.pack, engine.models.places) == (128, False, 16)
     assert "serving tiny at http://127.0.0.1:" in said and "Ctrl-C ends it" in said
@@ -52,13 +54,14 @@ def test_every_option_arrives(base: Path, tmp_path: Path, monkeypatch: pytest.Mo
     options = {
         "--host": "127.0.0.1", "--context": "64", "--at-once": "2", "--queue": "5", "--time-limit": "7",
         "--grace": "3", "--api-key-file": str(tmp_path / "key"), "--allow-host": "My.Host",
+        "--allow-adapters": str(tmp_path),
     }  # fmt: skip
     words = [word for pair in options.items() for word in pair]
-    engine, settings, said = started(base, monkeypatch, *words, "--pack", "--quiet")
+    engine, settings, said, folders = started(base, monkeypatch, *words, "--pack", "--quiet")
     assert (engine.max_waiting, engine.pack) == (5, True)
     assert (engine.models.max_length, engine.models.places) == (64, 2)
     assert settings == Settings("127.0.0.1", 0, frozenset({"my.host"}), "k" * 24, 7.0, 3.0)
-    assert "Ctrl-C" not in said
+    assert "Ctrl-C" not in said and folders == AdapterFolders((tmp_path.resolve(),), ("quant.type=none",))
 
 
 def test_the_time_at_the_end_is_the_servers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,7 @@ class _InputItem(BaseModel):
 
 class _FlatTool(wire.Function):
     type: Literal["function"]
+    name: str = ""  # of none that is a function; else chat refuses it
 
 
 class _FlatChoice(wire.Strict):
