@@ -271,6 +271,7 @@ def largest_micro_batch(job: Job, tokens: int) -> MicroBatch:
     """The worst micro-batch of at most `tokens`, and no more than the largest step: the longest rows together, or more
     rows that are shorter, whichever are more tokens."""
     rows, tokens = job.rows.descending, min(tokens, job.step_tokens)
+    rows = rows[np.searchsorted(-rows, -job.step_tokens) :]  # a longer one is in no step of this run
     max_rows = job.rows_per_step if job.packed else 1
     lengths = _longest_first(rows, max_rows, tokens)
     if lengths and job.packed and sum(lengths) < tokens:  # shorter rows fill what is left of it
