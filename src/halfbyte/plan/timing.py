@@ -123,7 +123,8 @@ def around_the_steps(job: Job, rates: Rates, tokens: int) -> dict[str, float]:
 
 def evaluation_time(job: Job, rates: Rates, tokens: int) -> float:
     """Seconds of one evaluation: a forward of the held-out rows, in micro-batches of at most `tokens`."""
-    rows = replace(job.rows, lengths=job.rows.evaluated)
+    lengths = job.rows.evaluated
+    rows = replace(job.rows, lengths=lengths, labelled=lengths * job.rows.labelled_share)
     many = rows.tokens / max(1, len(rows.lengths)) * (job.recipe.train.per_device_eval_batch_size if job.packed else 1)
     micro_batches = math.ceil(rows.tokens / max(1.0, min(tokens, many)))
     return sum(_parts(replace(job, rows=rows), rates, rows.tokens, micro_batches, "none", trains=False).values())
