@@ -503,8 +503,9 @@ def test_the_report_has_the_fields_of_the_design(tmp_path: Path) -> None:
     assert set(report) == {
         "tokens", "train_seconds", "tokens_per_second", "steps", "loss", "eval_loss", "peak_rss_bytes",
         "peak_device_bytes", "planned", "measured", "errors", "lines", "versions", "machine", "data", "notices",
-        "diverged", "verified", "adapters", "spikes", "stopped_early", "compute",
+        "diverged", "verified", "adapters", "spikes", "stopped_early", "compute", "seconds",
     }  # fmt: skip
+    assert report["planned"]["seconds"] > report["planned"]["train_seconds"] > 0
     examples = prepare(loaded.recipe).train.examples
     assert report["data"]["train"]["tokens"] == report["tokens"]
     assert [gate["gate"] for gate in report["data"]["gates"]] == [

@@ -111,12 +111,9 @@ def process_lines(device: Device, job: Job) -> tuple[Line, ...]:
         return Line("libraries", HOST_OF_CARD_BYTES, "a CUDA build; a round figure"), data
     source, first = "measured on a tiny run", "kernels, threads' buffers and the Trainer, from then on"
     compiler = _compiler_bytes(job) if job.cold else 0
+    code = STEP_CODE_BYTES if pages.supported() else LIBRARIES_FILE_BYTES
     return (
-        *library_lines(
-            LIBRARIES_PRIVATE_BYTES,
-            "torch, transformers, peft, numba and their state",
-            STEP_CODE_BYTES if pages.supported() else LIBRARIES_FILE_BYTES,
-        ),
+        *library_lines(LIBRARIES_PRIVATE_BYTES, "torch, transformers, peft, numba and their state", code),
         Line("compiler", compiler, "kernels are compiled in the first run on a machine", source),
         Line("first micro-batch", FIRST_MICRO_BATCH_BYTES, first, source),
         Line("compiled products", _products_bytes(job), "oneDNN's, of micro-batches of other sizes", source),
@@ -422,9 +419,8 @@ def evaluating_bytes(job: Job, max_tokens: int) -> int:
     c, tokens = job.itemsize, sum(lengths or [1])
     inside = tokens * job.layer.mlp + job.layer.pair * pairs_of(job.layer, lengths or [1])
     moment = tokens * c * 3 * job.facts.hidden + max(inside, logits)
-    asked, answer = job.recipe.eval, 0
-    if asked.metrics:
-        answer = generating_bytes(job, int(np.max(job.rows.evaluated, initial=0)) + asked.max_new_tokens)
+    longest = int(np.max(job.rows.evaluated, initial=0)) + job.recipe.eval.max_new_tokens
+    answer = generating_bytes(job, longest) if job.recipe.eval.metrics else 0
     return max(round((1 + SLACK) * moment) + c * job.largest_linear, answer)
 
 
