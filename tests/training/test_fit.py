@@ -51,12 +51,12 @@ def test_every_caller_says_the_same(tmp_path: Path) -> None:
     """A run's notes and its plan.json, its dry run, and `data check`."""
     loaded = tiny_run.recipe(tmp_path, train__max_steps=None, train__num_train_epochs=2)
     heard, dry, seen = Notes(), preview.resolve(loaded), preview.check(loaded)
+    plans = [dry.plan, seen.plan, preview.estimate(loaded).plan]  # before the first run here compiles its kernels
     outcome = finetune.train(loaded, listener=heard)
     said = [text for label, text in heard.notes if label == "data"]
     assert said[1:] == [text for label, text in dry.notes if label == "data"][1:]
     assert [f.line for f in seen.prepared.findings] == said[1:]
     assert seen.steps == outcome.step == outcome.report["planned"]["steps"] == 8
-    plans = [dry.plan, seen.plan, preview.estimate(loaded).plan]
     assert len({(plan.peak_bytes, plan.max_tokens_per_micro_batch, plan.time.seconds) for plan in plans}) == 1
     planned, written = outcome.report["planned"], json.loads((outcome.run / "plan.json").read_text())
     assert planned["peak_rss_bytes"] == written["peak_bytes"] == dry.plan.peak_bytes
