@@ -11,6 +11,8 @@ Cost: none; no torch.
 import math
 from dataclasses import asdict, dataclass, replace
 
+import numpy as np
+
 from halfbyte.plan.job import Job
 from halfbyte.plan.result import Placement, Recompute, Time
 from halfbyte.quant import formats
@@ -115,16 +117,15 @@ def around_the_steps(job: Job, rates: Rates, tokens: int) -> dict[str, float]:
     parts = {"opening": OPENING_S + OPENING_LAYER_S * job.facts.layers, "saving": SAVING_S + SAVING_SITE_S * tensors}
     if job.cold:
         parts["compiling"] = COMPILING_BF16_S if job.dtype == "bf16" else COMPILING_S
-    return {
-        **parts,
-        **({"evaluations": job.evaluations * evaluation_time(job, rates, tokens)} if job.evaluations else {}),
-    }
+    if job.evaluations:
+        parts["evaluations"] = job.evaluations * evaluation_time(job, rates, tokens)
+    return parts
 
 
 def evaluation_time(job: Job, rates: Rates, tokens: int) -> float:
     """Seconds of one evaluation: a forward of the held-out rows, in micro-batches of at most `tokens`."""
-    lengths = job.rows.evaluated
-    rows = replace(job.rows, lengths=lengths, labelled=lengths * job.rows.labelled_share)
+    lengths = np.asarray(job.rows.evaluated)
+    rows = replace(job.rows, lengths=lengths, labelled=np.rint(lengths * job.rows.labelled_share).astype(int))
     many = rows.tokens / max(1, len(rows.lengths)) * (job.recipe.train.per_device_eval_batch_size if job.packed else 1)
     micro_batches = math.ceil(rows.tokens / max(1.0, min(tokens, many)))
     return sum(_parts(replace(job, rows=rows), rates, rows.tokens, micro_batches, "none", trains=False).values())
