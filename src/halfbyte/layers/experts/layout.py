@@ -77,7 +77,10 @@ def is_quantised(module: nn.Module) -> bool:
 def is_frozen(module: nn.Module) -> bool:
     """Whether no weight of an experts module trains, but biases. PEFT's own wrapper makes a stack one that does."""
     norm = post_norm_of(module)
-    parts = [*(getattr(module, name) for name in stacks_of(module)), *(norm.parameters() if isinstance(norm, nn.Module) else ())]
+    parts = [
+        *(getattr(module, name) for name in stacks_of(module)),
+        *(norm.parameters() if isinstance(norm, nn.Module) else ()),
+    ]
     return not any(getattr(part, "requires_grad", False) for part in parts)
 
 
