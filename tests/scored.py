@@ -25,10 +25,10 @@ def scored(
     return evaluate(opened, wanted, data=data, progress=progress)
 
 
-def evaluated(run: Path, *, sure: bool = False) -> Sheet:
+def evaluated(run: Path, *, sure: bool = False, with_base: bool = False) -> Sheet:
     """As `halfbyte eval RUN` does."""
     opened = open_run(run)
-    return evaluate(opened, EvalOptions.of(opened.recipe.eval, sure=sure))
+    return evaluate(opened, EvalOptions.of(opened.recipe.eval, sure=sure, with_base=with_base))
 
 
 def loss(sheet: Sheet, side: str = "adapter") -> float:

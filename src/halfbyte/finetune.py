@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from signal import Signals
 
+import numpy as np
+
 from halfbyte.adapters import lora, passport
 from halfbyte.base import load, residual
 from halfbyte.data import split
@@ -25,6 +27,7 @@ from halfbyte.inference import evaluate, verify
 from halfbyte.objectives.objective import Objective
 from halfbyte.plan import calibrate
 from halfbyte.proofs import adapter, integers
+from halfbyte.recipe.adapter import ADAPTER_FILES
 from halfbyte.recipe.file import relative_to_run, to_yaml
 from halfbyte.recipe.schema import Loaded
 from halfbyte.report import page
@@ -34,12 +37,12 @@ from halfbyte.runs import report as reporting
 from halfbyte.runs.folder import DiskRetry, RunFolder, space_for, write_json
 from halfbyte.system import accelerator, device, files, threads, usage
 from halfbyte.system.libraries import versions
-from halfbyte.training import fit, pace, preflight, prepare, schedule
+from halfbyte.training import comparison, fit, pace, preflight, prepare, schedule
 from halfbyte.training.callback import RunCallback
 from halfbyte.training.events import Listener, stop_on_signals, without_a_terminal
 from halfbyte.training.model import open_model
 from halfbyte.training.preflight import RunStart
-from halfbyte.training.run import Setup, run_steps
+from halfbyte.training.run import Ended, Setup, run_steps
 from halfbyte.training.watch import spikes
 from halfbyte.types import Document
 
@@ -61,7 +64,8 @@ class Outcome:
         if self.stopped_by is not None:
             return 128 + self.stopped_by
         unmoved = (self.report.get("adapters") or {}).get("moved") == 0
-        useless = unmoved or self.report["diverged"] or self.report["verified"]["ok"] is False
+        verdict = self.report.get("verdict") or {}
+        useless = unmoved or bool(verdict.get("useless")) or self.report["verified"]["ok"] is False
         return TrainError.exit_code if useless else 0
 
 
@@ -152,6 +156,7 @@ def set_up(
         steps=steps,
         held_out=held_out,
         compute=compute,
+        comparison=comparison.compare(prepared, steps, plan, world, limits, assembled.base.store, compute.products),
         answer_scores=evaluate.answer_scores(run, assembled.model, speed.tokens),
         memory_before=fit.memory_before_steps(run, assembled.model, speed, steps, held_out, tell),
         shards=shard.over(world, plan, assembled.model, tell.note),
@@ -182,7 +187,7 @@ def _lead(setup: Setup, loaded: Loaded, tell: Listener) -> Outcome:
             ended = run_steps(setup, run, stop, tell)
             report = {}
             if ended.stopped_by is None and ended.callback is not None:
-                report = _finish(setup, run, ended.callback, peak, disk)
+                report = _finish(setup, run, ended, ended.callback, peak, disk)
             shard.settle(setup.shards)
             return Outcome(run.path, report, ended.step, ended.stopped_by)
         except KeyboardInterrupt:
@@ -236,11 +241,24 @@ def _save(setup: Setup, run: RunFolder, callback: RunCallback) -> int | None:
     lora.save(model, run.adapter, base_id=source.id, revision=source.revision, dtype=dtype, beside=beside)
     examples = (prepared.evaluation or prepared.train).examples
     with space_for(run.proof):
-        adapter.keep_logits(run.proof, model, examples, lora.base_alone(model, []), dtype)
+        adapter.keep_logits(run.proof, model, examples, lora.base_alone(model, setup.model.assembled.own_biases), dtype)
     return step
 
 
-def _finish(setup: Setup, run: RunFolder, callback: RunCallback, peak: usage.Peak, disk: DiskRetry) -> Document:
+def _verdict(setup: Setup, run: RunFolder, ended: Ended, callback: RunCallback, adapter_step: int | None) -> Document:
+    """The saved adapter beside its base, by measurement, and which adapter that is."""
+    compared, best = ended.compared, callback.best
+    if adapter_step is not None and adapter_step != ended.step:
+        compared = np.array(best.compared) if best is not None and best.compared is not None else None
+    verdict = setup.comparison.judge(compared)
+    if verdict.useless:
+        callback.listener.warn(f"{verdict.text}; lower train.learning_rate")
+    return {**verdict.to_json(), "adapter_sha256": files.sha256(run.adapter / ADAPTER_FILES[0])}
+
+
+def _finish(
+    setup: Setup, run: RunFolder, ended: Ended, callback: RunCallback, peak: usage.Peak, disk: DiskRetry
+) -> Document:
     """Save the adapter and the report; returns the report. After a run of some length the adapter is opened once more,
     in a process of its own."""
     plan, machine = setup.run.plan, setup.run.machine
@@ -272,21 +290,17 @@ def _finish(setup: Setup, run: RunFolder, callback: RunCallback, peak: usage.Pea
     verified = verify.after(run.path, 0 if disk.stops() else report["train_seconds"], plan, machine)
     if verified["ok"] is False:
         callback.listener.warn(f"the saved adapter does not say what it said when it was trained: {verified['seen']}")
-    worse, diverged = reporting.got_worse(rows)
-    if worse:
-        callback.listener.warn(worse)
     report |= {
         "versions": versions(),
         "machine": {**machine.to_json(), "process": setup.process.to_json()},
         "data": prepare.data_report(setup.run.prepared),
-        "diverged": diverged,
+        "verdict": _verdict(setup, run, ended, callback, adapter_step),
         "stopped_early": callback.stopped_early,
         "adapters": callback.moved,
         "compute": setup.compute.to_json(),
         "spikes": [{"step": row["step"], **row["spike"]} for row in rows if row.get("spike")],
         "verified": verified,
         "notices": [
-            *([worse] if worse else []),
             *setup.notices,
             *callback.notices,
             *spikes.notice(rows),

@@ -195,12 +195,16 @@ def test_a_run_that_diverges_is_no_success(halfbyte: Cli) -> None:
     ended = halfbyte("train", "recipe.yaml", *wild)
     assert ended.code == 1
     assert re.search(
-        f"^{warned}warning: the loss rose from .*: this run diverged; lower train.learning_rate$", ended.err, re.M
+        f"^{warned}warning: diverged, far worse than the base: loss .* beside .*; lower train.learning_rate$",
+        ended.err,
+        re.M,
     )
-    assert "best so far" not in ended.out and "(the lowest so far, but above the" in ended.out
-    assert "next: halfbyte" not in ended.out and "worse than the base" in ended.out
-    report = json.loads(Path("run", "report.json").read_text())
-    assert report["diverged"] and "diverged" in report["notices"][0]
+    assert "(best so far)" not in ended.out and "(best so far, but diverged, far worse than the base: " in ended.out
+    assert "next: halfbyte" not in ended.out and "verdict  diverged, far worse than the base: " in ended.out
+    verdict = json.loads(Path("run", "report.json").read_text())["verdict"]
+    assert (verdict["name"], verdict["rows"]) == ("diverged", "5 held-out rows") and verdict["interval"][0] > 0
+    assert verdict["adapter_sha256"] == files.sha256(Path("run", ADAPTER))
+    assert "diverged (diverged, far worse" in " ".join(halfbyte("runs", ".").out.split())
 
 
 def test_a_dry_run_tells_every_value_and_trains_nothing(here: Path, halfbyte: Cli) -> None:

@@ -67,7 +67,11 @@ def soak(folder: Path, steps: int) -> tuple[dict[str, Any], list[str]]:
         wrong.append("memory grows")
     if len(set(counts.open[1:])) > 2 or counts.open[-1] > counts.open[0] + 1:
         wrong.append(f"file descriptors: {counts.open}")
-    if report["steps"] != steps or report["tokens"] != sum(row["tokens"] for row in made) or report["diverged"]:
+    if (
+        report["steps"] != steps
+        or report["tokens"] != sum(row["tokens"] for row in made)
+        or report["verdict"]["useless"]
+    ):
         wrong.append("the report is wrong")
     if [row["step"] for row in made] != list(range(1, steps + 1)) or losses[-20:].mean() >= losses[:20].mean():
         wrong.append("the loss curve has a gap, or did not fall")

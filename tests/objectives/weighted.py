@@ -49,9 +49,14 @@ class Weighted:
     def weight(self, batch: Any) -> float:
         return float(batch["weights"].sum())
 
-    def sums(self, model: Any, batch: Any) -> dict[str, float]:
-        total = float(self.loss(model, batch))
-        return {"loss": total, "weight": self.weight(batch), "tokens": batch["input_ids"].numel()}
+    def text_sums(self, model: Any, batch: Any) -> list[dict[str, float]]:
+        logits, targets = loss.labelled_logits(model, batch)
+        each = F.cross_entropy(logits.float(), targets, reduction="none") * batch["weights"].to(logits.device)
+        spans = zip(loss.labels_of_texts(batch), batch["cu_seq_lens_q"].diff().tolist(), strict=True)
+        return [
+            {"loss": float(each[a:b].sum()), "weight": float(batch["weights"][a:b].sum()), "tokens": tokens}
+            for (a, b), tokens in spans
+        ]
 
     def scores(self, sums: dict[str, float]) -> dict[str, float]:
         return {"loss": sums["loss"] / sums["weight"], "weight": sums["weight"], "tokens": int(sums["tokens"])}

@@ -124,6 +124,25 @@ PACKED: dict[str, tuple[Callable[[torch.dtype], Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
+def test_where_no_two_texts_share_a_forward_one_alone_is_proven(monkeypatch: Patch) -> None:
+    """In a quarter of the forwards, and the same layout; what concerns neighbours is not looked at."""
+    passes: list[int] = []
+    real = setting.logits
+    monkeypatch.setattr(setting, "logits", lambda lm, rows: passes.append(len(rows)) or real(lm, rows))
+    model = windowed(torch.bfloat16)
+    assert prove_packing(model).ok
+    all_passes = passes.copy()
+    passes.clear()
+    proof = prove_packing(model, alone=True)
+    assert proof.ok and proof.layout == "cu_seq_lens" and "one text = on the stock path" in proof.reason
+    assert set(passes) == {1} and 3 * len(passes) < len(all_passes)
+    with monkeypatch.context() as patch:
+        around_packed(patch, lengths=None)
+        assert prove_packing(model, alone=True).layout == "cu_seq_lens" != prove_packing(model).layout
+    around_packed(monkeypatch, scaling=0.3)
+    assert prove_packing(model, alone=True).layout != "cu_seq_lens"
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("fault", PACKED)
 def test_a_fault_of_packed_attention_is_seen(fault: str, dtype: torch.dtype, monkeypatch: Patch) -> None:

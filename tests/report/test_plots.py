@@ -134,3 +134,20 @@ def test_a_chart_says_its_first_and_last_value(values: list[float], shown: str) 
     assert f">training {shown}</text>" in both and f">held out {shown}</text>" in both
     if not any(map(math.isnan, values)):  # gaps have a legend of their own
         assert f"unit  {shown}</tspan>" in plots.svg(chart(line(values)))
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "steps", "values"),
+    [
+        ([1, 2, 3], [0.0, 0.0, 0.0], [1, 2, 3], [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]),  # a rate of 0 goes down to no -1
+        ([1, 2], [0.0, 0.5], [1, 2], [0.0, 0.2, 0.4]),
+        ([4], [1.0], [4], [0.96, 0.98, 1.0, 1.02, 1.04]),
+        ([0, 12], [1.0, 2.0], [0, 5, 10], [1.0, 1.25, 1.5, 1.75, 2.0]),
+    ],
+)
+def test_steps_are_whole_and_zeros_begin_at_zero(
+    x: list[float], y: list[float], steps: list[float], values: list[float]
+) -> None:
+    points = Series(np.array(x, float), np.array(y, float))
+    both = plots.axes(Chart("", "", "step", [Curve("", points, "raw")]), 420, 250)
+    assert both is not None and both[0].ticks(5) == steps and both[1].ticks(5) == pytest.approx(values)

@@ -36,17 +36,17 @@ def run(tmp_path: Path) -> RunFolder:
 def test_the_next_process_goes_on_from_it(run: RunFolder) -> None:
     best = Best.of(recipe(), run)
     assert (best.metric, best.value, best.step) == ("eval_loss", None, None) and best.is_better(1e9)
-    best.keep(0.5, 3, writes("first"))
-    best.keep(0.25, 7, writes("second"))
+    best.keep({"value": 0.5, "step": 3, "compared": [[3.5, 2.0]]}, writes("first"))
+    best.keep({"value": 0.25, "step": 7, "compared": [[7.5, 2.0]]}, writes("second"))
     again = Best.of(recipe(), run)
-    assert again == best and (again.value, again.step) == (0.25, 7)
+    assert again == best and (again.value, again.step, again.compared) == (0.25, 7, [[7.5, 2.0]])
     assert (again.folder / "weights").read_text() == "second"
     assert again.is_better(0.2) and not again.is_better(0.25) and not again.is_better(float("nan"))
     assert [p.name for p in run.checkpoints.iterdir()] == ["best"]
 
 
 def test_of_another_metric_it_starts_anew(run: RunFolder) -> None:
-    Best.of(recipe(), run).keep(0.5, 3, writes("x"))
+    Best.of(recipe(), run).keep({"value": 0.5, "step": 3, "compared": [[3.5, 2.0]]}, writes("x"))
     other = Best.of(recipe("perplexity"), run)
     assert (other.metric, other.value, other.step) == ("eval_perplexity", None, None)
 
@@ -62,14 +62,14 @@ def test_it_is_found_again_after_a_kill_between_two_renames(run: RunFolder) -> N
 
 def test_a_disk_that_refuses_leaves_the_one_before(run: RunFolder) -> None:
     best = Best.of(recipe(), run)
-    best.keep(0.5, 3, writes("first"))
+    best.keep({"value": 0.5, "step": 3, "compared": [[3.5, 2.0]]}, writes("first"))
 
     def refuses(folder: Path) -> None:
         (folder / "weights").write_text("half of it")
         raise OSError(28, "No space left on device")
 
     with pytest.raises(TrainError, match=r"best adapter .* could not be written: the disk of .* is full"):
-        best.keep(0.25, 7, refuses)
+        best.keep({"value": 0.25, "step": 7, "compared": [[7.5, 2.0]]}, refuses)
     assert (best.value, best.step) == (0.5, 3) and Best.of(recipe(), run) == best
     assert (best.folder / "weights").read_text() == "first"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,10 +41,19 @@ def test_a_run_that_has_not_finished(tmp_path: Path, change, name: str, why: str
     [
         ({}, "finished", ""),
         ({"stopped_early": True}, "finished", "stopped early: no better evaluation"),
-        ({"diverged": True}, "diverged", "it ended above where it began"),
+        ({"diverged": True}, "finished", ""),  # of a version that compared single steps
+        (made.verdict("better", "better: 1 beside 2"), "finished", "better: 1 beside 2"),
+        (made.verdict("no difference", "none"), "finished", "none"),
+        (made.verdict("worse", "worse: 3 beside 2"), "worse", "worse: 3 beside 2"),
+        (
+            made.verdict("diverged", "far") | {"stopped_early": True},
+            "diverged",
+            "stopped early: no better evaluation; far",
+        ),
+        (made.verdict("worse", "of another adapter", "5f0c"), "finished", ""),
     ],
 )
-def test_a_run_that_has_ended(tmp_path: Path, report: dict[str, bool], name: str, why: str) -> None:
+def test_a_run_that_has_ended(tmp_path: Path, report: dict[str, Any], name: str, why: str) -> None:
     state = listing.state(made.finished(tmp_path / "run", made.metrics(20), **report))
     assert (state.name, state.step, state.why) == (name, 20, why)
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from typing import Any
 
 import pytest
 
 from halfbyte.errors import RunError
-from halfbyte.runs.report import MeasuredLine, above_start, before_training, build, got_worse, usual_seconds
+from halfbyte.runs.report import MeasuredLine, build, usual_seconds
 
 ROWS: list[dict[str, Any]] = [
     {"step": 1, "loss": 4.0, "tokens": 100, "seconds": 1.0, "rss_bytes": 700},
@@ -81,43 +80,3 @@ def test_a_usual_step_is_the_median_without_the_first() -> None:
 
 def test_a_line_that_could_not_be_measured_has_no_error() -> None:
     assert MeasuredLine("a micro-batch", 5, 0).error == 0.0
-
-
-def run_of(losses: list[float], evals: dict[int, float] | None = None) -> list[dict[str, Any]]:
-    steps = [{"step": n, "loss": loss} for n, loss in enumerate(losses, 1)]
-    return [*steps, *({"step": n, "eval_loss": loss} for n, loss in (evals or {}).items())]
-
-
-@pytest.mark.parametrize(
-    ("rows", "said", "diverged"),
-    [
-        (run_of([3.5, 2.0, 25.3]), "the loss rose from 3.5000 to 25.3000: this run diverged", True),
-        (run_of([3.5, 3.0, 3.6]), "the loss rose from 3.5000 to 3.6000: nothing was gained", False),
-        (run_of([3.5] + [3.0] * 18 + [9.0]), "the loss rose", False),  # one hard step of the last two
-        (run_of([3.5, 3.0], {2: math.nan}), "nan on the held-out rows: this run diverged", True),
-        (run_of([3.5, 3.0], {0: 3.5, 2: 7.0}), "7.0000 on the held-out rows: this run diverged", True),
-        (run_of([3.5, 3.0], {0: 3.5, 2: 3.1}), "", False),
-        (run_of([3.5, 4.0], {1: 3.5, 2: 3.1}), "", False),  # the steps' rows are others, the held-out ones the same
-        (run_of([3.5, 4.0], {1: 3.1, 2: 3.5}), "the loss rose from 3.5000 to 4.0000, 3.5000 on the held-out", False),
-        (run_of([3.5, 4.0], {2: 3.1}), "nothing was gained", False),
-        (run_of([3.5]), "", False),
-    ],
-)
-def test_a_run_that_ends_above_where_it_began_is_told(rows: Any, said: str, diverged: bool) -> None:
-    text, far = got_worse(rows)
-    assert said in text and bool(said) == bool(text)
-    assert far == diverged
-
-
-def test_a_held_out_loss_is_compared_with_one_of_the_same_rows_or_only_roughly() -> None:
-    assert above_start(run_of([3.0], {0: 3.5}), 3.51) == 3.5
-    assert above_start(run_of([3.0], {0: 3.5}), 3.49) is None
-    assert above_start(run_of([3.0]), 3.4) is None, "the first step's rows are others"
-    assert above_start(run_of([3.0]), 3.7) == 3.0
-    assert above_start([], 3.7) is None
-
-
-def test_what_a_run_began_with() -> None:
-    assert before_training(run_of([3.5, 3.0])) == 3.5
-    assert before_training(run_of([3.5, 3.0], {0: 3.4, 2: 3.1})) == 3.4
-    assert before_training([]) is None

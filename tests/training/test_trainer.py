@@ -169,7 +169,7 @@ def stream(tmp_path: Path) -> dict[str, Any]:
 
 
 def test_blocks_need_attention_that_keeps_texts_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assembly, "prove_packing", lambda *_: PackingProof(False, "it leaks", 1.0))
+    monkeypatch.setattr(assembly, "prove_packing", lambda *_, **__: PackingProof(False, "it leaks", 1.0))
     with pytest.raises(DataError, match=r"not safe: it leaks\n  fix: data\.packing: rows"):
         finetune.train(tiny_run.recipe(tmp_path, **stream(tmp_path)))
 
@@ -503,7 +503,7 @@ def test_the_report_has_the_fields_of_the_design(tmp_path: Path) -> None:
     assert set(report) == {
         "tokens", "train_seconds", "tokens_per_second", "steps", "loss", "eval_loss", "peak_rss_bytes",
         "peak_device_bytes", "planned", "measured", "errors", "lines", "versions", "machine", "data", "notices",
-        "diverged", "verified", "adapters", "spikes", "stopped_early", "compute", "seconds",
+        "verdict", "verified", "adapters", "spikes", "stopped_early", "compute", "seconds",
     }  # fmt: skip
     assert report["planned"]["seconds"] > report["planned"]["train_seconds"] > 0
     examples = prepare(loaded.recipe).train.examples

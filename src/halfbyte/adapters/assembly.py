@@ -42,6 +42,7 @@ def assemble(
     beside: Mapping[str, Path] = MappingProxyType({}),
     start: Path | None = None,
     factors: Path | None = None,
+    alone: bool = False,
     note: Callable[[str, str], None] = lambda label, text: None,
 ) -> AdaptedBase:
     """Put adapters on an open base, and prove on its first layers what is used from then on.
@@ -52,10 +53,12 @@ def assemble(
         start: a folder with a trained one, whose weights the fresh ones begin with.
         factors: the file of a residual start (`base/residual.py`), at which the fresh ones begin.
 
+        alone: no two texts will share a forward.
+
     Raises:
         AdapterError: the targets match nothing, or the adapter is of another base.
     """
-    own_biases: lora.Saved = []
+    own_biases: lora.Saved = lora.biases(base.model) if recipe.lora.bias != "none" else []
     if adapter is None:
         targets, modules = lora.choose_targets(base.model, recipe.lora)
         begin = residual.read(factors, modules) if factors is not None else None
@@ -67,14 +70,13 @@ def assemble(
             lora.start_at(model, begin)
         note("adapters", f"{lora.summary(model)} ({targets.reason})")
     else:
-        own_biases = lora.biases(base.model) if recipe.lora.bias != "none" else []
         model = lora.load(base.model, adapter).eval()
         for name, folder in beside.items():
             lora.load_beside(model, folder, name)
     first_step.SEEN.add(model)
     dequantised = prove_dequantised(model)
     with structure.shallow(model) as layers:
-        packed = prove_packing(model, recipe.data.max_length)
+        packed = prove_packing(model, recipe.data.max_length, alone=alone)
         loss.head_of(model)  # seen here, on few layers
     fused, engine = _fused(model, recipe, packed=packed.ok)
     return AdaptedBase(base, model, dequantised, packed, fused, engine, layers, own_biases)

@@ -71,4 +71,4 @@ def open_run(
         with libraries.loading():
             from halfbyte.inference import generate, load
 
-        return load.open_run(run, tell, overrides, partial(generate.check, asks), force=force)
+        return load.open_run(run, tell, overrides, partial(generate.check, asks), force=force, alone=bool(asks[0]))

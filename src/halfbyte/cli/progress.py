@@ -94,11 +94,12 @@ class PlainListener(SilentListener):
     def evaluated(self, row: Document) -> None:
         super().evaluated(row)
         best = "  (best so far)" if row.get("best") else ""
-        if row.get("above"):
-            best = f"  (the lowest so far, but above the {row['above']:.4f} before training)"
-        show.out.print(
-            f"eval at step {row['step']}: loss {row['eval_loss']:.4f}  perplexity {row['eval_perplexity']:.3f}{best}"
-        )
+        if row.get("worse"):
+            best = f"  ({'best so far, but ' if best else ''}{row['worse']})"
+        counts = ("labelled_tokens", "tokens")
+        scores = {n.removeprefix("eval_"): v for n, v in row.items() if n.startswith("eval_") and isinstance(v, float)}
+        shown = (f"{n} {v:.{3 if n == 'perplexity' else 4}f}" for n, v in scores.items() if n not in counts)
+        show.text(f"eval at step {row['step']}: {'  '.join(shown)}{best}")
 
     def saved(self, path: Path, reason: str) -> None:
         if not self.quiet:

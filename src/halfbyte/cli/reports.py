@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from halfbyte.report.compare import RunComparison
     from halfbyte.runs.listing import RunSummary
 
-STYLES = {"running": "cyan", "finished": "green", "stopped": "yellow", "crashed": "red", "diverged": "red"}
+STYLES = {"running": "cyan", "finished": "green", "stopped": "yellow"}
+STYLES |= dict.fromkeys(("crashed", "worse", "diverged"), "red")
 Page = Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE.html", help="Where to write the page.")]
 
 

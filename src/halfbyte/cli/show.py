@@ -215,8 +215,10 @@ def report(outcome: Outcome) -> None:
         most = f"at most {gb(planned['peak_rss_bytes'])} planned"
         took = f"{duration(measured['seconds'])} from the plan on ({duration(planned['seconds'])} planned)"
         out.print(f"peak memory {gb(measured['peak_rss_bytes'])} ({most}); {took}")
-    if row["diverged"]:
-        text(f"adapter  {outcome.run}/adapter (worse than the base)\n  next: a lower train.learning_rate, in a new run")
+    verdict = row.get("verdict") or {}
+    text(f"verdict  {verdict.get('text', 'not compared with the base')}")
+    if verdict.get("useless"):
+        text(f"adapter  {outcome.run}/adapter\n  next: a lower train.learning_rate, in a new run")
         return
     held_out = row["data"]["eval"] is not None
     run = outcome.run

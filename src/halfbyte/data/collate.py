@@ -63,6 +63,11 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         return map(self.of, self.micro_batches)
 
+    @property
+    def text_rows(self) -> list[int]:
+        """The row of each text, one micro-batch after another."""
+        return [row for rows in self.micro_batches for row in rows for _ in self.examples[row].pieces]
+
     def of(self, rows: Sequence[int]) -> Batch:
         """The batch of other rows of the same examples: a step may be split anew while it runs."""
         return self.lay_out([self.examples[r] for r in rows])

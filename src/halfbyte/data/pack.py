@@ -107,6 +107,11 @@ class Steps:
         whole = epochs * int(self.lengths.sum())
         return whole + int(self.lengths[self._order(epochs)[: steps * self.rows_per_step]].sum()) if steps else whole
 
+    def never_reached(self) -> NDArray[np.int64]:
+        """The rows that no step has: those of a run that is shorter than an epoch."""
+        first = self._order(0)
+        return np.sort(first[self.total * self.rows_per_step :].astype(np.int64))
+
     def longest_micro_batch(self) -> MicroBatch:
         """The rows of the micro-batch with the most tokens, of the first epoch's steps with the most tokens."""
         looked_at: Sequence[int] = range(min(self.total, self.per_epoch))

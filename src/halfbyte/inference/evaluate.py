@@ -59,10 +59,10 @@ def evaluate(
     order = opened.sides(with_base=options.with_base)
     adapter = None if opened.alone else sheet.adapter_of(folder_of(opened.run))
     sides = {}
-    for number, name in enumerate(order):
+    for name in order:
 
-        def tell(what: str, done: int, of: int, number: int = number, name: str = name) -> None:
-            progress(f"{name}: {what}", number * of + done, len(order) * of)
+        def tell(what: str, done: int, of: int, name: str = name) -> None:
+            progress(f"{name}: {what}", done, of)
 
         with opened.using(base=name == "base"):
             sides[name] = scoring.side(examples, batches, plan, tell)

@@ -67,6 +67,7 @@ def open_run(
     check: Callable[[Tokenizer, Context | None], None] = lambda tokenizer, context: None,
     *,
     force: bool = False,
+    alone: bool = False,
 ) -> Opened:
     """A finished run, an adapter or a base, as `target.find` tells them; a store that is not there any more is built.
 
@@ -75,11 +76,12 @@ def open_run(
     Args:
         check: may refuse what will be asked, before the base is opened.
         force: use an adapter also where its passport says that it belongs to another base or tokenizer.
+        alone: no two texts will share a forward.
 
     Raises:
         AdapterError: it belongs to another; names both sides.
     """
-    return open_target(target.find(path, overrides), tell, check, force=force)
+    return open_target(target.find(path, overrides), tell, check, force=force, alone=alone)
 
 
 def open_target(
@@ -90,9 +92,10 @@ def open_target(
     beside: Mapping[str, target.Target] = MappingProxyType({}),
     force: bool = False,
     lasting: bool = False,
+    alone: bool = False,
 ) -> Opened:
     """`open_run` of what has been found already. `beside`: more adapters on the same base, by PEFT's names. `lasting`:
-    many answers will be written."""
+    many answers will be written. `alone`: no two texts will share a forward."""
     recipe, run = subject.recipe, subject.run
     checkpoint, machine = find_model(recipe), device.detect()
     threads.configure(machine.cores)
@@ -112,7 +115,7 @@ def open_target(
     chosen = plan_inference(job, machine, trained, lasting=lasting)
     stream.place_as_planned(base.model, chosen.placement, asked=recipe.quant.placement not in ("auto", "sharded"))
     more = {name: one.adapter for name, one in beside.items() if one.adapter is not None}
-    assembly = assemble(base, recipe, adapter=subject.adapter, beside=more)
+    assembly = assemble(base, recipe, adapter=subject.adapter, beside=more, alone=alone)
     assembly.model.eval().requires_grad_(False)
     job = replace(job, packed=assembly.packed.ok)
     return Opened(

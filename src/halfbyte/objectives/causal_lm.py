@@ -38,9 +38,11 @@ class CausalLM:
     def weight(self, batch: Batch) -> float:
         return len(batch["targets"])
 
-    def sums(self, model: Model, batch: Batch) -> Sums:
-        total = float(loss.micro_batch_loss(model, batch))
-        return {"loss": total, "labelled_tokens": batch["targets"].numel(), "tokens": batch["input_ids"].numel()}
+    def text_sums(self, model: Model, batch: Batch) -> list[Sums]:
+        lengths = batch["cu_seq_lens_q"].diff().tolist()
+        labelled = [end - first for first, end in loss.labels_of_texts(batch)]
+        texts = zip(loss.text_losses(model, batch), labelled, lengths, strict=True)
+        return [{"loss": a, "labelled_tokens": b, "tokens": c} for a, b, c in texts]
 
     def scores(self, sums: Sums) -> dict[str, float]:
         """`loss` and `perplexity` of a labelled token; `labelled_tokens`, `tokens`."""

@@ -14,7 +14,9 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from halfbyte.data import pack
@@ -41,7 +43,7 @@ class Objective(Protocol):
 
     @property
     def sum_names(self) -> tuple[str, ...]:
-        """What `sums` adds up, by name: a process without a held-out row has zeros of them."""
+        """What an evaluation adds up, by name: first the loss, then what it counts for, then anything else."""
 
     def weights(self, rows: EncodedRows) -> pack.Weights:
         """What each row counts for in the mean of its step: (rows,), each above 0."""
@@ -55,8 +57,8 @@ class Objective(Protocol):
     def weight(self, batch: Batch) -> float:
         """What the loss of a micro-batch counts for: the sum of the weights of its rows."""
 
-    def sums(self, model: Model, batch: Batch) -> Sums:
-        """What an evaluation adds up of a micro-batch, without gradients."""
+    def text_sums(self, model: Model, batch: Batch) -> list[Sums]:
+        """What an evaluation adds up, of each text of a micro-batch, without gradients."""
 
     def scores(self, sums: Sums) -> dict[str, float]:
         """The scores of an evaluation from the sums over all of its rows; `loss` is one of them."""
@@ -111,19 +113,25 @@ def _auxiliary_loss(lm: Model) -> Callable[..., Any] | None:
     return getattr(sys.modules.get(type(lm).__module__), "load_balancing_loss_func", None)
 
 
-def evaluate(objective: Objective, model: Model, batches: Iterable[Batch]) -> Sums:
-    """The sums of an evaluation over micro-batches, in eval mode, without gradients; the mode is put back."""
-    was_training, total = model.training, dict.fromkeys(objective.sum_names, 0.0)
+def evaluate(objective: Objective, model: Model, batches: Iterable[Batch]) -> NDArray[np.float64]:
+    """The sums of each text of an evaluation, (texts, names) in the order of `sum_names`; in eval mode, without
+    gradients. The mode is put back."""
+    was_training, names = model.training, objective.sum_names
+    texts: list[list[float]] = []
     model.eval()
     try:
         with torch.no_grad():
             for batch in batches:
-                sums = objective.sums(model, batch)
-                total = {name: total[name] + sums[name] for name in total}
+                texts += [[sums[name] for name in names] for sums in objective.text_sums(model, batch)]
     finally:
         model.train(was_training)
-    return total
+    return np.array(texts, np.float64).reshape(-1, len(names))
+
+
+def scores_of(objective: Objective, rows: NDArray[np.float64]) -> dict[str, float]:
+    """The scores of an evaluation from the sums of its rows or texts, as `evaluate` has them."""
+    return objective.scores(dict(zip(objective.sum_names, rows.sum(0).tolist(), strict=True)))
 
 
 def mean_scores(objective: Objective, model: Model, batches: Iterable[Batch]) -> dict[str, float]:
-    return objective.scores(evaluate(objective, model, batches))
+    return scores_of(objective, evaluate(objective, model, batches))

@@ -41,13 +41,14 @@ class PackingProof:
         return "packed" if self.ok else "single"
 
 
-def prove_packing(model: Model, longest: int | None = None) -> PackingProof:
+def prove_packing(model: Model, longest: int | None = None, *, alone: bool = False) -> PackingProof:
     """Find the first layout in which examples are really apart, and leave the model set up for it.
 
     The model's modes and the global random state are as before afterwards.
 
     Args:
         longest: tokens of the longest row of the run, where it is known.
+        alone: no two texts will share a forward; then one that has it for itself must be as on the stock path.
     """
     lm = structure.causal_lm(model)
     install(lm, "single")
@@ -59,14 +60,15 @@ def prove_packing(model: Model, longest: int | None = None) -> PackingProof:
             try:
                 install(lm, layout)
                 long, untried = setting.long_row(lm, longest)
-                problem, difference = _compare(lm, layout, stock, long)
+                problem, difference = _compare(lm, layout, stock, long, alone=alone)
             except Exception as error:  # of the model's own code; the repair: the next layout, at last single
                 problem, untried = f"{type(error).__name__}: {first_line(error)}", ""
                 difference = math.inf
             if problem is None:
                 install(lm, layout)
                 note = f"; before: {'; '.join(tried)}" if tried else ""
-                return PackingProof(True, f"{layout}: packed = alone{untried}{note}", difference, layout)
+                what = "one text = on the stock path" if alone else "packed = alone"
+                return PackingProof(True, f"{layout}: {what}{untried}{note}", difference, layout)
             tried.append(f"{layout}: {problem}")
             _install_stock(lm, stock)
     if asked := asked_attention(lm):
@@ -80,7 +82,7 @@ def _install_stock(lm: Model, implementation: str) -> None:
         lm.set_attn_implementation(implementation)
 
 
-def _compare(lm: Model, layout: Layout, stock: str, long: int) -> tuple[str | None, float]:
+def _compare(lm: Model, layout: Layout, stock: str, long: int, *, alone: bool) -> tuple[str | None, float]:
     """(what is wrong or None, the largest relative difference): in fp32 and in the model's own dtype."""
     worst = 0.0
     for exact in setting.precisions(lm):
@@ -88,16 +90,21 @@ def _compare(lm: Model, layout: Layout, stock: str, long: int) -> tuple[str | No
             allowed = _TOLERANCE_EPS.get(lm.dtype, 6.0) * torch.finfo(lm.dtype).eps
             routed = is_routed(lm) and not exact
             allowed = max(allowed, setting.ROUTED) if routed else allowed
-            examples = setting.random_examples(lm, setting.SHORT)
+            examples = setting.random_examples(lm, setting.SHORT[-1:] if alone else setting.SHORT)
             rows = [*examples, *setting.random_examples(lm, (long,) if long and worst == 0.0 else (), seed=1)]
             _install_stock(lm, stock)
-            alone = [setting.logits(lm, [ids]) for ids in rows]
+            each = [setting.logits(lm, [ids]) for ids in rows]
             install(lm, layout)
-            for count in sorted({len(examples), len(rows)}):  # the short ones, and with the long one
-                packed = setting.logits(lm, rows[:count]).split([len(ids) for ids in rows[:count]])
-                worst = max(worst, *(_difference(p, a, routed=routed) for p, a in zip(packed, alone, strict=False)))
+            # the short ones, and with the long one
+            groups = [[row] for row in rows] if alone else [rows[:n] for n in sorted({len(examples), len(rows)})]
+            expected = [[logits] for logits in each] if alone else [each[: len(group)] for group in groups]
+            for group, wanted in zip(groups, expected, strict=True):
+                packed = setting.logits(lm, group).split([len(ids) for ids in group])
+                worst = max(worst, *(_difference(p, w, routed=routed) for p, w in zip(packed, wanted, strict=True)))
                 if not worst <= allowed:
                     return f"logits differ by {worst:.1e} from each example alone (allowed {allowed:.1e})", worst
+            if alone:
+                continue
             moved, changed, example = _largest_influence(lm, examples, routed=routed)
             if not moved <= allowed:
                 return f"changing example {changed} moves example {example} by {moved:.1e}", moved

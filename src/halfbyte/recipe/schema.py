@@ -193,7 +193,7 @@ class Train(Section):
     )
     run_name: str | None = field(None, "the run's name for report_to")
     eval_strategy: Annotated[Literal["auto", "no", "steps", "epoch"], OffIsNo] = field(
-        "auto", "auto (with data.eval: by eval_steps, or each epoch), no, steps, epoch"
+        "auto", "auto (with held-out rows: by eval_steps, or each epoch, and at the end), no, steps, epoch"
     )
     eval_steps: Annotated[Steps, Field(gt=0)] | None = field(
         None, "steps between evaluations; below 1 a share of all; none given: logging_steps"

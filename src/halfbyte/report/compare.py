@@ -53,6 +53,7 @@ def compare(paths: Sequence[Path]) -> RunComparison:
     names = unique([run.name for run in runs], paths)
     figures = (
         ("state", tuple(run.state.name for run in runs)),
+        ("beside the base", tuple(run.verdict.get("name", "") for run in runs)),
         ("model", tuple(run.model for run in runs)),
         *side_by_side([dict(page.facts(run)) for run in runs], missing=""),
     )
@@ -120,7 +121,7 @@ def notes(runs: Sequence[Record], names: Sequence[str]) -> tuple[str, ...]:
     sentences += [f"The scores of {name} are of {run.scored_adapter}, not of the one that the run has now."
              for name, run in zip(names, runs, strict=True) if run.scored_adapter]  # fmt: skip
     sentences += [f"{name} is not finished: {run.state.name}." for name, run in zip(names, runs, strict=True)
-             if run.state.name not in ("finished", "diverged")]  # fmt: skip
+             if run.state.name not in ("finished", "worse", "diverged")]  # fmt: skip
     return tuple(sentences)
 
 

@@ -132,8 +132,8 @@ def summary(run: Record) -> list[str]:
     elif state.name in ("stopped", "crashed", "not begun"):
         word = {"stopped": "was stopped", "crashed": "crashed"}.get(state.name, "never began")
         sentences.append(f"The run {word} at step {state.step:,}{of}: {state.why}.")
-    elif state.name == "diverged":
-        sentences.append("The run diverged: it ended above where it began.")
+    elif measured := run.verdict:
+        sentences.append(f"{measured['text'][0].upper()}{measured['text'][1:]}.")
     if run.report.get("stopped_early"):
         sentences.append(f"Stopped early at step {state.step:,}{of}: no better evaluation was seen.")
     sentences += [f"Resumed at step {step:,} on {when(at)}." for step, at in run.resumed]

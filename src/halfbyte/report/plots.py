@@ -47,13 +47,14 @@ class Chart:
 
 @dataclass(frozen=True)
 class Axis:
-    """From data to pixels; `low` and `high` are in the data's unit."""
+    """From data to pixels; `low` and `high` are in the data's unit; `whole`: it has no fractions."""
 
     low: float
     high: float
     start: float
     end: float
     log: bool = False
+    whole: bool = False
 
     def at(self, value: float) -> float:
         low, high = (math.log10(self.low), math.log10(self.high)) if self.log else (self.low, self.high)
@@ -69,6 +70,8 @@ class Axis:
                 ticks = sorted(ticks + [m * 10.0**i for i in range(low, high + 1) for m in (2, 5)])
             return [t for t in ticks if self.low <= t * (1 + 1e-9) and t <= self.high * (1 + 1e-9)]
         step = nice((self.high - self.low) / max(1, max_count))
+        while self.whole and step % 1:
+            step = nice(1.01 * step)
         first = math.ceil(self.low / step - 1e-9)
         return [i * step for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
@@ -112,14 +115,14 @@ def axes(chart: Chart, width: int, height: int) -> tuple[Axis, Axis] | None:
     if log:
         low, high = low / 1.15, high * 1.15
     else:
-        edge = (high - low) * 0.06 or abs(high) * 0.05 or 1.0
-        low = 0.0 if chart.from_zero or 0 <= low < 0.15 * high else low - edge
-        high += edge
+        edge = (high - low) * 0.06 or abs(high) * 0.05
+        low = 0.0 if chart.from_zero or 0 <= low < 0.15 * high or low == high == 0 else low - edge
+        high = high + edge or 1.0
     left, right = float(xs.min()), float(xs.max())
     if left == right:
         left, right = left - 0.5, right + 0.5
     return (
-        Axis(left, right, LEFT, width - RIGHT),
+        Axis(left, right, LEFT, width - RIGHT, whole=chart.x_unit == "step"),
         Axis(low, high, height - BOTTOM, TOP + LEGEND * legend_rows(chart, width), log),
     )
 

@@ -66,6 +66,11 @@ class Record:
         """Which adapter the scores and answers are of, in words, where it is not the run's; else empty."""
         return other_adapter(self.scores, self.run.adapter)
 
+    @cached_property
+    def verdict(self) -> Document:
+        """The run's verdict, where it is on the adapter that the run has; else empty."""
+        return listing.verdict(self.run, self.report)
+
     @property
     def resumed(self) -> list[tuple[int, float]]:
         """Each time that the run was resumed: (step, seconds since 1970)."""

@@ -255,13 +255,15 @@ def metric_name(train: Train) -> str:
 @dataclass
 class Best:
     """The adapter of the best evaluation so far, which has the lowest `metric`, or the `greatest`. It is in `folder`;
-    its `value` and its `step` are None before the first evaluation."""
+    its `value` and its `step` are None before the first evaluation; `compared`: what it lost on the rows of the run's
+    comparison with the base, as `training.comparison.Rows`."""
 
     metric: str
     folder: Path
     greatest: bool = False
     value: float | None = None
     step: int | None = None
+    compared: list[list[float]] | None = None
 
     @classmethod
     def of(cls, recipe: Recipe, run: RunFolder) -> Self:
@@ -273,17 +275,22 @@ class Best:
         path = best.folder / BEST_JSON
         row = json.loads(path.read_text()) if path.is_file() else {}
         if row.get("metric") == best.metric:
-            best.value, best.step = row["value"], row["step"]
+            best._take(row)
         return best
+
+    def _take(self, entry: Document) -> None:
+        self.value, self.step = entry["value"], entry["step"]
+        self.compared = entry.get("compared")
 
     def is_better(self, value: float) -> bool:
         if self.value is None or not math.isfinite(value):
             return math.isfinite(value)
         return value > self.value if self.greatest else value < self.value
 
-    def keep(self, value: float, step: int, write_adapter: Callable[[Path], None]) -> None:
-        """Put the adapter of this step in the place of the one before, which stays there after a TrainError."""
+    def keep(self, entry: Document, write_adapter: Callable[[Path], None]) -> None:
+        """Put an adapter with its `value`, `step` and what was `compared` in the place of the one before, which stays
+        there after a TrainError."""
         with whole_or_absent(f"the best adapter {self.folder}", self.folder) as temporary:
             write_adapter(temporary)
-            (temporary / BEST_JSON).write_text(json.dumps({"metric": self.metric, "value": value, "step": step}))
-        self.value, self.step = value, step
+            (temporary / BEST_JSON).write_text(json.dumps({"metric": self.metric, **entry}))
+        self._take(entry)

@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass
 from halfbyte.errors import RunError
 from halfbyte.types import Document
 
-WORSE = 1.2
-
 
 @dataclass(frozen=True)
 class MeasuredLine:
@@ -85,40 +83,6 @@ def reached(rows: Sequence[Document], adapter_step: int | None) -> Document:
     evals = {row["step"]: row["eval_loss"] for row in rows if row.get("eval_loss") is not None}
     step = adapter_step if adapter_step in evals else max(evals, default=None)
     return {"steps": len(losses) if adapter_step is None else adapter_step, "eval_loss": evals.get(step)}
-
-
-def before_training(rows: Sequence[Document]) -> float | None:
-    """The loss that a run began with: of an evaluation before the first step, else the first step's own."""
-    known = [row["eval_loss"] for row in rows if row["step"] == 0 and "eval_loss" in row]
-    return next(iter([*known, *(row["loss"] for row in rows if "loss" in row)]), None)
-
-
-def above_start(rows: Sequence[Document], eval_loss: float) -> float | None:
-    """The loss that a run began with, where this one of held-out rows is above it; None where it is not, or where that
-    is not known: the first step's rows are others, so only a far higher loss is above theirs."""
-    before = before_training(rows)
-    held_out = any(row["step"] == 0 and "eval_loss" in row for row in rows)
-    return before if before is not None and eval_loss > before * (1.0 if held_out else WORSE) else None
-
-
-def got_worse(rows: Sequence[Document]) -> tuple[str, bool]:
-    """What to say of a run that ended above where it began, and whether it diverged; ("", False) of any other.
-
-    The end is the last tenth of the steps. A run has diverged if all of them are a fifth above the first, or its last
-    evaluation is: single steps differ by what rows they have.
-    """
-    losses = [row["loss"] for row in rows if "loss" in row]
-    every = [row["eval_loss"] for row in rows if row.get("eval_loss") is not None]
-    evals = [row["eval_loss"] for row in rows if row.get("eval_loss") is not None and row["step"] > 0]
-    first, end = losses[0], losses[-max(1, len(losses) // 10) :]
-    before = before_training(rows) or first
-    far = min(end) > WORSE * first or bool(evals and not evals[-1] <= WORSE * before)
-    gained = len(every) > 1 and every[-1] < every[0]  # of the same rows, as the steps' losses are not
-    if far or (sum(end) / len(end) > first and not gained):
-        held_out = f", {evals[-1]:.4f} on the held-out rows" if evals else ""
-        ending = f"the loss rose from {first:.4f} to {losses[-1]:.4f}{held_out}"
-        return f"{ending}: {'this run diverged' if far else 'nothing was gained'}; lower train.learning_rate", far
-    return "", False
 
 
 def usual_seconds(rows: Sequence[Document]) -> float | None:

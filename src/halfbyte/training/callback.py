@@ -19,10 +19,10 @@ from halfbyte.adapters import learning
 from halfbyte.errors import DiskFull
 from halfbyte.recipe.schema import Train
 from halfbyte.runs import checkpoint
-from halfbyte.runs import report as reporting
 from halfbyte.runs.checkpoint_writer import CheckpointWriter
 from halfbyte.runs.folder import RunFolder
 from halfbyte.system import files, usage
+from halfbyte.training.comparison import Comparison
 from halfbyte.training.events import Listener, StopRequest
 from halfbyte.training.schedule import Cadence
 from halfbyte.training.trainer import StepTrainer
@@ -55,6 +55,13 @@ class Follower(TrainerCallback):
 
     def on_step_end(self, args: object, state: object, control: TrainerControl, **_: object) -> None:
         control.should_training_stop = control.should_training_stop or self.stop.signal is not None
+        _evaluate_at_end(self.trainer, control)
+
+
+def _evaluate_at_end(trainer: StepTrainer, control: TrainerControl) -> None:
+    """Ask for an evaluation after the last step, whichever steps evaluations come after."""
+    if trainer.ends_with_evaluation and trainer.state.global_step >= trainer.state.max_steps:
+        control.should_evaluate = True
 
 
 @dataclass
@@ -71,6 +78,7 @@ class RunCallback(TrainerCallback):
     stop: StopRequest
     trained: Document
     witness: Witness
+    comparison: Comparison
     best: checkpoint.Best | None = None
     resume: Path | None = None
     notices: list[str] = field(default_factory=list)
@@ -130,24 +138,26 @@ class RunCallback(TrainerCallback):
             control.should_training_stop = True
         elif state.global_step < state.max_steps and self.cadence.is_due(state.global_step, seconds):
             self.save("", randomness=checkpoint.Randomness.now())
+        _evaluate_at_end(self.trainer, control)
 
     def on_evaluate(
         self, args: object, state: TrainerState, control: object, metrics: dict[str, float], **_: object
     ) -> None:
         row: Document = {"step": state.global_step, **metrics}
         self._append(row)
-        best = self.best
+        best, compared = self.best, self.trainer.evaluated[1][self.comparison.chosen]
         if best is not None and best.metric in row and best.is_better(row[best.metric]):
             self._late_best = None
+            entry = {"value": row[best.metric], "step": state.global_step, "compared": compared.tolist()}
             try:
-                best.keep(row[best.metric], state.global_step, self.adapter())
+                best.keep(entry, self.adapter())
             except DiskFull as error:
                 self._no_room(error.message)
-                self._late_best = partial(best.keep, row[best.metric], state.global_step, self.adapter(copied=True))
+                self._late_best = partial(best.keep, entry, self.adapter(copied=True))
                 best.value = row[best.metric]  # of those that follow, none is kept that is not better
-            above = reporting.above_start(self.run.read_metrics(), row["eval_loss"]) if state.global_step else None
-            row = {**row, "best": True, **({"above": above} if above is not None else {})}
-        self.listener.evaluated(row)
+            row = {**row, "best": True}
+        verdict = self.comparison.judge(compared)
+        self.listener.evaluated({**row, "worse": verdict.text} if state.global_step and verdict.useless else row)
 
     def on_train_end(self, *_: object, **__: object) -> None:
         if self._rates > 0 and self.stop.signal is None:

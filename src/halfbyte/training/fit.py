@@ -5,15 +5,16 @@ Why: a run, its dry run and `data check` must say the same.
 Cost: tokenising, and the shapes of the model; a calibration of this machine (seconds, once) before a run of minutes.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from halfbyte.adapters import lora
-from halfbyte.adapters.assembly import AdaptedBase
 from halfbyte.adapters.targets import Targets
-from halfbyte.base.load import Base
 from halfbyte.data import collate, pack
 from halfbyte.distributed import shard
 from halfbyte.errors import RunError
@@ -29,12 +30,17 @@ from halfbyte.runs.report import MeasuredLine
 from halfbyte.system import files, usage
 from halfbyte.system.device import Device
 from halfbyte.system.usage import Usage
+from halfbyte.training.comparison import verdict_s
 from halfbyte.training.events import Listener
 from halfbyte.training.pace import Pace, recompute_as, rehearse
 from halfbyte.training.prepare import Prepared, data_note, prepare
 from halfbyte.training.schedule import count_evaluations, count_steps
 from halfbyte.training.trainer import check_arguments
 from halfbyte.types import Document, Model
+
+if TYPE_CHECKING:
+    from halfbyte.adapters.assembly import AdaptedBase
+    from halfbyte.base.load import Base
 
 # A run that is thought to be shorter is not worth the seconds of a calibration.
 CALIBRATE_FROM_S = 15.0
@@ -102,6 +108,8 @@ def with_plan(
     if rates is None and say is not None and choose.best_plan(job, machine).time.run_s >= CALIBRATE_FROM_S:
         rates = calibrate.ensure(machine, job.dtype, say=say)
     plan = plan_training(job, machine, rates)
+    around = {**plan.time.around, "verdict": verdict_s(prepared, plan)}
+    plan = replace(plan, time=replace(plan.time, around=around))
     foreign = max(0, usage.now().private - plan.line("libraries"))
     return PlannedRun(prepared, machine, targets, modules, job, plan, foreign)
 

@@ -9,7 +9,6 @@ from itertools import groupby, islice
 
 import numpy as np
 
-from halfbyte.base import residual
 from halfbyte.data import pack
 from halfbyte.data.encoding.examples import Example
 from halfbyte.errors import DataError
@@ -46,6 +45,8 @@ class Resolution:
 
 def resolve(loaded: Loaded) -> Resolution:
     """Resolve every `auto` without loading a weight; the data is read, since the plan follows from its lengths."""
+    from halfbyte.base import residual
+
     job = plan_run(loaded.recipe, device.detect())
     prepared, source = job.prepared, job.prepared.checkpoint
     begin = residual.look(source, prepared.config, prepared.recipe, job.modules)

@@ -1,23 +1,28 @@
 """Every step of a run: the trainer and what happens around it, from the first step or a checkpoint to the last step or
 a signal."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from signal import Signals
 
+import numpy as np
+
 from halfbyte.adapters import lora
 from halfbyte.data import collate, pack
 from halfbyte.distributed import agree
 from halfbyte.distributed.shard import Shards, first_layers_whole
 from halfbyte.distributed.world import World
+from halfbyte.objectives.objective import scores_of
 from halfbyte.proofs.integers import Decision
 from halfbyte.runs.checkpoint import Best
 from halfbyte.runs.folder import RunFolder
 from halfbyte.system.threads import ProcessSettings
 from halfbyte.system.usage import Usage
 from halfbyte.training.callback import EarlyStopping, Follower, RunCallback
+from halfbyte.training.comparison import Comparison, Rows
 from halfbyte.training.events import Listener, StopRequest
 from halfbyte.training.fit import PlannedRun
 from halfbyte.training.model import TrainingModel
@@ -43,6 +48,7 @@ class Setup:
     steps: pack.Steps
     held_out: collate.Batches
     compute: Decision
+    comparison: Comparison
     answer_scores: Callable[[], dict[str, float]]
     """Scores of answers to the held-out rows, for each evaluation."""
     memory_before: Usage
@@ -56,11 +62,12 @@ class Setup:
 @dataclass(frozen=True)
 class Ended:
     """How far the steps came. `callback` has written the run, in the first process; `stopped_by`: the signal that ended
-    it early."""
+    it early; `compared`: what the last step's adapter has lost on the rows of the run's comparison."""
 
     step: int
     stopped_by: Signals | None
     callback: RunCallback | None
+    compared: Rows | None = None
 
 
 def run_steps(setup: Setup, folder: RunFolder, stop: StopRequest, tell: Listener) -> Ended:
@@ -88,6 +95,7 @@ def run_steps(setup: Setup, folder: RunFolder, stop: StopRequest, tell: Listener
     trainer.add_callback(callback or Follower(trainer, stop_of_all, resume))
     if early is not None:
         trainer.add_callback(early)
+    _measure_base(setup, trainer, tell)
     try:
         trainer.train(resume_from_checkpoint=str(resume) if resume is not None else None)
     except StepInterrupted:
@@ -104,7 +112,35 @@ def run_steps(setup: Setup, folder: RunFolder, stop: StopRequest, tell: Listener
         patience = train.early_stopping_patience
         callback.notices.append(f"stopped early at step {done} of {len(steps)}: no better evaluation in {patience}")
         tell.note("note", callback.notices[-1])
-    return Ended(done, stop_of_all.signal if done < len(steps) and not stopped_early else None, callback)
+    if done < len(steps) and not stopped_early and stop_of_all.signal is not None:
+        return Ended(done, stop_of_all.signal, callback)
+    return Ended(done, None, callback, _compared(setup.comparison, trainer))
+
+
+def _measure_base(setup: Setup, trainer: StepTrainer, tell: Listener) -> None:
+    """What the base alone loses on the rows of the comparison: as its store keeps it, or measured and kept there."""
+    compared, began = setup.comparison, time.monotonic()
+    kept = setup.world.from_first(compared.read)
+    if kept is not None:
+        compared.base, how = np.array(kept), "kept with its store"
+    else:
+        with lora.base_alone(setup.model.assembled.model, setup.model.assembled.own_biases):
+            rows, stopped = trainer.row_sums(compared.batches, compared.chosen)
+        if stopped:
+            return
+        compared.base, how = rows, f"measured in {time.monotonic() - began:.1f} s"
+        if setup.world.first:
+            compared.keep()
+    loss = scores_of(setup.run.prepared.objective, compared.base)["loss"]
+    tell.note("base", f"loss {loss:.4f} on {compared.words}, {how}")
+
+
+def _compared(comparison: Comparison, trainer: StepTrainer) -> Rows:
+    """What the adapter loses on the rows of the comparison; the last evaluation has seen them where it was of now."""
+    step, rows = trainer.evaluated
+    if comparison.held_out and step == trainer.state.global_step:
+        return rows[comparison.chosen]
+    return trainer.row_sums(comparison.batches, comparison.chosen, whole=True)[0]
 
 
 def _trainer(setup: Setup, folder: RunFolder, hooks: RunHooks) -> StepTrainer:
@@ -128,6 +164,7 @@ def _trainer(setup: Setup, folder: RunFolder, hooks: RunHooks) -> StepTrainer:
         hooks=hooks,
         world=setup.world,
         shards=setup.shards,
+        ends_with_evaluation=setup.comparison.ends,
     )
 
 
@@ -145,6 +182,7 @@ def _run_callback(
         adapter=partial(lora.writer, assembled.model, base_id=source.id, revision=source.revision, dtype=None),
         stop=stop,
         best=Best.of(prepared.recipe, folder) if prepared.evaluation is not None else None,
+        comparison=setup.comparison,
         trained=setup.trained,
         witness=Witness(prepared.objective, assembled.model, assembled.packed.ok, readable),
         resume=resume,

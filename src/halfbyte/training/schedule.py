@@ -3,7 +3,11 @@
 import math
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from halfbyte.data import collate, pack
+from halfbyte.data.encoding.encoder import EncodedRows
 from halfbyte.training.prepare import Prepared
 
 
@@ -43,12 +47,28 @@ def micro_batches(
     steps = plan_steps(prepared, tokens, examples, rank=rank, ranks=ranks)
     if prepared.evaluation is None:
         return steps, collate.Batches((), ())
-    lengths, max_rows = prepared.evaluation.lengths, examples or prepared.recipe.train.per_device_eval_batch_size
-    held_out = pack.eval_micro_batches(lengths, tokens, max_rows)
+    return steps, eval_batches(prepared, prepared.evaluation, tokens, examples, rank=rank, ranks=ranks)
+
+
+def eval_batches(
+    prepared: Prepared,
+    rows: EncodedRows,
+    tokens: int,
+    examples: int | None,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    chosen: NDArray[np.int64] | None = None,
+) -> collate.Batches:
+    """Rows in micro-batches for an evaluation, all or the `chosen` ones; of several processes those of one."""
+    numbers = np.arange(len(rows.examples)) if chosen is None else chosen
+    lengths = rows.lengths[numbers]
+    parts = pack.eval_micro_batches(lengths, tokens, examples or prepared.recipe.train.per_device_eval_batch_size)
     if ranks > 1:
-        sizes = [int(sum(lengths[row] for row in rows)) for rows in held_out]
-        held_out = [held_out[number] for number in pack.share(range(len(held_out)), sizes, ranks)[rank]]
-    return steps, collate.Batches(prepared.evaluation.examples, held_out, prepared.objective.collate)
+        sizes = [int(lengths[list(part)].sum()) for part in parts]
+        parts = [parts[number] for number in pack.share(range(len(parts)), sizes, ranks)[rank]]
+    in_rows = [tuple(numbers[list(part)].tolist()) for part in parts]
+    return collate.Batches(rows.examples, in_rows, prepared.objective.collate)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,9 @@ from itertools import takewhile
 from operator import itemgetter
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
@@ -192,8 +194,10 @@ class StepTrainer(Trainer):
         hooks: RunHooks,
         world: World | None = None,
         shards: "Shards | None" = None,
+        ends_with_evaluation: bool = False,
     ) -> None:
         self.objective, self.pace = objective, pace
+        self.ends_with_evaluation = ends_with_evaluation
         self.hooks, self.shards = hooks, shards
         self.world, self._sum = world or World(), None
         if not self.world.alone:
@@ -204,6 +208,7 @@ class StepTrainer(Trainer):
         self.eval_batches, self.loraplus_lr_ratio = eval_batches, loraplus_lr_ratio
         self.last: Document = {}
         self._steps_down, self._checked_first = 0, False
+        self.evaluated: tuple[int, NDArray[np.float64]] = -1, np.empty((0, 0))  # the last evaluation's step and rows
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=[])
         self.loss_is_scaled_for_ga = True
         for callback in (PrinterCallback, ProgressCallback):
@@ -325,15 +330,8 @@ class StepTrainer(Trainer):
         evaluation is not reported."""
         self.hooks.on_evaluation()
         last = self.state.global_step >= self.state.max_steps or isinstance(self.lr_scheduler, ReduceLROnPlateau)
-        batches: Iterable[Batch] = self.eval_batches
-        if not last:
-            batches = takewhile(lambda _: not self.hooks.stops_evaluation(), self.eval_batches)
-        if self.shards is not None:
-            lengths = [len(example.labels) for example in self.eval_batches.examples]
-            row = self.eval_batches.of((self.shards.empty(lengths),))
-            batches = self.shards.with_empty_passes(iter(batches), lambda: self.objective.sums(self.model, row))
-        sums, stopped = self._evaluation_of_all(objectives.evaluate(self.objective, self.model, batches))
-        scores = self.objective.scores(sums)
+        rows, stopped = self.row_sums(self.eval_batches, np.arange(len(self.eval_batches.examples)), whole=last)
+        scores, self.evaluated = objectives.scores_of(self.objective, rows), (self.state.global_step, rows)
         if last or not stopped:
             scores |= self.world.from_first(self.hooks.answer_scores)
         self._ended = time.perf_counter()
@@ -345,16 +343,34 @@ class StepTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _evaluation_of_all(self, sums: objectives.Sums) -> tuple[objectives.Sums, bool]:
-        """The sums of an evaluation over all processes, and whether one of them was asked to stop."""
+    def row_sums(
+        self, batches: collate.Batches, numbers: NDArray[np.int64], *, whole: bool = False
+    ) -> tuple[NDArray[np.float64], bool]:
+        """What the objective's evaluation adds up of each row, over all processes, and whether one of them was asked
+        to stop; then rows may be missing, which are zeros, unless they are asked for as a `whole`.
+
+        Args:
+            batches: this process's share of them. numbers: all the rows, ascending: (n,).
+        """
+        parts: Iterable[Batch] = batches
+        if not whole:
+            parts = takewhile(lambda _: not self.hooks.stops_evaluation(), batches)
+        if self.shards is not None:
+            lengths = [len(example.labels) for example in batches.examples]
+            row = batches.of((self.shards.empty(lengths),))
+            parts = self.shards.with_empty_passes(iter(parts), lambda: self.objective.text_sums(self.model, row))
+        texts = objectives.evaluate(self.objective, self.model, parts)
+        rows = np.zeros((len(numbers), texts.shape[1]))
+        self._ended = time.perf_counter()
+        np.add.at(rows, np.searchsorted(numbers, batches.text_rows[: len(texts)]), texts)
         if self.world.alone:
-            return sums, self.hooks.stops_evaluation()
+            return rows, self.hooks.stops_evaluation()
         from halfbyte.distributed import step
 
-        *totals, stops = step.sums(self.world, [*sums.values(), float(self.hooks.stops_evaluation())])
+        *totals, stops = step.sums(self.world, [*rows.ravel().tolist(), float(self.hooks.stops_evaluation())])
         if stops:
             self.hooks.on_stop()
-        return dict(zip(sums, totals, strict=True)), stops > 0
+        return np.array(totals).reshape(rows.shape), stops > 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the Trainer's, whose one epoch is the whole run: here `epoch` counts passes over the data."""

@@ -1,0 +1,154 @@
+"""The rows on which a run's adapter is compared with its base, and the base's losses of them.
+
+What: held-out rows where there are any; else training rows that the run never reaches, where it is shorter than an
+epoch; else some that it trains on. As many as cost a small part of the run, in the order of a hash: a longer run has
+the same ones first. The base's losses are kept beside its store, row by row, and measured once.
+Cost: a forward of these rows, twice in a base's first run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from halfbyte.data import collate, pack
+from halfbyte.data.encoding.encoder import EncodedRows
+from halfbyte.distributed.world import World
+from halfbyte.plan import Plan
+from halfbyte.runs.folder import read_json
+from halfbyte.scoring.verdict import Verdict, judge
+from halfbyte.system import files
+from halfbyte.system.libraries import versions
+from halfbyte.training.prepare import Prepared
+from halfbyte.training.schedule import eval_batches, eval_every, plan_steps
+
+Rows = NDArray[np.float64]
+"""(rows, names): the sums of each row that the objective's evaluation adds up, its loss first."""
+FEWEST, MOST = 8, 32  # rows
+MOST_HELD_OUT = 200
+SHARE, SHORT_S = 0.1, 5.0  # of a run's seconds, and seconds that are always given
+FORWARD = 0.4  # of a step's seconds a token
+KEPT = "scores.json"
+MOST_KEPT = 20_000  # rows
+
+
+@dataclass
+class Comparison:
+    """`chosen`: the rows among the held-out or the training rows, ascending. `base`: its sums of them, once known.
+    `ends`: all held-out rows are evaluated after the last step. `kept`: the file that keeps the base's sums, None for
+    none; `context`: what they depend on beside row and base."""
+
+    batches: collate.Batches
+    chosen: NDArray[np.int64]
+    which: str
+    held_out: bool
+    ends: bool = False
+    kept: Path | None = None
+    context: str = ""
+    base: Rows | None = None
+
+    @property
+    def words(self) -> str:
+        return f"{len(self.chosen)} {self.which}"
+
+    def judge(self, adapter: Rows | None) -> Verdict:
+        return judge(adapter, self.base, self.words)
+
+    @cached_property
+    def names(self) -> list[str]:
+        """A hash of each row's tokens and labels."""
+        rows = (self.batches.examples[number] for number in self.chosen.tolist())
+        texts = (json.dumps([list(row.input_ids), list(row.labels), list(row.starts)]) for row in rows)
+        return [hashlib.sha256(text.encode()).hexdigest()[:24] for text in texts]
+
+    def read(self) -> list[list[float]] | None:
+        """The base's sums of all the rows, where they are kept."""
+        rows = {} if self.kept is None else read_json(self.kept).get(self.context, {})
+        return [rows[name] for name in self.names] if all(name in rows for name in self.names) else None
+
+    def keep(self) -> None:
+        """Keep the base's sums, where its folder can be written."""
+        if self.kept is None or self.base is None or not np.isfinite(self.base).all():
+            return
+        every = read_json(self.kept)
+        rows = {**every.get(self.context, {}), **dict(zip(self.names, self.base.tolist(), strict=True))}
+        every = {**(every if sum(map(len, every.values())) < MOST_KEPT else {}), self.context: rows}
+        with suppress(OSError):
+            files.write(self.kept, files.as_json(every))
+
+
+def compare(
+    prepared: Prepared,
+    steps: pack.Steps,
+    plan: Plan,
+    world: World,
+    limits: tuple[int, int | None],
+    store: Path | None,
+    products: object,
+) -> Comparison:
+    """Choose the rows of a run's verdict; of several processes the first one does.
+
+    Args:
+        limits: tokens and examples of a micro-batch, as `schedule.plan_steps` has them. store: the base's.
+        products: how they are computed.
+    """
+    rows, chosen, which = choose(prepared, steps, plan)
+    first, ends = world.from_first(lambda: [chosen.tolist(), ends_with_evaluation(prepared, steps, plan)])
+    chosen = np.array(first, np.int64)
+    batches = eval_batches(prepared, rows, *limits, rank=world.rank, ranks=world.size, chosen=chosen)
+    context = json.dumps([repr(prepared.objective), str(products), versions()])
+    kept = None if store is None else store / KEPT
+    return Comparison(batches, chosen, which, prepared.evaluation is not None, ends, kept, context)
+
+
+def choose(prepared: Prepared, steps: pack.Steps, plan: Plan) -> tuple[EncodedRows, NDArray[np.int64], str]:
+    """(the held-out or the training rows, the numbers of those that are compared, ascending, what they are)."""
+    rows = prepared.evaluation or prepared.train
+    most, which = MOST_HELD_OUT, "held-out rows"
+    numbers = np.arange(len(rows.examples))
+    if prepared.evaluation is None:
+        most, which = MOST, "training rows"
+        if len(unseen := steps.never_reached()) >= FEWEST:
+            numbers, which = unseen, "training rows that it did not reach"
+    order = np.argsort(rows.examples.digests()[numbers], kind="stable")
+    costs = 2 * np.cumsum(rows.lengths[numbers[order]]) * forward_s(plan, steps)
+    count = max(FEWEST, min(most, int((costs <= max(SHORT_S, SHARE * plan.time.step_s * len(steps))).sum())))
+    return rows, np.sort(numbers[order[:count]]), which
+
+
+def forward_s(plan: Plan, steps: pack.Steps) -> float:
+    """Seconds of a token in an evaluation, as planned."""
+    return FORWARD * plan.time.step_s * len(steps) / max(1, steps.tokens)
+
+
+def verdict_s(prepared: Prepared, plan: Plan) -> float:
+    """Seconds of a run's verdict, as planned: of the rows that base and adapter are compared on, and of an evaluation
+    after the last step that is not there anyway."""
+    steps = plan_steps(prepared, plan.max_tokens_per_micro_batch, None)
+    rows, chosen, _ = choose(prepared, steps, plan)
+    every, ends = eval_every(prepared), ends_with_evaluation(prepared, steps, plan)
+    tokens = (1 if ends else 2) * int(rows.lengths[chosen].sum())
+    if prepared.evaluation is not None and ends and not (every and len(steps) % every == 0):
+        tokens += int(prepared.evaluation.lengths.sum())
+    return forward_s(plan, steps) * tokens
+
+
+def ends_with_evaluation(prepared: Prepared, steps: pack.Steps, plan: Plan) -> bool:
+    """Whether all held-out rows are evaluated after the last step: unless the recipe has no evaluations, or a run of
+    less than an epoch, which has not asked for any, would take half as long again."""
+    strategy, held_out = prepared.recipe.train.eval_strategy, prepared.evaluation
+    if held_out is None or strategy == "no":
+        return False
+    seconds = forward_s(plan, steps) * int(held_out.lengths.sum())
+    return (
+        strategy != "auto"
+        or steps.passes(len(steps)) >= 1
+        or seconds <= max(6 * SHORT_S, plan.time.step_s * len(steps) / 2)
+    )

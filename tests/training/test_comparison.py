@@ -1,0 +1,182 @@
+"""A run's verdict is what an evaluation of its adapter and its base finds, on rows that are chosen for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from halfbyte import finetune
+from halfbyte.runs.folder import RunFolder
+from halfbyte.training.comparison import KEPT
+from halfbyte.training.events import Listener
+from tests import scored, tiny_run
+
+
+class Notes(Listener):
+    """What was told under the label `base`; with `stop` a signal after the second step."""
+
+    def __init__(self, stop: bool = False) -> None:
+        self.base, self.stop = list[str](), stop
+
+    def note(self, label: str, text: str) -> None:
+        if label == "base":
+            self.base.append(text)
+
+    def step(self, row: dict[str, Any]) -> None:
+        if self.stop and row["step"] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def held_out(tmp_path: Path, n: int = 9) -> dict[str, Any]:
+    return {"data__eval": tiny_run.rows(tmp_path / "held.jsonl", n, seed=5)}
+
+
+def evaluations(run: Path) -> list[int]:
+    return [row["step"] for row in RunFolder(run).read_metrics() if "eval_loss" in row]
+
+
+@pytest.mark.parametrize("case", ["last", "best", "sampled"])
+def test_a_verdict_is_what_an_evaluation_finds(case: str, tmp_path: Path) -> None:
+    """Of the last adapter, of the best of an overshooting run, and where nothing is evaluated while training."""
+    asked = {
+        "last": {},
+        "best": {"train__eval_strategy": "steps", "train__eval_steps": 1, "train__max_steps": 12,
+                 "train__learning_rate": 0.5, "train__lr_scheduler_type": "constant"},
+        "sampled": {"train__eval_strategy": "no"},
+    }[case]  # fmt: skip
+    loaded = tiny_run.recipe(tmp_path, **held_out(tmp_path), **asked)
+    verdict = finetune.train(loaded).report["verdict"]
+    loss = scored.evaluated(tmp_path / "run", with_base=True, sure=True).scores[0]
+    assert verdict["rows"] == "9 held-out rows"
+    assert loss.adapter is not None and loss.base is not None and loss.difference is not None
+    assert verdict["adapter"] == pytest.approx(loss.adapter.value, rel=1e-4)
+    assert verdict["base"] == pytest.approx(loss.base.value, rel=1e-4)
+    assert verdict["interval"] == pytest.approx(loss.difference.interval, rel=1e-2, abs=1e-3)
+    if case == "best":
+        assert evaluations(tmp_path / "run") == list(range(1, 13))
+        assert json.loads((tmp_path / "run/adapter/halfbyte.json").read_text())["reached"]["steps"] < 12
+
+
+@pytest.mark.parametrize(
+    ("asked", "steps", "rows"),
+    [
+        ({"train__max_steps": 2}, [2], "9 held-out rows"),  # of an epoch of 4
+        ({"train__max_steps": 6}, [4, 6], "9 held-out rows"),
+        ({"train__max_steps": 3, "train__eval_strategy": "no"}, [], "9 held-out rows"),
+        ({"train__max_steps": 2, "data__eval": "none"}, [], "8 training rows that it did not reach"),
+        ({"train__max_steps": 4, "data__eval": "none"}, [], "16 training rows"),
+    ],
+)
+def test_every_run_ends_with_a_verdict(asked: dict[str, Any], steps: list[int], rows: str, tmp_path: Path) -> None:
+    loaded = tiny_run.recipe(tmp_path, **{**held_out(tmp_path), **asked})
+    report = finetune.train(loaded).report
+    assert evaluations(tmp_path / "run") == steps
+    assert report["verdict"]["rows"] == rows and report["verdict"]["name"] != "not measured"
+    assert (report["eval_loss"] is None) == (not steps)
+
+
+def test_rows_that_a_run_does_not_reach_are_not_trained(tmp_path: Path) -> None:
+    from halfbyte.training import prepare, schedule
+
+    prepared = prepare.prepare(tiny_run.recipe(tmp_path, train__max_steps=2, data__eval="none").recipe)
+    steps = schedule.plan_steps(prepared, 10_000, None)
+    trained = {row for step in steps for rows in step.micro_batches for row in rows}
+    assert set(steps.never_reached().tolist()) == set(range(16)) - trained and len(trained) == 8
+    assert len(schedule.plan_steps(prepare.prepare(tiny_run.recipe(tmp_path).recipe), 100, None).never_reached()) == 0
+
+
+def test_a_base_is_measured_once(tmp_path: Path) -> None:
+    runs = []
+    for name, rank, rows in (("a", 4, 9), ("b", 8, 9), ("c", 4, 12)):
+        tell = Notes()
+        asked = {**held_out(tmp_path, rows), "lora__r": rank, "output": tmp_path / name}
+        report = finetune.train(tiny_run.recipe(tmp_path, **asked), listener=tell).report
+        runs.append((tell.base[-1], report["verdict"]["base"]))
+    assert "on 9 held-out rows, measured in" in runs[0][0]
+    assert "on 9 held-out rows, kept with its store" in runs[1][0] and runs[1][1] == runs[0][1]
+    assert "on 12 held-out rows, measured in" in runs[2][0], "others are not those that are kept"
+
+
+def test_what_is_kept_of_a_base_can_be_lost_or_damaged(tmp_path: Path) -> None:
+    def run(name: str) -> str:
+        tell = Notes()
+        finetune.train(tiny_run.recipe(tmp_path, train__max_steps=1, output=tmp_path / name), listener=tell)
+        kept.extend(Path(text.split()[1]) / KEPT for text in tell.base if text.startswith("store "))
+        return tell.base[-1]
+
+    kept: list[Path] = []
+    assert "measured in" in run("a")
+    kept[0].write_text("{")
+    assert "measured in" in run("b")
+    assert "kept with its store" in run("c")
+
+
+def test_a_resumed_run_has_the_verdict_of_one_that_was_not_stopped(tmp_path: Path) -> None:
+    loaded = tiny_run.recipe(tmp_path, **held_out(tmp_path))
+    stopped = finetune.train(loaded, listener=Notes(stop=True))
+    assert stopped.step == 2 and stopped.report == {}
+    resumed = finetune.train(loaded, resume=True).report["verdict"]
+    whole = finetune.train(tiny_run.recipe(tmp_path, **held_out(tmp_path), output=tmp_path / "w")).report["verdict"]
+    assert resumed == whole
+
+
+def test_a_worse_adapter_ends_with_an_exit_code(tmp_path: Path) -> None:
+    wild = {"train__learning_rate": 5.0, "train__max_steps": 3, "lora__modules_to_save": ["lm_head"]}
+    outcome = finetune.train(tiny_run.recipe(tmp_path, **held_out(tmp_path, 40), **wild))
+    assert outcome.report["verdict"]["useless"] and outcome.exit_code == 1
+    tame = finetune.train(tiny_run.recipe(tmp_path, output=tmp_path / "tame", train__learning_rate=1e-3))
+    assert not tame.report["verdict"]["useless"] and tame.exit_code == 0
+
+
+def test_a_verdict_is_in_the_plans_seconds(tmp_path: Path) -> None:
+    """By hand: a token of an evaluation takes 0.4 of what one takes in a step."""
+    from dataclasses import replace
+
+    from halfbyte.system import device
+    from halfbyte.training import fit
+
+    def plan(**more: Any) -> Any:
+        loaded = tiny_run.recipe(tmp_path, **more)
+        return fit.plan_run(loaded.recipe, replace(device.detect(), cards=()))
+
+    whole = plan(**held_out(tmp_path), train__max_steps=8)
+    rows, held = (sum(part.lengths) for part in (whole.prepared.train, whole.prepared.evaluation))
+    # two epochs: an evaluation ends each anyway, so the verdict's is the base's; the eight steps have every row twice
+    wanted = 0.4 * 8 * whole.plan.time.step_s * held / (2 * rows)
+    assert whole.plan.time.around["verdict"] == pytest.approx(wanted)
+    alone = plan(data__eval="none", train__max_steps=8).plan.time  # base and adapter on all 16 rows
+    assert alone.around["verdict"] == pytest.approx(0.4 * 8 * alone.step_s)
+
+
+def test_a_hard_row_in_the_last_step_is_no_verdict(tmp_path: Path) -> None:
+    """Steps of one row each, the easiest first and the hardest last: that the loss rose is so of the rows alone."""
+
+    def losses(rate: float, folder: Path) -> list[float]:
+        asked = {
+            **held_out(tmp_path, 24), "train__max_steps": 16, "train__per_device_train_batch_size": 1,
+            "train__gradient_accumulation_steps": 1, "train__learning_rate": rate, "output": folder,
+            "train__lr_scheduler_type": "constant",
+        }  # fmt: skip
+        outcome = finetune.train(tiny_run.recipe(tmp_path, **asked))
+        outcomes.append((outcome.report["verdict"]["name"], outcome.exit_code))
+        return [row["loss"] for row in RunFolder(folder).read_metrics() if "loss" in row]
+
+    outcomes: list[tuple[str, int]] = []
+    words = ["red", "green", "blue", "round", "square", "small", "large", "old", "new", "cup", "box", "tree", "road"]
+    lines = [json.dumps({"prompt": a, "completion": b}) for a, b in zip(words, words[3:] + words[:3], strict=True)]
+    lines += [json.dumps({"prompt": word, "completion": "zq#9"}) for word in words[:3]]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines) + "\n")
+    by_step = losses(1e-7, tmp_path / "still")  # nothing is learned: the base's loss of each row, in their order
+    order = list(range(16))
+    random.Random(f"{tiny_run.recipe(tmp_path).recipe.train.order_seed}/0").shuffle(order)
+    harder = [order[step] for step in sorted(range(16), key=by_step.__getitem__)]
+    (tmp_path / "train.jsonl").write_text("".join(lines[harder[order.index(n)]] + "\n" for n in range(16)))
+    rose = losses(2e-3, tmp_path / "run")
+    assert rose[-1] > 1.2 * rose[0], rose
+    assert outcomes[1] == ("better", 0)
