@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from halfbyte.cli import progress, show
+from halfbyte.plan.result import duration
 
 
 def printed(patch: pytest.MonkeyPatch, label: str, value: str, *, columns: int | None = None, width: int = 10) -> str:
@@ -43,7 +44,7 @@ def test_a_terminal_wraps_between_words(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3600, "1:00:00")])
 def test_durations(seconds: float, text: str) -> None:
-    assert show.duration(seconds) == text
+    assert duration(seconds) == text
 
 
 @pytest.mark.parametrize(

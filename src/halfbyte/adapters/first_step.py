@@ -32,28 +32,17 @@ SEEN: WeakSet[torch.nn.Module] = WeakSet()
 
 @dataclass(frozen=True)
 class FirstStep:
-    """What was seen before the first training forward.
+    """What was seen before the first training forward."""
 
-    Args:
-        layers: which of ours run; empty if none do.
-        problem: why PEFT's own layers run; empty if ours do.
-        products: how the frozen base's products are computed, where that was asked for.
-        raised: how many parameters that train were not fp32, and are now.
-        begin: when it began, of `time.perf_counter`.
-    """
-
-    layers: str
-    problem: str
-    products: str
-    raised: int
-    begin: float
+    layers: str  # which of ours run; empty if none do
+    problem: str  # why PEFT's own layers run; empty if ours do
+    products: str  # how the frozen base's products are computed, where that was asked for
+    raised: int  # how many parameters that train were not fp32, and are now
+    begin: float  # when it began, of `time.perf_counter`
 
     def say(self, model: Model, why_logits: str) -> None:
-        """After that forward: what runs fast in this training, and what does not and why.
-
-        Args:
-            why_logits: why the loss was not made from the labelled tokens alone; empty if it was.
-        """
+        """After that forward: what runs fast in this training, and what does not and why. `why_logits`: why the loss
+        was not made from the labelled tokens alone; empty if it was."""
         padded = unpad.why_padded(model) if why_logits else ""
         if "num_items_in_batch" in padded:  # a Trainer's own loss stays whole, as its labels may lie on padding
             padded = why_logits

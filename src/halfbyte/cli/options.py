@@ -59,11 +59,8 @@ def open_run(
     force: bool,
     asks: tuple[list[list[dict[str, str]]], int] = ([], 0),
 ) -> Opened:
-    """A run, an adapter or a base, ready to answer. That there is none is said before a library is loaded.
-
-    Args:
-        asks: conversations, and the tokens of an answer; too long ones are refused before the base is opened.
-    """
+    """A run, an adapter or a base, ready to answer. That there is none is said before a library is loaded. `asks`:
+    conversations, and the tokens of an answer; too long ones are refused before the base is opened."""
     from halfbyte.inference import target
 
     target.find(run, overrides)

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from halfbyte.cli import show
+from halfbyte.plan.result import duration
 from halfbyte.training.events import Listener
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class PlainListener(SilentListener):
         left = (time.monotonic() - self.started) / done * (self.total - row["step"]) if done > 0 else 0.0
         return (
             f"loss {row['loss']:.4f}  {row['tokens_per_second']:.0f} tokens/s  "
-            f"{memory}{show.gb(row.get('rss_bytes', 0))}  ETA {show.duration(left)}"
+            f"{memory}{show.gb(row.get('rss_bytes', 0))}  ETA {duration(left)}"
         )
 
     def step(self, row: Document) -> None:
@@ -182,7 +183,7 @@ def _building(console: Console, *, quiet: bool = False) -> Iterator[Callable[[Pr
 def line(now: Progress) -> str:
     """`quantising  45%  6.10 of 13.50 GB  1.21 GB/s  ETA 0:06`"""
     done, total = now.done_bytes, now.total_bytes
-    eta = "-" if now.eta_seconds is None else show.duration(now.eta_seconds)
+    eta = "-" if now.eta_seconds is None else duration(now.eta_seconds)
     percent = 100 * done // total if total else 100
     size = f"{done / 1e9:.2f} of {show.gb(total)}"
     return f"quantising {percent:3d}%  {size}  {show.gb(now.bytes_per_second)}/s  ETA {eta}"
@@ -227,7 +228,7 @@ def scoring(*, silent: bool) -> Iterator[Callable[[str, int, int], None]]:
                 stage, first = what, done - 1
                 began = now
             left = (now - began) / max(1, done - first) * (total - done)
-            line = f"{what}  {done:,} of {total:,}  ETA {show.duration(left)}"
+            line = f"{what}  {done:,} of {total:,}  ETA {duration(left)}"
             status.update(line)
             if now - printed >= SCORING_SECONDS and not silent and not show.err.is_terminal:
                 printed = now

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from halfbyte.errors import typed, without_secrets
+from halfbyte.plan.result import duration
 
 if TYPE_CHECKING:
     from halfbyte.base.quantize import BuildResult
@@ -36,12 +37,6 @@ _as_json = False
 def gb(count: float) -> str:
     """Bytes as GB (1e9) with two or three digits: `0.27 GB`."""
     return f"{count / 1e9:.2f} GB"
-
-
-def duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def date(seconds: float) -> str:

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from halfbyte.cli import show
+from halfbyte.plan.result import duration
 
 if TYPE_CHECKING:
     from halfbyte.distributed.scaling import ScalingEstimate
@@ -121,10 +122,7 @@ def verdict(plan: Plan) -> None:
 
 def table(title: str, lines: tuple[Line, ...], available: int, plan: Plan | None = None) -> Table:
     """What must be in memory, with a bar for each line, against what is free; then pages of files, which may go.
-
-    Args:
-        plan: says how much of the base's pages must be in memory at once, and what is read from disk.
-    """
+    `plan`: says how much of the base's pages must be in memory at once, and what is read from disk."""
     busy_bytes, read_bytes = (plan.busy_file_bytes, plan.read_bytes) if plan else (0, 0)
     needed = sum(line.bytes for line in lines if line.where != "file") + busy_bytes
     most = needed - busy_bytes + sum(line.bytes for line in lines if line.where == "file")
@@ -178,7 +176,7 @@ def reading(plan: Plan) -> str:
 
 
 def seconds(value: float) -> str:
-    return f"{value:.2g} s" if value < 10 else f"{value:.0f} s" if value < 120 else show.duration(value)
+    return f"{value:.2g} s" if value < 10 else f"{value:.0f} s" if value < 120 else duration(value)
 
 
 def ways(compared: tuple[Method, ...]) -> Table:

@@ -56,11 +56,8 @@ def split(
 
 
 def choose(digests: NDArray[np.uint64], of_files: Sequence[int], count: int, seed: int) -> NDArray[np.int64]:
-    """About `count` row numbers, ascending; exactly so many where no two rows are the same.
-
-    Args:
-        digests: (rows,) equal for rows with the same tokens. of_files: the rows of each file, in the order of the rows.
-    """
+    """About `count` row numbers, ascending; exactly so many where no two rows are the same. `digests`: (rows,) equal
+    for rows with the same tokens. `of_files`: the rows of each file, in the order of the rows."""
     _, first, which = np.unique(digests, return_index=True, return_inverse=True)
     many = min(max(1, round(count * len(first) / len(digests))), len(first) - 1) if count else 0
     if many < 1:

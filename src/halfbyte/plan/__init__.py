@@ -30,10 +30,7 @@ __all__ = [
 
 
 def plan_training(job: Job, device: Device, rates: Rates | None = None) -> Plan:
-    """The plan of one training on one machine; where nothing fits, with the nearest changes that would.
-
-    Args:
-        rates: what the machine does in a second, as `calibrate` measured it; None: assumed, and said so.
-    """
+    """The plan of one training on one machine; where nothing fits, with the nearest changes that would. `rates`: what
+    the machine does in a second, as `calibrate` measured it; None: assumed, and said so."""
     plan = choose.best_plan(job, device, rates)
     return replace(plan, fixes=alternatives.nearest_fixes(job, device, plan, rates))

@@ -98,11 +98,8 @@ def plan_model(
 
 
 def parse_device(text: str) -> Device:
-    """A machine that is not here: `24GB`, `4x80GB` (cards), `cpu:16GB` (RAM alone).
-
-    Raises:
-        RecipeError: anything else, or no memory at all.
-    """
+    """A machine that is not here: `24GB`, `4x80GB` (cards), `cpu:16GB` (RAM alone). Raises RecipeError: anything else,
+    or no memory at all."""
     kind, _, rest = text.rpartition(":")
     match = _DEVICE.fullmatch(rest.strip())
     if match is None or kind not in ("", "cpu", "cuda", "gpu"):

@@ -92,22 +92,8 @@ class Rows:
 
 @dataclass(frozen=True)
 class Job:
-    """One training to be planned.
-
-    Args:
-        mappable: the base can lie in a mapped file as it is computed with (a store, or a checkpoint in that dtype).
-        stored: the base is quantised here, once, into a store; also where it computes on a card.
-        kernels: the engine's kernels run here; else torch's own operations.
-        whole_attention: attention is one kernel here, whose scores stay in cache (`kernels/cpu/attention/`).
-        packed: examples share a micro-batch; False where that is not proven for the model.
-        cold: kernels are not compiled yet on this machine.
-        tokenizer_bytes: of a tokenizer that is written beside the adapter, as it is not the base's own.
-        tokenizer_json_bytes: of the tokenizer's file; None where it is not at hand.
-        beside_bytes: of the tokenizer and what else a store copies; None where they are not at hand.
-        ranks: processes that share the rows of a step; this is the plan of one of them.
-        objective: what the loss takes beside a forward and a backward.
-        evaluations: of the held-out rows in this process's part of the run. done: steps that others have made.
-    """
+    """One training to be planned. `mappable`: the base can lie in a mapped file as it is computed with (a store, or a
+    checkpoint in that dtype)."""
 
     recipe: Recipe
     specs: tuple[TensorSpec, ...]
@@ -116,18 +102,18 @@ class Job:
     rows: Rows
     dtype: str
     mappable: bool = False
-    stored: bool = False
-    kernels: bool = True
-    whole_attention: bool = True
-    packed: bool = True
-    beside_bytes: int | None = None
-    cold: bool = False
-    tokenizer_bytes: int = 0
-    tokenizer_json_bytes: int | None = None
-    ranks: int = 1
-    objective: ObjectiveCost = NO_COST
-    evaluations: int = 0
-    done: int = 0
+    stored: bool = False  # the base is quantised here, once, into a store; also where it computes on a card
+    kernels: bool = True  # the engine's kernels run here; else torch's own operations
+    whole_attention: bool = True  # attention is one kernel here, whose scores stay in cache (`kernels/cpu/attention/`)
+    packed: bool = True  # examples share a micro-batch; False where that is not proven for the model
+    beside_bytes: int | None = None  # of the tokenizer and what else a store copies; None where they are not at hand
+    cold: bool = False  # kernels are not compiled yet on this machine
+    tokenizer_bytes: int = 0  # of a tokenizer that is written beside the adapter, as it is not the base's own
+    tokenizer_json_bytes: int | None = None  # of the tokenizer's file; None where it is not at hand
+    ranks: int = 1  # processes that share the rows of a step; this is the plan of one of them
+    objective: ObjectiveCost = NO_COST  # what the loss takes beside a forward and a backward
+    evaluations: int = 0  # of the held-out rows in this process's part of the run
+    done: int = 0  # steps that others have made
 
     @classmethod
     def of(
@@ -141,12 +127,8 @@ class Job:
         targets: Sequence[str] | str | None = None,
         mappable: bool | None = None,
     ) -> Self:
-        """From what is known of a run.
-
-        Args:
-            targets: modules that were chosen already; None: chosen here, by name.
-            mappable: whether the base can lie in a mapped file; None: decided here.
-        """
+        """From what is known of a run. `targets`: modules that were chosen already; None: chosen here, by name.
+        `mappable`: whether the base can lie in a mapped file; None: decided here."""
         policy.check_experts(facts.model_type, specs, recipe.quant)
         dtype, _ = compute_dtype(device, recipe.quant.compute_dtype)
         on_cpu = device.kind == "cpu"

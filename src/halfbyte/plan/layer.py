@@ -61,11 +61,8 @@ class Layer:
         return {"none": self.kept, "selective": self.selective, "full": self.entry}[recompute]
 
     def moment(self, recompute: Recompute, rows: float, pairs: float, scores: float) -> float:
-        """The largest moment of a layer's backward for `rows` tokens, above what is kept.
-
-        Args:
-            scores: bytes of attention's scores at once, where they are made in memory and not kept.
-        """
+        """The largest moment of a layer's backward for `rows` tokens, above what is kept. `scores`: bytes of
+        attention's scores at once, where they are made in memory and not kept."""
         mlp = self.mlp_again if recompute == "selective" else self.mlp
         attention = self.attention * rows + self.pair_moment * pairs + scores
         again = (self.kept - self.entry) * rows + (self.pair + self.pair_again) * pairs if recompute == "full" else 0.0
@@ -136,10 +133,7 @@ def _frozen_saved(
     family: Family, attention: AttentionKind, facts: Facts, c: int, share: float, *, kernels: bool
 ) -> tuple[float, float, float, float]:
     """Bytes a token without adapters: around attention, in the MLP; and of these one norm's, the MLP's without norms.
-
-    Args:
-        share: of the layers, that have a window shorter than a row.
-    """
+    `share`: of the layers, that have a window shorter than a row."""
     hidden, inner = facts.hidden, c * facts.intermediate * max(1, facts.experts_per_token)
     wide, narrow = facts.heads * facts.head_size or hidden, facts.key_heads * facts.head_size or hidden
     number = c if kernels else 4  # bytes of a number that a norm keeps
@@ -177,11 +171,8 @@ def _adapters_saved(
     fused: bool,
 ) -> tuple[tuple[float, float, float], set[str]]:
     """Bytes a token and layer that adapters keep: around attention, in the MLP, and of both what selective
-    recomputation makes again; and what linear layers with an adapter read.
-
-    Args:
-        there: layers in which attention keeps what it returns. Elsewhere an adapter reads a copy. per_token: experts.
-    """
+    recomputation makes again; and what linear layers with an adapter read. `there`: layers in which attention keeps
+    what it returns. Elsewhere an adapter reads a copy. `per_token`: experts."""
     # what adapters read is kept once, whoever reads it
     read = {
         (s.layer, "attention" if family.parallel and s.reads == "mlp" else s.reads): s.inputs

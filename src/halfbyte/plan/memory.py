@@ -137,11 +137,8 @@ def _products_bytes(job: Job) -> int:
 
 
 def base_lines(job: Job, placement: Placement, cards: int, where: Where, cache_bytes: float) -> tuple[Line, ...]:
-    """The frozen base, where it computes.
-
-    Args:
-        cache_bytes: for pages of a mapped base; what does not stay is read from disk again.
-    """
+    """The frozen base, where it computes. `cache_bytes`: for pages of a mapped base; what does not stay is read from
+    disk again."""
     quant = job.recipe.quant
     kind = f"{len(job.specs)} tensors, {job.parameters / 1e6:.1f} M weights, quant.type {quant.type}"
     source, inner = formats.of(quant).source, job.base_bytes - job.outer_bytes
@@ -316,10 +313,7 @@ def _longest_first(rows: Sizes, max_rows: int, tokens: int) -> list[int]:
 
 def step_lines(job: Job, largest: MicroBatch, recompute: Recompute, where: Where, cards: int = 1) -> tuple[Line, ...]:
     """Lines of the peak of one micro-batch: at the end of the forward, in the loss, or in the last layer's backward.
-
-    Args:
-        cards: layers are split over so many; each holds its share of what is kept.
-    """
+    `cards`: layers are split over so many; each holds its share of what is kept."""
     layer, tokens = job.layer, largest.tokens
     c, hidden = job.itemsize, job.facts.hidden
     pairs = pairs_of(layer, largest.lengths)

@@ -73,8 +73,8 @@ class Time:
     def line(self) -> str:
         """The seconds and what they go to, as every command says it."""
         parts = {"steps": self.step_s * (self.steps - self.done), **self.around}
-        shown = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in parts.items())
-        return f"about {_duration(self.seconds)}: {shown} ({self.source})"
+        shown = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items())
+        return f"about {duration(self.seconds)}: {shown} ({self.source})"
 
 
 @dataclass(frozen=True)
@@ -203,11 +203,11 @@ class Plan:
         return {**{name: getattr(self, name) for name in sums}, **asdict(self)}
 
 
-def _duration(seconds: float) -> str:
-    whole = round(seconds)
-    return (
-        f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}" if whole >= 3600 else f"{whole // 60}:{whole % 60:02}"
-    )
+def duration(seconds: float) -> str:
+    """Minutes and seconds, with hours before them where there are some: 1:02:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def library_lines(private_bytes: int, names: str, file_bytes: int = LIBRARIES_FILE_BYTES) -> tuple[Line, ...]:

@@ -33,16 +33,12 @@ _FILE_BYTES = 260  # of the manifest: name, size, two hashes
 
 @dataclass(frozen=True)
 class StoreBuild:
-    """A store to be built.
-
-    Args:
-        itemsize: bytes of a number in the compute dtype. beside_bytes: of files that are copied; None where they are
-            not at hand: then guessed from the `vocab` entries of the tokenizer.
-    """
+    """A store to be built. `beside_bytes`: of files that are copied; None where they are not at hand: then guessed from
+    the `vocab` entries of the tokenizer."""
 
     specs: tuple[TensorSpec, ...]
     quant: Quant
-    itemsize: int
+    itemsize: int  # bytes of a number in the compute dtype
     vocab: int
     beside_bytes: int | None = None
 

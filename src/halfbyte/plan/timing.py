@@ -91,11 +91,7 @@ def assumed(device: Device, dtype: str) -> Rates:
 def step_time(
     job: Job, rates: Rates, *, tokens: int, recompute: Recompute, placement: Placement, read_bytes: float
 ) -> Time:
-    """Seconds of a mean step.
-
-    Args:
-        tokens: of a micro-batch. read_bytes: of the base, read from disk in a step.
-    """
+    """Seconds of a mean step. `tokens`: of a micro-batch. `read_bytes`: of the base, read from disk in a step."""
     parts = _parts(
         job, rates, max(1.0, job.rows.mean * job.mean_rows_per_step), mean_micro_batches(job, tokens), recompute
     )

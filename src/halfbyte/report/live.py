@@ -88,11 +88,8 @@ class _PageServer(ThreadingHTTPServer):
 
 @contextmanager
 def serve(run: Path, port: int = 0) -> Iterator[str]:
-    """Serve the page of a run, which need not be there yet, until the block ends; yields its address.
-
-    Raises:
-        RunError: the port is taken.
-    """
+    """Serve the page of a run, which need not be there yet, until the block ends; yields its address. Raises RunError:
+    the port is taken."""
 
     class OfRun(_Handler):
         pages = _PageCache(run)

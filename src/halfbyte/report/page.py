@@ -20,6 +20,7 @@ import numpy as np
 from jinja2 import ChainableUndefined, Environment, FileSystemLoader, Undefined
 from markupsafe import Markup
 
+from halfbyte.plan.result import duration
 from halfbyte.report import curves, plots, record, series
 from halfbyte.report.record import Record
 from halfbyte.runs.folder import RunFolder
@@ -113,7 +114,7 @@ def facts(run: Record) -> list[tuple[str, str]]:
     seconds = float(series.minutes(metrics.steps["seconds"])[-1] * 60) if len(metrics.steps["seconds"]) else 0.0
     tokens = float(np.nansum(metrics.steps["tokens"]))
     if seconds:
-        figures.append(("time of steps", clock(seconds)))
+        figures.append(("time of steps", duration(seconds)))
         figures += [("tokens", f"{tokens:,.0f}"), ("tokens/s", f"{tokens / seconds:,.0f}")]
     if peak := report.get("peak_rss_bytes"):
         planned = (report.get("planned") or {}).get("peak_rss_bytes")
@@ -182,9 +183,3 @@ def cut(text: object) -> str:
 
 def when(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
-
-
-def clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -85,10 +85,7 @@ class Record:
 
 def read(path: Path, *, ours: bool = False) -> Record:
     """The record of a run folder, finished or not; with `ours` this process holds its lock, and is about to release it.
-
-    Raises:
-        RunError: it is no run folder.
-    """
+    Raises RunError: it is no run folder."""
     run = RunFolder.open(path, need_adapter=False)
     return Record(
         run,

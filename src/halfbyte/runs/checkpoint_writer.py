@@ -22,16 +22,12 @@ ABANDON_S = 1.0
 
 @dataclass
 class CheckpointWriter:
-    """The checkpoints of one process in `folder`, of which `keep` stay.
-
-    Args:
-        saved: called with each whole checkpoint and the reason that was given for it.
-        full: called with a message where the disk is full; the run goes on with the older checkpoints.
-    """
+    """The checkpoints of one process in `folder`, of which `keep` stay. `full`: called with a message where the disk is
+    full; the run goes on with the older checkpoints."""
 
     folder: Path
     keep: int | None
-    saved: Callable[[Path, str], None]
+    saved: Callable[[Path, str], None]  # called with each whole checkpoint and the reason that was given for it
     full: Callable[[str], None]
     _thread: threading.Thread | None = None
     _read: threading.Event = field(default_factory=threading.Event)
@@ -58,11 +54,8 @@ class CheckpointWriter:
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the checkpoint that is being written, and report it.
-
-        Raises:
-            TrainError: it could not be written, for another reason than a full disk.
-        """
+        """Wait for the checkpoint that is being written, and report it. Raises TrainError: it could not be written, for
+        another reason than a full disk."""
         if self._thread is None:
             return
         self._thread.join()

@@ -20,11 +20,8 @@ NAME = "crash.txt"
 
 
 def write(folder: Path, error: BaseException, parts: Document) -> Path | None:
-    """Write `crash.txt` into `folder`; returns its path, or None where it cannot be written either.
-
-    Args:
-        parts: title -> text, put between the versions and the traceback.
-    """
+    """Write `crash.txt` into `folder`; returns its path, or None where it cannot be written either. `parts`: title ->
+    text, put between the versions and the traceback."""
     about = {
         "when": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
         "command": " ".join(sys.argv),

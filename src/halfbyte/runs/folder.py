@@ -64,11 +64,8 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, recipe_yaml: str, more: Mapping[str, bytes] | None = None) -> Self:
-        """Make a new run folder with its resolved recipe and `more` files, whole or not at all.
-
-        Raises:
-            RunError: it exists already, or cannot be made.
-        """
+        """Make a new run folder with its resolved recipe and `more` files, whole or not at all. Raises RunError: it
+        exists already, or cannot be made."""
         cls.check_free(path)
         temporary = files.beside(path)
         try:
@@ -128,11 +125,8 @@ class RunFolder:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[Self]:
-        """Hold the run for writing. The lock ends with its process, so one that crashed leaves none behind.
-
-        Raises:
-            RunError: names the process that holds it already.
-        """
+        """Hold the run for writing. The lock ends with its process, so one that crashed leaves none behind. Raises
+        RunError: names the process that holds it already."""
         with (self.path / "lock").open("a+") as stream:
             if not files.lock(stream, wait=False):
                 raise _busy(self.path) or _exists(self.path)
@@ -256,23 +250,14 @@ def space_for(path: Path, size: int | None = None) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class DiskRetry:
-    """Tries a write again while the disk is full.
+    """Tries a write again while the disk is full."""
 
-    Args:
-        warn: gets one message for each wait. stops: whether the run is being stopped; then it does not wait.
-        wait_s: the longest wait.
-    """
-
-    warn: Callable[[str], None]
-    stops: Callable[[], bool] = lambda: False
-    wait_s: float = RETRY_FOR_S
+    warn: Callable[[str], None]  # gets one message for each wait
+    stops: Callable[[], bool] = lambda: False  # whether the run is being stopped; then it does not wait
+    wait_s: float = RETRY_FOR_S  # the longest wait
 
     def write(self, write: Callable[[], T]) -> T:
-        """What `write` returns, which may be called several times.
-
-        Raises:
-            DiskFull: the disk was full all the while.
-        """
+        """What `write` returns, which may be called several times. Raises DiskFull: the disk was full all the while."""
         until, warned = time.monotonic() + self.wait_s, False
         while True:
             try:

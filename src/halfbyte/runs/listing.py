@@ -77,8 +77,9 @@ def state(run: RunFolder, *, ours: bool = False) -> State:
 
 def verdict(run: RunFolder, report: Document) -> Document:
     """The verdict of a finished run (`scoring/verdict.py`), where it is on the adapter that lies there; else empty."""
-    measured, weights = report.get("verdict"), run.adapter / ADAPTER_FILES[0]
-    ours = isinstance(measured, dict) and weights.is_file() and measured.get("adapter_sha256") == files.sha256(weights)
+    measured: Document = report.get("verdict") or {}
+    weights = run.adapter / ADAPTER_FILES[0]
+    ours = weights.is_file() and measured.get("adapter_sha256") == files.sha256(weights)
     return measured if ours else {}
 
 

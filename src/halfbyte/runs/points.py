@@ -138,11 +138,8 @@ def newest(folder: Path) -> Point | None:
 
 
 def check_recipe(point: Point, recipe: Recipe) -> None:
-    """Refuse a recipe that would train otherwise than the run was trained until now.
-
-    Raises:
-        RunError: names each such field with both values, and what may change.
-    """
+    """Refuse a recipe that would train otherwise than the run was trained until now. Raises RunError: names each such
+    field with both values, and what may change."""
     strange = {
         name: values
         for name, values in point.changes(recipe).items()
@@ -184,11 +181,8 @@ def check_objective(point: Point, recipe: Recipe, objective: str) -> None:
 
 
 def check_rows(point: Point, recipe: Recipe, rows: Document) -> None:
-    """Refuse other rows than the run was trained on; held-out rows may be added or left out.
-
-    Raises:
-        RunError: names the files, and how many rows there were and are.
-    """
+    """Refuse other rows than the run was trained on; held-out rows may be added or left out. Raises RunError: names the
+    files, and how many rows there were and are."""
     was = point.trained.get("rows", {})
     for name in ("train", "eval"):
         a, b = was.get(name), rows[name]

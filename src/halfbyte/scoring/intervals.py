@@ -127,11 +127,8 @@ def exact_test(one: Sequence[float], other: Sequence[float]) -> float:
 
 def _by_t(sample: Callable[[Rows], tuple[Floats, Floats]], rows: int, resamples: int, seed: int) -> Interval | None:
     """The wider one, on each side, of Student's interval and that by t as resamples of the rows have it: the first is
-    too narrow where rows are skewed, the second where they are few with long tails on both sides.
-
-    Args:
-        sample: as `RowSums.sample`.
-    """
+    too narrow where rows are skewed, the second where they are few with long tails on both sides. `sample`: as
+    `RowSums.sample`."""
     from scipy import stats
 
     if rows < 2:

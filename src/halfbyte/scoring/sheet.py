@@ -31,30 +31,22 @@ SIDES = ("adapter", "base")
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """What is scored, and how.
-
-    Args:
-        names: metrics beside loss and perplexity; None: exact match where rows ask for an answer.
-        limit: only so many rows. with_base: score the base alone too.
-        sure: with intervals and tests.
-    """
+    """What is scored, and how. `names`: metrics beside loss and perplexity; None: exact match where rows ask for an
+    answer."""
 
     settings: Eval
     names: tuple[str, ...] | None = None
-    limit: int | None = None
-    with_base: bool = False
-    sure: bool = True
+    limit: int | None = None  # only so many rows
+    with_base: bool = False  # score the base alone too
+    sure: bool = True  # with intervals and tests
 
     @classmethod
     def of(
         cls, settings: Eval, names: Sequence[str] = (), *, limit: int | None = None, with_base: bool = False,
         sure: bool = True,
     ) -> EvalOptions:  # fmt: skip
-        """The recipe's metrics, or those named on the command line.
-
-        Raises:
-            RecipeError: an unknown metric, or one whose setting is missing.
-        """
+        """The recipe's metrics, or those named on the command line. Raises RecipeError: an unknown metric, or one whose
+        setting is missing."""
         chosen = tuple(dict.fromkeys(n for n in names if n not in LOSSES)) if names else settings.metrics
         metrics.check(settings, chosen or ())
         return cls(settings, chosen, limit, with_base, sure)

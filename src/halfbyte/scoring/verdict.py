@@ -58,12 +58,8 @@ class Verdict:
 
 
 def judge(adapter: NDArray[np.float64] | None, base: NDArray[np.float64] | None, rows: str) -> Verdict:
-    """The verdict on an adapter.
-
-    Args:
-        adapter, base: (rows, 2 or more): the loss of each row, summed, and what it counts for; None: not measured.
-        rows: which they are, in words.
-    """
+    """The verdict on an adapter. `adapter`, `base`: (rows, 2 or more): the loss of each row, summed, and what it counts
+    for; None: not measured. `rows`: which they are, in words."""
     if adapter is None or base is None or len(base) < 2 or not np.isfinite(base).all():
         return Verdict("not measured", rows)
     now, before = RowSums(adapter[:, 0], adapter[:, 1]), RowSums(base[:, 0], base[:, 1])

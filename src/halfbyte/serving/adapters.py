@@ -64,11 +64,8 @@ class AdapterFolders:
 
 
 def put(models: Models, name: str, one: Target) -> tuple[Models, TextWriter, str]:
-    """One more adapter, and who writes from then on.
-
-    Raises:
-        AdapterError: it belongs to another base, does not fit, or would change its neighbours. Nothing has changed.
-    """
+    """One more adapter, and who writes from then on. Raises AdapterError: it belongs to another base, does not fit, or
+    would change its neighbours. Nothing has changed."""
     opened, first = models.opened, models.first
     assert one.adapter is not None and first is not None and opened.base is not None
     if not _NAME.fullmatch(name):

@@ -108,11 +108,8 @@ class Engine:
         self._thread.start()
 
     def submit(self, asks: Sequence[Ask]) -> None:
-        """Take all of them or none.
-
-        Raises:
-            Full: there are too few places for all. Stopping: nothing new is taken. Unloaded: an adapter has gone.
-        """
+        """Take all of them or none. Raises Full: there are too few places for all. Stopping: nothing new is taken.
+        Unloaded: an adapter has gone."""
         with self._changed:
             if self._draining or not self.alive:
                 raise self._stopping()

@@ -32,18 +32,13 @@ _CACHE_SHARE = 0.5  # of the memory that is free when the base is open
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model as a client names it.
-
-    Args:
-        adapter: PEFT's name, None for the base alone. stop_ids: tokens that end an answer. longest_token: its
-            characters, so that a text that cannot fit is refused before it is tokenised.
-    """
+    """A model as a client names it."""
 
     name: str
-    adapter: str | None
+    adapter: str | None  # PEFT's name, None for the base alone
     tokenizer: Tokenizer
-    stop_ids: frozenset[int]
-    longest_token: int
+    stop_ids: frozenset[int]  # tokens that end an answer
+    longest_token: int  # its characters, so that a text that cannot fit is refused before it is tokenised
 
 
 @dataclass(frozen=True)
@@ -144,11 +139,8 @@ def _counts(places: int | None) -> Sequence[int]:
 
 
 def writer_for(models: Models) -> tuple[TextWriter, str]:
-    """The fast writer where it is proven for every model that is served, else the model's own forward; and why.
-
-    Raises:
-        FastPathUnavailable: neither gives what a forward without a cache gives.
-    """
+    """The fast writer where it is proven for every model that is served, else the model's own forward; and why. Raises
+    FastPathUnavailable: neither gives what a forward without a cache gives."""
     try:
         if models.opened.own_biases:
             raise FastPathUnavailable("the adapter has biases of its own")

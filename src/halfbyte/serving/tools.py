@@ -43,17 +43,12 @@ def form_of(template: str) -> CallForm:
 
 @dataclass(frozen=True)
 class CallRules:
-    """Which calls an answer may have.
+    """Which calls an answer may have."""
 
-    Args:
-        tools: as OpenAI has them. must: it has to be calls, else it may be. several: more than one. schema: of an
-            answer without calls.
-    """
-
-    tools: Sequence[Document] = ()
-    must: bool = False
-    several: bool = True
-    schema: Document | None = None
+    tools: Sequence[Document] = ()  # as OpenAI has them
+    must: bool = False  # it has to be calls, else it may be
+    several: bool = True  # more than one
+    schema: Document | None = None  # of an answer without calls
 
     @property
     def bound(self) -> bool:

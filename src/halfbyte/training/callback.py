@@ -227,12 +227,8 @@ class RunCallback(TrainerCallback):
 
 
 class EarlyStopping(EarlyStoppingCallback):
-    """Stops after `early_stopping_patience` evaluations that were not better.
-
-    Args:
-        earlier: rows of the evaluations of this run's earlier processes. They are counted again, as a checkpoint can be
-            older than they are.
-    """
+    """Stops after `early_stopping_patience` evaluations that were not better. `earlier`: rows of the evaluations of
+    this run's earlier processes. They are counted again, as a checkpoint can be older than they are."""
 
     def __init__(self, train: Train, earlier: Sequence[Document]) -> None:
         super().__init__(train.early_stopping_patience, train.early_stopping_threshold)

@@ -36,29 +36,21 @@ NEAR_BYTES = 16_000_000  # below the plan's upper figure: more than a step adds 
 
 @dataclass
 class Pace:
-    """The split of a run's steps. Changes only downwards, and says so.
+    """The split of a run's steps. Changes only downwards, and says so. `need`: bytes that a micro-batch of so many
+    tokens adds, under a policy of recomputation."""
 
-    Args:
-        lengths: tokens of each row. tokens: the most in a micro-batch; never below the longest row.
-        need: bytes that a micro-batch of so many tokens adds, under a policy of recomputation.
-        policies: from the one that recomputes least to the one that recomputes most.
-        apply: makes the model recompute as a policy says.
-        on_card: on a card an allocation that fails is an error; RAM is looked at before it runs out.
-        limit: the plan's upper figures of this process's memory; None for none. peak: samples it all the while.
-    """
-
-    lengths: pack.Sizes
-    tokens: int
+    lengths: pack.Sizes  # tokens of each row
+    tokens: int  # the most in a micro-batch; never below the longest row
     examples_per_micro_batch: int | None
     recompute: Recompute
-    policies: tuple[Recompute, ...]
+    policies: tuple[Recompute, ...]  # from the one that recomputes least to the one that recomputes most
     need: Callable[[int, Recompute], int]
-    apply: Callable[[Recompute], None]
+    apply: Callable[[Recompute], None]  # makes the model recompute as a policy says
     tell: Callable[[str], None]
     ram_bytes: int
-    on_card: bool = False
-    limit: usage.Usage | None = None
-    peak: usage.Peak | None = None
+    on_card: bool = False  # on a card an allocation that fails is an error; RAM is looked at before it runs out
+    limit: usage.Usage | None = None  # the plan's upper figures of this process's memory; None for none
+    peak: usage.Peak | None = None  # samples it all the while
     downs: list[str] = field(default_factory=list)
     _tight: bool = False
     _near: bool = False

@@ -44,11 +44,8 @@ class RunStart:
 
 
 def begin(world: World, recipe: Recipe, *, resume: bool) -> RunStart:
-    """Where a run begins, decided by the first process.
-
-    Raises:
-        RunError: the folder is taken; or it is no run, or one that was trained otherwise.
-    """
+    """Where a run begins, decided by the first process. Raises RunError: the folder is taken; or it is no run, or one
+    that was trained otherwise."""
 
     def decide() -> Document:
         if not resume:

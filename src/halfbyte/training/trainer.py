@@ -117,11 +117,8 @@ def training_arguments(
 
 
 def check_arguments(train: Train, *, total_steps: int) -> None:
-    """Make the optimiser and the schedule of the recipe on one number, before anything is loaded or written.
-
-    Raises:
-        RecipeError: arguments that they do not take, or more steps than can be planned.
-    """
+    """Make the optimiser and the schedule of the recipe on one number, before anything is loaded or written. Raises
+    RecipeError: arguments that they do not take, or more steps than can be planned."""
     if total_steps > MAX_STEPS:
         raise RecipeError(
             f"train: {total_steps:,} steps are more than the {MAX_STEPS:,} that one run can have.",

@@ -48,10 +48,7 @@ def _is_there(seam: Seam) -> bool:
 @cache
 def fields_of(module: str, name: str) -> frozenset[str]:
     """The fields of a dataclass, and the arguments of its `__init__`, read off its source: nothing is imported.
-
-    Args:
-        module: dotted; one that is not installed has no fields.
-    """
+    `module`: dotted; one that is not installed has no fields."""
     library, *inner = module.split(".")
     spec = importlib.util.find_spec(library)
     path = Path(((spec and spec.submodule_search_locations) or [""])[0], *inner).with_suffix(".py")

@@ -75,11 +75,8 @@ def chat_template(tokenizer: Tokenizer, data: Data) -> str | None:
 
 
 def bundled(name: str, tokenizer: Tokenizer, marks: tuple[str, str] = (START, END)) -> str:
-    """A template of `BUNDLED` for this tokenizer: a text begins with its BOS where it begins texts with one.
-
-    Args:
-        marks: what stands for ChatML's two.
-    """
+    """A template of `BUNDLED` for this tokenizer: a text begins with its BOS where it begins texts with one. `marks`:
+    what stands for ChatML's two."""
     text = resources.files(__package__).joinpath("jinja", f"{name}.jinja").read_text(encoding="utf-8").strip()
     opens = tokenizer.bos_token is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
     return ("{{ bos_token }}" if opens else "") + text.replace(START, marks[0]).replace(END, marks[1])
@@ -120,11 +117,8 @@ class ChatmlMarks:
 
 
 def is_needed(names: Sources, tokenizer: Tokenizer, data: Data) -> bool:
-    """Whether the recipe asks for ChatML, or conversations meet a tokenizer without a template.
-
-    Raises:
-        DataError: names that stand for nothing, sources that cannot be read.
-    """
+    """Whether the recipe asks for ChatML, or conversations meet a tokenizer without a template. Raises DataError: names
+    that stand for nothing, sources that cannot be read."""
     if data.chat_template is not None or tokenizer.chat_template:
         return data.chat_template in CHATML
     reader = Reader(sources := [s for s in files.find(names) if s.read_as(data).chat_template is None], data)

@@ -41,11 +41,8 @@ _ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP
 
 
 def encode(names: Sources, tokenizer: Tokenizer, data: Data, *, cores: int = 1) -> EncodedRows:
-    """Rows as tokens. The same ones, in the same order, whatever `cores` is.
-
-    Raises:
-        DataError: names that stand for nothing; all rows that cannot be read; else all that cannot be encoded.
-    """
+    """Rows as tokens. The same ones, in the same order, whatever `cores` is. Raises DataError: names that stand for
+    nothing; all rows that cannot be read; else all that cannot be encoded."""
     name = token_cache.key(names, tokenizer, data)
     cached = token_cache.load(name) if name else None
     if cached is not None:
@@ -89,11 +86,8 @@ def _run(names: Sources, tokenizer: Tokenizer, data: Data, cores: int, keep: Cal
 
 
 class Helpers:
-    """So many helpers, each started and asked by a thread of its own.
-
-    Args:
-        encoder: of this process, for the chunks of a helper that ended early.
-    """
+    """So many helpers, each started and asked by a thread of its own. `encoder`: of this process, for the chunks of a
+    helper that ended early."""
 
     def __init__(self, count: int, tokenizer: Tokenizer, data: Data, encoder: Encoder) -> None:
         self._count, self._setting = count, (tokenizer, data)

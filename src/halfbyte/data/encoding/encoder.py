@@ -127,11 +127,8 @@ class Encoder:
         return self._others[entry]
 
     def encode(self, rows: Sequence[Row]) -> tuple[pa.RecordBatch, Tally]:
-        """A record batch of the rows that are trained on, cut as `data.overlong` says, and the counts.
-
-        Raises:
-            DataError: not one row of this kind can be encoded.
-        """
+        """A record batch of the rows that are trained on, cut as `data.overlong` says, and the counts. Raises
+        DataError: not one row of this kind can be encoded."""
         if self._data.packing == "stream" and any(row.text is None for row in rows):
             raise DataError(
                 "data.packing stream is for plain text, and the rows are conversations or prompts.",

@@ -57,11 +57,8 @@ class Refused(Exception):
 
 
 class Renderer:
-    """Rows to text and spans, by one chat template, or end to end where there is none.
-
-    Raises:
-        DataError: a chat template in the recipe that cannot be read.
-    """
+    """Rows to text and spans, by one chat template, or end to end where there is none. Raises DataError: a chat
+    template in the recipe that cannot be read."""
 
     def __init__(self, tokenizer: Tokenizer, data: Data) -> None:
         self._tokenizer = tokenizer
@@ -81,11 +78,8 @@ class Renderer:
         self._ends = self._end_marks() if self._template is not None else set()
 
     def render(self, row: Row) -> RenderedRow:
-        """
-        Raises:
-            Refused: the template cannot render this row, or not so that its assistant texts can be found.
-            DataError: messages, and no chat template.
-        """
+        """Raises Refused: the template cannot render this row, or not so that its assistant texts can be found.
+        DataError: messages, and no chat template."""
         self._tools = row.tools
         if row.text is not None:
             self._count_special((row.text,))

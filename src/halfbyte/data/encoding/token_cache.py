@@ -47,10 +47,7 @@ def folder() -> Path:
 
 def key(names: Sources, tokenizer: Tokenizer, data: Data) -> str | None:
     """The name under which these rows are kept; None for what is not kept: hub datasets, tokenizers that are code.
-
-    Raises:
-        DataError: names that no file has.
-    """
+    Raises DataError: names that no file has."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     sources = find(names)
     if backend is None or any(source.kind == "hub" for source in sources):
@@ -141,10 +138,7 @@ def _map(path: Path) -> EncodedRows | None:
 
 class CacheWriter:
     """Rows as they are encoded: few stay in memory, many go to a file at once. A context; what is not kept is removed.
-
-    Args:
-        name: what they are kept under; None to keep them only as long as they are mapped.
-    """
+    `name`: what they are kept under; None to keep them only as long as they are mapped."""
 
     def __init__(self, name: str | None) -> None:
         self._name = name
@@ -179,11 +173,8 @@ class CacheWriter:
         self._batches = []
 
     def finish(self, tally: Tally) -> EncodedRows:
-        """All rows; mapped where they are many, and kept under their name if they have one.
-
-        Raises:
-            OSError: the disk is full, or cannot be written.
-        """
+        """All rows; mapped where they are many, and kept under their name if they have one. Raises OSError: the disk is
+        full, or cannot be written."""
         if self._writer is None:
             return EncodedRows(Examples(self._batches), tally)
         self._writer.write_batch(batch([]), custom_metadata={_TALLY: json.dumps(tally.to_json()).encode()})

@@ -60,11 +60,8 @@ Parser = Callable[[str, Mapping[str, object]], Row]
 
 
 def detect_format(record: Mapping[str, object], data: Data, where: str = "the first row") -> Format:
-    """The format of a file, told from the recipe or else from the columns of one row.
-
-    Raises:
-        DataError: `data.format` is auto and the row has the columns of no format.
-    """
+    """The format of a file, told from the recipe or else from the columns of one row. Raises DataError: `data.format`
+    is auto and the row has the columns of no format."""
     f = data.fields
     if data.format != "auto":
         return data.format
@@ -100,11 +97,8 @@ def unread(shape: Format, data: Data, columns: Collection[str]) -> list[str]:
 
 
 def parser(shape: Format, data: Data, record: Collection[str]) -> Parser:
-    """What turns a record of this format into a row, or raises `BadRow`.
-
-    Args:
-        record: the first one, or its keys; they tell which of the two columns holds the conversation.
-    """
+    """What turns a record of this format into a row, or raises `BadRow`. `record`: the first one, or its keys; they
+    tell which of the two columns holds the conversation."""
     f = data.fields
     if shape in ("messages", "sharegpt"):
         shares = shape == "sharegpt"

@@ -137,10 +137,7 @@ def _check_encoding(source: RowSource) -> None:
 
 
 def parse(raw: Record) -> Document:
-    """
-    Raises:
-        BadRow: what is wrong with the record: it is not UTF-8, not JSON, not an object ...
-    """
+    """Raises BadRow: what is wrong with the record: it is not UTF-8, not JSON, not an object ..."""
     if isinstance(raw, BadRow):
         raise raw
     if isinstance(raw, dict):

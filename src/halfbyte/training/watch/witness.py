@@ -33,15 +33,12 @@ _SMALL = 1 << 22  # numbers that a fixed parameter is filled with; a larger one 
 
 @dataclass
 class Witness:
-    """What a model computes of fixed rows with fixed adapters.
-
-    Args:
-        packed: rows share a micro-batch. readable: in which weights can be read without a forward.
-    """
+    """What a model computes of fixed rows with fixed adapters. `readable`: in which weights can be read without a
+    forward."""
 
     objective: Objective
     model: Model
-    packed: bool
+    packed: bool  # rows share a micro-batch
     readable: Callable[[], AbstractContextManager[object]] = nullcontext
     seen: dict[str, Tensor] = field(default_factory=dict)
 
@@ -75,11 +72,7 @@ class Witness:
         return changes
 
     def check(self, step: int, run: object) -> None:
-        """Before a checkpoint of this step.
-
-        Raises:
-            TrainError: names what has changed since the start.
-        """
+        """Before a checkpoint of this step. Raises TrainError: names what has changed since the start."""
         if changes := self.changes():
             raise TrainError(
                 f"since its start this process computes something else, seen at step {step}: {'; '.join(changes)}. "
