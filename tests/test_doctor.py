@@ -109,6 +109,4 @@ def test_what_the_installed_versions_lack_is_listed_and_is_no_failure(
     monkeypatch.setattr(doctor, "lacking", lambda: {"peft 9 has no layer": "it runs slowly"})
     ended = halfbyte("doctor")
     assert ended.code == 0 and "without   peft 9 has no layer: it runs slowly\n" in ended.out
-    assert json.loads(halfbyte("doctor", "--json").out)["lacking"] == {
-        "peft 0.30.0 has no such layer": "it runs slowly"
-    }
+    assert json.loads(halfbyte("doctor", "--json").out)["lacking"] == {"peft 9 has no layer": "it runs slowly"}

@@ -75,7 +75,7 @@ def run(script: str, folder: Path, caplog: pytest.LogCaptureFixture) -> tuple[di
         exec(HEAD + script, names)
     said = [record.getMessage() for record in caplog.records if record.name == "halfbyte"]
     checks = [text for text in said if "checks its layers on this model before the first step" in text]
-    lines = [text for text in said if text.startswith("halfbyte runs here:")]
+    lines = [text for text in said if text.startswith("halfbyte does here:")]
     assert len(checks) == len(lines) >= 1
     return names, lines[-1]
 
@@ -310,7 +310,7 @@ def test_a_notebook_shows_both_lines(tmp_path: Path) -> None:
     (_, _, last) = json.loads((tmp_path / "done.ipynb").read_text())["cells"]
     shown = "".join("".join(output.get("text", "")) for output in last["outputs"] if output.get("name") == "stderr")
     assert "halfbyte checks its layers on this model before the first step" in shown
-    assert f"halfbyte runs here: its layers ({LAYERS})" in shown
+    assert f"halfbyte does here: its layers ({LAYERS})" in shown
 
 
 @pytest.mark.parametrize("given", ["our config", "our config without a task", "a base that was prepared", "neither"])

@@ -350,7 +350,11 @@ CASES = [
         train("data.train=trian.jsonl"),
         "error: trian.jsonl: no such file.\n  fix: did you mean train.jsonl?",
     ),
-    Case("data is a folder", train("data.train=model"), "error: model is a folder; it holds "),
+    Case(
+        "data is a folder",
+        train("data.train=model"),
+        "error: model is a folder; it holds <...> .json, <...>.\n  fix: data.train: model/*.json",
+    ),
     Case(
         "empty data",
         train(DATA),

@@ -115,9 +115,9 @@ def test_progress_counts_the_rows_of_both_sides(world: Path, opened: Opened) -> 
         opened, data=world / "eval.jsonl", with_base=True, max_new_tokens=1,
         progress=lambda *what: seen.append(what),
     )  # fmt: skip
-    assert [one for one in seen if one[0] == "base: answers"][-1] == ("base: answers", 6, 12)
-    assert [one for one in seen if one[0] == "adapter: answers"][-1] == ("adapter: answers", 12, 12)
-    assert ("base: losses", 6, 12) in seen
+    assert [one for one in seen if one[0] == "base: answers"][-1] == ("base: answers", 6, 6)
+    assert [one for one in seen if one[0] == "adapter: answers"][-1] == ("adapter: answers", 6, 6)
+    assert ("base: losses", 6, 6) in seen
 
 
 def test_a_run_without_held_out_rows_names_the_way_out(world: Path, opened: Opened) -> None:

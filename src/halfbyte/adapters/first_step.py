@@ -55,7 +55,7 @@ class FirstStep:
         fast += ["fp32 for what trains, which it was not"] * bool(self.raised) + [self.products] * bool(self.products)
         slow = "; ".join(f"{text} ({why})" for _, text, why in parts if why)
         _log.warning(
-            "halfbyte runs here: %s.%s%s This took %.0f s.",
+            "halfbyte does here: %s.%s%s This took %.0f s.",
             "; ".join(fast) or "nothing",
             f" Not: {slow}." if slow else "",
             " The kernel that bitsandbytes did not find (kernels-community) is not used." if hub_kernel.TOLD else "",

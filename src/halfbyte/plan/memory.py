@@ -22,6 +22,7 @@ import numpy as np
 from halfbyte.plan.job import Job, Sizes
 from halfbyte.plan.layer import NO_SCORES, PADDED, expert_products, pairs_of
 from halfbyte.plan.result import (
+    CODE,
     LIBRARIES_FILE_BYTES,
     POOL_RESERVE,
     RESERVE,
@@ -217,10 +218,10 @@ def gradient_lines(job: Job, where: Where, *, micro_batches: int, micro_batch_by
 
 def loading_bytes(job: Job, placement: Placement, lines: tuple[Line, ...]) -> int:
     """The peak while the base is opened and proven: what is in memory then, and one tensor more on its way."""
-    there = ("libraries", "libraries, mapped", "CUDA context", "cuBLAS workspace", "compiler", "data", RESERVE)
+    there = ("libraries", CODE, "CUDA context", "cuBLAS workspace", "compiler", "data", RESERVE)
     process = sum(line.bytes for line in lines if line.name in there)
     if any(line.name == "libraries" for line in lines):  # not on a card
-        process += max(0, LIBRARIES_FILE_BYTES - sum(line.bytes for line in lines if line.name == "libraries, mapped"))
+        process += max(0, LIBRARIES_FILE_BYTES - sum(line.bytes for line in lines if line.name == CODE))
     if job.mappable and placement in ("mapped", "streamed"):
         return process + job.outer_bytes
     base = sum(line.bytes for line in lines if line.name == "base")

@@ -18,6 +18,7 @@ LIBRARIES_FILE_BYTES, STEP_CODE_BYTES = 330_000_000, 105_000_000
 CARD_BUILD_PRIVATE_BYTES, CARD_BUILD_FILE_BYTES = 165_000_000, 517_000_000
 # Lines between what is expected and the upper figure: of the process, and of a micro-batch.
 RESERVE, POOL_RESERVE = "heap's reserve", "pool's reserve"
+CODE = "libraries, mapped"
 NOT_TENSORS = ("CUDA context", "allocator")
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 
@@ -134,8 +135,12 @@ class Plan:
     @property
     def peak_bytes(self) -> int:
         """The upper figure: the most at any time, of a step, of loading, of an evaluation, of building the store."""
+        return max(self.loading_bytes, self._after_loading_bytes)
+
+    @property
+    def _after_loading_bytes(self) -> int:
         building = 0 if self.host_lines else self.building_bytes  # in RAM
-        return max(self.step_bytes, self.loading_bytes, self.evaluating_bytes, building)
+        return max(self.step_bytes, self.evaluating_bytes, building)
 
     @property
     def expected_bytes(self) -> int:
@@ -182,7 +187,10 @@ class Plan:
     @property
     def needed_bytes(self) -> int:
         """What must be in memory at the worst time: in a step, while loading, or in an evaluation."""
-        return max(self.peak_bytes - self.file_bytes, self.private_bytes) + self.busy_file_bytes
+        code = self.line(CODE)
+        only_started = max(0, LIBRARIES_FILE_BYTES - code) if code else 0  # pages that loading counts too
+        most = max(self.loading_bytes - only_started, self._after_loading_bytes)
+        return max(most - self.file_bytes, self.private_bytes) + self.busy_file_bytes
 
     @property
     def memory_line(self) -> str:
@@ -217,5 +225,5 @@ def library_lines(private_bytes: int, names: str, file_bytes: int = LIBRARIES_FI
         names = f"{names}; torch is a build for cards"
     return (
         Line("libraries", private_bytes, names, "measured on a tiny run"),
-        Line("libraries, mapped", file_bytes, "their code", "measured on a tiny run", "file"),
+        Line(CODE, file_bytes, "their code", "measured on a tiny run", "file"),
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,21 +81,19 @@ def plan_run(
         HalfbyteError: a mistake in the recipe, the data or the model.
     """
     shard.check(recipe, ranks)
-    prepared = prepare(recipe, objective)
-    tell = listener or Listener()
-    tell.note("data", data_note(prepared))
-    for finding in prepared.findings:
-        tell.note("data", finding.line)
-    say = (lambda text: tell.note("machine", text)) if listener else None
-    return with_plan(prepared, machine, say, ranks=ranks, done=done)
+    return with_plan(prepare(recipe, objective), machine, listener, ranks=ranks, done=done)
 
 
 def with_plan(
-    prepared: Prepared, machine: Device, say: Callable[[str], None] | None = None, *, ranks: int = 1, done: int = 0
+    prepared: Prepared, machine: Device, listener: Listener | None = None, *, ranks: int = 1, done: int = 0
 ) -> PlannedRun:
-    """The plan of rows that are prepared already. With `say` the machine may be calibrated first, for a long run."""
-    recipe = prepared.recipe
+    """The plan of rows that are prepared already. With a listener the machine may be calibrated first, for a long
+    run."""
+    recipe, tell = prepared.recipe, listener or Listener()
     check_arguments(recipe.train, total_steps=count_steps(prepared))
+    tell.note("data", data_note(prepared))
+    for finding in prepared.findings:
+        tell.note("data", finding.line)
     meta = meta_model(prepared.config, trust_remote_code=recipe.trust_remote_code)
     targets, modules = lora.choose_targets(meta, recipe.lora)
     held_out = prepared.evaluation.lengths if prepared.evaluation is not None else ()
@@ -105,8 +103,8 @@ def with_plan(
     job = replace(job, tokenizer_bytes=written or 0, ranks=ranks, objective=prepared.objective.cost, done=done)
     job = replace(job, evaluations=count_evaluations(prepared, done))
     rates = calibrate.cached(machine, job.dtype)
-    if rates is None and say is not None and choose.best_plan(job, machine).time.run_s >= CALIBRATE_FROM_S:
-        rates = calibrate.ensure(machine, job.dtype, say=say)
+    if rates is None and listener is not None and choose.best_plan(job, machine).time.run_s >= CALIBRATE_FROM_S:
+        rates = calibrate.ensure(machine, job.dtype, say=partial(tell.note, "machine"))
     plan = plan_training(job, machine, rates)
     around = {**plan.time.around, "verdict": verdict_s(prepared, plan)}
     plan = replace(plan, time=replace(plan.time, around=around))
