@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from halfbyte import finetune
-from halfbyte.plan import memory
+from halfbyte.plan import memory, store_build
 from halfbyte.system import device
 from halfbyte.training import pace
 from tests import tiny_run
@@ -105,6 +105,7 @@ def one_way(way: Way, reference: tuple[Path, list[float]], monkeypatch: pytest.M
         monkeypatch.setattr(device, "detect", lambda: here)
         for name in ("LIBRARIES_PRIVATE_BYTES", "FIRST_MICRO_BATCH_BYTES", "TOKENIZER_BYTES_PER_ENTRY", "ROW_BYTES"):
             monkeypatch.setattr(memory, name, 0)
+        monkeypatch.setattr(store_build, "LIBRARIES_PRIVATE_BYTES", 0)
     looks = 0
 
     def free() -> int:

@@ -135,12 +135,8 @@ class Plan:
     @property
     def peak_bytes(self) -> int:
         """The upper figure: the most at any time, of a step, of loading, of an evaluation, of building the store."""
-        return max(self.loading_bytes, self._after_loading_bytes)
-
-    @property
-    def _after_loading_bytes(self) -> int:
         building = 0 if self.host_lines else self.building_bytes  # in RAM
-        return max(self.step_bytes, self.evaluating_bytes, building)
+        return max(self.step_bytes, self.loading_bytes, self.evaluating_bytes, building)
 
     @property
     def expected_bytes(self) -> int:
@@ -186,11 +182,12 @@ class Plan:
 
     @property
     def needed_bytes(self) -> int:
-        """What must be in memory at the worst time: in a step, while loading, or in an evaluation."""
+        """What must be in memory at the worst time, which is the peak without the pages that the kernel may drop."""
         code = self.line(CODE)
-        only_started = max(0, LIBRARIES_FILE_BYTES - code) if code else 0  # pages that loading counts too
-        most = max(self.loading_bytes - only_started, self._after_loading_bytes)
-        return max(most - self.file_bytes, self.private_bytes) + self.busy_file_bytes
+        loading = self.loading_bytes - (max(code, LIBRARIES_FILE_BYTES) if code else 0)
+        evaluating = self.evaluating_bytes - self.file_bytes + self.busy_file_bytes
+        building = 0 if self.host_lines else sum(line.bytes for line in self.building if line.where != "file")
+        return max(self.step_needed_bytes, loading, evaluating, building)
 
     @property
     def memory_line(self) -> str:
