@@ -91,6 +91,15 @@ def test_rows_that_a_run_does_not_reach_are_not_trained(tmp_path: Path) -> None:
     assert len(schedule.plan_steps(prepare.prepare(tiny_run.recipe(tmp_path).recipe), 100, None).never_reached()) == 0
 
 
+def test_blocks_of_few_texts_are_compared_too(tmp_path: Path) -> None:
+    """More blocks than texts, so that a block's number is no text's."""
+    text = json.dumps({"text": " ".join(random.Random(1).choices(["red", "cup", "old", "tree"], k=90))})
+    (tmp_path / "texts.jsonl").write_text(f"{text}\n" * 3)
+    rows = {"data__train": tmp_path / "texts.jsonl", "data__packing": "stream", "data__max_length": 16}
+    verdict = finetune.train(tiny_run.recipe(tmp_path, **rows, train__max_steps=2)).report["verdict"]
+    assert verdict["rows"].endswith("training rows that it did not reach") and verdict["interval"] is not None
+
+
 def test_a_base_is_measured_once(tmp_path: Path) -> None:
     runs = []
     for name, rank, rows in (("a", 4, 9), ("b", 8, 9), ("c", 4, 12)):

@@ -117,7 +117,10 @@ def choose(prepared: Prepared, steps: pack.Steps, plan: Plan) -> tuple[EncodedRo
         most, which = MOST, "training rows"
         if len(unseen := steps.never_reached()) >= FEWEST:
             numbers, which = unseen, "training rows that it did not reach"
-    order = np.argsort(rows.examples.digests()[numbers], kind="stable")
+    keys = rows.examples.digests()
+    if rows.texts is not None:  # of the texts; blocks are drawn by their numbers
+        keys = np.random.default_rng(0).permutation(len(rows.examples)).astype(np.uint64)
+    order = np.argsort(keys[numbers], kind="stable")
     costs = 2 * np.cumsum(rows.lengths[numbers[order]]) * forward_s(plan, steps)
     count = max(FEWEST, min(most, int((costs <= max(SHORT_S, SHARE * plan.time.step_s * len(steps))).sum())))
     return rows, np.sort(numbers[order[:count]]), which
