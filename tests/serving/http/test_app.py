@@ -256,6 +256,33 @@ def test_only_this_machine_and_this_page_may_ask(running: Running) -> None:
     assert running.post(body, Origin=running.url).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),  # a script: LiteLLM's way to Ollama
+        ({"Sec-Fetch-Site": "cross-site"}, 415),  # a browser's fetch(..., {mode: "no-cors", body: new Blob([...])})
+        ({"Sec-Fetch-Site": "same-origin"}, 415),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null", "Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Origin": "SELF"}, 415),  # the page says that it sends JSON
+        ({"Content-Type": ""}, 415),
+        ({"Content-Type": "text/plain"}, 415),
+        ({"Content-Type": "application/x-www-form-urlencoded"}, 415),
+        ({"Content-Type": "multipart/form-data; boundary=x"}, 415),
+        ({"Content-Type": "Application/JSON; charset=utf-8", "Sec-Fetch-Site": "same-origin", "Origin": "SELF"}, 200),
+    ],
+)
+def test_a_body_without_a_type_is_read_from_scripts_only(
+    running: Running, headers: dict[str, str], status: int
+) -> None:
+    body = json.dumps({"model": "first", "messages": asked("red"), "max_tokens": 1}).encode()
+    given = {name: running.url if value == "SELF" else value for name, value in headers.items()}
+    with httpx2.Client(trust_env=False) as client:
+        made = client.post(f"{running.url}/v1/chat/completions", content=body, headers=given)
+    assert ("content-type" in made.request.headers) == ("Content-Type" in headers)
+    assert made.status_code == status
+
+
 def test_a_key_is_asked_for() -> None:
     made = Running(Engine(served.two()), key="k" * 20)
     try:

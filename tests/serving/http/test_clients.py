@@ -144,6 +144,18 @@ def test_litellm(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     assert answer.usage.output_tokens <= 16
 
 
+def test_litellm_as_to_ollama(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It sends JSON without saying so."""
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+    litellm = pytest.importorskip("litellm")
+    options: Any = {"model": "ollama_chat/first", "api_base": running.url, "messages": TALK, "seed": 1}
+    Trip.model_validate_json(litellm.completion(**options, response_format=Trip).choices[0].message.content)
+    brief = {**options, "max_tokens": 6, "temperature": 0}
+    whole = litellm.completion(**brief).choices[0].message.content
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in litellm.completion(**brief, stream=True)) == whole
+    assert litellm.completion(**brief, tools=[served.WEATHER]).usage.completion_tokens <= 6
+
+
 def test_ollamas_client(running: Running) -> None:
     ollama = pytest.importorskip("ollama")
     client = ollama.Client(host=running.url)

@@ -2,8 +2,12 @@
 
 Why: a page of any site can make its reader's browser ask 127.0.0.1, under that name (then `Origin` tells) or, by DNS
 rebinding, under one of its own (then `Host` tells). A `Host` that is an address cannot be rebound.
-What: Host, Origin and the key are checked; a body has to come within a time and stay within a size; answers carry the
-headers that keep browsers from guessing and framing. Only then the application runs, which sees the whole body.
+It may also send a form or text without asking this server first (Fetch's "CORS-safelisted" content types), but not
+JSON. No type at all is what some scripts send (LiteLLM, as to Ollama), and what a page may send from a Blob; browsers
+then say that they are one, in `Origin` or `Sec-Fetch-Site`.
+What: Host, Origin, content type and key are checked; a body has to come within a time and stay within a size; answers
+carry the headers that keep browsers from guessing and framing. Only then the application runs, which sees all of it.
+Source: https://fetch.spec.whatwg.org (bodies, Origin); https://w3c.github.io/webappsec-fetch-metadata
 """
 
 import asyncio
@@ -89,9 +93,10 @@ class Guard:
             if not hmac.compare_digest(given, f"Bearer {rules.key}".encode()):
                 raise Refusal(401, "a key is required: Authorization: Bearer KEY", code="invalid_api_key",
                               headers={"WWW-Authenticate": "Bearer"})  # fmt: skip
-        if scope["method"] == "POST" and headers.get("content-type", "").partition(";")[0].strip().lower() != (
-            "application/json"
-        ):
+        kind = headers.get("content-type")
+        absent = kind is None and origin is None and "sec-fetch-site" not in headers
+        is_json = (kind or "").partition(";")[0].strip().lower() == "application/json"
+        if scope["method"] == "POST" and not (is_json or absent):
             raise Refusal(415, "Content-Type has to be application/json.", code="wrong_content_type")
 
     def _is_ours(self, host: str) -> bool:
