@@ -5,10 +5,11 @@
     python benchmarks/under_load.py --data ROWS --also GOMP_SPINCOUNT=1000   # this version in another environment
 
 States: `idle`; `loops-N`, beside N processes of `while 1: pass`; `quota`, in a control group that may use three
-quarters of the cores (root only). Each job is a process that does a round when told to; versions take turns in each
-round, and a ratio is that of two rounds that follow each other. A fair share: a job of C threads and N loops on C cores
-get C / (C + N) of them; a quota gives what it says. A round: of `train`, a step of 8 rows; of `decode`, an answer; of
-`serve`, four streams over HTTP; of `merge`, the command without its start.
+quarters of the cores (root only). Each job is a process that does a round when told to, after one that is not counted,
+in which its threads see what runs beside them; versions take turns in each round, and a ratio is that of two rounds
+that follow each other. A fair share: a job of C threads and N loops on C cores get C / (C + N) of them; a quota gives
+what it says. A round: of `train`, a step of 8 rows; of `decode`, an answer; of `serve`, four streams over HTTP; of
+`merge`, the command without its start.
 """
 
 from __future__ import annotations
@@ -131,6 +132,7 @@ def measure(job: str, versions: dict[str, tuple[Path, dict[str, str]]], args: ar
             processes = limited if state == "quota" else free
             with loops(int(state.partition("-")[2] or 0)):
                 for name in list(versions)[:: 1 if number % 2 else -1]:
+                    processes[name].round()  # until its threads have seen what runs beside them
                     rates[state][name].append(processes[name].round())
                     print(f"  {number} {state} {name} {rates[state][name][-1]:.1f}", file=sys.stderr, flush=True)
     for process in (*free.values(), *limited.values()):

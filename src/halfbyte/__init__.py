@@ -11,7 +11,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from halfbyte.system import hub_kernel
+from halfbyte.system import hub_kernel, openmp
 
 if TYPE_CHECKING:
     from accelerate.utils import BnbQuantizationConfig
@@ -56,6 +56,7 @@ _HOMES = {
     "HalfbyteError": "halfbyte.errors",
 }
 hub_kernel.silence()
+openmp.prepare()
 
 
 def __getattr__(name: str) -> Any:

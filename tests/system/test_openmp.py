@@ -103,6 +103,36 @@ class FakeTeam(EmptyTeam):
         self._leave = threading.Event()
 
 
+@pytest.mark.skipif(not any("libgomp" in path for path in openmp.libraries()), reason="torch brings another OpenMP")
+def test_before_torch_is_loaded_no_spin_is_asked_for_beside_others_and_the_usual_ones_alone() -> None:
+    script = (
+        "import halfbyte, os, torch\n"
+        "from halfbyte.system import threads\n"
+        "print(threads.configure(2).waiting, *(os.environ.get(name) for name in ('GOMP_SPINCOUNT', 'OMP_WAIT_POLICY')))"
+    )
+
+    def told(**values: str) -> tuple[str, str]:
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env=environment(OMP_DISPLAY_ENV="verbose", OMP_NUM_THREADS="2", **values),
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        return done.stdout.strip(), done.stderr
+
+    said, library = told()
+    assert "GOMP_SPINCOUNT = '300000'" in library and "OMP_WAIT_POLICY = 'PASSIVE'" in library
+    assert "asleep" in said and said.endswith("None None")  # processes that are not ours are not told
+    said, library = told(GOMP_SPINCOUNT="77")
+    assert "GOMP_SPINCOUNT = '77'" in library and "OMP_WAIT_POLICY = 'ACTIVE'" not in library
+    assert said == "GOMP_SPINCOUNT=77 77 None"
+
+
+def test_after_torch_is_loaded_nothing_is_told() -> None:
+    env: dict[str, str] = {}
+    openmp.prepare(env)
+    assert not env
+
+
 @LINUX
 def test_a_process_is_watched_once(unwatched: None) -> None:
     said = openmp.watch(2, 2.0, {})
