@@ -141,6 +141,17 @@ def test_where_no_two_texts_share_a_forward_one_alone_is_proven(monkeypatch: Pat
         assert prove_packing(model, alone=True).layout == "cu_seq_lens" != prove_packing(model).layout
 
 
+def test_a_fault_of_one_texts_attention_is_seen(monkeypatch: Patch) -> None:
+    """Alone a text is left to stock attention, but for what that cannot do."""
+    real, model = packed_attention._eager, PACKED["softcap dropped"][0](torch.float32)
+    assert prove_packing(model, alone=True).layout == "cu_seq_lens"
+    for changes in ({"softcap": None}, {"scaling": 0.3}):
+        monkeypatch.setattr(
+            packed_attention, "_eager", lambda q, k, v, mask, asked, c=changes: real(q, k, v, mask, replace(asked, **c))
+        )
+        assert "logits differ" in prove_packing(model, alone=True).reason, changes
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("fault", PACKED)
 def test_a_fault_of_packed_attention_is_seen(fault: str, dtype: torch.dtype, monkeypatch: Patch) -> None:
