@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from halfbyte import finetune
 from halfbyte.recipe.file import load_recipe
-from halfbyte.training import preview
+from halfbyte.system import device
+from halfbyte.training import fit, forecast, prepare, preview
 from tests import tiny_run
 from tests.in_process import Cli, runner
 
@@ -36,6 +39,50 @@ def test_it_shows_gates_lengths_steps_and_marked_rows(halfbyte: Cli) -> None:
     assert "row 1 (train.jsonl:1): " in ended.out and "row 2 (train.jsonl:2): " in ended.out
     marked = ended.out.partition("⟦")[2].partition("⟧")[0]
     assert marked == first["completion"] + "<|im_end|>", "the answer and its end are what is learned"
+
+
+HEAVY = ("peft", "bitsandbytes", "datasets", "pandas", "transformers.trainer", "transformers.modeling_utils")
+
+
+def loaded_by(*words: str) -> list[str]:
+    """Which of `HEAVY` a command imports, in a process of its own."""
+    code = (
+        "import sys, runpy\nsys.argv = ['halfbyte', *sys.argv[1:]]\n"
+        "try:\n    runpy.run_module('halfbyte', run_name='__main__')\n"
+        f"except SystemExit as end:\n    print('code', end.code, sorted({set(HEAVY)} & set(sys.modules)))\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    return str(ended.stdout.splitlines()[-1]).split(maxsplit=2)[1:]
+
+
+def test_rows_alone_need_neither_peft_nor_a_trainer(here: Path) -> None:
+    assert loaded_by("data", "check", "recipe.yaml") == ["0", "[]"]
+    code, heavy = loaded_by("data", "check", "recipe.yaml", "--set", "train.optim=sgd")
+    assert code == "0" and "transformers.trainer" in heavy, "its arguments are tried on what takes them"
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "train.max_steps=3000000", "lora.modules_to_save=[nothing_of_it]", "lora.target_modules=[k_prox]",
+        "train.lr_scheduler_kwargs={power: x}", "lora.exclude_modules=[nothing]",
+    ],
+)  # fmt: skip
+def test_it_refuses_what_a_dry_run_refuses(halfbyte: Cli, asked: str) -> None:
+    schedule = ["--set", "train.lr_scheduler_type=polynomial"] if "scheduler" in asked else []
+    checked = halfbyte("data", "check", "recipe.yaml", *schedule, "--set", asked)
+    dry = halfbyte("train", "recipe.yaml", "--dry-run", *schedule, "--set", asked)
+    assert checked.code == dry.code != 0 and checked.err == dry.err
+
+
+@pytest.mark.parametrize("targets", ["auto", "all-linear"])
+@pytest.mark.parametrize("model", ["llama", "gpt2", "bloom", "qwen3", "phi3"])
+def test_its_plan_by_names_is_that_of_the_built_model(tmp_path: Path, model: str, targets: str) -> None:
+    tiny_run.checkpoint(tmp_path / "model", model)
+    loaded = tiny_run.recipe(tmp_path, lora__target_modules=targets)
+    prepared, machine = prepare.look(loaded.recipe), device.detect()
+    plan = forecast.plan_by_names(prepared, machine)
+    assert plan is not None and plan.to_json() == fit.with_plan(prepared, machine).plan.to_json()
 
 
 def test_its_figures_are_those_of_the_run(halfbyte: Cli) -> None:

@@ -1,20 +1,26 @@
-"""Supervised fine-tuning: cross-entropy of the next token, the mean over labelled tokens."""
+"""Supervised fine-tuning: cross-entropy of the next token, the mean over labelled tokens.
+
+`layers.loss`, and PEFT with it, is imported where a loss is taken: `data check` takes none.
+"""
+
+from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from halfbyte.data import collate, pack
 from halfbyte.data.encoding.encoder import EncodedRows
 from halfbyte.data.encoding.examples import Example
-from halfbyte.layers import loss
-from halfbyte.objectives.objective import Sums
 from halfbyte.plan.objective import NO_COST, ObjectiveCost
 from halfbyte.runs import points
 from halfbyte.types import Batch, Model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from halfbyte.objectives.objective import Sums
 
 
 @dataclass(frozen=True)
@@ -33,12 +39,16 @@ class CausalLM:
         return collate.collate(examples)
 
     def loss(self, model: Model, batch: Batch) -> Tensor:
+        from halfbyte.layers import loss
+
         return loss.micro_batch_loss(model, batch, label_smoothing=self.label_smoothing)
 
     def weight(self, batch: Batch) -> float:
         return len(batch["targets"])
 
     def text_sums(self, model: Model, batch: Batch) -> list[Sums]:
+        from halfbyte.layers import loss
+
         lengths = batch["cu_seq_lens_q"].diff().tolist()
         labelled = [end - first for first, end in loss.labels_of_texts(batch)]
         texts = zip(loss.text_losses(model, batch), labelled, lengths, strict=True)

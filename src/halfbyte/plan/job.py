@@ -3,6 +3,8 @@
 Cost: one walk over the tensors; no torch.
 """
 
+from __future__ import annotations
+
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -154,14 +156,14 @@ class Job:
         cls,
         recipe: Recipe,
         checkpoint: Checkpoint,
-        model: Model,
+        model: Model | None,
         rows: Rows,
         device: Device,
         targets: Sequence[str] | str | None = None,
     ) -> Self:
         """From the headers of a checkpoint; from `model` where it has none (pickled weights, or quantised ones)."""
         config = tensors.read_config(checkpoint.path)
-        if checkpoint.pickle or tensors.is_quantised(config):
+        if model is not None and (checkpoint.pickle or tensors.is_quantised(config)):
             from halfbyte.quant.bnb import shape_of
 
             specs = [tensors.spec_of(name, shape_of(p), "BF16", config) for name, p in model.named_parameters()]

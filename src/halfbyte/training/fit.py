@@ -20,7 +20,7 @@ from halfbyte.distributed import shard
 from halfbyte.errors import RunError
 from halfbyte.models.structure import meta_model
 from halfbyte.objectives.objective import Objective
-from halfbyte.plan import Job, Plan, Rows, calibrate, choose, memory, plan_training
+from halfbyte.plan import Job, Plan, calibrate, choose, memory
 from halfbyte.plan.result import POOL_RESERVE, RESERVE, Recompute
 from halfbyte.proofs import integers
 from halfbyte.recipe.adapter import PASSPORT
@@ -30,12 +30,11 @@ from halfbyte.runs.report import MeasuredLine
 from halfbyte.system import files, usage
 from halfbyte.system.device import Device
 from halfbyte.system.usage import Usage
-from halfbyte.training.comparison import verdict_s
 from halfbyte.training.events import Listener
+from halfbyte.training.forecast import asks_theirs, check_steps, job_of, plan_of
 from halfbyte.training.pace import Pace, recompute_as, rehearse
 from halfbyte.training.prepare import Prepared, data_note, prepare
-from halfbyte.training.schedule import count_evaluations, count_steps
-from halfbyte.training.trainer import check_arguments
+from halfbyte.training.schedule import count_steps
 from halfbyte.types import Document, Model
 
 if TYPE_CHECKING:
@@ -90,24 +89,21 @@ def with_plan(
     """The plan of rows that are prepared already. With a listener the machine may be calibrated first, for a long
     run."""
     recipe, tell = prepared.recipe, listener or Listener()
-    check_arguments(recipe.train, total_steps=count_steps(prepared))
+    check_steps(total := count_steps(prepared))
+    if asks_theirs(recipe.train):
+        from halfbyte.training.trainer import check_arguments
+
+        check_arguments(recipe.train, total_steps=total)
     tell.note("data", data_note(prepared))
     for finding in prepared.findings:
         tell.note("data", finding.line)
     meta = meta_model(prepared.config, trust_remote_code=recipe.trust_remote_code)
     targets, modules = lora.choose_targets(meta, recipe.lora)
-    held_out = prepared.evaluation.lengths if prepared.evaluation is not None else ()
-    rows = Rows(prepared.train.lengths, prepared.train.labelled, held_out)
-    job = Job.of_checkpoint(recipe, prepared.checkpoint, meta, rows, machine, targets=targets.names)
-    written = job.tokenizer_json_bytes if prepared.chatml is not None else None
-    job = replace(job, tokenizer_bytes=written or 0, ranks=ranks, objective=prepared.objective.cost, done=done)
-    job = replace(job, evaluations=count_evaluations(prepared, done))
+    job = job_of(prepared, machine, model=meta, targets=targets.names, ranks=ranks, done=done)
     rates = calibrate.cached(machine, job.dtype)
     if rates is None and listener is not None and choose.best_plan(job, machine).time.run_s >= CALIBRATE_FROM_S:
         rates = calibrate.ensure(machine, job.dtype, say=partial(tell.note, "machine"))
-    plan = plan_training(job, machine, rates)
-    around = {**plan.time.around, "verdict": verdict_s(prepared, plan)}
-    plan = replace(plan, time=replace(plan.time, around=around))
+    plan = plan_of(prepared, job, machine, rates)
     foreign = max(0, usage.now().private - plan.line("libraries"))
     return PlannedRun(prepared, machine, targets, modules, job, plan, foreign)
 

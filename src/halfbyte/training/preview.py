@@ -4,8 +4,11 @@ Why: a mask that is wrong, or an end token that is never learned, shows at a gla
 Cost: tokenising, and the shapes of the model; no weight is read.
 """
 
+from __future__ import annotations
+
 from dataclasses import asdict, dataclass
 from itertools import groupby, islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,10 +21,12 @@ from halfbyte.plan.alternatives import compare
 from halfbyte.plan.estimate import Estimate
 from halfbyte.recipe.schema import Loaded, Origin, rows
 from halfbyte.system import device
-from halfbyte.training import prepare
-from halfbyte.training.fit import PlannedRun, plan_run, with_plan
+from halfbyte.training import forecast, prepare
 from halfbyte.training.schedule import plan_steps
 from halfbyte.types import Document, Tokenizer
+
+if TYPE_CHECKING:
+    from halfbyte.training.fit import PlannedRun
 
 SHOWN_ROWS, COUNTED_STEPS = 2, 20_000
 BINS, BIN_TOKENS = 10, 16  # edges of the histogram are multiples of the tokens
@@ -46,6 +51,7 @@ class Resolution:
 def resolve(loaded: Loaded) -> Resolution:
     """Resolve every `auto` without loading a weight; the data is read, since the plan follows from its lengths."""
     from halfbyte.base import residual
+    from halfbyte.training.fit import plan_run
 
     job = plan_run(loaded.recipe, device.detect())
     prepared, source = job.prepared, job.prepared.checkpoint
@@ -63,6 +69,8 @@ def resolve(loaded: Loaded) -> Resolution:
 
 def estimate(loaded: Loaded, *, side_by_side: bool = False) -> Estimate:
     """What `halfbyte plan` shows of a model that is at hand: the run's own plan, of the rows' tokens."""
+    from halfbyte.training.fit import plan_run
+
     run = plan_run(loaded.recipe, device.detect())
     job, rates = run.job, calibrate.cached(run.machine, run.job.dtype)
     recipe, shape = run.prepared.recipe, describe(loaded.recipe.model, loaded.recipe.revision)
@@ -178,7 +186,12 @@ def check(loaded: Loaded, *, row: int | None = None) -> DataCheck:
     count = len(prepared.train.examples)
     if row is not None and not 1 <= row <= count:
         raise DataError(f"there is no row {row}: {count:,} rows are trained on.", fix=f"--row 1 to --row {count}")
-    plan = with_plan(prepared, device.detect()).plan
+    machine = device.detect()
+    plan = forecast.plan_by_names(prepared, machine)
+    if plan is None:
+        from halfbyte.training.fit import with_plan
+
+        plan = with_plan(prepared, machine).plan
     steps = plan_steps(prepared, plan.max_tokens_per_micro_batch, None)
     counted = [len(step.micro_batches) for step in islice(steps, COUNTED_STEPS)]
     numbers = [row - 1] if row is not None else range(min(SHOWN_ROWS, count))

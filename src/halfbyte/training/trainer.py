@@ -53,9 +53,6 @@ NOT_FOR_TRAINER = frozenset(
     }
 )  # fmt: skip
 
-# Each has a row in metrics.jsonl, and the report reads all of them.
-MAX_STEPS = 1_000_000
-
 
 def _quietly(make: Callable[..., TrainingArguments]) -> Callable[..., TrainingArguments]:
     """Without transformers' warning of a process group that it does not know: the group is ours, and so is the sum."""
@@ -118,12 +115,7 @@ def training_arguments(
 
 def check_arguments(train: Train, *, total_steps: int) -> None:
     """Make the optimiser and the schedule of the recipe on one number, before anything is loaded or written. Raises
-    RecipeError: arguments that they do not take, or more steps than can be planned."""
-    if total_steps > MAX_STEPS:
-        raise RecipeError(
-            f"train: {total_steps:,} steps are more than the {MAX_STEPS:,} that one run can have.",
-            fix="lower train.max_steps or train.num_train_epochs",
-        )
+    RecipeError: arguments that they do not take."""
     try:
         where = Path("unused")
         args = training_arguments(train, folder=where, total_steps=total_steps, fp16=False, use_cpu=True, eval_steps=0)

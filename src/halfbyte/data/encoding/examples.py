@@ -10,7 +10,7 @@ import hashlib
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any, Self, overload
 
 import numpy as np
@@ -75,22 +75,46 @@ class TokenizedRow:
 
 
 def batch(rows: Sequence[TokenizedRow]) -> pa.RecordBatch:
-    return pa.RecordBatch.from_pylist([_values(row) for row in rows], schema=SCHEMA)
-
-
-def _values(row: TokenizedRow) -> dict[str, object]:
-    begins_with_prompt = row.ids[: len(row.prompt)] == row.prompt
-    digest = hashlib.blake2b(array("I", row.ids).tobytes(), digest_size=8).digest()
-    return {
-        "ids": row.ids,
-        "spans": [edge for span in row.spans for edge in span],
-        "labelled": row.labelled,
-        "prompt": [] if begins_with_prompt else row.prompt,
-        "prompt_length": len(row.prompt) if begins_with_prompt else -1,
-        "completion": row.completion,
-        "where": row.where,
-        "digest": int.from_bytes(digest, "little"),
+    """Rows as a record batch of `SCHEMA`, from buffers: `pa.array` would import pandas."""
+    ids = [row.ids for row in rows]
+    begins = [row.ids[: len(row.prompt)] == row.prompt for row in rows]
+    digests = (hashlib.blake2b(array("I", row).tobytes(), digest_size=8).digest() for row in ids)
+    columns = {
+        "ids": _lists(ids, "q"),
+        "spans": _lists([list(chain.from_iterable(row.spans)) for row in rows], "i"),
+        "labelled": _numbers([row.labelled for row in rows], "I"),
+        "prompt": _lists([[] if yes else row.prompt for row, yes in zip(rows, begins, strict=True)], "i"),
+        "prompt_length": _numbers([len(row.prompt) if yes else -1 for row, yes in zip(rows, begins, strict=True)], "i"),
+        "completion": _texts([row.completion for row in rows]),
+        "where": _texts([row.where for row in rows]),
+        "digest": _numbers([int.from_bytes(digest, "little") for digest in digests], "Q"),
     }
+    return pa.RecordBatch.from_arrays([columns[name] for name in SCHEMA.names], schema=SCHEMA)
+
+
+_TYPES = {"I": pa.uint32(), "i": pa.int32(), "Q": pa.uint64()}
+_LISTS = {"i": pa.list_(pa.uint32()), "q": pa.large_list(pa.uint32())}
+
+
+def _numbers(values: Sequence[int], code: str) -> pa.Array:
+    """`code`: of Python's `array`."""
+    return pa.Array.from_buffers(_TYPES[code], len(values), [None, pa.py_buffer(array(code, values))])
+
+
+def _offsets(parts: Sequence[Sequence[int] | bytes], code: str) -> pa.Buffer:
+    return pa.py_buffer(array(code, accumulate(map(len, parts), initial=0)))
+
+
+def _lists(parts: Sequence[Sequence[int]], code: str) -> pa.Array:
+    """`code`: of the offsets."""
+    values = _numbers(list(chain.from_iterable(parts)), "I")
+    return pa.Array.from_buffers(_LISTS[code], len(parts), [None, _offsets(parts, code)], children=[values])
+
+
+def _texts(texts: Sequence[str]) -> pa.Array:
+    parts = [text.encode() for text in texts]
+    buffers = [None, _offsets(parts, "q"), pa.py_buffer(b"".join(parts))]
+    return pa.Array.from_buffers(pa.large_string(), len(parts), buffers)
 
 
 class Examples(Sequence[Example]):

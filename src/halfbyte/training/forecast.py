@@ -1,0 +1,96 @@
+"""What a run is planned to be, from its rows and the layers that get an adapter: a job, and the plan of it.
+
+Why: `data check` needs the plan alone. Of a known architecture the names of the tensors tell which layers get an
+adapter, so no model is built, and neither PEFT nor a Trainer is imported (a second and a half of three).
+Cost: the headers of the checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from halfbyte.errors import RecipeError
+from halfbyte.models import tensors
+from halfbyte.plan import FAMILIES, Job, Plan, Rows, calibrate, plan_training
+from halfbyte.plan.timing import Rates
+from halfbyte.recipe.schema import Lora, Recipe, Train
+from halfbyte.system.device import Device
+from halfbyte.training.comparison import verdict_s
+from halfbyte.training.prepare import Prepared
+from halfbyte.training.schedule import count_evaluations, count_steps
+from halfbyte.types import Model
+
+# Each has a row in metrics.jsonl, and the report reads all of them.
+MAX_STEPS = 1_000_000
+# Under `train:`, what transformers and torch may refuse; under `lora:`, what asks nothing of a built model.
+_THEIRS = ("optim", "optim_args", "lr_scheduler_type", "lr_scheduler_kwargs", "report_to")
+_PLAIN = ("r", "lora_alpha", "lora_dropout", "use_rslora", "save_dtype")
+
+
+def check_steps(total: int) -> None:
+    """A RecipeError where there are more than can be planned."""
+    if total > MAX_STEPS:
+        raise RecipeError(
+            f"train: {total:,} steps are more than the {MAX_STEPS:,} that one run can have.",
+            fix="lower train.max_steps or train.num_train_epochs",
+        )
+
+
+def asks_theirs(train: Train) -> bool:
+    """Whether an optimiser, a schedule or an integration is asked for that transformers or torch might refuse."""
+    plain = Train()
+    return any(getattr(train, name) != getattr(plain, name) for name in _THEIRS)
+
+
+def job_of(
+    prepared: Prepared,
+    machine: Device,
+    *,
+    model: Model | None = None,
+    targets: Sequence[str] | str | None = None,
+    ranks: int = 1,
+    done: int = 0,
+) -> Job:
+    """The job of rows that are prepared.
+
+    Args:
+        model, targets: without weights, and the modules that get an adapter; None where their names tell.
+        ranks: processes that share the rows of a step. done: steps that earlier processes have made.
+    """
+    held_out = prepared.evaluation.lengths if prepared.evaluation is not None else ()
+    rows = Rows(prepared.train.lengths, prepared.train.labelled, held_out)
+    job = Job.of_checkpoint(prepared.recipe, prepared.checkpoint, model, rows, machine, targets=targets)
+    written = job.tokenizer_json_bytes if prepared.chatml is not None else None
+    job = replace(job, tokenizer_bytes=written or 0, ranks=ranks, objective=prepared.objective.cost, done=done)
+    return replace(job, evaluations=count_evaluations(prepared, done))
+
+
+def plan_of(prepared: Prepared, job: Job, machine: Device, rates: Rates | None) -> Plan:
+    """The plan of a job, the seconds of its verdict included."""
+    plan = plan_training(job, machine, rates)
+    around = {**plan.time.around, "verdict": verdict_s(prepared, plan)}
+    return replace(plan, time=replace(plan.time, around=around))
+
+
+def plan_by_names(prepared: Prepared, machine: Device) -> Plan | None:
+    """The plan that a run will make, without building its model; None where only a built one tells."""
+    check_steps(count_steps(prepared))
+    config = tensors.read_config(prepared.checkpoint.path)
+    if not _is_plain(prepared.recipe) or config.get("model_type") not in FAMILIES:
+        return None
+    if prepared.checkpoint.pickle or tensors.is_quantised(config):
+        return None
+    job = job_of(prepared, machine)
+    return plan_of(prepared, job, machine, calibrate.cached(machine, job.dtype))
+
+
+def _is_plain(recipe: Recipe) -> bool:
+    """Whether the recipe asks nothing that a model, PEFT or transformers might refuse."""
+    lora = Lora(target_modules=recipe.lora.target_modules)
+    return (
+        not recipe.trust_remote_code
+        and not asks_theirs(recipe.train)
+        and recipe.lora.target_modules in ("auto", "all-linear")
+        and recipe.lora.model_copy(update={name: getattr(lora, name) for name in _PLAIN}) == lora
+    )
