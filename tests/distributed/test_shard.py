@@ -22,10 +22,12 @@ from halfbyte.quant import formats
 from halfbyte.recipe.file import load_recipe
 from halfbyte.system import device
 from halfbyte.training.pace import recompute_as
+from halfbyte.upstream.torch import SHARDS
 from tests import tiny, tiny_run
 from tests.distributed import together
 from tests.distributed.test_data_parallel import EVALUATED, same, train, trained
 
+pytestmark = pytest.mark.skipif(bool(SHARDS.reason), reason=SHARDS.reason)
 FAMILIES = ("llama", "qwen3", "gpt2")
 
 

@@ -7,7 +7,9 @@ import inspect
 from typing import Any
 
 import bitsandbytes as bnb
+import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.utils import BnbQuantizationConfig
 from accelerate.utils import load_and_quantize_model as theirs
 from torch import nn
@@ -28,6 +30,16 @@ def test_every_field_of_accelerates_configuration_is_known() -> None:
         "bnb_4bit_compute_dtype", "torch_dtype", "skip_modules", "keep_in_fp32_modules",
     }  # fmt: skip
     assert halfbyte.BnbQuantizationConfig is BnbQuantizationConfig
+
+
+def test_accelerates_hook_is_on_a_modules_own_forward_and_keeps_its_signature() -> None:
+    layer = nn.Linear(2, 2)
+    signature = inspect.signature(layer.forward)
+    add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    assert inspect.signature(layer.forward) == signature
+    layer._hf_hook.execution_device = "meta"  # where inputs go; its weights stay
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        layer.forward(torch.zeros(1, 2))  # past torch's own hooks, as PEFT before 0.21 calls what it adapts
 
 
 def test_torchs_encoder_asks_these_attributes_before_its_fast_path() -> None:

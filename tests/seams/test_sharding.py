@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from halfbyte.distributed import world as worlds
+from halfbyte.upstream.torch import SHARDS
 from tests.distributed import together
 
 
@@ -76,6 +78,7 @@ def sharded() -> dict[str, Any]:
         return said
 
 
+@pytest.mark.skipif(bool(SHARDS.reason), reason=SHARDS.reason)
 def test_each_layer_alone_in_bytes_with_what_is_kept_on_its_parameter() -> None:
     found = together.run(2, sharded)
     assert [each.pop("part") for each in found] == [[0, 1, 2], [3, 4, 5]]

@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from halfbyte.system.libraries import outside_ranges, version, versions
-from tests.version_sets import MIDDLE, PYPROJECT, constraints, oldest, prereleases
+from tests.version_sets import MIDDLE, PYPROJECT, constraints, oldest, prereleases, resolve, resolved
 
 CODE = """
 import gc, json
@@ -66,9 +66,31 @@ def test_the_middle_versions_are_within_the_ranges_and_pre_releases_are_those_th
     wanted = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]["dependencies"]
     ranges = {each.name: each.specifier for each in map(Requirement, wanted)}
     assert all(number in ranges[name] for name, number in MIDDLE.items())
-    assert constraints("middle")[0] == f"transformers=={MIDDLE['transformers']}" and constraints("newest") == []
+    assert constraints("middle")[0] == f"torch=={MIDDLE['torch']}" and constraints("newest") == []
     newest = {**{name: ["5.24.0", "5.24.0rc1"] for name in MIDDLE}, "peft": ["0.22.0rc0", "0.21.2"]}
     assert prereleases(newest.__getitem__) == ["peft==0.22.0rc0"]
+
+
+def test_one_environment_is_asked_of_pip_for_the_newest_of_each(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newest = {**dict.fromkeys((*MIDDLE, "trl", "lm-eval", "sentence-transformers"), "9"), "vllm": "0.33"}
+
+    def pip(*arguments: str) -> dict[str, str]:
+        if "vllm==0.33" in arguments:
+            raise ValueError("ResolutionImpossible")
+        return newest
+
+    assert resolve(pip) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("beside torch==9, transformers==9, ") and lines[1].startswith("beside trl==9: torch 9, ")
+    assert lines[-2:] == ["beside vllm==0.33: none", "ResolutionImpossible"]
+    report = json.dumps({"install": [{"metadata": {"name": "Lm_Eval", "version": "1"}}]})
+    ended = [subprocess.CompletedProcess([], code, report, "no") for code in (0, 1)]
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: ended.pop(0))
+    assert resolved("x") == {"lm-eval": "1"}
+    with pytest.raises(ValueError, match="no"):
+        resolved("x")
 
 
 @pytest.mark.parametrize("name", ["transformers", "peft", "bitsandbytes", "accelerate"])

@@ -18,6 +18,7 @@ import transformers
 from halfbyte import doctor
 from halfbyte.adapters import lora, targets
 from halfbyte.base.modules import settings
+from halfbyte.distributed import shard
 from halfbyte.errors import AdapterError, RecipeError
 from halfbyte.layers import fuse, packing
 from halfbyte.layers.experts import layout
@@ -28,6 +29,7 @@ from halfbyte.recipe.schema import Data, Recipe, Train
 from halfbyte.training import trainer
 from halfbyte.upstream import bitsandbytes, seam
 from halfbyte.upstream import peft as of_peft
+from halfbyte.upstream import torch as of_torch
 from halfbyte.upstream import transformers as of_transformers
 from tests import small_models, tiny
 
@@ -135,14 +137,24 @@ def test_without_optimisers_for_a_cpu_they_are_refused_by_name(monkeypatch: pyte
 def test_without_kernels_to_hand_on_to_bitsandbytes_keeps_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bnb_backend, "_held", {})
     monkeypatch.delattr(torch.library, "get_kernel")
-    lacks(bitsandbytes.KERNELS)
+    lacks(of_torch.KERNELS)
     bnb_backend.register()
     assert not bnb_backend.active()
 
 
+def test_without_an_fsdp_that_takes_codes_a_base_is_not_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+
+    monkeypatch.setattr(FSDPParam, "_init_sharded_param", forget)  # of another source
+    lacks(of_torch.SHARDS)
+    asked = Recipe(model="m", data=Data(train="t"), quant={"placement": "sharded"})  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match=r"quant\.placement sharded: torch .* has no FSDP2 that takes codes"):
+        shard.check(asked, ranks=2)
+
+
 def test_each_seam_has_its_test() -> None:
     source = Path(__file__).read_text(encoding="utf-8")
-    for library in (of_transformers, of_peft, bitsandbytes):
+    for library in (of_transformers, of_peft, bitsandbytes, of_torch):
         names = [name for name, value in vars(library).items() if isinstance(value, seam.Seam)]
         assert {getattr(library, name) for name in names} == set(library.SEAMS)
         assert all(f"{name})\n" in source for name in names)

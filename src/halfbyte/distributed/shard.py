@@ -32,6 +32,7 @@ from halfbyte.quant import bnb, experts
 from halfbyte.recipe.schema import Recipe
 from halfbyte.system import accelerator, pages
 from halfbyte.types import Batch, Model
+from halfbyte.upstream.torch import SHARDS
 
 DONE = -1
 PLACEMENT = "sharded"
@@ -45,6 +46,10 @@ def check(recipe: Recipe, ranks: int) -> None:
         raise RecipeError(
             "quant.placement sharded shares the base out over several processes, and this one is alone.",
             fix="torchrun --nproc-per-node N -m halfbyte train RECIPE (docs/scale.md); or --set quant.placement=auto",
+        )
+    if SHARDS.reason:
+        raise RecipeError(
+            f"quant.placement sharded: {SHARDS.reason}.", fix="pip install -U torch; or --set quant.placement=auto"
         )
     if recipe.eval.metrics:
         raise RecipeError(

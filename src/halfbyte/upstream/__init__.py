@@ -1,1 +1,1 @@
-"""What differs between the versions of transformers, PEFT and bitsandbytes: one file each. Imports them when asked."""
+"""What differs between the versions of torch, transformers, PEFT and bitsandbytes: a file each. Imports when asked."""

@@ -25,12 +25,6 @@ def _steps_on_cpu() -> bool:
     return True
 
 
-def _kernels_can_be_put_before() -> bool:
-    import torch
-
-    return callable(torch.library.get_kernel)
-
-
 C_DEQUANTISE = Seam(
     "bitsandbytes", "C functions that dequantise on a CPU", "weights are dequantised by a table, more slowly",
     lambda: c_dequantise("nf4", "fp32") is not None,
@@ -39,8 +33,4 @@ CPU_OPTIMISERS = Seam(
     "bitsandbytes", "optimisers for a CPU", "the values of train.optim that are its own are refused without a card",
     _steps_on_cpu,
 )  # fmt: skip
-KERNELS = Seam(
-    "torch", "kernels that another can hand on to", "other scripts quantise by bitsandbytes' own code, more slowly",
-    _kernels_can_be_put_before,
-)  # fmt: skip
-SEAMS = (C_DEQUANTISE, CPU_OPTIMISERS, KERNELS)
+SEAMS = (C_DEQUANTISE, CPU_OPTIMISERS)

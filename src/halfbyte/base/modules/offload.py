@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from halfbyte.base.modules.places import CPU, DISK, Places
 from halfbyte.base.modules.survey import Survey, tensors_of
@@ -115,7 +115,9 @@ def _move_buffers(root: nn.Module, places: Places) -> None:
 
 
 def _send_inputs(root: nn.Module, places: Places) -> None:
-    """Inputs of each part go to where its weights are at that moment; results come back to where the inputs were."""
+    """Inputs of each part go to where its weights are at that moment; results come back to where the inputs were. The
+    whole module's by accelerate's hook on its `forward`, which PEFT before 0.21 calls past torch's hooks."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
     from accelerate.utils import send_to_device
 
     def before(module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
@@ -123,17 +125,6 @@ def _send_inputs(root: nn.Module, places: Places) -> None:
         device = torch.device(places.main) if tensor is None else tensor.device
         return send_to_device(args, device), send_to_device(kwargs, device)
 
-    came_from: list[torch.device] = []
-
-    def begin(module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
-        given = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
-        came_from[:] = [] if given is None else [given.device]
-        return send_to_device(args, places.main), send_to_device(kwargs, places.main)
-
-    def end(module: nn.Module, args: object, output: object) -> object:
-        return send_to_device(output, came_from[0]) if came_from else output
-
     for name in filter(None, places.parts):
         root.get_submodule(name).register_forward_pre_hook(before, with_kwargs=True)
-    root.register_forward_pre_hook(begin, with_kwargs=True)
-    root.register_forward_hook(end)
+    add_hook_to_module(root, AlignDevicesHook(execution_device=places.main, io_same_device=True))
