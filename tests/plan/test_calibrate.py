@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ def test_every_rate_is_measured(monkeypatch: pytest.MonkeyPatch, cache: Path) ->
     here = device.detect()
     for dtype in ("fp32", "bf16") if device.compute_dtype(here, "auto")[0] == "bf16" else ("fp32",):
         found = calibrate.measure(here, dtype)
-        for name, value in found.to_json().items():
+        for name, value in asdict(found).items():
             if isinstance(value, float) and name != "correction":
                 there = name != "integer_ops" or not integer.why_not()
                 assert (1e6 if there else 0) <= value < (1e15 if there else 1), name

@@ -16,7 +16,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -106,9 +107,8 @@ def correct(device: Device, dtype: str, time_planned: Time, step_s: float, waite
         return None
     ratio = min(max(step_s / time_planned.step_s, 1 / MAX_CORRECTION_OF_A_RUN), MAX_CORRECTION_OF_A_RUN)
     correction = min(max(before.correction * ratio**0.5, 1 / CORRECTION_LIMIT), CORRECTION_LIMIT)
-    source = (
-        f"{before.source.partition('; corrected')[0]}; corrected {_today()} by finished runs: times {correction:.2f}"
-    )
+    first = before.source.partition("; corrected")[0]
+    source = f"{first}; corrected {date.today()} by finished runs: times {correction:.2f}"
     rates = replace(before, correction=correction, source=source)
     _save(device, dtype, rates)
     return rates
@@ -118,7 +118,7 @@ def _save(device: Device, dtype: str, rates: Rates) -> None:
     path = path_of(device, dtype)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs the same seconds again
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.write(path, files.as_json(files.seal({**rates.to_json(), "of": path.stem})))
+        files.write(path, files.as_json(files.seal({**asdict(rates), "of": path.stem})))
 
 
 def measure(device: Device, dtype: str) -> Rates:
@@ -134,7 +134,7 @@ def measure(device: Device, dtype: str) -> Rates:
     after = usage.cpu_time()
     waited = after.since(before).waited_share if before and after else None
     busy = load_seen(waited, tries.spread, usage.pressure() if waited is None else None)
-    source = f"calibrated {_today()}: {threads(device)} threads, {dtype}{', beside other load' if busy else ''}"
+    source = f"calibrated {date.today()}: {threads(device)} threads, {dtype}{', beside other load' if busy else ''}"
     return Rates(*main, source=source, busy=busy, dropped=dropped, integer_ops=integers)
 
 
@@ -184,10 +184,6 @@ class Tries:
             import torch
 
             torch.get_device_module(self.where.partition(":")[0]).synchronize()
-
-
-def _today() -> str:
-    return time.strftime("%Y-%m-%d")
 
 
 def _main_rates(tries: Tries, kind: torch.dtype) -> tuple[float, float, float, float, float]:

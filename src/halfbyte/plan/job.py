@@ -285,8 +285,7 @@ class Job:
     @cached_property
     def lora_parameters_per_token(self) -> int:
         """LoRA parameters that one token is multiplied with: all, but of experts only those of its own."""
-        share = self.facts.experts_per_token / max(1, self.facts.experts)
-        return round(sum(s.parameters * (share if s.reads == "experts" else 1.0) for s in self.sites))
+        return round(sum(s.parameters * (self._expert_share if s.reads == "experts" else 1.0) for s in self.sites))
 
     @cached_property
     def lora_widths(self) -> int:

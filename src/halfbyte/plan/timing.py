@@ -9,7 +9,7 @@ Cost: none; no torch.
 """
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -17,7 +17,6 @@ from halfbyte.plan.job import Job
 from halfbyte.plan.result import Placement, Recompute, Time
 from halfbyte.quant import formats
 from halfbyte.system.device import Device
-from halfbyte.types import Document
 
 SPREAD = 0.25  # of a time from measured rates; shared machines and turbo clocks move that much
 SPREAD_ASSUMED = 0.6
@@ -70,9 +69,6 @@ class Rates:
     """Numbers that LoRA's dropout passes over; 0 where that is not known."""
     integer_ops: float = 0.0
     """Operations of int8 products (`quant.compute`), as `matmul_flops` counts them; 0 where there are none."""
-
-    def to_json(self) -> Document:
-        return asdict(self)
 
 
 def assumed(device: Device, dtype: str) -> Rates:

@@ -16,6 +16,7 @@ from pathlib import Path
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from halfbyte.adapters import learning
+from halfbyte.distributed import shard
 from halfbyte.errors import DiskFull
 from halfbyte.recipe.schema import Train
 from halfbyte.runs import checkpoint
@@ -49,7 +50,7 @@ class Follower(TrainerCallback):
         if self.resume is None:
             return
         self.resume = None
-        self.trainer.settle()
+        shard.settle(self.trainer.shards)
         if self.trainer.world.from_first(lambda: False):
             self.trainer.evaluate()
 
@@ -117,7 +118,7 @@ class RunCallback(TrainerCallback):
         rows, every = self.run.read_metrics(), args.eval_steps if args.eval_strategy == "steps" else None
         seen = any(row["step"] == state.global_step and "eval_loss" in row for row in rows)
         due = bool(every) and state.global_step % int(every or 1) == 0 and not seen
-        self.trainer.settle()
+        shard.settle(self.trainer.shards)
         if self.trainer.world.from_first(lambda: due):
             self.trainer.evaluate()  # which the run was stopped in, after its checkpoint
 

@@ -54,24 +54,20 @@ NOT_FOR_TRAINER = frozenset(
 )  # fmt: skip
 
 
-def _quietly(make: Callable[..., TrainingArguments]) -> Callable[..., TrainingArguments]:
-    """Without transformers' warning of a process group that it does not know: the group is ours, and so is the sum."""
+class OneModelArguments(TrainingArguments):
+    """The Trainer wraps a model in torch's DataParallel where it sees several cards. Ours is on one, or split over them
+    by its layers."""
 
-    def quiet(**values: object) -> TrainingArguments:
+    def __post_init__(self) -> None:
+        """Without transformers' warning of a process group that it does not know: the group is ours, and so is the
+        sum."""
         logger = logging.getLogger("transformers.training_args")
         before = logger.level
         logger.setLevel(logging.ERROR)
         try:
-            return make(**values)
+            super().__post_init__()
         finally:
             logger.setLevel(before)
-
-    return quiet
-
-
-class OneModelArguments(TrainingArguments):
-    """The Trainer wraps a model in torch's DataParallel where it sees several cards. Ours is on one, or split over them
-    by its layers."""
 
     @property
     def n_gpu(self) -> int:
@@ -89,7 +85,7 @@ def training_arguments(
     """
     values = train.model_dump(exclude=set(NOT_FOR_TRAINER), exclude_none=True)
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-    return _quietly(OneModelArguments)(
+    return OneModelArguments(
         **values,
         metric_for_best_model=train.metric_for_best_model,
         greater_is_better=train.best_is_greatest,
@@ -182,7 +178,7 @@ class StepTrainer(Trainer):
         pace: Pace,
         hooks: RunHooks,
         world: World | None = None,
-        shards: "Shards | None" = None,
+        shards: Shards | None = None,
         ends_with_evaluation: bool = False,
     ) -> None:
         self.objective, self.pace = objective, pace
@@ -207,8 +203,7 @@ class StepTrainer(Trainer):
     @property
     def scaler(self) -> torch.amp.GradScaler | None:
         """What scales the loss in fp16 on a card."""
-        scaler: torch.amp.GradScaler | None = getattr(self.accelerator, "scaler", None)
-        return scaler
+        return getattr(self.accelerator, "scaler", None)
 
     def get_train_dataloader(self) -> DataLoader[Document]:
         """Items in their order, one at a time: the order was drawn when the steps were planned."""
@@ -276,11 +271,6 @@ class StepTrainer(Trainer):
         with self.shards.passing():
             row = micro_batches.of((self.shards.empty(self.pace.lengths),))
             self.accelerator.backward(0.0 * objectives.micro_batch_loss(self.objective, model, row))
-
-    def settle(self) -> None:
-        """With a sharded base: wait until the first process has done what it does alone."""
-        if self.shards is not None:
-            self.shards.settle()
 
     @contextlib.contextmanager
     def _dropout_of(self, step: pack.Step, rows: pack.MicroBatch) -> Iterator[None]:
