@@ -67,7 +67,7 @@ def put(models: Models, name: str, one: Target) -> tuple[Models, TextWriter, str
     """One more adapter, and who writes from then on. Raises AdapterError: it belongs to another base, does not fit, or
     would change its neighbours. Nothing has changed."""
     opened, first = models.opened, models.first
-    assert one.adapter is not None and first is not None and opened.base is not None
+    assert one.adapter is not None and opened.base is not None
     if not _NAME.fullmatch(name):
         raise AdapterError(f"{name[:64]!r} is no name: letters, digits and .:@+-_ of at most 64 are.")
     check_same(first, one)
@@ -81,7 +81,7 @@ def put(models: Models, name: str, one: Target) -> tuple[Models, TextWriter, str
         put_beside(opened.model, opened.recipe, one.adapter, internal, packed=opened.job.packed)
     try:
         by_name = {**models.by_name, name: served(opened.model, name, internal, tokenizer)}
-        return _with(models, replace(models, by_name=by_name, adapters=(*models.adapters, internal)))
+        return _with(replace(models, by_name=by_name))
     except Exception:
         take_away(opened.model, internal)
         raise
@@ -92,11 +92,10 @@ def take(models: Models, name: str) -> tuple[Models, TextWriter, str]:
     gone = models.by_name[name].adapter
     assert gone is not None
     by_name = {other: one for other, one in models.by_name.items() if other != name}
-    adapters = tuple(adapter for adapter in models.adapters if adapter != gone)
-    changed = _with(models, replace(models, by_name=by_name, adapters=adapters))
+    changed = _with(replace(models, by_name=by_name))
     take_away(models.opened.model, gone)
     return changed
 
 
-def _with(before: Models, models: Models) -> tuple[Models, TextWriter, str]:
+def _with(models: Models) -> tuple[Models, TextWriter, str]:
     return models, *writer_for(models)

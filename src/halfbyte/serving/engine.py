@@ -141,8 +141,7 @@ class Engine:
         for future, _ in changes:
             if future.set_running_or_notify_cancel():
                 future.set_exception(self._stopping())
-        for ask in waiting:
-            self._post([(ask, self._stopping())])
+        self._post([(ask, self._stopping()) for ask in waiting])
 
     def change(self, work: Change) -> Future[None]:
         """Other models, from when what is being written is written; who asks meanwhile waits. The future has the
@@ -286,15 +285,13 @@ class Engine:
             writer.remove(text)
 
     def _fail(self, error: Exception) -> None:
-        for ask in set(self.ask_of.values()):
-            self._send([(ask, error)])
+        self._send([(ask, error) for ask in set(self.ask_of.values())])
         for text in list(self.ask_of):
             self._remove(text)
 
     def _gather(self, sent: Sent) -> None:
         """Send them, with those before, where it is time, or an answer begins or ends; else keep them for a while."""
-        some = [chunk for _, chunk in sent]
-        at_once = any(isinstance(one, Exception) or one.tokens == 1 or one.finish is not None for one in some)
+        at_once = any(isinstance(one, Exception) or one.tokens == 1 or one.finish is not None for _, one in sent)
         if at_once or time.monotonic() - self._sent_at >= GATHERED_S:
             self._send(sent)
         else:
@@ -313,20 +310,12 @@ class Engine:
 
 def _joined(sent: Sent) -> Sent:
     """Chunks of one text as one."""
-    joined: Sent = []
-    where: dict[tuple[Ask, int], int] = {}
+    joined: dict[tuple[Ask, int | None], TextChunk | Exception] = {}
     for ask, chunk in sent:
-        if isinstance(chunk, Exception):
-            joined.append((ask, chunk))
-            continue
-        n = where.setdefault((ask, chunk.index), len(joined))
-        if n == len(joined):
-            joined.append((ask, chunk))
-        else:
-            before = joined[n][1]
-            assert isinstance(before, TextChunk)
-            joined[n] = ask, before.joined(chunk)
-    return joined
+        key = ask, chunk.index if isinstance(chunk, TextChunk) else None
+        before = joined.get(key)
+        joined[key] = before.joined(chunk) if isinstance(before, TextChunk) and isinstance(chunk, TextChunk) else chunk
+    return [(ask, chunk) for (ask, _), chunk in joined.items()]
 
 
 def _deliver(sent: Sent) -> None:

@@ -1,8 +1,7 @@
 """A base with all adapters that are served on it, each with its own tokenizer and its own tokens that end an answer."""
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -53,9 +52,13 @@ class Models:
     cache_bytes: int
     vocabulary: int
     """Rows of the head: the length of logits."""
-    adapters: tuple[str, ...] = field(default=())
-    first: Target | None = None
+    first: Target
     """With which others have to share the base."""
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """PEFT's names of those that are served."""
+        return tuple(one.adapter for one in self.by_name.values() if one.adapter is not None)
 
     @property
     def context(self) -> Context:
@@ -101,10 +104,7 @@ def open_all(
     lm = structure.causal_lm(opened.model)
     head = lm.get_output_embeddings()
     vocabulary = int(head.weight.shape[0] if head is not None else lm.config.get_text_config().vocab_size)
-    adapters = tuple(internal.values())
-    return Models(
-        opened, by_name, names.base, max_length, places, cache_bytes, vocabulary, adapters, names.first
-    )  # fmt: skip
+    return Models(opened, by_name, names.base, max_length, places, cache_bytes, vocabulary, names.first)
 
 
 def served(model: Model, name: str, adapter: str | None, tokenizer: Tokenizer) -> ServedModel:
@@ -123,7 +123,8 @@ def _sized(opened: load.Opened, max_length: int | None, places: int | None) -> t
     max_length = max_length or min(MAX_LENGTH, context.tokens if context is not None else MAX_LENGTH)
     each = cache_bytes(opened.job, max_length)
     free = _CACHE_SHARE * choose.available_bytes(device.detect())
-    fitting = [n for n in _counts(places) if n * each <= free]
+    counts = [n for n in sorted({*SIZES, places or SIZES[-1]}, reverse=True) if n <= (places or SIZES[-1])]
+    fitting = [n for n in counts if n * each <= free]
     if not fitting:
         raise RecipeError(
             f"the cache of one text of {max_length:,} tokens takes {each / 1e9:.1f} GB; "
@@ -131,11 +132,6 @@ def _sized(opened: load.Opened, max_length: int | None, places: int | None) -> t
             fix=f"--context {max(64, int(max_length * free / each) // 64 * 64)}",
         )
     return max_length, fitting[0], fitting[0] * each
-
-
-def _counts(places: int | None) -> Sequence[int]:
-    descending = SIZES[::-1]
-    return descending if places is None else [places, *(n for n in descending if n < places)]
 
 
 def writer_for(models: Models) -> tuple[TextWriter, str]:

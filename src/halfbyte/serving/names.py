@@ -29,8 +29,7 @@ class Names:
 
 
 def find(words: Sequence[str], overrides: Sequence[str] = ()) -> Names:
-    """Look up what is to be served. Raises RunError: there is no such run. AdapterError: adapters of different bases.
-    RecipeError: a name is there twice."""
+    """Raises RunError: there is no such run. AdapterError: different bases. RecipeError: a name is there twice."""
     adapters: dict[str, Target] = {}
     bases: list[Target] = []
     for word in words:

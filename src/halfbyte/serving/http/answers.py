@@ -5,23 +5,19 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from starlette.responses import Response
 
+from halfbyte.serving.engine import Ask
 from halfbyte.serving.http.wire import Refusal
 from halfbyte.serving.tools import AnswerPart, CallForm, CallReader
 from halfbyte.types import Document
 from halfbyte.writing.sampling import TokenLogprob
 from halfbyte.writing.text import TextChunk
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from halfbyte.serving.engine import Ask
 
 
 class Json(Response):
@@ -38,8 +34,6 @@ class Json(Response):
 
 @dataclass
 class CalledTool:
-    """Of a tool."""
-
     name: str
     arguments: str = ""
     id: str = field(default_factory=lambda: f"call_{secrets.token_hex(12)}")
@@ -60,7 +54,6 @@ class Choice:
         self._reader = None if self.form is None else CallReader(self.form)
 
     def add(self, chunk: TextChunk) -> list[AnswerPart]:
-        """What is new of it."""
         self.tokens = chunk.tokens
         self.logprobs += chunk.logprobs
         self.finish = chunk.finish or self.finish

@@ -44,7 +44,9 @@ def application(service: Service, folders: AdapterFolders) -> Starlette:
     async def refused(http: Http, error: Exception) -> Response:
         assert isinstance(error, Refusal)
         service.gauges.refused(error)
-        return Json({"error": str(error)}, error.status, error.headers) if _of_ollama(http) else Json.of(error)
+        if http.url.path.startswith("/api/"):  # Ollama's
+            return Json({"error": str(error)}, error.status, error.headers)
+        return Json.of(error)
 
     async def unknown(http: Http, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -70,10 +72,6 @@ def application(service: Service, folders: AdapterFolders) -> Starlette:
     ]
     handlers = {Refusal: refused, Gone: gone, HTTPException: unknown, Exception: failed}
     return Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
-
-
-def _of_ollama(http: Http) -> bool:
-    return http.url.path.startswith("/api/")
 
 
 async def _models(service: Service, http: Http) -> Response:

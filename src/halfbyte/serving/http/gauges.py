@@ -26,14 +26,11 @@ class Gauges:
             ("running", "Texts being written", lambda: engine.running),
             ("waiting", "Texts that wait for a place", lambda: engine.waiting),
             ("places", "Most texts at once", lambda: engine.models.places),
+            ("prompt_tokens_total", "Tokens of prompts read", lambda: engine.prompt_tokens),
+            ("written_tokens_total", "Tokens written", lambda: engine.written_tokens),
+            ("steps_total", "Steps of all texts together", lambda: engine.steps),
         ):
             Gauge(f"halfbyte_{name}", what, registry=registry).set_function(read)
-        for name, what, read in (
-            ("prompt_tokens", "Tokens of prompts read", lambda: engine.prompt_tokens),
-            ("written_tokens", "Tokens written", lambda: engine.written_tokens),
-            ("steps", "Steps of all texts together", lambda: engine.steps),
-        ):
-            Gauge(f"halfbyte_{name}_total", what, registry=registry).set_function(read)
 
     def first(self, ask: Ask) -> None:
         self._first.observe(time.monotonic() - ask.came)

@@ -14,7 +14,8 @@ import asyncio
 import hmac
 import ipaddress
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from types import MappingProxyType
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -22,8 +23,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from halfbyte.serving.http.answers import Json
 from halfbyte.serving.http.wire import Refusal
+from halfbyte.serving.settings import Settings
 
 _DRAINED = 8  # times the limit
+BODY_S, AT_ONCE = 20.0, 512  # seconds that a body may take, requests
 OPEN = frozenset({"/", "/page.js", "/style.css", "/health"})  # nothing of a model, nothing that was asked
 _HEADERS = MappingProxyType({
     "X-Content-Type-Options": "nosniff",
@@ -34,22 +37,11 @@ _HEADERS = MappingProxyType({
 })  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Rules:
-    """Args: hosts: names beside addresses and localhost. body_s: seconds a body may take. at_once: requests."""
-
-    key: str | None = None
-    hosts: frozenset[str] = frozenset()
-    body_bytes: int = 2_000_000
-    body_s: float = 20.0
-    at_once: int = 512
-
-
 @dataclass
 class Guard:
     app: ASGIApp
-    rules: Rules
-    inside: int = field(default=0)
+    settings: Settings
+    inside: int = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -61,9 +53,7 @@ class Guard:
 
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                for name, value in _HEADERS.items():
-                    headers[name] = value
+                MutableHeaders(scope=message).update(_HEADERS)
             await send(message)
 
         self.inside += 1
@@ -78,8 +68,8 @@ class Guard:
             self.inside -= 1
 
     def _check(self, scope: Scope) -> None:
-        headers, rules = Headers(scope=scope), self.rules
-        if self.inside > rules.at_once:
+        headers, key = Headers(scope=scope), self.settings.key
+        if self.inside > AT_ONCE:
             raise Refusal(429, "too many requests at once.", kind="rate_limit_error", code="too_many_requests",
                           headers={"Retry-After": "1"})  # fmt: skip
         hosts = headers.getlist("host")
@@ -88,9 +78,9 @@ class Guard:
         origin = headers.get("origin")
         if origin is not None and origin not in (f"http://{hosts[0]}", f"https://{hosts[0]}"):
             raise Refusal(403, "pages of other sites may not ask this server.", code="wrong_origin")
-        if rules.key is not None and scope["path"] not in OPEN:
+        if key is not None and scope["path"] not in OPEN:
             given = headers.get("authorization", "").encode()
-            if not hmac.compare_digest(given, f"Bearer {rules.key}".encode()):
+            if not hmac.compare_digest(given, f"Bearer {key}".encode()):
                 raise Refusal(401, "a key is required: Authorization: Bearer KEY", code="invalid_api_key",
                               headers={"WWW-Authenticate": "Bearer"})  # fmt: skip
         kind = headers.get("content-type")
@@ -102,20 +92,18 @@ class Guard:
     def _is_ours(self, host: str) -> bool:
         name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
         name = name.strip("[]").lower().rstrip(".")
-        if name == "localhost" or name in self.rules.hosts:
+        if name in ("localhost", self.settings.host.lower(), *self.settings.hosts):
             return True
-        try:
-            ipaddress.ip_address(name)
-        except ValueError:
-            return False
-        return True
+        with suppress(ValueError):
+            return bool(ipaddress.ip_address(name))
+        return False
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
-        limit = self.rules.body_bytes
+        limit = self.settings.body_bytes
         too_large = Refusal(413, f"the body is larger than {limit:,} bytes.", code="body_too_large")
         parts, size = list[bytes](), 0
         try:
-            async with asyncio.timeout(self.rules.body_s):
+            async with asyncio.timeout(BODY_S):
                 while True:
                     message = await receive()
                     if message["type"] != "http.request":
@@ -132,7 +120,7 @@ class Guard:
                     if ended:
                         return b"".join(parts)
         except TimeoutError:
-            raise Refusal(408, f"the body did not come within {self.rules.body_s:g} s.", code="body_too_slow",
+            raise Refusal(408, f"the body did not come within {BODY_S:g} s.", code="body_too_slow",
                           headers={"X-Should-Retry": "false"}) from None  # fmt: skip
 
 

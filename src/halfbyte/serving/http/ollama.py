@@ -11,10 +11,10 @@ import hashlib
 import json
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 from starlette.requests import Request as Http
@@ -22,18 +22,16 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from halfbyte.data.encoding.chatml import with_tools
+from halfbyte.serving.engine import Ask
 from halfbyte.serving.http import wire
-from halfbyte.serving.http.answers import CalledTool, Choice, Json
+from halfbyte.serving.http.answers import Choice, Json
 from halfbyte.serving.http.service import Service
 from halfbyte.serving.http.wire import ChatRequest, Refusal
 from halfbyte.serving.models import ServedModel
+from halfbyte.serving.tools import CallForm
 from halfbyte.system.libraries import version
 from halfbyte.types import Document
 from halfbyte.writing.text import TextChunk
-
-if TYPE_CHECKING:
-    from halfbyte.serving.engine import Ask
-    from halfbyte.serving.tools import CallForm
 
 # What changes nothing here: how Ollama runs its own models.
 _IGNORED = frozenset(("num_ctx", "num_keep", "num_batch", "num_gpu", "main_gpu", "num_thread", "use_mmap", "use_mlock",
@@ -99,7 +97,7 @@ class OllamaChat(wire.Strict):
         if self.format:
             schema = {"type": "object"} if self.format == "json" else self.format
             form = {"type": "json_schema", "json_schema": {"name": "format", "schema": schema}}
-        return wire.checked(ChatRequest, {
+        return wire.read(ChatRequest, {
             "model": model.name,
             "messages": [message.as_chat() for message in self.messages],
             "tools": self.tools,
@@ -188,7 +186,7 @@ class OllamaReply:
 
     ask: Ask
     form: CallForm | None
-    first: float = field(default=0.0)
+    first: float = 0.0
 
     def __post_init__(self) -> None:
         self.choice = Choice(self.form)
@@ -219,7 +217,7 @@ class OllamaReply:
     def _calls(self) -> list[Document]:
         """Those that are whole: Ollama's arguments are objects."""
         return [{"function": {"name": call.name, "arguments": arguments}} for call in self.choice.calls
-                if (arguments := _object(call)) is not None]  # fmt: skip
+                if isinstance(arguments := wire.parsed(call.arguments), dict)]  # fmt: skip
 
     def _line(self, message: Document, *, done: bool) -> Document:
         message = {"role": "assistant", **message}
@@ -234,14 +232,6 @@ class OllamaReply:
             "prompt_eval_count": len(self.ask.prompt), "prompt_eval_duration": _ns(self.first - begun),
             "eval_count": self.choice.tokens, "eval_duration": _ns(now - self.first),
         }  # fmt: skip
-
-
-def _object(call: CalledTool) -> Document | None:
-    try:
-        value = json.loads(call.arguments)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def _ns(seconds: float) -> int:

@@ -12,23 +12,21 @@ import time
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request as Http
 from starlette.responses import Response
 from starlette.routing import Route
 
+from halfbyte.serving.engine import Ask
 from halfbyte.serving.http import wire
 from halfbyte.serving.http.answers import Choice, usage
 from halfbyte.serving.http.service import Service, as_events
 from halfbyte.serving.http.wire import ChatRequest, Refusal
+from halfbyte.serving.tools import CallForm
 from halfbyte.types import Document
 from halfbyte.writing.text import TextChunk
-
-if TYPE_CHECKING:
-    from halfbyte.serving.engine import Ask
-    from halfbyte.serving.tools import CallForm
 
 
 class _InputText(BaseModel):
@@ -94,7 +92,13 @@ class ResponsesRequest(wire.Unused):
 
     def as_chat(self) -> ChatRequest:
         """Raises Refusal: a value that chat would not take either."""
-        flat, form = self.tool_choice, None if self.text is None else self.text.format
+        choice: object = self.tool_choice
+        if isinstance(choice, _FlatChoice):
+            choice = {"type": "function", "function": {"name": choice.name}}
+        form, wanted = None if self.text is None else self.text.format, None
+        if form is not None:
+            schema = {"name": form.name, "schema": form.schema_, "strict": form.strict}
+            wanted = {"type": form.type, "json_schema": schema if form.type == "json_schema" else None}
         document = {
             "model": self.model,
             "messages": self._messages(),
@@ -102,12 +106,12 @@ class ResponsesRequest(wire.Unused):
             "temperature": self.temperature,
             "top_p": self.top_p,
             "tools": [{"type": "function", "function": tool.model_dump(exclude={"type"})} for tool in self.tools or ()],
-            "tool_choice": flat if not isinstance(flat, _FlatChoice) else _nested(flat.name),
+            "tool_choice": choice,
             "parallel_tool_calls": self.parallel_tool_calls,
             "reasoning_effort": None if self.reasoning is None else self.reasoning.effort,
-            "response_format": None if form is None else _format(form),
+            "response_format": wanted,
         }
-        return wire.checked(ChatRequest, document)
+        return wire.read(ChatRequest, document)
 
     def _messages(self) -> list[Document]:
         given = [_InputItem(content=self.input)] if isinstance(self.input, str) else self.input
@@ -127,15 +131,6 @@ class ResponsesRequest(wire.Unused):
 
 def _text(content: str | list[_InputText] | None) -> str:
     return content if isinstance(content, str) else "".join(piece.text for piece in content or ())
-
-
-def _nested(name: str) -> Document:
-    return {"type": "function", "function": {"name": name}}
-
-
-def _format(form: _FlatFormat) -> Document:
-    schema = {"name": form.name, "schema": form.schema_, "strict": form.strict}
-    return {"type": form.type, **({"json_schema": schema} if form.type == "json_schema" else {})}
 
 
 def routes(service: Service) -> list[Route]:
@@ -165,7 +160,10 @@ class ResponsesReply:
         self.choice = Choice(self.form)
 
     def begin(self) -> list[Document]:
-        return [self._event(f"response.{kind}", response=self._response("in_progress")) for kind in _BEGUN]
+        return [
+            self._event(f"response.{kind}", response=self._response("in_progress"))
+            for kind in ("created", "in_progress")
+        ]
 
     def add(self, number: int, chunk: TextChunk) -> list[Document]:
         events: list[Document] = []
@@ -263,6 +261,3 @@ class ResponsesReply:
             "text": {"format": {"type": "text"} if form is None else form.model_dump(by_alias=True, exclude_none=True)},
             "usage": None if status == "in_progress" else {names[n]: v for n, v in counts.items()} | details,
         }  # fmt: skip
-
-
-_BEGUN = ("created", "in_progress")

@@ -17,7 +17,7 @@ from halfbyte.serving.adapters import AdapterFolders
 from halfbyte.serving.engine import Engine
 from halfbyte.serving.http.app import application
 from halfbyte.serving.http.gauges import Gauges
-from halfbyte.serving.http.guard import Guard, Rules
+from halfbyte.serving.http.guard import Guard
 from halfbyte.serving.http.service import Service
 from halfbyte.serving.settings import Settings
 
@@ -41,11 +41,9 @@ def build(engine: Engine, settings: Settings, folders: AdapterFolders = _NONE) -
     """The server, to be run with a socket; it ends when its `should_exit` is set."""
     AppStatus.disable_automatic_graceful_drain()  # or a stream would end in the middle of its answer
     service = Service(engine, Gauges(engine), settings.answer_s)
-    hosts = frozenset({settings.host.lower()}) | settings.hosts
-    rules = Rules(settings.key, hosts, settings.body_bytes)
     config = uvicorn.Config(
-        Guard(application(service, folders), rules), log_config=None, access_log=False, server_header=False, http="h11",
-        ws="none", lifespan="on", timeout_keep_alive=20, timeout_graceful_shutdown=int(settings.grace_s),
+        Guard(application(service, folders), settings), log_config=None, access_log=False, server_header=False,
+        http="h11", ws="none", lifespan="on", timeout_keep_alive=20, timeout_graceful_shutdown=int(settings.grace_s),
         proxy_headers=False, backlog=512,
     )  # fmt: skip
     return _Server(config, engine)

@@ -15,7 +15,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -82,7 +82,7 @@ class Service:
         """A conversation's tokens up to its answer, and the template that has made them."""
         messages, rules = [message.for_template() for message in asked.messages], asked.rules
         self.check_length(model, sum(len(message["content"]) for message in messages))
-        template = str((with_tools if rules.tools else _own_template)(model.tokenizer) or "")
+        template = str((with_tools(model.tokenizer) if rules.tools else model.tokenizer.chat_template) or "")
         if rules.tools and not template:
             raise Refusal(400, f"neither the chat template of {model.name} nor a bundled one takes tools here.",
                           param="tools", code="unsupported_parameter")  # fmt: skip
@@ -134,17 +134,14 @@ class Service:
                           headers={"Retry-After": str(full.after_s)}) from None  # fmt: skip
         except (Stopping, Unloaded) as error:
             raise failed(error) from None
-        begun = False
-        try:
+        with ExitStack() as leaving:
+            leaving.callback(self._leave, asks)
             await _unless_gone(http, self._placed(asks))
             if encode is not None:
-                begun = True
+                leaving.pop_all()  # who reads them leaves then
                 return encode(self._documents(asks, reply))
             await _unless_gone(http, self._read(asks, reply))
             return Json(reply.whole())
-        finally:
-            if not begun:
-                self._leave(asks)
 
     async def _placed(self, asks: list[Ask]) -> None:
         """Until all have their places. Raises Refusal: the server ends before that, or the time is over."""
@@ -253,10 +250,6 @@ async def _merged(asks: list[Ask]) -> AsyncIterator[tuple[int, TextChunk | Excep
     finally:
         for task in waiting:
             task.cancel()
-
-
-def _own_template(tokenizer: Tokenizer) -> str | None:
-    return str(tokenizer.chat_template) if tokenizer.chat_template else None
 
 
 def _variables(asked: ChatRequest, template: str, tokenizer: Tokenizer) -> Mapping[str, object]:

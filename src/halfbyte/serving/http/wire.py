@@ -5,8 +5,7 @@ Source: the `openai` package, 3.57: types/chat, types/completion; its client's h
 """
 
 import json
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Annotated, Literal, Self, TypeVar
 
@@ -136,12 +135,10 @@ class Message(Strict):
     def for_template(self) -> Document:
         """As chat templates read it: one text; arguments of calls as objects."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
-        message: Document = {"role": "system" if self.role == "developer" else self.role, "content": text}
-        for field in ("name", "tool_call_id", "reasoning_content"):
-            if (value := getattr(self, field)) is not None:
-                message[field] = value
+        more = self.model_dump(include={"name", "tool_call_id", "reasoning_content"}, exclude_none=True)
+        message: Document = {"role": "system" if self.role == "developer" else self.role, "content": text, **more}
         if self.tool_calls:
-            calls = [{"name": c.function.name, "arguments": _object(c.function.arguments)} for c in self.tool_calls]
+            calls = [{"name": c.function.name, "arguments": parsed(c.function.arguments)} for c in self.tool_calls]
             ids = [call.id for call in self.tool_calls]
             message["tool_calls"] = [
                 {"type": "function", "function": f, **({"id": i} if i else {})} for f, i in zip(calls, ids, strict=True)
@@ -248,19 +245,10 @@ class CompletionRequest(Request):
         return self.prompt
 
 
-def read(kind: type[Asked], body: bytes) -> Asked:
-    """Raises Refusal: names the field and what is allowed."""
-    return _validated(partial(kind.model_validate_json, body))
-
-
-def checked(kind: type[Asked], document: Document) -> Asked:
-    """As `read`, of what has been read already."""
-    return _validated(partial(kind.model_validate, document))
-
-
-def _validated(validate: Callable[[], Asked]) -> Asked:
+def read(kind: type[Asked], body: bytes | Document) -> Asked:
+    """A body, or what has been read already. Raises Refusal: names the field and what is allowed."""
     try:
-        return validate()
+        return kind.model_validate_json(body) if isinstance(body, bytes) else kind.model_validate(body)
     except ValidationError as error:
         problems = error.errors(include_url=False, include_context=False, include_input=False)
         first = problems[0]
@@ -274,7 +262,8 @@ def _validated(validate: Callable[[], Asked]) -> Asked:
         raise Refusal(400, message, code=code, param=where or None) from None
 
 
-def _object(text: str) -> object:
+def parsed(text: str) -> object:
+    """What a text says as JSON; itself where it is none."""
     try:
         return json.loads(text)
     except ValueError:
