@@ -35,8 +35,7 @@ SEAMS = (*transformers.SEAMS, *peft.SEAMS, *bitsandbytes.SEAMS, *of_torch.SEAMS)
 class Diagnosis:
     """What `doctor` saw. `threads` say how many there are, and how they wait; `cache_problem` why the cache cannot be
     written, if so; `outside_ranges` names installed versions that halfbyte does not allow; `platform` is this machine's
-    row of docs/machines.md; `model` is its id; `checks` are empty without one; `lacking`
-    as the function says."""
+    row of docs/machines.md; `model` is its id; `checks` are empty without one."""
 
     machine: device.Device
     compute_dtype: str

@@ -22,7 +22,7 @@ from halfbyte.data.encoding.examples import Example
 from halfbyte.errors import RunError
 from halfbyte.objectives.causal_lm import CausalLM
 from halfbyte.objectives.objective import Objective, micro_batch_loss
-from halfbyte.plan.objective import ObjectiveCost
+from halfbyte.plan.job import ObjectiveCost
 from halfbyte.proofs.packing import prove_packing
 from halfbyte.recipe.schema import Loaded
 from halfbyte.runs.folder import RunFolder

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from halfbyte.data.collate import collate
 from halfbyte.data.encoding.examples import IGNORED, Example
 from halfbyte.layers import loss
-from halfbyte.plan.objective import ObjectiveCost
+from halfbyte.plan.job import ObjectiveCost
 
 
 @dataclass(frozen=True)

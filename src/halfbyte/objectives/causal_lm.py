@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 from halfbyte.data import collate, pack
 from halfbyte.data.encoding.encoder import EncodedRows
 from halfbyte.data.encoding.examples import Example
-from halfbyte.plan.objective import NO_COST, ObjectiveCost
+from halfbyte.plan.job import ObjectiveCost
 from halfbyte.runs import points
 from halfbyte.types import Batch, Model
 
@@ -29,7 +29,7 @@ class CausalLM:
     """As `TrainingArguments.label_smoothing_factor`; evaluations are without."""
 
     name: ClassVar[str] = points.CAUSAL_LM
-    cost: ClassVar[ObjectiveCost] = NO_COST
+    cost: ClassVar[ObjectiveCost] = ObjectiveCost()
     sum_names: ClassVar[tuple[str, ...]] = ("loss", "labelled_tokens", "tokens")
 
     def weights(self, rows: EncodedRows) -> pack.Weights:

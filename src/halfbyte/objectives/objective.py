@@ -23,7 +23,7 @@ from halfbyte.data import pack
 from halfbyte.data.encoding.encoder import EncodedRows
 from halfbyte.data.encoding.examples import Example
 from halfbyte.models import structure
-from halfbyte.plan.objective import ObjectiveCost
+from halfbyte.plan.job import ObjectiveCost
 from halfbyte.types import Batch, Model
 
 Sums = dict[str, float]

@@ -10,7 +10,6 @@ Cost: about three seconds once; reading the cache imports no torch.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import statistics
 import tempfile
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from halfbyte.plan.result import Time
 from halfbyte.plan.timing import Rates, pairs_of_a_token
+from halfbyte.runs.folder import read_json
 from halfbyte.system import files, usage
 from halfbyte.system.device import Device, core_share
 from halfbyte.system.files import cache_dir
@@ -49,14 +49,10 @@ CORRECTION_LIMIT = 4.0
 
 def cached(device: Device, dtype: str) -> Rates | None:
     """The rates of this machine, if they were measured under the same conditions."""
-    try:
-        path = path_of(device, dtype)
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict) or not files.is_sealed(values) or values.get("of", path.stem) != path.stem:
-            return None
-        return Rates(**{field.name: values[field.name] for field in fields(Rates)})
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    path, names = path_of(device, dtype), {field.name for field in fields(Rates)}
+    values = read_json(path)
+    whole = files.is_sealed(values) and values.get("of", path.stem) == path.stem and names <= values.keys()
+    return Rates(**{name: values[name] for name in names}) if whole else None
 
 
 def path_of(device: Device, dtype: str) -> Path:

@@ -23,7 +23,6 @@ from halfbyte.models.lora_sites import Site, leaf_of, saved_tensors, sites, trai
 from halfbyte.models.sources.checkpoint import Checkpoint, beside_bytes, tokenizer_bytes
 from halfbyte.models.tensors import Facts, TensorSpec
 from halfbyte.plan.layer import Layer, layer_of
-from halfbyte.plan.objective import NO_COST, ObjectiveCost
 from halfbyte.plan.result import ITEMSIZE
 from halfbyte.plan.store_build import StoreBuild
 from halfbyte.quant import policy
@@ -42,10 +41,7 @@ FILLED_TO = 16  # layers/packing.py: a micro-batch has a multiple of so many tok
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """The data as the plan sees it: tokens of each row, how many carry a label, and the held-out rows' tokens.
-
-    All become (rows,) int64.
-    """
+    """Of each row its tokens, and how many carry a label; of held-out rows their tokens. All become (rows,) int64."""
 
     lengths: Sizes
     labelled: Sizes = ()
@@ -93,6 +89,17 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class ObjectiveCost:
+    """What an objective (`objectives/`) takes beside a forward and a backward of its rows, and beside a loss that is
+    made of its logits a chunk at a time (`layers/loss.py`)."""
+
+    whole_logits: int = 0
+    """Tensors of logits, (labelled tokens, vocabulary) in fp32, that exist at once in its loss."""
+    forwards: float = 0.0
+    """More forwards without gradients for each micro-batch, such as 1 of a reference model."""
+
+
+@dataclass(frozen=True)
 class Job:
     """One training to be planned. `mappable`: the base can lie in a mapped file as it is computed with (a store, or a
     checkpoint in that dtype)."""
@@ -113,7 +120,7 @@ class Job:
     tokenizer_bytes: int = 0  # of a tokenizer that is written beside the adapter, as it is not the base's own
     tokenizer_json_bytes: int | None = None  # of the tokenizer's file; None where it is not at hand
     ranks: int = 1  # processes that share the rows of a step; this is the plan of one of them
-    objective: ObjectiveCost = NO_COST  # what the loss takes beside a forward and a backward
+    objective: ObjectiveCost = ObjectiveCost()  # what the loss takes beside a forward and a backward
     evaluations: int = 0  # of the held-out rows in this process's part of the run
     done: int = 0  # steps that others have made
 
@@ -220,7 +227,6 @@ class Job:
 
     @cached_property
     def expert_numel(self) -> int:
-        """Weights of all experts together."""
         return sum(s.numel for s in self.specs if s.role == "expert")
 
     @cached_property
@@ -268,7 +274,6 @@ class Job:
 
     @cached_property
     def store_build(self) -> StoreBuild:
-        """What building the store of its base takes."""
         return StoreBuild(self.specs, self.recipe.quant, self.itemsize, self.facts.vocab, self.beside_bytes)
 
     @cached_property

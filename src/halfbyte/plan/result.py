@@ -203,7 +203,6 @@ class Plan:
         return sum(line.bytes for line in self.lines if line.name == name)
 
     def to_json(self) -> Document:
-        """Its fields, and the sums that follow from them."""
         sums = (name for name, value in vars(Plan).items() if isinstance(value, property))
         return {**{name: getattr(self, name) for name in sums}, **asdict(self)}
 

@@ -33,16 +33,18 @@ from halfbyte.training.watch.witness import Witness
 from halfbyte.types import Document
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Follower(TrainerCallback):
-    """In a process that is not the run's first: it writes nothing, and begins and ends as the first one does."""
+    """In a process that is not the run's first: it writes nothing, and begins and ends as the first one does. `resume`
+    is the checkpoint whose optimiser and schedule are put back before the first step."""
 
     trainer: StepTrainer
     stop: StopRequest
     resume: Path | None = None
 
-    def on_train_begin(self, *_: object, **__: object) -> None:
+    def on_train_begin(self, args: object, state: TrainerState, control: object, **_: object) -> None:
         if self.resume is not None:
+            # the Trainer has put the adapter and the position back; it would start with a fresh optimiser
             trainer = self.trainer
             checkpoint.load_optimizer(self.resume, trainer.optimizer, trainer.lr_scheduler, trainer.scaler)
 
@@ -51,8 +53,12 @@ class Follower(TrainerCallback):
             return
         self.resume = None
         shard.settle(self.trainer.shards)
-        if self.trainer.world.from_first(lambda: False):
+        if self.trainer.world.from_first(self._was_evaluating):
             self.trainer.evaluate()
+
+    def _was_evaluating(self) -> bool:
+        """Whether the run was stopped in an evaluation, after its checkpoint; asked in the first process."""
+        raise NotImplementedError
 
     def on_step_end(self, args: object, state: object, control: TrainerControl, **_: object) -> None:
         control.should_training_stop = control.should_training_stop or self.stop.signal is not None
@@ -65,23 +71,19 @@ def _evaluate_at_end(trainer: StepTrainer, control: TrainerControl) -> None:
         control.should_evaluate = True
 
 
-@dataclass
-class RunCallback(TrainerCallback):
+@dataclass(kw_only=True)
+class RunCallback(Follower):
     """Writes the run folder while the Trainer trains. `adapter` makes what writes PEFT's two files into a folder;
-    `trained` is kept with each checkpoint. `resume` is the checkpoint whose optimiser, schedule and random state are
-    put back before the first step. `witness` is asked before each checkpoint."""
+    `trained` is kept with each checkpoint. `witness` is asked before each checkpoint."""
 
-    trainer: StepTrainer
     run: RunFolder
     listener: Listener
     cadence: Cadence
     adapter: Callable[..., Callable[[Path], None]]
-    stop: StopRequest
     trained: Document
     witness: Witness
     comparison: Comparison
     best: checkpoint.Best | None = None
-    resume: Path | None = None
     notices: list[str] = field(default_factory=list)
     stopped_early: bool = False
     moved: Document | None = None
@@ -98,29 +100,24 @@ class RunCallback(TrainerCallback):
         self.writer = CheckpointWriter(self.run.checkpoints, self.cadence.keep, self.listener.saved, self._no_room)
 
     def on_train_begin(self, args: object, state: TrainerState, control: object, **_: object) -> None:
-        if self.resume is not None:
-            # the Trainer has put the adapter and the position back; it would start with a fresh optimiser
-            trainer = self.trainer
-            checkpoint.load_optimizer(self.resume, trainer.optimizer, trainer.lr_scheduler, trainer.scaler)
+        super().on_train_begin(args, state, control)
         self._spikes, self._start = Spikes(self.run.read_metrics()), learning.digests(self.trainer.model)
         (self.run.path / BATCH).unlink(missing_ok=True)  # of an earlier process
         self.witness.begin()
         self._saved_at = time.monotonic()
         self.listener.begin(state.max_steps, state.global_step, int(state.logging_steps) or 1)
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: object, **_: object) -> None:
+    def on_step_begin(self, *_: object, **__: object) -> None:
         if self.resume is not None:
             checkpoint.load_rng(self.resume)
         self._randomness = checkpoint.Randomness.now()
-        if self.resume is None:
-            return
-        self.resume = None
-        rows, every = self.run.read_metrics(), args.eval_steps if args.eval_strategy == "steps" else None
-        seen = any(row["step"] == state.global_step and "eval_loss" in row for row in rows)
-        due = bool(every) and state.global_step % int(every or 1) == 0 and not seen
-        shard.settle(self.trainer.shards)
-        if self.trainer.world.from_first(lambda: due):
-            self.trainer.evaluate()  # which the run was stopped in, after its checkpoint
+        super().on_step_begin()
+
+    def _was_evaluating(self) -> bool:
+        args, step = self.trainer.args, self.trainer.state.global_step
+        every = args.eval_steps if args.eval_strategy == "steps" else None
+        seen = any(row["step"] == step and "eval_loss" in row for row in self.run.read_metrics())
+        return bool(every) and step % int(every or 1) == 0 and not seen
 
     def on_pre_optimizer_step(self, *_: object, **__: object) -> None:
         self.writer.wait_until_read()

@@ -9,7 +9,7 @@ import signal
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,8 +40,6 @@ class Listener:
 
 @dataclass
 class StopRequest:
-    """The signal that came, None if none did."""
-
     signal: Signals | None = None
 
     def give(self, signal: Signals) -> None:
@@ -49,8 +47,10 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_signals(tell: Callable[[Signals], None] = lambda signal: None) -> Iterator[StopRequest]:
-    """Turn the first SIGINT or SIGTERM into a request, reported to `tell` at once, and a second one into a
+def stop_on_signals(
+    tell: Callable[[Signals], None] = lambda signal: None, signals: Sequence[Signals] = (SIGINT, SIGTERM)
+) -> Iterator[StopRequest]:
+    """Turn the first of these signals into a request, reported to `tell` at once, and a second one into a
     KeyboardInterrupt; earlier handlers are put back. Only in the main thread.
 
     A SIGTERM within `SAME_S` of another is the same one: supervisors send it to a process and to its group.
@@ -70,7 +70,7 @@ def stop_on_signals(tell: Callable[[Signals], None] = lambda signal: None) -> It
         elif number == SIGINT or time.monotonic() > at + SAME_S:
             raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, handle) for number in (SIGINT, SIGTERM)}
+    before = {number: signal.signal(number, handle) for number in signals}
     try:
         yield request
     finally:

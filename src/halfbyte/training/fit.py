@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from halfbyte.adapters import lora
+from halfbyte.adapters.assembly import AdaptedBase
 from halfbyte.adapters.targets import Targets
+from halfbyte.base.load import Base
 from halfbyte.data import collate, pack
 from halfbyte.distributed import shard
 from halfbyte.errors import RunError
@@ -36,10 +37,6 @@ from halfbyte.training.pace import Pace, recompute_as, rehearse
 from halfbyte.training.prepare import Prepared, data_note, prepare
 from halfbyte.training.schedule import count_steps
 from halfbyte.types import Document, Model
-
-if TYPE_CHECKING:
-    from halfbyte.adapters.assembly import AdaptedBase
-    from halfbyte.base.load import Base
 
 # A run that is thought to be shorter is not worth the seconds of a calibration.
 CALIBRATE_FROM_S = 15.0
@@ -75,9 +72,6 @@ def plan_run(
     Args:
         ranks: processes that share the rows of a step; the plan is one's.
         objective: None for the one that the recipe asks for. done: steps that earlier processes have made.
-
-    Raises:
-        HalfbyteError: a mistake in the recipe, the data or the model.
     """
     shard.check(recipe, ranks)
     return with_plan(prepare(recipe, objective), machine, listener, ranks=ranks, done=done)
@@ -86,8 +80,7 @@ def plan_run(
 def with_plan(
     prepared: Prepared, machine: Device, listener: Listener | None = None, *, ranks: int = 1, done: int = 0
 ) -> PlannedRun:
-    """The plan of rows that are prepared already. With a listener the machine may be calibrated first, for a long
-    run."""
+    """The plan of rows that are prepared already; the rest as of `plan_run`."""
     recipe, tell = prepared.recipe, listener or Listener()
     check_steps(total := count_steps(prepared))
     if asks_theirs(recipe.train):
@@ -121,7 +114,6 @@ def decisions(run: PlannedRun) -> Document:
 
 
 def announce(plan: Plan, tell: Listener) -> None:
-    """Tell what the plan has chosen, the memory that it takes at most, and its seconds."""
     for name, why in plan.reasons.items():
         tell.note("plan", f"{name} {getattr(plan, name)}: {why}")
     tell.note("plan", f"memory {plan.memory_line}")

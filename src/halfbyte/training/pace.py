@@ -161,8 +161,7 @@ class Pace:
 
 
 def give_back() -> None:
-    """Give the system all that is free in this process, the pool's blocks and the C library's, and code of libraries
-    that is not at work."""
+    """Give the system what is free here: the pool's blocks, the C library's, and code that is not at work."""
     pool.POOL.give_back()
     usage.trim()
     pages.release_code()

@@ -78,9 +78,6 @@ def check(recipe: Recipe, *, resume: bool = False, writes: bool = True) -> None:
 
     Args:
         writes: False where nothing is trained, so that the folder does not matter.
-
-    Raises:
-        RunError, DataError, SourceError: as the run itself would say it.
     """
     if resume:
         _newest(recipe)
@@ -101,10 +98,6 @@ def check_rows(recipe: Recipe) -> None:
 def check_resumed(start: RunStart, objective: str, rows: Document, total_steps: int, tell: Listener) -> list[str]:
     """Compare objective, rows and length with those of the run that goes on; says from where. Returns what the report
     notes.
-
-    Args:
-        rows: as `prepare.fingerprints` makes them.
-        total_steps: that the recipe asks for.
 
     Raises:
         RunError: the rows are others, or more steps are done than are asked for.

@@ -49,13 +49,8 @@ class Prepared:
 
 
 def prepare(recipe: Recipe, objective: Objective | None = None) -> Prepared:
-    """Find the model, read its tokenizer, turn every row into tokens and labels, and let the gates judge them.
-
-    Args:
-        objective: None for the one that the recipe asks for.
-
-    A HalfbyteError tells of no model, no rows or bad rows, a DataError of all that the gates refuse.
-    """
+    """Find the model, read its tokenizer, turn every row into tokens and labels, and let the gates judge them. A
+    HalfbyteError tells of no model, no rows or bad rows, a DataError of all that the gates refuse."""
     prepared = look(recipe, objective)
     for rows in (prepared.train, prepared.evaluation):
         if rows is not None:

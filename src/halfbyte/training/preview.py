@@ -141,8 +141,6 @@ class Bin:
 
 @dataclass(frozen=True)
 class DataCheck:
-    """What `data check` shows."""
-
     prepared: prepare.Prepared
     plan: Plan
     steps: int

@@ -92,7 +92,7 @@ def run_steps(setup: Setup, folder: RunFolder, stop: StopRequest, tell: Listener
     )
     trainer = _trainer(setup, folder, hooks)
     callback = _run_callback(setup, folder, trainer, stop_of_all, tell, resume) if world.first else None
-    trainer.add_callback(callback or Follower(trainer, stop_of_all, resume))
+    trainer.add_callback(callback or Follower(trainer=trainer, stop=stop_of_all, resume=resume))
     if early is not None:
         trainer.add_callback(early)
     _measure_base(setup, trainer, tell)

@@ -59,8 +59,7 @@ class OneModelArguments(TrainingArguments):
     by its layers."""
 
     def __post_init__(self) -> None:
-        """Without transformers' warning of a process group that it does not know: the group is ours, and so is the
-        sum."""
+        """Without transformers' warning of a process group that it does not know: group and sum are ours."""
         logger = logging.getLogger("transformers.training_args")
         before = logger.level
         logger.setLevel(logging.ERROR)
