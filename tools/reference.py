@@ -135,7 +135,7 @@ a run keeps its own relative to its folder.
 An unknown key is an error that names the nearest valid one.
 
 ```yaml
-{init_template("smollm2-135m", "train.jsonl").rstrip()}
+{init_template("smollm2-135m", "train.jsonl", {}, ()).rstrip()}
 ```
 
 ## Fields

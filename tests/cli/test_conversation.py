@@ -179,7 +179,7 @@ def test_speed_is_of_the_tokens_after_the_first() -> None:
 
 def test_what_generate_is_told_reaches_the_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
     params = list[SamplingParams]()
-    monkeypatch.setattr(main, "open_run", lambda *args, **more: SimpleNamespace(alone=False))
+    monkeypatch.setattr(main.shared, "open_run", lambda *args, **more: SimpleNamespace(alone=False))
     monkeypatch.setattr(conversation, "answer", lambda ready, talk, how, **more: params.append(how) or "red")
     words = "generate run -p x --temperature 0.5 --top-k 7 --top-p 0.9 --min-p 0.1 --repetition-penalty 1.3 --seed 4"
     for command in (words, "generate run -p x"):

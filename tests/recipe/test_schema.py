@@ -614,7 +614,7 @@ def test_a_set_output_wins_over_the_name_that_was_made() -> None:
 
 @pytest.mark.parametrize("model", ["smollm2-135m", "org/name@rev", "a folder: with #", "no"])
 def test_the_first_recipe_loads_with_defaults_and_without_warnings(load: Load, model: str) -> None:
-    loaded = load(init_template(model, "rows #1.jsonl"))
+    loaded = load(init_template(model, "rows #1.jsonl", {}, ()))
     given = {"model", "revision", "data", "output"}
     plain = load(LEAST).recipe
     assert loaded.warnings == ()
@@ -623,7 +623,7 @@ def test_the_first_recipe_loads_with_defaults_and_without_warnings(load: Load, m
 
 
 def test_what_the_first_recipe_has_commented_out_loads_too(load: Load) -> None:
-    text = init_template("m", "t.jsonl")
+    text = init_template("m", "t.jsonl", {}, ())
     lines = [re.sub(r"^  # (\w+: )", r"  \1", line) for line in text.splitlines()]
     assert lines != text.splitlines()
     recipe = load("\n".join(lines)).recipe

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from signal import SIGINT
 from typing import TYPE_CHECKING
 
 from halfbyte.cli import show
 from halfbyte.errors import HalfbyteError, typed
+from halfbyte.training.events import StopRequest, stop_on_signals
 
 if TYPE_CHECKING:
     from halfbyte.inference.generate import Session
@@ -36,8 +35,8 @@ MIN_LEFT = 8  # tokens of an answer; where fewer are left the context is full
 class TokenWatch:
     """Asked after each token: counts them, and says whether Ctrl-C was pressed. `first_s` is the prompt's time."""
 
+    stop: StopRequest = field(default_factory=StopRequest)
     tokens: int = 0
-    stopped: bool = False
     first_s: float = 0.0
     last_s: float = 0.0
     _began: float = field(default_factory=time.perf_counter)
@@ -47,6 +46,10 @@ class TokenWatch:
         if self.tokens == 1:
             self.first_s = self.last_s
         return self.stopped
+
+    @property
+    def stopped(self) -> bool:
+        return self.stop.signal is not None
 
     @property
     def per_second(self) -> float:
@@ -115,7 +118,6 @@ class Chat:
             self.say(line)
 
     def say(self, line: str) -> None:
-        """Answer a line, or do what a command says."""
         command, _, rest = line.partition(" ")
         rest = rest.strip()
         if command == "/reset":
@@ -191,8 +193,9 @@ class Chat:
                 )
                 return None
             max_tokens = min(left, self._params.max_tokens)
-            with _interrupts() as watch:
-                params = replace(self._params, max_tokens=max_tokens)
+            # so that no forward is torn, the first Ctrl-C ends the answer with the token under way
+            with stop_on_signals(signals=(SIGINT,)) as stop:
+                watch, params = TokenWatch(stop), replace(self._params, max_tokens=max_tokens)
                 text = answer(self._opened, messages, params, base=base, each=watch, session=session)
         except KeyboardInterrupt:
             show.text("\n(stopped)")
@@ -226,23 +229,3 @@ class Chat:
         taken = "" if context is None else f", {context - left + watch.tokens:,} of {context:,} of the context"
         speed = f", {watch.per_second:.1f} tokens/s" if watch.per_second else ""
         show.aside(f"({ended}{watch.tokens} tokens{speed}, the first after {watch.first_s:.1f} s{taken})")
-
-
-@contextmanager
-def _interrupts() -> Iterator[TokenWatch]:
-    """The first Ctrl-C ends the answer with the token under way, so that no forward is torn; a second at once."""
-    watch = TokenWatch()
-
-    def handle(number: int, frame: object) -> None:
-        if watch.stopped:
-            raise KeyboardInterrupt
-        watch.stopped = True
-
-    if threading.current_thread() is not threading.main_thread():
-        yield watch
-        return
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield watch
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -14,22 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from halfbyte.cli import begin, conversation, progress, reports, scores, ship, show, show_plan
-from halfbyte.cli.options import (
-    BaseOnly,
-    Commands,
-    Force,
-    Json,
-    MinP,
-    Quiet,
-    Repetition,
-    Run,
-    Set,
-    Temperature,
-    Tokens,
-    TopK,
-    TopP,
-    open_run,
-)
+from halfbyte.cli import options as shared
 from halfbyte.cli.store import stores
 from halfbyte.errors import HalfbyteError, RecipeError, typed
 from halfbyte.system import libraries
@@ -40,7 +25,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="halfbyte",
-    cls=Commands,
+    cls=shared.Commands,
     help="Fine-tune a language model at half a byte per weight, on the machine you have.",
     no_args_is_help=True,
     add_completion=False,
@@ -49,13 +34,10 @@ app = typer.Typer(
 )
 
 app.add_typer(stores, name="store")
-for command in ship.COMMANDS:
-    app.command()(command)
 rows = typer.Typer(help="The rows that a model would be trained on.", no_args_is_help=True)
 app.add_typer(rows, name="data")
-app.command()(reports.report)
-app.command()(reports.compare)
-app.command()(reports.runs)
+for command in (ship.merge, ship.export, ship.push, ship.serve, reports.report, reports.compare, reports.runs):
+    app.command()(command)
 app.command(name="eval")(scores.evaluate)
 app.command()(begin.init)
 
@@ -87,20 +69,20 @@ def train(
     data: Annotated[
         str | None, typer.Argument(metavar="DATA.jsonl", help="With a MODEL: the rows to train on.")
     ] = None,
-    set_: Set = [],  # noqa: B006  typer copies it
+    set_: shared.Set = [],  # noqa: B006  typer copies it
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The run folder; short for --set output=...")
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the newest checkpoint of the run folder.")
     ] = False,
-    force: Force = False,
+    force: shared.Force = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print every resolved value and where it came from; train nothing.")
     ] = False,
     live: Annotated[bool, typer.Option("--live", help="Serve the run's page on 127.0.0.1 while it trains.")] = False,
-    json_: Json = False,
-    quiet: Quiet = False,
+    json_: shared.Json = False,
+    quiet: shared.Quiet = False,
 ) -> None:
     """Fine-tune: a recipe in, a working adapter out."""
     from halfbyte.distributed import world as worlds
@@ -167,8 +149,10 @@ def _trained(world: World, loaded: Loaded, *, resume: bool, force: bool, live: b
             from halfbyte import finetune
 
         outcome = finetune.train(loaded, resume=resume, force=force, listener=listener, world=world)
-    if first:
-        show.outcome(outcome, json_=json_)
+    if first and outcome.stopped_by is not None:
+        show.interruption(outcome)
+    elif first:
+        show.document(outcome.report) if json_ else show.report(outcome)
     return outcome.exit_code if first or outcome.stopped_by is not None else 0
 
 
@@ -178,7 +162,7 @@ def plan(
         str,
         typer.Argument(metavar="MODEL | RECIPE.yaml", help="Hub id, folder, .gguf file, bundled shape, or a recipe."),
     ],
-    set_: Set = [],  # noqa: B006  typer copies it
+    set_: shared.Set = [],  # noqa: B006  typer copies it
     device: Annotated[
         str | None, typer.Option("--device", help="A machine that is not here: 24GB, 4x80GB, or cpu:16GB.")
     ] = None,
@@ -194,7 +178,7 @@ def plan(
     link: Annotated[
         str, typer.Option("--link", help="With --nodes: what joins them, 1Gb/s or 125MB/s; with a delay 1Gb/s,5ms.")
     ] = "1Gb/s",
-    json_: Json = False,
+    json_: shared.Json = False,
 ) -> None:
     """What a training takes (memory, disk, time) and how it fits, before anything is downloaded or loaded. Exit code 3
     if it does not fit."""
@@ -230,8 +214,8 @@ def doctor(
     model: Annotated[
         str | None, typer.Argument(metavar="[MODEL | RECIPE.yaml]", help="Also prove everything on it.")
     ] = None,
-    set_: Set = [],  # noqa: B006  typer copies it
-    json_: Json = False,
+    set_: shared.Set = [],  # noqa: B006  typer copies it
+    json_: shared.Json = False,
 ) -> None:
     """What this machine is and does; with a model, proofs on a few of its layers. Exit code 1 if one fails."""
     from halfbyte.recipe.command import recipe_or_model
@@ -248,23 +232,23 @@ def doctor(
 
 @app.command()
 def generate(
-    run: Run,
+    run: shared.Run,
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to say to the model; repeatable.")],
-    base: BaseOnly = False,
-    max_new_tokens: Tokens = 256,
-    temperature: Temperature = 0.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
-    repetition_penalty: Repetition = None,
+    base: shared.BaseOnly = False,
+    max_new_tokens: shared.Tokens = 256,
+    temperature: shared.Temperature = 0.0,
+    top_k: shared.TopK = 0,
+    top_p: shared.TopP = 1.0,
+    min_p: shared.MinP = 0.0,
+    repetition_penalty: shared.Repetition = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
-    set_: Set = [],  # noqa: B006
-    force: Force = False,
-    json_: Json = False,
+    set_: shared.Set = [],  # noqa: B006
+    force: shared.Force = False,
+    json_: shared.Json = False,
 ) -> None:
     """Answer prompts with the adapter on its base, or with the base alone."""
     talks = [[{"role": "user", "content": text}] for text in prompt]
-    ready = open_run(run, set_, silent=json_, force=force, asks=(talks, max_new_tokens))
+    ready = shared.open_run(run, set_, silent=json_, force=force, asks=(talks, max_new_tokens))
     from halfbyte.writing.sampling import SamplingParams
 
     params = SamplingParams(
@@ -282,15 +266,15 @@ def generate(
 
 @app.command()
 def chat(
-    run: Run,
+    run: shared.Run,
     system: Annotated[str | None, typer.Option(help="A system message to begin with.")] = None,
-    max_new_tokens: Tokens = 512,
-    temperature: Temperature = 0.0,
-    set_: Set = [],  # noqa: B006
-    force: Force = False,
+    max_new_tokens: shared.Tokens = 512,
+    temperature: shared.Temperature = 0.0,
+    set_: shared.Set = [],  # noqa: B006
+    force: shared.Force = False,
 ) -> None:
     """Talk to the adapter. /base and /both ask the base too, /save keeps the talk, /reset forgets, /quit leaves."""
-    ready = open_run(run, set_, silent=False, force=force)
+    ready = shared.open_run(run, set_, silent=False, force=force)
     from halfbyte.writing.sampling import SamplingParams
 
     conversation.Chat(ready, SamplingParams(max_new_tokens, temperature), system).run()
@@ -300,8 +284,8 @@ def chat(
 def verify(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
     quick: Annotated[bool, typer.Option("--quick", help="Only what the adapter says; no hashes.")] = False,
-    set_: Set = [],  # noqa: B006
-    json_: Json = False,
+    set_: shared.Set = [],  # noqa: B006
+    json_: shared.Json = False,
 ) -> None:
     """Is a run as it was written, and does its adapter say what it said when it was trained? Exit code 1 if not."""
     from halfbyte.runs.folder import RunFolder
@@ -333,9 +317,9 @@ def quantize(
         typer.Option("--text", metavar="F", help="With --report: rows or plain text; default: a small text."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="With --report: only the first rows.")] = None,
-    set_: Set = [],  # noqa: B006
-    json_: Json = False,
-    quiet: Quiet = False,
+    set_: shared.Set = [],  # noqa: B006
+    json_: shared.Json = False,
+    quiet: shared.Quiet = False,
 ) -> None:
     """Quantise a base once, in bounded memory; train, eval and chat then open it at once."""
     from halfbyte.recipe.command import recipe_or_model
@@ -375,8 +359,8 @@ def check(
         str | None, typer.Option("--model", "-m", help="Whose tokenizer and template; with a recipe, another one.")
     ] = None,
     row: Annotated[int | None, typer.Option("--row", min=1, help="Show this row, instead of the first two.")] = None,
-    set_: Set = [],  # noqa: B006  typer copies it
-    json_: Json = False,
+    set_: shared.Set = [],  # noqa: B006  typer copies it
+    json_: shared.Json = False,
 ) -> None:
     """What would be trained on: gates, lengths, steps, rows with their labels. Exit code 2 if it would be refused."""
     from halfbyte.recipe.command import recipe_or_rows

@@ -95,7 +95,6 @@ def _list(folder: Path, entries: list[RunSummary]) -> None:
 
 
 def _side_by_side(value: RunComparison) -> None:
-    """Figures, scores and recipe, a column for each run; then what makes the comparison unfair."""
     for title, rows in (("figures", value.figures), ("scores", value.scores), ("recipe, what differs", value.recipe)):
         if rows:
             names = tuple(map(show.escaped, value.names))

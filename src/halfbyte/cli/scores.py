@@ -107,7 +107,6 @@ def tasks(results: dict[str, Document]) -> None:
 
 
 def table(scored: Sheet, samples: int, folder: Path | None) -> None:
-    """Base and adapter side by side with their intervals, then some answers of each."""
     lines = Table(header_style="bold")
     lines.add_column("")
     for name in scored.sides:
@@ -118,7 +117,7 @@ def table(scored: Sheet, samples: int, folder: Path | None) -> None:
         lines.add_column("p", justify="right")
     for score in scored.scores:
         sides = [_shown(score, getattr(score, name)) for name in scored.sides]
-        p = "" if score.p_value is None else _p(score.p_value)
+        p = "" if score.p_value is None else f"{score.p_value:{'.3f' if score.p_value >= 0.001 else '.0e'}}"
         lines.add_row(score.name, *sides, *([_shown(score, score.difference, sign=True), p] if both else []))
     out.print(lines)
     sure = f"; [..]: {CONFIDENCE:.0%} interval" if any(s.adapter and s.adapter.interval for s in scored.scores) else ""
@@ -150,30 +149,22 @@ def _mark(metric: str, value: float | None) -> str:
 def _shown(score: Score, value: Value | None, *, sign: bool = False) -> str:
     if value is None:
         return ""
-    kind = "+.4f" if sign else ".4f"
-    if score.name in _LOSSES:
-        low_high = "" if value.interval is None else escape(f" [{value.interval[0]:.4f}, {value.interval[1]:.4f}]")
-        return f"{value.value:{kind}}{low_high}"
-    kind = "+.1f" if sign else ".1f"
-    low_high = ""
+    times, kind, unit = (1, ".4f", "") if score.name in _LOSSES else (100, ".1f", "%")
+    limits = ""
     if value.interval is not None:
-        low_high = escape(f" [{100 * value.interval[0]:.1f}, {100 * value.interval[1]:.1f}]")
-    return f"{100 * value.value:{kind}}%{low_high}"
-
-
-def _p(value: float) -> str:
-    return f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"
+        limits = escape(" [{}, {}]".format(*(f"{times * limit:{kind}}" for limit in value.interval)))
+    return f"{times * value.value:{'+' * sign}{kind}}{unit}{limits}"
 
 
 def quality(report: Report) -> None:
-    """Loss by format, then what was lost by kind of module and by layer."""
     from halfbyte.inference.quality import kind_of, layer_of
 
     field("text", f"{report.text}: {report.rows:,} rows, {report.labelled_tokens:,} tokens that count")
     for note in report.notes:
         field("note", note)
     first = report.formats[0]
-    table = _table("format", "bits a parameter", "GB", "relative error", "SQNR dB", "loss", "more", "perplexity")
+    columns = ("bits a parameter", "GB", "relative error", "SQNR dB", "loss", "more", "perplexity")
+    table = show.table("format", *columns, right=columns)
     for row in report.formats:
         error = (f"{row.error.relative:.4f}", f"{row.error.sqnr_db:.1f}") if row.errors else ("-", "-")
         bits, size = ("-", "-") if not row.parameters else (f"{row.bits:.3f}", f"{row.nbytes / 1e9:.3f}")
@@ -191,15 +182,8 @@ def _errors(report: Report, what: str, key: Callable[[str], str | None]) -> None
     groups = next(iter(rows.values()), {})
     if not groups:
         return
-    table = _table(what, *rows)
+    table = show.table(what, *rows, right=rows)
     for group in groups:
         table.add_row(escape(visible(group)), *(f"{each[group].relative:.4f}" for each in rows.values()))
     out.print("\nrelative error (Frobenius norm of what is lost, over the source's)")
     out.print(table)
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left")
-    return table

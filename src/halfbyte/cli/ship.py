@@ -173,7 +173,6 @@ def serve(
 
 
 def _show(result: Exported, *, json_: bool) -> None:
-    """The folder, the proof's figures, and notes."""
     if json_:
         show.document(result.to_json())
         return
@@ -188,6 +187,3 @@ def _show(result: Exported, *, json_: bool) -> None:
             f"  loss {proven.loss:.4f}, the run {proven.run_loss:.4f}; KL from the run {proven.kl:.2g} nats",
         ]
     show.text("\n".join([*lines, *(f"  {note}" for note in result.notes)]))
-
-
-COMMANDS = (merge, export, push, serve)

@@ -114,7 +114,6 @@ def failed(said: str, code: int, **more: str | None) -> None:
 
 
 def report_error(error: HalfbyteError) -> None:
-    """One of our errors, as the command line says it."""
     failed(str(error), error.exit_code, message=error.message, fix=error.fix, kind=type(error).__name__)
 
 
@@ -187,16 +186,7 @@ def asker() -> Callable[[], str]:
     return lambda: session.prompt().strip()
 
 
-def outcome(value: Outcome, *, json_: bool) -> None:
-    """The end of a run, finished or stopped."""
-    if value.stopped_by is not None:
-        interruption(value)
-    else:
-        document(value.report) if json_ else report(value)
-
-
 def report(outcome: Outcome) -> None:
-    """The end of a run: what it reached, planned beside measured, and what to do next."""
     row = outcome.report
     loss = row["loss"]
     out.print()
@@ -223,7 +213,6 @@ def report(outcome: Outcome) -> None:
 
 
 def interruption(outcome: Outcome) -> None:
-    """A run that a signal has ended, and how it goes on."""
     name = outcome.stopped_by.name if outcome.stopped_by is not None else ""
     what = f"stopped by {name} after step {outcome.step}; nothing is lost."
     if not outcome.step:
@@ -243,14 +232,12 @@ def complete(run: Path, report: Document, more: str) -> None:
 
 
 def built_store(store: BuildResult) -> None:
-    """What `halfbyte quantize` has built, or what was there already."""
     base, how = store.manifest, f"built in {store.seconds:.1f} s" if store.built else "was there already"
     size = f"{base.nbytes / 1e9:.3f} GB for {base.parameters:,} parameters"
     text(f"store    {store.path}\n         {base.source['id']} in {base.quant['type']}: {size}; {how}")
 
 
 def stores(folder: Path, entries: list[CacheEntry]) -> None:
-    """What is in the cache: key, source, bytes, state and last use."""
     if not entries:
         out.print(f"nothing in {folder}")
         return
@@ -273,7 +260,6 @@ def checks(values: Iterable[Check]) -> None:
 
 
 def diagnosis(value: Diagnosis) -> None:
-    """How `halfbyte doctor` looks."""
     machine, rates = value.machine, value.rates
     flags = " ".join(machine.isa) or "no flags"
     field("processor", f"{machine.cpu or 'unknown'}, {machine.cores} cores: {flags}")

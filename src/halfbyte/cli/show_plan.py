@@ -28,7 +28,6 @@ STYLES = {"private": "cyan", "device": "cyan", "file": "blue", "disk": "dim"}
 
 
 def estimate(value: Estimate) -> None:
-    """Model, machine, memory line by line, disk, time, the choices, and whether it fits."""
     shape, plan = value.shape, value.plan
     show.text(f"{shape.name}: {shape.parameters / 1e9:.2f} B parameters, {shape.facts.layers} layers ({shape.origin})")
     show.field("machine", f"{machine(value.device)}, computing in {plan.compute_dtype}")
@@ -74,7 +73,6 @@ def scaling(value: ScalingEstimate) -> None:
 
 
 def resolution(value: Resolution) -> None:
-    """Every resolved value with where it came from and why, then what follows from them."""
     table = show.table("field", "value", "from", "why")
     table.columns[0].no_wrap = True
     for field, given, origin in value.rows:
@@ -91,7 +89,6 @@ def resolution(value: Resolution) -> None:
 
 
 def summary(plan: Plan) -> None:
-    """A plan in a few lines: name, GB, how it was counted; then the choices and the warnings."""
     for line in plan.lines:
         show.field(line.name, f"{line.bytes / 1e9:8.3f} GB  {line.how}", width=23)
     show.field("memory", plan.memory_line)
@@ -200,7 +197,6 @@ def machine(device: Device) -> str:
 
 
 def data_check(value: DataCheck) -> None:
-    """Model, rows, gates, lengths, the run over these rows, and a few rows."""
     from halfbyte.training import prepare
 
     prepared = value.prepared

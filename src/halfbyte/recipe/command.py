@@ -6,7 +6,6 @@ cannot be meant is an error that shows the command to type instead.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 
 from halfbyte.errors import RecipeError, typed
 from halfbyte.recipe.file import init_template, load_recipe, recipe_from
@@ -61,8 +60,7 @@ def to_train(target: str, data: str | None, overrides: Sequence[str]) -> Loaded:
 
 
 def to_resume(target: str, overrides: Sequence[str] = ()) -> Loaded:
-    """The recipe of a run folder; or a recipe file, that of the run which it names. Raises RecipeError: there is no
-    such run."""
+    """The recipe of a run folder, or of the run that a recipe file names. Raises RecipeError: there is no such run."""
     path, given = Path(target), None
     if path.is_file():
         given = load_recipe(path, overrides)
@@ -112,11 +110,8 @@ def check_new(path: Path) -> None:
         raise RecipeError(f"{path} exists and is not overwritten.", fix="name another file: halfbyte init NAME.yaml")
 
 
-def write_template(
-    path: Path, model: str, data: str, values: Mapping[str, object] = MappingProxyType({}), remarks: Sequence[str] = ()
-) -> None:
-    """Write the commented recipe of `halfbyte init`, as `init_template` makes it. Raises RecipeError: the file exists,
-    or cannot be written."""
+def write_template(path: Path, model: str, data: str, values: Mapping[str, object], remarks: Sequence[str]) -> None:
+    """Write the commented recipe of `halfbyte init`. Raises RecipeError: the file exists, or cannot be written."""
     check_new(path)
     try:
         path.write_text(init_template(model, data, values, remarks))

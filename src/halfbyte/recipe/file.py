@@ -6,9 +6,8 @@ Source: YAML 1.1 through PyYAML's safe loader; precedence is `--set` > recipe > 
 import glob
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 
 import yaml
 from pydantic import ValidationError
@@ -88,17 +87,21 @@ def relative_to_run(recipe: Recipe, folder: Path, *, model: bool) -> Recipe:
     """The recipe as it is kept in a run's folder: relative paths that are there go from that folder, so that they are
     found whatever the working directory is, and when all of it is moved. `model`: its name is a path."""
 
-    def seen(name: object) -> object:
-        if isinstance(name, list | tuple):
-            return type(name)(seen(one) for one in name)
-        if isinstance(name, DataEntry):
-            return name.model_copy(update={"path": seen(name.path)})
-        if not isinstance(name, str | Path) or Path(name).is_absolute() or not _is_there(name):
-            return name
-        return type(name)(os.path.relpath(name, folder))
+    def seen(name: str | Path) -> object:
+        return os.path.relpath(name, folder) if _is_there(name) else name
 
-    data = recipe.data.model_copy(update={name: seen(getattr(recipe.data, name)) for name in ("train", "eval")})
-    return recipe.model_copy(update={"data": data, "model": seen(recipe.model) if model else recipe.model})
+    rows = {name: _each_path(getattr(recipe.data, name), seen) for name in ("train", "eval")}
+    data = recipe.data.model_copy(update=rows)
+    return recipe.model_copy(update={"data": data, "model": _each_path(recipe.model, seen) if model else recipe.model})
+
+
+def _each_path(names: object, change: Callable[[str | Path], object]) -> object:
+    """Names of rows, each relative one as `change` has it."""
+    if isinstance(names, list | tuple):
+        return type(names)(_each_path(one, change) for one in names)
+    if isinstance(names, DataEntry):
+        return names.model_copy(update={"path": _each_path(names.path, change)})
+    return change(names) if isinstance(names, str | Path) and not Path(names).is_absolute() else names
 
 
 def _is_there(name: str | Path) -> bool:
@@ -121,9 +124,7 @@ def to_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(values, sort_keys=False, width=110, allow_unicode=True)
 
 
-def init_template(
-    model: str, data: str, values: Mapping[str, object] = MappingProxyType({}), remarks: Sequence[str] = ()
-) -> str:
+def init_template(model: str, data: str, values: Mapping[str, object], remarks: Sequence[str]) -> str:
     """The commented recipe that `halfbyte init` writes. It loads as it is. `values`: what is not a default, by dotted
     name. `remarks`: comments at its top."""
     about = {name: field.description for name, field in Recipe.model_fields.items()}
@@ -147,7 +148,6 @@ def init_template(
 
 
 def _scalar(value: object) -> str:
-    """A value as YAML on one line."""
     return yaml.safe_dump(value, width=10**6, default_flow_style=True, allow_unicode=True).splitlines()[0].strip()
 
 
@@ -319,38 +319,29 @@ def _validate(values: Document) -> tuple[Recipe | None, list[Problem]]:
     except ValidationError as error:
         for item in error.errors(include_url=False):
             if item["type"] == "together":
-                others = [text for text in item["ctx"]["problems"] if not bad & _with_sections(fields_in(text))]
+                named = {text: fields_in(text) for text in item["ctx"]["problems"]}
+                others = [t for t, names in named.items() if not bad & {*names, *(n.rpartition(".")[0] for n in names)}]
                 mistakes.append({**item, "ctx": {"problems": others}})
     return None, mistakes
-
-
-def _with_sections(names: Sequence[str]) -> set[str]:
-    return {*names, *(name.rpartition(".")[0] for name in names)}
 
 
 def _beside(recipe: Recipe, origins: Mapping[str, Origin], folder: Path, *, first: bool) -> Recipe:
     """A relative name of rows in a recipe that means nothing from here is meant from the recipe's own folder; so is
     every path of a run's recipe that is there, `first`."""
 
-    def found(name: object) -> object:
-        if isinstance(name, list | tuple):
-            return type(name)(found(one) for one in name)
-        if isinstance(name, DataEntry):
-            return name.model_copy(update={"path": found(name.path)})
-        if not isinstance(name, str | Path) or Path(name).is_absolute() or (_is_there(name) and not first):
+    def found(name: str | Path) -> object:
+        if _is_there(name) and not first:
             return name
         # of a run that was moved alone, its paths go from where it was
         places = [Path(os.path.normpath(where / name)) for where in (folder, *([Path(recipe.output)] * first))]
         there = next((place for place in places if _is_there(place)), None)
-        if (
-            there is None and first and str(name).startswith(os.pardir)
-        ):  # a path for certain: it is missed under its name
-            there = places[0]
-        return name if there is None else type(name)(there)
+        if there is None and first and str(name).startswith(os.pardir):
+            there = places[0]  # a path for certain: it is missed under its name
+        return name if there is None else str(there)
 
     names = ("train", "eval")
-    moved = {n: found(getattr(recipe.data, n)) for n in names if origins[f"data.{n}"].kind == "recipe"}
-    model = found(recipe.model) if first and origins["model"].kind == "recipe" else recipe.model
+    moved = {n: _each_path(getattr(recipe.data, n), found) for n in names if origins[f"data.{n}"].kind == "recipe"}
+    model = _each_path(recipe.model, found) if first and origins["model"].kind == "recipe" else recipe.model
     if model != recipe.model:
         model = os.path.join(os.curdir, str(model))  # a path, and no hub id or packaged name
     data = recipe.data.model_copy(update=moved)

@@ -62,7 +62,6 @@ FORMATS: dict[str, FormatInfo] = {
 
 
 def known(value: object) -> object:
-    """The name of a format."""
     if not isinstance(value, str) or value not in FORMATS:
         *names, last = FORMATS
         raise ValueError(f"must be {', '.join(names)} or {last}")

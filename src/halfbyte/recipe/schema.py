@@ -246,7 +246,6 @@ class Train(Section):
 
     @property
     def order_seed(self) -> int:
-        """Of the order of rows."""
         return self.seed if self.data_seed is None else self.data_seed
 
     @property
