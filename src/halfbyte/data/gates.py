@@ -194,5 +194,4 @@ def _vocabulary(train: EncodedRows, held_out: EncodedRows | None, tokenizer: Tok
 
 
 def _named(encoded: EncodedRows, rows: NDArray[np.int64]) -> str:
-    """The names of the first few of these rows."""
     return some([encoded.examples.where(int(row)) for row in rows[:3]], len(rows))

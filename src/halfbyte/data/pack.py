@@ -48,7 +48,6 @@ class Steps:
 
     Epoch e takes the rows in the order of `random.Random(f"{seed}/{e}").shuffle`, which does not depend on the machine,
     on torch or on earlier epochs. The same arguments give the same steps anywhere.
-
     """
 
     lengths: NDArray[np.int64]
@@ -157,7 +156,6 @@ def share(rows: Sequence[int], lengths: Sizes, ranks: int) -> list[list[int]]:
 
 
 def count_steps(rows: int, *, rows_per_step: int, epochs: float, max_steps: int) -> int:
-    """How many optimiser steps a run takes."""
     return max_steps if max_steps > 0 else math.ceil(epochs * math.ceil(rows / rows_per_step))
 
 

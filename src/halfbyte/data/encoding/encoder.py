@@ -36,8 +36,6 @@ _CUT_PROBES = (("\n", "a b"), (":", " a"), ("]", "7"))
 
 @dataclass(frozen=True)
 class Stats:
-    """Sizes of the encoded rows. There is no padding to count."""
-
     rows: int
     tokens: int
     labelled_tokens: int
@@ -84,8 +82,6 @@ class EncodedRows:
 
 @dataclass
 class EncodedChunk:
-    """What a chunk of records became."""
-
     problems: Problems
     batch: pa.RecordBatch | None = None
     """Of `examples.SCHEMA`; None where nothing was encoded."""

@@ -155,11 +155,9 @@ class Examples(Sequence[Example]):
         return np.asarray(np.from_dlpack(self._value("ids", index).values), np.uint32)
 
     def where(self, index: int) -> str:
-        """The name of a row."""
         return str(self._value("where", index))
 
     def parts(self) -> list[pa.RecordBatch]:
-        """The rows as record batches of `SCHEMA`."""
         return self.batches
 
     def _example(self, index: int) -> Example:

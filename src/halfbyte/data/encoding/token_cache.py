@@ -26,6 +26,7 @@ from halfbyte.data.encoding.tally import Tally
 from halfbyte.data.reading.files import find
 from halfbyte.errors import DataError
 from halfbyte.recipe.data import Data, Sources
+from halfbyte.runs.folder import read_json
 from halfbyte.system import files
 from halfbyte.system.libraries import version
 from halfbyte.types import Tokenizer
@@ -83,11 +84,11 @@ def digest(path: Path) -> str:
         if stat.st_size < LARGE_BYTES:
             return files.sha256(path)
         stamp = _stamp(path)
-        if stamp in (known := _known()):
-            return known[stamp]
+        if stamp in (known := read_json(_digests())):
+            return str(known[stamp])
         fresh = files.sha256(path)
         if time.time() - max(stat.st_mtime, stat.st_ctime) >= SETTLED_S and _stamp(path) == stamp:
-            known = {**_known(), stamp: fresh}
+            known = {**read_json(_digests()), stamp: fresh}
             with contextlib.suppress(OSError):  # a disk that cannot be written keeps nothing
                 folder().mkdir(parents=True, exist_ok=True)
                 files.write(_digests(), files.as_json(dict(list(known.items())[-MAX_FILES:])))
@@ -103,14 +104,6 @@ def _stamp(path: Path) -> str:
 
 def _digests() -> Path:
     return folder() / "digests.json"
-
-
-def _known() -> dict[str, str]:
-    try:
-        known = json.loads(_digests().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}
 
 
 def load(name: str) -> EncodedRows | None:
@@ -173,8 +166,7 @@ class CacheWriter:
         self._batches = []
 
     def finish(self, tally: Tally) -> EncodedRows:
-        """All rows; mapped where they are many, and kept under their name if they have one. Raises OSError: the disk is
-        full, or cannot be written."""
+        """All rows; mapped where they are many, and kept if they have a name. Raises OSError: as `add`."""
         if self._writer is None:
             return EncodedRows(Examples(self._batches), tally)
         self._writer.write_batch(batch([]), custom_metadata={_TALLY: json.dumps(tally.to_json()).encode()})

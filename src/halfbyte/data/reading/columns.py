@@ -40,8 +40,7 @@ def pair(columns: Collection[str]) -> tuple[str, str] | None:
 
 
 def answering(records: Sequence[Document], text: str) -> dict[str, list[str]]:
-    """The columns beside `text` that look like its answer, and the first few values of each. `records`: the first of a
-    file."""
+    """The columns beside `text` that look like its answer, each with a few values, by the first `records` of a file."""
     columns = dict.fromkeys(key for record in records for key in record if key != text)
     values = {c: [r[c] for r in records if r.get(c) not in (None, "")] for c in columns}
     return {c: [*dict.fromkeys(map(str, v))][:4] for c, v in values.items() if v and _answers(c, v)}

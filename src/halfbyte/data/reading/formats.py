@@ -30,8 +30,6 @@ _KNOWN = ("role", "content", "train", "tool_calls", "tool_call_id", "name", "rea
 
 @dataclass(frozen=True)
 class ChatMessage:
-    """One message of a conversation."""
-
     role: str
     content: str
     train: bool = True

@@ -28,7 +28,6 @@ class Problems:
         self.update(Problems(1, [text]))
 
     def update(self, later: Self) -> None:
-        """Append the problems of later rows."""
         self.shown += later.shown[: SHOWN_PROBLEMS - len(self.shown)]
         self.count += later.count
 
@@ -69,7 +68,6 @@ def value_of(record: Mapping[str, object], key: str, inside: str = "") -> object
 
 
 def text_in(record: Mapping[str, object], key: str, inside: str = "") -> str:
-    """The text that a record has under a key."""
     return text_of(value_of(record, key, inside), f"{inside}{key}")
 
 

@@ -109,7 +109,6 @@ class Reader:
             yield from self.rows_of(source)
 
     def rows_of(self, source: RowSource) -> Iterator[Row]:
-        """The good rows of one source."""
         for chunk in self.of(source):
             rows, problems = understand(chunk, self._data)
             self.problems.update(problems)

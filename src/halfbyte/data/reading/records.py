@@ -187,13 +187,6 @@ def _lines(source: RowSource) -> Iterator[tuple[int, bytes | BadRow]]:
             yield number + 1, BadRow(f"the file is damaged or cut short here: {first_line(error)}")
 
 
-def _value(raw: bytes) -> object:
-    """The JSON in these bytes, None where they hold none."""
-    with contextlib.suppress(ValueError, RecursionError):
-        return json.loads(raw)
-    return None
-
-
 def _opens_list(raw: bytes) -> bool:
     """Whether a line is the beginning, or all, of a list of rows."""
     try:
@@ -357,7 +350,8 @@ def _txt(source: RowSource) -> Numbered:
     if len(raw) == MAX_ROW_BYTES:
         yield 1, BadRow(f"longer than {MAX_ROW_BYTES:,} bytes; split it into several files")
     elif raw.strip():
-        if isinstance(_value(raw.split(b"\n", 1)[0]), dict):
+        with contextlib.suppress(BadRow):
+            parse(raw.split(b"\n", 1)[0])
             raise DataError(
                 f"{source.path} holds JSON lines, and its ending says plain text.",
                 fix=f"name it {source.path.with_suffix('.jsonl').name}",
