@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from halfbyte.errors import RunError
+from halfbyte.recipe.fields import shown
 from halfbyte.report import curves, page, record
 from halfbyte.report.record import Record
 from halfbyte.system import files
@@ -78,7 +79,7 @@ def differences(runs: Sequence[Record]) -> Table:
 
 
 def text_of(name: str, value: object) -> str:
-    return page.shown(sorted(value, key=str) if name.startswith(SETS) and isinstance(value, list) else value)
+    return shown(sorted(value, key=str) if name.startswith(SETS) and isinstance(value, list) else value)
 
 
 def scores(runs: Sequence[Record]) -> Table:
@@ -122,7 +123,6 @@ def notes(runs: Sequence[Record], names: Sequence[str]) -> tuple[str, ...]:
 
 
 def write(value: RunComparison, path: Path) -> Path:
-    """Write the page of a comparison; returns its file."""
     charts = curves.of_runs(zip(value.names, value.runs, strict=True))
     files.write(path, page.render("compare.html", charts, live=False, value=value).encode())
     return path

@@ -7,7 +7,6 @@ Cost: about a tenth of a second, and a second for 200,000 steps; no torch but fo
 
 import base64
 import hashlib
-import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from jinja2 import ChainableUndefined, Environment, FileSystemLoader, Undefined
 from markupsafe import Markup
 
 from halfbyte.plan.result import duration
+from halfbyte.recipe.fields import shown
 from halfbyte.report import curves, plots, record, series
 from halfbyte.report.record import Record
 from halfbyte.runs.folder import RunFolder
@@ -168,11 +168,6 @@ def number(value: object) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "" if value is None or isinstance(value, Undefined) else str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-
-
-def shown(value: object) -> str:
-    """A value of a recipe as YAML would have it on one line."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def cut(text: object) -> str:

@@ -3,18 +3,15 @@
 Cost: one pass over the metrics; the adapter's weights are read only for `update_norms`.
 """
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
-import yaml
-
 from halfbyte.recipe.adapter import read_passport
 from halfbyte.report import series, update_norms
 from halfbyte.runs import crash, listing
-from halfbyte.runs.folder import RunFolder, read_json
+from halfbyte.runs.folder import RunFolder, json_rows, read_json
 from halfbyte.scoring.sheet import other_adapter
 from halfbyte.types import Document
 
@@ -54,7 +51,6 @@ class Record:
 
     @cached_property
     def adapter_step(self) -> int | None:
-        """The step that the saved adapter is of."""
         try:
             passport = read_passport(self.run.adapter) if self.run.adapter.is_dir() else None
         except Exception:  # a page does without it; `halfbyte verify` says what is wrong
@@ -84,14 +80,13 @@ class Record:
 
 
 def read(path: Path, *, ours: bool = False) -> Record:
-    """The record of a run folder, finished or not; with `ours` this process holds its lock, and is about to release it.
-    Raises RunError: it is no run folder."""
+    """The record of a run folder, finished or not; `ours`: as `listing.state` has it. Raises RunError: it is none."""
     run = RunFolder.open(path, need_adapter=False)
     return Record(
         run,
         listing.state(run, ours=ours),
         series.read(run.metrics),
-        _yaml(run.recipe),
+        listing.recipe_of(run),
         read_json(run.plan),
         read_json(run.report),
         read_json(run.started),
@@ -99,14 +94,6 @@ def read(path: Path, *, ours: bool = False) -> Record:
         answers(path / "eval" / "answers.jsonl"),
         _crash(run),
     )
-
-
-def _yaml(path: Path) -> Document:
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _crash(run: RunFolder) -> str:
@@ -121,16 +108,10 @@ def _crash(run: RunFolder) -> str:
 
 def answers(path: Path) -> tuple[Document, ...]:
     """A few rows of `answers.jsonl`, first those whose scores differ between base and adapter."""
-    rows = list[Document]()
     try:
         with path.open(encoding="utf-8", errors="replace") as lines:
-            for line in islice(lines, MAX_ANSWERS_READ):
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    continue
-                if isinstance(row, dict) and isinstance(row.get("adapter"), dict):
-                    rows.append(row)
+            first_rows = json_rows(islice(lines, MAX_ANSWERS_READ))
+            rows = [row for row in first_rows if isinstance(row.get("adapter"), dict)]
     except OSError:
         return ()
     differ = [row for row in rows if row.get("base") and row["base"].get("scores") != row["adapter"].get("scores")]

@@ -61,7 +61,16 @@ class Randomness:
 
     @classmethod
     def now(cls) -> Self:
-        return cls(_rng_state(), random.getstate())
+        _, key, position, has_gauss, gauss = np.random.get_state()
+        tensors = {
+            "torch": torch.get_rng_state(),
+            "numpy_key": torch.from_numpy(np.asarray(key).astype(np.int64)),
+            "numpy_position": torch.tensor([int(position), int(has_gauss)]),
+            "numpy_gauss": torch.tensor(float(gauss), dtype=torch.float64),
+        }
+        if (cards := accelerator.module()) is not None:
+            tensors |= {f"cuda.{i}": cards.get_rng_state(i) for i in range(cards.device_count())}
+        return cls(tensors, random.getstate())
 
 
 def snapshot(
@@ -155,8 +164,7 @@ def prune(folder: Path, keep: int | None) -> None:
 def load_optimizer(
     path: Path, optimizer: torch.optim.Optimizer, scheduler: LRScheduler, scaler: torch.amp.GradScaler | None = None
 ) -> None:
-    """Put the state of the optimiser, the schedule and the loss's scale back; a RunError if it is of other parameters
-    (another recipe)."""
+    """Put optimiser, schedule and the loss's scale back. Raises RunError: they are of other parameters."""
     state = json.loads((path / OPTIMIZER_JSON).read_text())
     saved = [len(group["params"]) for group in state["optimizer"]["param_groups"]]
     trained = [len(group["params"]) for group in optimizer.param_groups]
@@ -188,19 +196,6 @@ def load_rng(path: Path) -> None:
     np.random.set_state(("MT19937", key, position, has_gauss, float(tensors["numpy_gauss"])))
     version, internal, gauss = json.loads((path / OPTIMIZER_JSON).read_text())["python_random"]
     random.setstate((version, tuple(internal), gauss))
-
-
-def _rng_state() -> dict[str, torch.Tensor]:
-    _, key, position, has_gauss, gauss = np.random.get_state()
-    state = {
-        "torch": torch.get_rng_state(),
-        "numpy_key": torch.from_numpy(np.asarray(key).astype(np.int64)),
-        "numpy_position": torch.tensor([int(position), int(has_gauss)]),
-        "numpy_gauss": torch.tensor(float(gauss), dtype=torch.float64),
-    }
-    if (cards := accelerator.module()) is not None:
-        state |= {f"cuda.{i}": cards.get_rng_state(i) for i in range(cards.device_count())}
-    return state
 
 
 def _flatten(state: Document) -> tuple[dict[str, torch.Tensor], Document]:
@@ -288,8 +283,7 @@ class Best:
         return value > self.value if self.greatest else value < self.value
 
     def keep(self, entry: Document, write_adapter: Callable[[Path], None]) -> None:
-        """Put an adapter with its `value`, `step` and what was `compared` in the place of the one before, which stays
-        there after a TrainError."""
+        """Put an adapter in the place of the best one before, which stays there after a TrainError."""
         with whole_or_absent(f"the best adapter {self.folder}", self.folder) as temporary:
             write_adapter(temporary)
             (temporary / BEST_JSON).write_text(json.dumps({"metric": self.metric, **entry}))

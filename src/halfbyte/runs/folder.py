@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self, TypeVar
@@ -64,8 +64,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, recipe_yaml: str, more: Mapping[str, bytes] | None = None) -> Self:
-        """Make a new run folder with its resolved recipe and `more` files, whole or not at all. Raises RunError: it
-        exists already, or cannot be made."""
+        """A run folder with its recipe and `more` files, whole or not at all. Raises RunError: it cannot be made."""
         cls.check_free(path)
         temporary = files.beside(path)
         try:
@@ -125,8 +124,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[Self]:
-        """Hold the run for writing. The lock ends with its process, so one that crashed leaves none behind. Raises
-        RunError: names the process that holds it already."""
+        """Hold the run for writing, at most as long as this process lives. Raises RunError: names who holds it."""
         with (self.path / "lock").open("a+") as stream:
             if not files.lock(stream, wait=False):
                 raise _busy(self.path) or _exists(self.path)
@@ -223,6 +221,14 @@ def read_json(path: Path) -> Document:
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def json_rows(lines: Iterable[str | bytes]) -> Iterator[Document]:
+    """The JSON objects of a file's lines; what cannot be read is passed over."""
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            if isinstance(row := json.loads(line), dict):
+                yield row
 
 
 def write_json(path: Path, value: Document) -> None:

@@ -3,7 +3,6 @@
 Cost: the last kB of each run's metrics, two small files, and a hash of its adapter (1 GB/s); no torch.
 """
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import yaml
 
 from halfbyte.recipe.adapter import ADAPTER_FILES
 from halfbyte.runs import crash
-from halfbyte.runs.folder import RunFolder, read_json
+from halfbyte.runs.folder import RunFolder, json_rows, read_json
 from halfbyte.system import files
 from halfbyte.types import Document
 
@@ -44,11 +43,9 @@ class RunSummary:
     changed: float
 
     def to_json(self) -> Document:
-        return {
-            "run": str(self.run), "state": self.state.name, "step": self.state.step, "steps": self.state.steps,
-            "why": self.state.why, "model": self.model, "loss": self.loss, "eval_loss": self.eval_loss,
-            "changed": self.changed,
-        }  # fmt: skip
+        state = self.state
+        of_state = {"state": state.name, "step": state.step, "steps": state.steps, "why": state.why}
+        return {**vars(self), "run": str(self.run), **of_state}
 
 
 def state(run: RunFolder, *, ours: bool = False) -> State:
@@ -92,14 +89,10 @@ def last_rows(metrics: Path) -> tuple[Document, Document]:
             lines = stream.read(TAIL_BYTES).split(b"\n")[:-1]
     except OSError:
         return step, evaluation
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and "loss" in row:
+    for row in json_rows(lines):
+        if "loss" in row:
             step = row
-        elif isinstance(row, dict) and "eval_loss" in row:
+        elif "eval_loss" in row:
             evaluation = row
     return step, evaluation
 
@@ -120,10 +113,16 @@ def summary(path: Path) -> RunSummary:
     return RunSummary(path, state(run), model_of(run), step.get("loss"), eval_loss, changed)
 
 
+def recipe_of(run: RunFolder) -> Document:
+    """A run's recipe as it stands in its file; empty where it is missing or cannot be read."""
+    try:
+        value = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def model_of(run: RunFolder) -> str:
     """The model that a run's recipe names; for a path its last part."""
-    try:
-        name = str(yaml.safe_load(run.recipe.read_text())["model"])
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
-        return "?"
+    name = str(recipe_of(run).get("model", "?"))
     return Path(name).name if name.startswith((".", "/")) else name

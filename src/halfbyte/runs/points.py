@@ -36,7 +36,6 @@ class Point:
 
     @property
     def objective(self) -> str:
-        """The name of what it learns."""
         return str(self.trained.get("objective", CAUSAL_LM))
 
     def changes(self, recipe: Recipe) -> dict[str, tuple[object, object]]:
@@ -138,8 +137,7 @@ def newest(folder: Path) -> Point | None:
 
 
 def check_recipe(point: Point, recipe: Recipe) -> None:
-    """Refuse a recipe that would train otherwise than the run was trained until now. Raises RunError: names each such
-    field with both values, and what may change."""
+    """Raises RunError: the recipe would train otherwise than the run has. Names these fields, and what may change."""
     strange = {
         name: values
         for name, values in point.changes(recipe).items()
@@ -181,8 +179,7 @@ def check_objective(point: Point, recipe: Recipe, objective: str) -> None:
 
 
 def check_rows(point: Point, recipe: Recipe, rows: Document) -> None:
-    """Refuse other rows than the run was trained on; held-out rows may be added or left out. Raises RunError: names the
-    files, and how many rows there were and are."""
+    """Raises RunError: the run was trained on other rows; held-out rows may be added or left out."""
     was = point.trained.get("rows", {})
     for name in ("train", "eval"):
         a, b = was.get(name), rows[name]

@@ -13,8 +13,9 @@ import string
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 
+from halfbyte.data.reading.problems import shorten
 from halfbyte.errors import DataError, RecipeError
 from halfbyte.recipe.evaluation import METRICS, Eval
 
@@ -28,8 +29,6 @@ _MAX_CHOICES = 64  # answers that are taken from the rows
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric as a recipe asks for it."""
-
     name: str
     score: Callable[[str, str], Scores]  # (expected, answer) -> its scores of a row
     parts: tuple[str, ...] = ()  # names of what else `score` gives
@@ -37,7 +36,6 @@ class Metric:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of all its scores."""
         return (self.name, *self.parts)
 
 
@@ -103,10 +101,7 @@ def number_after(mark: str, text: str) -> Decimal | None:
     """The first number behind the mark; thousands may be parted by commas."""
     _, separator, rest = text.partition(mark)
     number = _NUMBER.search(rest) if separator else None
-    try:
-        return Decimal(number[0].replace(",", "")) if number else None
-    except InvalidOperation:  # pragma: no cover  the expression lets nothing else through
-        return None
+    return Decimal(number[0].replace(",", "")) if number else None
 
 
 def first_match(pattern: re.Pattern[str], text: str) -> str | None:
@@ -174,7 +169,7 @@ def _extracted(name: str, extract: Callable[[str], object], expected: Sequence[s
         return {name: None if value is None else float(extract(text) == value)}
 
     if all(extract(e) is None for e in expected):
-        raise DataError(f"the metric {name}: {nothing}; the first one: {_short(expected[0])}.", fix=fix)
+        raise DataError(f"the metric {name}: {nothing}; the first one: {shorten(expected[0], 80)!r}.", fix=fix)
     return Metric(name, score)
 
 
@@ -183,7 +178,7 @@ def _json_fields(settings: Eval, expected: Sequence[str]) -> Metric:
     if not objects:
         raise DataError(
             f"the metric json_fields: not one of the {len(expected):,} expected answers is a JSON object; the first "
-            f"one: {_short(expected[0])}.",
+            f"one: {shorten(expected[0], 80)!r}.",
             fix="another metric: --metric exact_match",
         )
     known = list(dict.fromkeys(key for value in objects for key in value))
@@ -216,7 +211,3 @@ BUILDERS: dict[str, Builder] = {
     "json_valid": of_answer("json_valid", lambda e, text: as_json(text)[0]),
     "json_fields": _json_fields,
 }
-
-
-def _short(text: str, max_length: int = 80) -> str:
-    return repr(text if len(text) <= max_length else f"{text[: max_length - 3]}...")

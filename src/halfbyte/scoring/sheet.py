@@ -31,8 +31,7 @@ SIDES = ("adapter", "base")
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """What is scored, and how. `names`: metrics beside loss and perplexity; None: exact match where rows ask for an
-    answer."""
+    """`names`: metrics beside loss and perplexity; None: exact match where rows ask for an answer."""
 
     settings: Eval
     names: tuple[str, ...] | None = None
@@ -45,8 +44,7 @@ class EvalOptions:
         cls, settings: Eval, names: Sequence[str] = (), *, limit: int | None = None, with_base: bool = False,
         sure: bool = True,
     ) -> EvalOptions:  # fmt: skip
-        """The recipe's metrics, or those named on the command line. Raises RecipeError: an unknown metric, or one whose
-        setting is missing."""
+        """The recipe's metrics, or those named. Raises RecipeError: an unknown one, or one whose setting is missing."""
         chosen = tuple(dict.fromkeys(n for n in names if n not in LOSSES)) if names else settings.metrics
         metrics.check(settings, chosen or ())
         return cls(settings, chosen, limit, with_base, sure)
@@ -95,17 +93,9 @@ class Score:
     p_value: float | None = None
 
     def to_json(self) -> Document:
-        def shown(value: Value | None) -> Document | None:
-            return None if value is None else {"value": value.value, "interval": value.interval}
-
-        difference = shown(self.difference)
-        return {
-            "name": self.name,
-            "rows": self.rows,
-            "adapter": shown(self.adapter),
-            "base": shown(self.base),
-            "difference": None if difference is None else {**difference, "p_value": self.p_value},
-        }
+        values = asdict(self)
+        del values["yes_no"], values["p_value"]
+        return values | ({"difference": values["difference"] | {"p_value": self.p_value}} if self.difference else {})
 
 
 @dataclass(frozen=True)
