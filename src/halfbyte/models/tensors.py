@@ -157,7 +157,6 @@ def is_quantised(config: ConfigFile) -> bool:
 
 
 def read_config(folder: Path) -> Document:
-    """`config.json` of a model folder."""
     path = folder / "config.json"
     if not path.is_file():
         raise SourceError(

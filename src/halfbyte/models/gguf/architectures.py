@@ -214,10 +214,6 @@ def _phi3(file: GgufReader) -> Document:
     return {"model_type": "phi3", "sliding_window": window or None, **more}
 
 
-def _stablelm(file: GgufReader) -> Document:
-    return {"model_type": "stablelm", "use_parallel_residual": not file.has("blk.0.ffn_norm.weight")}
-
-
 def _gemma_scale(file: GgufReader, layers_of_27b: int) -> Document:
     """What queries are divided by: the head's size, but for the 27B models (as in llama.cpp's graphs)."""
     wide = file.layers == layers_of_27b
@@ -225,10 +221,6 @@ def _gemma_scale(file: GgufReader, layers_of_27b: int) -> Document:
         file.get("embedding_length") // file.get("attention.head_count") if wide else file.get("attention.key_length")
     )
     return {"query_pre_attn_scalar": size or 256}
-
-
-def _gemma2(file: GgufReader) -> Document:
-    return {"model_type": "gemma2", **_gemma_scale(file, 46)}
 
 
 def _gemma3(file: GgufReader) -> Document:
@@ -376,7 +368,7 @@ ARCHITECTURES: dict[str, Callable[[GgufReader], Document]] = {
     "command-r": _plain("cohere"),
     "deepseek2": _deepseek2,
     "falcon": _falcon,
-    "gemma2": _gemma2,
+    "gemma2": lambda file: {"model_type": "gemma2", **_gemma_scale(file, 46)},
     "gemma3": _gemma3,
     "gemma4": _gemma4,
     "gpt-oss": _gpt_oss,
@@ -394,6 +386,8 @@ ARCHITECTURES: dict[str, Callable[[GgufReader], Document]] = {
     "qwen35": _qwen35,
     "qwen35moe": _qwen35,
     "qwen3moe": _qwen3moe,
-    "stablelm": _stablelm,
+    "stablelm": lambda file: {
+        "model_type": "stablelm", "use_parallel_residual": not file.has("blk.0.ffn_norm.weight"),
+    },
     "starcoder2": _plain("starcoder2", use_bias=True),
-}
+}  # fmt: skip

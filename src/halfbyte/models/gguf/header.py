@@ -10,6 +10,7 @@ import glob
 import mmap
 import re
 import struct
+from collections import Counter
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -77,10 +78,10 @@ class GgufHeader:
     @property
     def quantised_as(self) -> str:
         """The type that holds most of its weights."""
-        counts: dict[str, int] = {}
+        counts = Counter[str]()
         for tensor in self.tensors:
-            counts[tensor.type] = counts.get(tensor.type, 0) + tensor.numel
-        return max(counts, key=lambda kind: counts[kind])
+            counts[tensor.type] += tensor.numel
+        return counts.most_common(1)[0][0]
 
 
 def read_header(path: Path) -> GgufHeader:
@@ -143,11 +144,9 @@ def _checked(path: Path, header: GgufHeader) -> GgufHeader:
         raise SourceError(f"{path} holds no tensors: it is a vocabulary, not a model")
     if "tokenizer.ggml.tokens" not in header.metadata:
         raise SourceError(f"{path} holds no tokenizer (tokenizer.ggml.tokens), so no text can be read for it")
-    seen: set[str] = set()
-    for tensor in header.tensors:
-        if tensor.name in seen:
-            raise SourceError(f"{path} holds the tensor {tensor.name} twice")
-        seen.add(tensor.name)
+    name, count = Counter(tensor.name for tensor in header.tensors).most_common(1)[0]
+    if count > 1:
+        raise SourceError(f"{path} holds the tensor {name} twice")
     return header
 
 

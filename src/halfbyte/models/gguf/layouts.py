@@ -75,7 +75,8 @@ def parameter_sources(
         raise GgufError(f"{len(missing)} weights of the model are not in the file, such as {', '.join(missing[:3])}")
     if wrong:
         raise GgufError(f"{len(wrong)} of its tensors have other shapes than the model: {'; '.join(wrong[:3])}")
-    if left := [name for name in file.tensors if name not in used and not _in_later_layer(name, layers)]:
+    blocks = {name: _BLOCK.match(name) for name in file.tensors if name not in used}
+    if left := [name for name, block in blocks.items() if block is None or int(block[1]) < layers]:
         raise GgufError(
             f"{len(left)} of its tensors have no place in transformers' {model_type}, such as {', '.join(left[:3])}: "
             f"this kind of {header.architecture} is another model"
@@ -103,11 +104,6 @@ def _mapped_source(kind: str, name: str, prefix: str, names: object, file: GgufR
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(n for n in shape if n != 1)
-
-
-def _in_later_layer(name: str, layers: int) -> bool:
-    match = _BLOCK.match(name)
-    return match is not None and int(match[1]) >= layers
 
 
 # --- rows in another order -------------------------------------------------------------------------------------------

@@ -95,7 +95,6 @@ class GgufReader:
         return values[: self.layers]
 
     def stated(self) -> list[str]:
-        """The keys below the architecture's name."""
         start = f"{self.header.architecture}."
         return [key.removeprefix(start) for key in self.header.metadata if key.startswith(start)]
 

@@ -38,7 +38,6 @@ def beside_weights(folder: Path) -> list[Path]:
 
 
 def beside_bytes(folder: Path) -> int:
-    """Bytes of those files."""
     return sum(path.stat().st_size for path in beside_weights(folder))
 
 

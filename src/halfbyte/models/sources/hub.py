@@ -225,46 +225,39 @@ def explain(error: Exception, repo: str, revision: str) -> NoReturn:
 
     hub = constants.ENDPOINT
     login = "hf auth login (or export HF_TOKEN=...)"
-    response = getattr(error, "response", None)
-    status = getattr(response, "status_code", None)
-    rerun = "run the same command again; files that are already whole are kept"
-    if isinstance(error, errors.HFValidationError):
-        raise SourceError(f"{repo!r} is not a hub id: {error}") from error
-    if isinstance(error, errors.GatedRepoError):
-        raise SourceError(
-            f"{repo} is gated: its owner must grant you access", fix=f"accept its terms at {hub}/{repo}, then {login}"
-        ) from error
-    if isinstance(error, errors.RevisionNotFoundError):
-        raise SourceError(
-            f"{repo} has no revision {revision!r}; allowed: a branch, a tag or a commit of it",
-            fix=f"see {hub}/{repo}/tree/main, or leave the revision out",
-        ) from error
-    if isinstance(error, errors.RepositoryNotFoundError) and status == 404:
-        raise SourceError(f"{hub} has no model {repo}", fix=f"check the name at {hub}/models") from error
-    if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403):
-        raise SourceError(
-            f"{hub} does not show {repo} to you (HTTP {status}): it does not exist, is private, or the token is wrong",
-            fix=f"check the name; if it is private: {login}",
-        ) from error
-    if isinstance(error, errors.LocalEntryNotFoundError):
-        _explain_not_cached(error, repo, revision, hub)
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        raise SourceError(
-            f"no space left while {repo} was downloaded to {constants.HF_HUB_CACHE}",
-            fix="free some space, or name another folder: export HF_HUB_CACHE=/path/with/space",
-        ) from error
-    if isinstance(error, PermissionError):
-        raise SourceError(
-            f"the hub's cache cannot be written: {error}",
-            fix="name a folder that you can write: export HF_HUB_CACHE=/path/with/space",
-        ) from error
-    if isinstance(error, errors.HfHubHTTPError):
-        raise SourceError(f"{hub} answered HTTP {status} while {repo} was downloaded", fix=rerun) from error
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    fix: str | None = "run the same command again; files that are already whole are kept"
     # The HTTP client's own errors (httpx, httpx2), a file of the wrong length, and Xet's: a broken transfer.
     transport = type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2")
-    if transport or isinstance(error, (OSError, errors.XetDownloadError)):
-        raise SourceError(f"the download of {repo} was cut: {first_line(error)}", fix=rerun) from error
-    raise error
+    if isinstance(error, errors.HFValidationError):
+        what, fix = f"{repo!r} is not a hub id: {error}", None
+    elif isinstance(error, errors.GatedRepoError):
+        what = f"{repo} is gated: its owner must grant you access"
+        fix = f"accept its terms at {hub}/{repo}, then {login}"
+    elif isinstance(error, errors.RevisionNotFoundError):
+        what = f"{repo} has no revision {revision!r}; allowed: a branch, a tag or a commit of it"
+        fix = f"see {hub}/{repo}/tree/main, or leave the revision out"
+    elif isinstance(error, errors.RepositoryNotFoundError) and status == 404:
+        what, fix = f"{hub} has no model {repo}", f"check the name at {hub}/models"
+    elif isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403):
+        reasons = "it does not exist, is private, or the token is wrong"
+        what = f"{hub} does not show {repo} to you (HTTP {status}): {reasons}"
+        fix = f"check the name; if it is private: {login}"
+    elif isinstance(error, errors.LocalEntryNotFoundError):
+        _explain_not_cached(error, repo, revision, hub)
+    elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        what = f"no space left while {repo} was downloaded to {constants.HF_HUB_CACHE}"
+        fix = "free some space, or name another folder: export HF_HUB_CACHE=/path/with/space"
+    elif isinstance(error, PermissionError):
+        what = f"the hub's cache cannot be written: {error}"
+        fix = "name a folder that you can write: export HF_HUB_CACHE=/path/with/space"
+    elif isinstance(error, errors.HfHubHTTPError):
+        what = f"{hub} answered HTTP {status} while {repo} was downloaded"
+    elif transport or isinstance(error, (OSError, errors.XetDownloadError)):
+        what = f"the download of {repo} was cut: {first_line(error)}"
+    else:
+        raise error
+    raise SourceError(what, fix=fix) from error
 
 
 def _explain_not_cached(error: Exception, repo: str, revision: str, hub: str) -> NoReturn:

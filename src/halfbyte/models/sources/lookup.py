@@ -40,8 +40,7 @@ def at_hand(recipe: Recipe) -> bool:
 
 
 def look(recipe: Recipe) -> None:
-    """Check that a recipe's model exists, as far as that takes no time: nothing is converted or downloaded. Raises
-    SourceError: as `resolve`; it is not there."""
+    """Raises SourceError, as `resolve`: a recipe's model is not there, as far as can be told without a download."""
     name = recipe.model.strip()
     path = Path(name).expanduser()
     if name in pypi.MODELS or (path.suffix == ".gguf" and path.is_file()):
