@@ -117,10 +117,10 @@ def top_p_of(probabilities: Tensor, top_p: float) -> Tensor:
     for count in (min(_FIRST_LOOK, len(probabilities)), len(probabilities)):
         likeliest, order = torch.topk(probabilities, count)
         before = likeliest.cumsum(-1) - likeliest
-        if float(before[-1] + likeliest[-1]) >= top_p or count == len(probabilities):
-            nucleus = order[before < top_p]
-            return torch.zeros_like(probabilities).index_copy_(0, nucleus, probabilities[nucleus])
-    raise AssertionError
+        if float(before[-1] + likeliest[-1]) >= top_p:
+            break
+    nucleus = order[before < top_p]
+    return torch.zeros_like(probabilities).index_copy_(0, nucleus, probabilities[nucleus])
 
 
 def logprob_of(logits: Tensor, token: int, count: int) -> TokenLogprob:

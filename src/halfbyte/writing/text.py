@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, InitVar, dataclass
 from typing import Literal
 
 from tokenizers.decoders import DecodeStream
@@ -66,6 +66,7 @@ class TextChunk:
         return TextChunk(self.index, self.text + after.text, after.tokens, logprobs, after.finish)
 
 
+@dataclass(eq=False)
 class Text:
     """A prompt and what is written after it.
 
@@ -76,23 +77,18 @@ class Text:
             wanted, and what it expects is a draft of the answer.
     """
 
-    def __init__(
-        self,
-        prompt: Sequence[int],
-        params: SamplingParams,
-        stop_ids: Collection[int],
-        *,
-        adapter: str | None = None,
-        index: int = 0,
-        detokenizer: Detokenizer | None = None,
-        constraint: Constraint | None = None,
-        row: Example | None = None,
-    ) -> None:
-        self.prompt, self.params = prompt, params
-        self.stop_ids = frozenset(stop_ids)
-        self.adapter, self.index = adapter, index
-        self.detokenizer, self.row = detokenizer, row
-        self.sampler = Sampler(params, index, constraint)
+    prompt: Sequence[int]
+    params: SamplingParams
+    stop_ids: Collection[int]
+    _: KW_ONLY
+    adapter: str | None = None
+    index: int = 0
+    detokenizer: Detokenizer | None = None
+    constraint: InitVar[Constraint | None] = None
+    row: Example | None = None
+
+    def __post_init__(self, constraint: Constraint | None) -> None:
+        self.sampler = Sampler(self.params, self.index, constraint)
         self.tokens: list[int] = []
         self.finish: Finish | None = None
         self.error: Exception | None = None
