@@ -44,9 +44,7 @@ app.command()(begin.init)
 
 def _version(asked: bool) -> None:
     if asked:
-        from halfbyte.system.libraries import version
-
-        show.text(f"halfbyte {version('halfbyte')}")
+        show.text(f"halfbyte {libraries.version('halfbyte')}")
         raise typer.Exit
 
 
@@ -381,9 +379,7 @@ def check(
 @app.command()
 def version() -> None:
     """The versions of halfbyte and of what it stands on."""
-    from halfbyte.system.libraries import versions
-
-    show.text("\n".join(f"{name} {value}" for name, value in versions().items()))
+    show.text("\n".join(f"{name} {value}" for name, value in libraries.versions().items()))
 
 
 def _guard(call: Callable[[], object], words: Sequence[str] = ()) -> int:

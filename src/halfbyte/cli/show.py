@@ -16,14 +16,13 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from halfbyte.errors import typed, without_secrets
+from halfbyte.errors import HalfbyteError, typed, without_secrets
 from halfbyte.plan.result import duration
 
 if TYPE_CHECKING:
     from halfbyte.base.quantize import BuildResult
     from halfbyte.base.store.shelf import CacheEntry
     from halfbyte.doctor import Diagnosis
-    from halfbyte.errors import HalfbyteError
     from halfbyte.finetune import Outcome
     from halfbyte.types import Check, Document
 

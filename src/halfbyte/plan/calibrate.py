@@ -10,6 +10,7 @@ Cost: about three seconds once; reading the cache imports no torch.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import statistics
 import tempfile
@@ -57,8 +58,6 @@ def cached(device: Device, dtype: str) -> Rates | None:
 
 def path_of(device: Device, dtype: str) -> Path:
     """The file that holds the rates of this processor with so many threads."""
-    import hashlib
-
     cards = ", ".join(card.name for card in device.cards)
     share = core_share()  # a quota of 1.5 cores has two threads, which are slower than on two cores
     many = f"{threads(device)}{f' of {share:g}' if share < threads(device) else ''}"

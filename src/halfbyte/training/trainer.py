@@ -29,6 +29,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from halfbyte.adapters.lora import loraplus_optimizer
 from halfbyte.data import collate, pack
 from halfbyte.distributed.shard import Shards
+from halfbyte.distributed.step import StepSum, sums
 from halfbyte.distributed.world import World
 from halfbyte.errors import RecipeError, first_line
 from halfbyte.layers.kernels import dropout
@@ -185,8 +186,6 @@ class StepTrainer(Trainer):
         self.hooks, self.shards = hooks, shards
         self.world, self._sum = world or World(), None
         if not self.world.alone:
-            from halfbyte.distributed.step import StepSum
-
             self._sum = StepSum(self.world, model.parameters())
         self._sites = dropout.sites_of(model)
         self.eval_batches, self.loraplus_lr_ratio = eval_batches, loraplus_lr_ratio
@@ -343,9 +342,7 @@ class StepTrainer(Trainer):
         np.add.at(rows, np.searchsorted(numbers, batches.text_rows[: len(texts)]), texts)
         if self.world.alone:
             return rows, self.hooks.stops_evaluation()
-        from halfbyte.distributed import step
-
-        *totals, stops = step.sums(self.world, [*rows.ravel().tolist(), float(self.hooks.stops_evaluation())])
+        *totals, stops = sums(self.world, [*rows.ravel().tolist(), float(self.hooks.stops_evaluation())])
         if stops:
             self.hooks.on_stop()
         return np.array(totals).reshape(rows.shape), stops > 0
