@@ -99,15 +99,11 @@ class ResponsesRequest(wire.Unused):
         if form is not None:
             schema = {"name": form.name, "schema": form.schema_, "strict": form.strict}
             wanted = {"type": form.type, "json_schema": schema if form.type == "json_schema" else None}
-        document = {
-            "model": self.model,
+        document = self.model_dump(include={"model", "temperature", "top_p", "parallel_tool_calls"}) | {
             "messages": self._messages(),
             "max_tokens": self.max_output_tokens,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
             "tools": [{"type": "function", "function": tool.model_dump(exclude={"type"})} for tool in self.tools or ()],
             "tool_choice": choice,
-            "parallel_tool_calls": self.parallel_tool_calls,
             "reasoning_effort": None if self.reasoning is None else self.reasoning.effort,
             "response_format": wanted,
         }
