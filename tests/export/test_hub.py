@@ -15,9 +15,12 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
+from halfbyte import finetune
+from halfbyte.base.store.supply import Tell
 from halfbyte.errors import ExportError
 from halfbyte.export import hub as shipping
-from halfbyte.inference.target import Target
+from halfbyte.export.job import check_passport
+from halfbyte.inference.target import Target, find
 from halfbyte.proofs.export import Exported, Proof
 from halfbyte.scoring.sheet import Score, Sheet, Value, adapter_of
 from tests import tiny_run
@@ -129,6 +132,25 @@ def test_private_by_default_and_the_token_is_never_shown(hub: Hub, export: Path)
     assert refused.returncode == 1 and "is public; nothing was pushed" in refused.stderr
 
 
+def test_a_runs_adapter_has_a_card_and_none_of_this_machines_paths(hub: Hub, tmp_path: Path) -> None:
+    finetune.train(tiny_run.recipe(tmp_path, output=tmp_path / "orders"))
+    before = {path: path.read_bytes() for path in (tmp_path / "orders/adapter").iterdir()}
+    done = pushed(hub, str(tmp_path / "orders"), "me/orders")
+    assert done.returncode == 0, done.stderr
+    assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "halfbyte.json"} <= set(hub.files)
+    card = hub.files["README.md"].decode()
+    assert "library_name: peft" in card and "rows: train.jsonl" in card and "model: model" in card
+    for name, content in hub.files.items():
+        assert str(tmp_path).encode() not in content, name
+    assert json.loads(hub.files["adapter_config.json"])["base_model_name_or_path"] == "model"
+    assert {path: path.read_bytes() for path in before} == before
+    (tmp_path / "there").mkdir()
+    for name, content in hub.files.items():
+        (tmp_path / "there" / name).write_bytes(content)
+    pulled = find(tmp_path / "there", [f"model={tmp_path / 'model'}"])
+    check_passport(pulled, Tell(), force=False)
+
+
 def test_what_the_hub_refuses(hub: Hub, export: Path) -> None:
     done = pushed(hub, str(export), "me/orders", token="hf_another_0123456789")
     assert done.returncode == 1 and "the hub refused me/orders" in done.stderr and "hf auth login" in done.stderr
@@ -177,7 +199,7 @@ def test_a_card_says_what_is_known(tmp_path: Path) -> None:
         "train.jsonl",
         "a note",
         "6 greedy",
-        "2.0000",
+        "1.00 GB of memory",
     ):
         assert words in read.text, words
     (run.adapter / "adapter_model.safetensors").write_bytes(b"weights of a later step")

@@ -105,6 +105,22 @@ def test_what_is_damaged_is_named(run: Path) -> None:
     assert "metrics.jsonl:2" in said["metrics"] and "not the file that halfbyte.json" in said["adapter"]
 
 
+def test_a_store_that_was_damaged_is_built_again_and_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path / "cache"))
+    tiny_run.rows(tmp_path / "eval.jsonl", 6, seed=5)
+    finetune.train(tiny_run.recipe(tmp_path, quant__compute_dtype="auto", data__eval=tmp_path / "eval.jsonl"))
+    file = sorted(tmp_path.glob("cache/bases/*/*.safetensors"))[0]
+    for damage in (True, False):
+        if damage:
+            with file.open("r+b") as store:
+                store.truncate(10)
+        verified = verify(tmp_path / "run")
+        (base,) = (check.seen for check in verified.checks if check.what == "base")
+        assert verified.ok and ("a damaged store is built again" in base and file.name in base) == damage
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"rows": 3, "moved": 1, "bound": 1}'])
 def test_a_record_that_cannot_be_read_is_said(run: Path, content: str) -> None:
     (run / "proof.json").write_text(content)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,10 +19,12 @@ from halfbyte import finetune
 from halfbyte.errors import ExportError
 from halfbyte.export import export as exporting
 from halfbyte.export import folder, job, witness
-from halfbyte.export.weights import MergedModel
+from halfbyte.export.gain import HeldOut
+from halfbyte.export.weights import BaseKind, MergedModel
 from halfbyte.inference import target
 from halfbyte.proofs import export as proof
 from halfbyte.proofs import programs
+from halfbyte.scoring.intervals import RowSums
 from tests import tiny_run
 from tests.export import runs
 from tests.in_process import runner
@@ -111,15 +114,28 @@ def test_a_fault_fails_the_export_and_nothing_is_left(
     assert [path.name for path in tmp_path.iterdir()] == ["good"]
 
 
-def test_auto_takes_the_nearer_and_says_so(world: Path) -> None:
+def _held_out(*losses: float) -> HeldOut:
+    """Of two rows of one token."""
+    export = RowSums(np.array(losses), np.ones(len(losses)))
+    return HeldOut(export, export, export, export)
+
+
+def test_auto_takes_the_nearer_where_losses_do_not_decide_and_says_so(world: Path) -> None:
     seen = proof.Proof("t", "F32", 1.0, 0.1, 0.5, 0.3, 1.0, 2.0, 1.9, 10, 6, 6, 0, 1, 2, 6, 0)
+    kinds: list[BaseKind] = ["16bit", "4bit"]
+    alike = {"16bit": _held_out(1.0, 2.0), "4bit": _held_out(2.0, 1.0)}
     for kl, taken in ((0.2, "4bit"), (0.4, "16bit")):
         tried = {"16bit": seen, "4bit": replace(seen, kl=kl)}
-        assert job.better(tried, ["16bit", "4bit"]) == taken
-        (note, *_) = job.notes(["16bit", "4bit"], tried, taken)
+        assert job.better(tried, alike, kinds) == taken
+        (note, *_) = job.notes(kinds, tried, alike, taken)
         assert "KL 0.3000" in note and f"KL {kl:.4f}" in note and "exact 1 of 6" in note and "exact 2 of 6" in note
+        assert "the nearer to the run by KL" in note
+        for other, losses in (("4bit", (1.3, 2.3)), ("16bit", (0.7, 1.7))):
+            apart = {"16bit": _held_out(*losses), "4bit": _held_out(1.0, 2.0)}
+            assert job.better(tried, apart, kinds) == other
+            assert "of lower held-out loss" in next(job.notes(kinds, tried, apart, other))
     unsound = {"16bit": replace(seen, kl=0.01, tokenized=1), "4bit": seen}
-    assert job.better(unsound, ["16bit", "4bit"]) == "4bit"
+    assert job.better(unsound, alike, kinds) == "4bit"
 
 
 def test_a_base_alone_or_16_bits(world: Path, tmp_path: Path) -> None:

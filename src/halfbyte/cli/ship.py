@@ -177,13 +177,13 @@ def _show(result: Exported, *, json_: bool) -> None:
         show.document(result.to_json())
         return
     lines = [f"{result.kind}: {result.path}"]
-    if (proven := result.proven) is not None:
+    if (proven := result.proven) is not None and result.held_out is not None:
         lines += [
             f"  opened by {proven.program}: logits differ by {proven.difference:.2g} of their spread "
             + (f"(rounding explains {proven.bound:.2g}" if proven.bounded else "(not bounded by rounding")
             + f"; the adapter moves them by {proven.moved:.2g})",
             f"  {proven.same_answers} of {proven.answers} greedy answers are the run's, token for token",
             f"  exact match {proven.exact} of {proven.references}, the run {proven.run_exact}",
-            f"  loss {proven.loss:.4f}, the run {proven.run_loss:.4f}; KL from the run {proven.kl:.2g} nats",
+            f"  {result.held_out['text']}; KL from the run {proven.kl:.2g} nats",
         ]
     show.text("\n".join([*lines, *(f"  {note}" for note in result.notes)]))

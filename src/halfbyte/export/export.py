@@ -44,13 +44,13 @@ def merge(job: ExportJob, choice: BaseChoice = "auto", *, quantise: bool = False
             dtype = write_merged(job, run, kind, place, copies=len(kinds))
             if draft.witness is not None:
                 name = f"merged-{kind}"
-                proof = draft.witness.prove(place, "transformers", dtype, name, base=kind, others=(dtype,))
-                draft.proofs[kind] = proof
-        base = better(draft.proofs, kinds)
+                proven = draft.witness.prove(place, "transformers", dtype, name, base=kind, others=(dtype,))
+                draft.proofs[kind], draft.losses[kind] = proven
+        base = better(draft.proofs, draft.losses, kinds)
         for kind in kinds:
             if kind != base:
                 shutil.rmtree(draft.folder / kind)
-        result = draft.result("merged model", base, list(notes(kinds, draft.proofs, base)))
+        result = draft.result("merged model", base, list(notes(kinds, draft.proofs, draft.losses, base)))
         if quantise:
             result = _quantise(job, draft, result, draft.folder / base)
         draft.keep("store" if quantise else base)
@@ -86,8 +86,8 @@ def _quantise(job: ExportJob, draft: DraftExport, merged: Exported, place: Path)
     if draft.witness is None:
         return merged
     name = f"{quant.type} of {merged.base}"
-    proof = draft.witness.prove(store, "transformers", "Q4_0", "quantised", base="4bit", bounded=False)
-    draft.proofs[name] = proof
+    proven = draft.witness.prove(store, "transformers", "Q4_0", "quantised", base="4bit", bounded=False)
+    draft.proofs[name], draft.losses[name] = proven
     return draft.result(f"merged model in {quant.type}", name, merged.notes)
 
 
@@ -108,12 +108,12 @@ def to_gguf(job: ExportJob, kind: str, choice: BaseChoice = "auto", *, modelfile
     kinds = bases(run, choice)
     with job.draft(run, out) as draft:
         remarks = list[str]()
-        for each in kinds if _proves(draft) else [better({}, kinds)]:
+        for each in kinds if _proves(draft) else [better({}, {}, kinds)]:
             (place := draft.folder / each).mkdir()
             path = place / f"{file_name(run)}-{kind}.gguf"
             remarks += _write_gguf(job, run, each, path, kind)
             _prove(draft, path, kind, each)
-        base = better(draft.proofs, kinds)
+        base = better(draft.proofs, draft.losses, kinds)
         remarks += _notes(draft, kinds, base)
         result = draft.result(f"GGUF file in {kind}", base, remarks)
         draft.keep(base)
@@ -178,13 +178,13 @@ def _prove(draft: DraftExport, path: Path, kind: str, base: BaseKind, adapter: P
         family = kind[:4] if kind in gguf.K_QUANTS else kind
         others = (family,) if family in _FLOATS else (family, family)
         name = f"llama-{base}"
-        draft.proofs[base] = draft.witness.prove(
+        draft.proofs[base], draft.losses[base] = draft.witness.prove(
             path, "llama.cpp", family, name, base=base, others=others, adapter=adapter
         )
 
 
 def _notes(draft: DraftExport, kinds: list[BaseKind], base: str) -> list[str]:
-    return list(notes(kinds, draft.proofs, base)) if draft.proofs or draft.witness is None else [NO_LLAMA]
+    return list(notes(kinds, draft.proofs, draft.losses, base)) if draft.proofs or draft.witness is None else [NO_LLAMA]
 
 
 def _model_type(run: Target) -> str:

@@ -8,14 +8,21 @@ reads the token (`hf auth login`, HF_TOKEN), which is never shown.
 
 from __future__ import annotations
 
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from halfbyte.errors import ExportError, HalfbyteError, first_line
 from halfbyte.models.sources.hub import HUB_ID
+from halfbyte.recipe.adapter import ADAPTER_FILES, PASSPORT
 from halfbyte.runs.folder import RunFolder, read_json
 from halfbyte.scoring.intervals import CONFIDENCE
 from halfbyte.scoring.sheet import SCORES, other_adapter
+from halfbyte.system import files
 from halfbyte.system.libraries import versions
 
 if TYPE_CHECKING:
@@ -23,6 +30,8 @@ if TYPE_CHECKING:
     from halfbyte.proofs.export import Exported
 
 CARD = "README.md"
+# In a recipe: paths of this machine, of which a card has the last part.
+_LOCAL = re.compile(r"(?<=[\s'\"\[])(?:~|[A-Za-z]:)?[/\\][^\s'\",\]]+")
 
 
 def write(folder: Path, run: Target, export: Exported) -> None:
@@ -106,11 +115,11 @@ def _training(run: Target) -> list[str]:
         f"- base in {recipe.quant.type}; LoRA rank {lora.r}, alpha {lora.lora_alpha}, on {lora.target_modules}"
     )
     for key, words in (("tokens", "{:,} tokens"), ("steps", "{:,} steps"), ("train_seconds", "{:,.0f} s"),
-                       ("peak_rss_bytes", "{:,} bytes of memory at most")):  # fmt: skip
-        if isinstance(report.get(key), (int, float)):
-            lines.append(f"- {words.format(report[key])}")
+                       ("peak_rss_bytes", "{:.2f} GB of memory at most")):  # fmt: skip
+        if isinstance(value := report.get(key), (int, float)):
+            lines.append(f"- {words.format(value / 1e9 if key == 'peak_rss_bytes' else value)}")
     if run.run is not None and run.run.recipe.is_file():
-        text = run.run.recipe.read_text(encoding="utf-8").rstrip()
+        text = _LOCAL.sub(lambda path: Path(path[0]).name, run.run.recipe.read_text(encoding="utf-8").rstrip())
         lines += ["", "<details><summary>recipe</summary>", "", "```yaml", text, "```", "", "</details>"]
     return [*lines, "", f"halfbyte {versions().get('halfbyte', '')}"]
 
@@ -121,9 +130,10 @@ def _proof(export: Exported) -> list[str]:
     figures = (
         f"Opened by {proven.program} and compared with the run on {proven.positions} labelled tokens and "
         f"{proven.answers} prompts: logits differ by {proven.difference:.3g} of their spread, {proven.same_answers} "
-        f"greedy answers are the same token for token, the loss is {proven.loss:.4f} (the run: {proven.run_loss:.4f})."
+        "greedy answers are the same token for token."
     )
-    return [figures, *(["", *export.notes] if export.notes else [])]
+    held_out = [export.held_out["text"]] if export.held_out is not None else []
+    return [figures, *([""] if held_out or export.notes else []), *held_out, *export.notes]
 
 
 def _use(export: Exported) -> list[str]:
@@ -140,13 +150,35 @@ def _use(export: Exported) -> list[str]:
 NOT_PUSHED = ("lock", "*.lock", "checkpoints/*", "*.tmp", ".*")
 
 
-def folder_of(path: Path) -> Path:
-    """What is pushed: an export's folder, or the adapter of a run."""
-    if (path / "recipe.yaml").is_file():
-        return RunFolder.open(path).adapter
-    if any((path / name).is_file() for name in ("config.json", "adapter_config.json", "export.json")):
-        return path
-    raise ExportError(f"{path} is neither a run nor an export.", fix="halfbyte merge RUN, halfbyte export RUN")
+@contextmanager
+def folder_of(path: Path) -> Iterator[Path]:
+    """What is pushed: an export's folder; or of a run's adapter a copy, with a card and no path of this machine."""
+    if not (path / "recipe.yaml").is_file():
+        if not any((path / name).is_file() for name in ("config.json", "adapter_config.json", "export.json")):
+            raise ExportError(f"{path} is neither a run nor an export.", fix="halfbyte merge RUN, halfbyte export RUN")
+        yield path
+        return
+    from halfbyte.inference import target
+    from halfbyte.proofs.export import Exported
+
+    run = RunFolder.open(path)
+    with tempfile.TemporaryDirectory() as alone:
+        folder = Path(shutil.copytree(run.adapter, Path(alone, path.name), ignore=shutil.ignore_patterns(*NOT_PUSHED)))
+        for name in (ADAPTER_FILES[1], PASSPORT):
+            values = {key: shipped(value) for key, value in read_json(folder / name).items()}
+            files.write(folder / name, files.as_json(values))
+        write(folder, target.find(path), Exported(folder, "PEFT adapter", "4bit", {}))
+        yield folder
+
+
+def shipped(value: object) -> object:
+    """The same with names in the place of this machine's paths."""
+    if isinstance(value, dict):
+        return {key: shipped(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [shipped(each) for each in value]
+    local = isinstance(value, str) and (Path(value).is_absolute() or value.startswith(("~", "./", "../")))
+    return Path(str(value)).name if local else value
 
 
 def push(path: Path, repo: str, *, public: bool = False) -> str:
@@ -155,15 +187,17 @@ def push(path: Path, repo: str, *, public: bool = False) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    folder = folder_of(path)
     if HUB_ID.fullmatch(repo) is None or "/" not in repo:
         raise ExportError(f"{repo!r} is no name of a repository.", fix="USER/NAME")
     api = HfApi()
     try:
-        address = api.create_repo(repo, private=not public, exist_ok=True)
-        if not public and not api.repo_info(address.repo_id).private:
-            raise ExportError(f"{repo} is there and is public; nothing was pushed.", fix="--public, or another name")
-        api.upload_folder(repo_id=address.repo_id, folder_path=folder, ignore_patterns=list(NOT_PUSHED))
+        with folder_of(path) as folder:
+            address = api.create_repo(repo, private=not public, exist_ok=True)
+            if not public and not api.repo_info(address.repo_id).private:
+                raise ExportError(
+                    f"{repo} is there and is public; nothing was pushed.", fix="--public, or another name"
+                )
+            api.upload_folder(repo_id=address.repo_id, folder_path=folder, ignore_patterns=list(NOT_PUSHED))
     except (HfHubHTTPError, HFValidationError) as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         fix = "hf auth login, with a token that may write" if status in (401, 403) else None

@@ -23,6 +23,7 @@ from halfbyte.base.store import supply
 from halfbyte.data.encoding.chatml import chat_template
 from halfbyte.errors import ExportError
 from halfbyte.export import folder, hub
+from halfbyte.export.gain import HeldOut, difference
 from halfbyte.export.weights import BaseKind, starts_residual
 from halfbyte.export.witness import PROMPTS, WITNESS, RunQuestions, ask_run
 from halfbyte.inference import target
@@ -109,8 +110,14 @@ class RunWitness:
         overrides = tuple(job.overrides)
         return ask_run(RunQuestions(str(job.run), str(out), overrides, job.force, unquantised, data, job.prompts))
 
-    def unquantised(self) -> Path:
-        """The folder of what base and adapter say in 16 bits."""
+    def unquantised(self) -> Path | None:
+        """The folder of what base and adapter say in 16 bits: the run's own where it was trained on those; None where
+        an adapter holds a part of what quantising lost."""
+        assert self.run.adapter is not None
+        if not self.run.recipe.quant.quantises:
+            return self.path.parent
+        if starts_residual(self.run.adapter):
+            return None
         if not (self.place / "unquantised" / WITNESS).is_file():
             self._ask("unquantised", unquantised=True)
         return self.place / "unquantised"
@@ -118,18 +125,19 @@ class RunWitness:
     def prove(
         self, path: Path, program: str, kind: str, name: str, *, base: BaseKind, others: Sequence[str] = (),
         adapter: Path | None = None, bounded: bool = True,
-    ) -> Proof:  # fmt: skip
+    ) -> tuple[Proof, HeldOut]:  # fmt: skip
         """Open an export by a program and compare it with the run; a difference is in the proof, not raised."""
         assert self.run.adapter is not None
         self.job.tell.say(f"{path.name} is opened by {program}", label="proof")
         ask_program(program, path, self.path, self.place / name, adapter)
         on_16_bits = base == "16bit" and self.run.recipe.quant.quantises
         # what these would be on 16-bit weights no run can say
-        unlike = on_16_bits and (read_config(self.run.adapter).get("use_dora") or starts_residual(self.run.adapter))
+        answers, source = self.place / name, self.unquantised()
+        unlike = on_16_bits and (source is None or read_config(self.run.adapter).get("use_dora"))
         bounded = bounded and not unlike
-        reference = self.unquantised() if on_16_bits and bounded else None
-        answers = self.place / name
-        return prove_export(self.path, answers, program, kind, others=others, reference=reference, bounded=bounded)
+        reference = source if on_16_bits and bounded else None
+        proof = prove_export(self.path, answers, program, kind, others=others, reference=reference, bounded=bounded)
+        return proof, HeldOut.read(answers, self.path.parent, source)
 
 
 @dataclass
@@ -141,10 +149,12 @@ class DraftExport:
     folder: Path  # gets the name `out` when it is whole
     witness: RunWitness | None  # None where nothing is proven
     proofs: dict[str, Proof] = field(default_factory=dict)  # by the base that was merged into
+    losses: dict[str, HeldOut] = field(default_factory=dict)  # alike
 
     def result(self, kind: str, base: str, notes: Sequence[str]) -> Exported:
         """The result. Raises ExportError where it does not say what the run says."""
-        result = Exported(self.out, kind, base, dict(self.proofs), tuple(notes))
+        losses = self.losses[base].to_json() if base in self.losses else None
+        result = Exported(self.out, kind, base, dict(self.proofs), tuple(notes), losses)
         result.check()
         return result
 
@@ -201,24 +211,31 @@ def bases(run: Target, choice: BaseChoice) -> list[BaseKind]:
     return ["16bit", "4bit"] if choice == "auto" else [choice]
 
 
-def better(proofs: dict[str, Proof], kinds: Sequence[BaseKind]) -> BaseKind:
-    """Of the sound ones the base nearer to the run, by KL; what was trained where nothing is measured."""
+def better(proofs: dict[str, Proof], losses: dict[str, HeldOut], kinds: Sequence[BaseKind]) -> BaseKind:
+    """Of the sound ones the base with the lower held-out loss, where their difference is measured, else the one nearer
+    to the run, by KL; what was trained where nothing is measured."""
     sound = [kind for kind in kinds if kind in proofs and not proofs[kind].problems]
     if not proofs and len(kinds) > 1:
         return "4bit"
+    apart = difference(*(losses[kind].export for kind in sound)) if len(sound) == 2 else None
+    if apart is not None and not apart[0] <= 0 <= apart[1]:
+        return sound[apart[0] > 0]
     return min(sound or kinds, key=lambda kind: proofs[kind].kl if kind in proofs else 0.0)
 
 
-def notes(kinds: Sequence[str], proofs: dict[str, Proof], base: str) -> Iterator[str]:
+def notes(kinds: Sequence[str], proofs: dict[str, Proof], losses: dict[str, HeldOut], base: str) -> Iterator[str]:
     """Why a base was chosen, and what its proof cannot see."""
     if len(kinds) > 1 and proofs:
         figures = "; ".join(
-            f"{kind}: KL {p.kl:.4f}, loss {p.loss:.4f}, exact {p.exact} of {p.references}" for kind, p in proofs.items()
+            f"{kind}: loss {p.loss:.4f}, KL {p.kl:.4f}, exact {p.exact} of {p.references}" for kind, p in proofs.items()
         )
-        run = proofs[base]
+        run, (one, other) = proofs[base], (losses[kind].export for kind in kinds)
+        apart = difference(one, other)
+        decided = apart is not None and not apart[0] <= 0 <= apart[1]
         yield (
-            f"into {describe(base)}, the nearer to the run by KL ({figures}; the run: loss {run.run_loss:.4f}, exact "
-            f"{run.run_exact} of {run.references}; the base alone is {run.base_kl:.4f} away)"
+            f"into {describe(base)}, {'of lower held-out loss' if decided else 'the nearer to the run by KL'} "
+            f"({figures}; the run: loss {run.run_loss:.4f}, exact {run.run_exact} of {run.references}; the base alone "
+            f"is {run.base_kl:.4f} away)"
         )
     if not proofs:
         yield "not proven: it was not asked for (--no-proof)"

@@ -19,7 +19,7 @@ from gguf import GGUFWriter
 from safetensors.torch import save_file
 
 from halfbyte.errors import ExportError
-from halfbyte.export import gguf
+from halfbyte.export import gguf, hub
 from halfbyte.export.weights import MergedModel
 from halfbyte.models.gguf.layouts import transform_of
 from halfbyte.recipe.adapter import ADAPTER_FILES, read_config
@@ -111,7 +111,7 @@ def write_peft(merged: MergedModel, folder: Path) -> list[str]:
         tensors |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
     config = read_config(adapter) | {
         "r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {},
-        "init_lora_weights": True, "base_model_name_or_path": merged.checkpoint.id,
+        "init_lora_weights": True, "base_model_name_or_path": hub.shipped(merged.checkpoint.id),
         "target_modules": sorted({each.parameter.removesuffix(".weight").rpartition(".")[2] for each in every}),
         "layers_to_transform": None, "layers_pattern": None, "exclude_modules": None, "lora_bias": False,
         "bias": "none",

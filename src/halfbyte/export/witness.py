@@ -1,15 +1,15 @@
 """`python -m halfbyte.export.witness ASKED.json`: in a process of its own, records what a run says.
 
-What: of held-out rows the logits at labelled tokens; of prompts the answers, token by token, with how clear each choice
-was; how a text becomes tokens; and the same logits of the base alone, so that a rounding can be told from an adapter
-that is not there. `logits.npy` is (positions, vocabulary) fp32, row after row.
+What: of held-out rows the loss, and the logits at some labelled tokens; of prompts the answers, token by token, with
+how clear each choice was; how a text becomes tokens; and of the base alone the same losses and logits, so that a
+rounding can be told from an adapter that is not there.
 Why a process of its own: base and adapter are gone when it ends, and who writes an export stays small.
-Cost: opening the run, two forwards of `ROWS` rows, `PROMPTS` answers.
+Cost: opening the run, two forwards of at most `ROWS` rows, `PROMPTS` answers; `POSITIONS` x vocabulary numbers on disk.
 """
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -25,14 +25,17 @@ from halfbyte.inference import target
 from halfbyte.inference.generate import generate_ids, stop_ids
 from halfbyte.inference.load import Opened, open_target
 from halfbyte.models.context import context_of
+from halfbyte.proofs import programs
 from halfbyte.proofs.adapter import logits_at
-from halfbyte.proofs.export import LOGITS, run_child
 from halfbyte.runs.folder import RunFolder
 from halfbyte.system import device, files
+from halfbyte.system.children import child, run_child
 from halfbyte.types import Document
 from halfbyte.writing.sampling import SamplingParams
 
-ROWS, TOKENS_OF_A_ROW = 20, 32
+# At most: rows, tokens in all; labels of a row, whose logits are in memory at once; positions whose logits are written.
+ROWS, TOKENS = 64, 8192
+LABELS, POSITIONS = 128, 128
 PROMPTS, NEW_TOKENS = 20, 64
 WITNESS = "witness.json"
 TEXTS = (
@@ -64,17 +67,18 @@ def ask_run(questions: RunQuestions) -> Path:
 
 
 def write(questions: RunQuestions) -> None:
-    """Open the run, ask it, and write `witness.json` and `logits.npy`."""
+    """Open the run, ask it, and write `witness.json` and what `programs.observe` writes, of run and base."""
+    out = Path(questions.out)
     run = target.find(Path(questions.run), questions.overrides)
     if questions.unquantised:
         quant = run.recipe.quant.in_type("none")
         run = replace(run, recipe=run.recipe.model_copy(update={"quant": quant}))
     opened = open_target(run, force=questions.force or questions.unquantised)
     rows = _rows(opened, Path(questions.data) if questions.data else None, max(4 * ROWS, questions.prompts))
-    chosen = [(row, _positions(row)) for row in rows if any(label != IGNORED for label in row.labels[1:])][:ROWS]
-    logits = _logits(opened, chosen, base=False)
-    np.save(Path(questions.out, LOGITS), logits)
-    np.save(Path(questions.out, f"base-{LOGITS}"), _logits(opened, chosen, base=True))
+    chosen = _chosen(rows)
+    for name, base in (("", False), ("base-", True)):
+        with opened.using(base=base):
+            programs.observe(chosen, lambda ids, at: logits_at(opened.model, ids, at).cpu().numpy(), out, name=name)
     tokenizer = opened.tokenizer
     prompts = [list(row.prompt_ids) for row in rows if row.completion][: questions.prompts]
     prompts = prompts or [list(row.input_ids[: 1 + len(row.input_ids) // 2]) for row in rows[: questions.prompts]]
@@ -82,8 +86,7 @@ def write(questions: RunQuestions) -> None:
     answers = [_answer(opened, ids) for ids in prompts]
     texts = [*TEXTS, *(tokenizer.decode(ids) for ids in prompts)]
     document: Document = {
-        "rows": [{"ids": list(row.input_ids), "at": at} for row, at in chosen],
-        "next": [row.input_ids[i + 1] for row, at in chosen for i in at],
+        "rows": chosen,
         "prompts": prompts,
         "references": [row.completion for row in rows if row.completion][: questions.prompts],
         "answers": [ids for ids, _ in answers],
@@ -92,11 +95,11 @@ def write(questions: RunQuestions) -> None:
         "tokenized": [{"text": t, "ids": tokenizer(t, add_special_tokens=False)["input_ids"]} for t in texts],
         "stop": stop_ids(opened.model, tokenizer),
         "new_tokens": NEW_TOKENS,
-        "vocabulary": int(logits.shape[1]),
+        "vocabulary": int(np.load(out / programs.LOGITS, mmap_mode="r").shape[1]),
         "dtype": str(opened.model.dtype).removeprefix("torch."),
         "layers": int(opened.model.config.get_text_config().num_hidden_layers),
     }
-    files.write(Path(questions.out, WITNESS), files.as_json(document))
+    files.write(out / WITNESS, files.as_json(document))
 
 
 def _rows(opened: Opened, data: Path | None, max_rows: int) -> list[Example]:
@@ -121,20 +124,18 @@ def _rows(opened: Opened, data: Path | None, max_rows: int) -> list[Example]:
     raise DataError("there are no rows to compare an export on.", fix="--data ROWS.jsonl")
 
 
-def _positions(row: Example) -> list[int]:
-    """Positions whose next token is labelled."""
-    return [i - 1 for i, label in enumerate(row.labels) if label != IGNORED and i][:TOKENS_OF_A_ROW]
-
-
-def _logits(opened: Opened, rows: Sequence[tuple[Example, list[int]]], *, base: bool) -> np.ndarray:
-    """(positions, vocabulary) fp32."""
-
-    def each() -> Iterator[np.ndarray]:
-        for row, at in rows:
-            yield logits_at(opened.model, row.input_ids, at).cpu().numpy()
-
-    with opened.using(base=base):
-        return np.concatenate(list(each()))
+def _chosen(rows: Sequence[Example]) -> list[Document]:
+    """Rows with labels, as `programs.observe` takes them: at least 2 where there are, and at most `TOKENS` in all."""
+    chosen, tokens = list[Document](), 0
+    for row in rows:
+        at = [i - 1 for i, label in enumerate(row.labels) if label != IGNORED and i][:LABELS]
+        tokens += len(row.input_ids)
+        if at and len(chosen) < ROWS and (len(chosen) < 2 or tokens <= TOKENS):
+            chosen.append({"ids": list(row.input_ids), "at": at})
+    of_a_row = max(1, POSITIONS // max(1, len(chosen)))
+    for each in chosen:
+        each["positions"] = each["at"][:: -(-len(each["at"]) // of_a_row)]
+    return chosen
 
 
 def _answer(opened: Opened, prompt: list[int]) -> tuple[list[int], list[float]]:
@@ -151,7 +152,5 @@ def _answer(opened: Opened, prompt: list[int]) -> tuple[list[int], list[float]]:
 
 
 if __name__ == "__main__":
-    try:
+    with child():
         write(RunQuestions(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
-    except HalfbyteError as error:
-        sys.exit("REFUSED " + json.dumps([type(error).__name__, error.message, error.fix]))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from halfbyte.base.store import manifest
+from halfbyte.base.store import manifest, supply
 from halfbyte.errors import HalfbyteError
 from halfbyte.inference.load import open_run
 from halfbyte.plan import Plan
@@ -42,13 +42,15 @@ def verify(path: Path, overrides: Sequence[str] = (), *, hashes: bool = True) ->
     says. Raises RunError: there is no finished run. Whatever else is wrong is among the checks."""
     run = RunFolder.open(path)
     checks = [*_files(run)] if hashes else []
+    built = list[str]()
     try:
         # compares adapter, base, tokenizer and template with the passport
-        opened = open_run(path, None, overrides)
+        opened = open_run(path, supply.Tell(note=lambda _, text: built.append(text)), overrides)
         checks.append(Check("passport", True, "adapter, base, quantiser, tokenizer and template are its own"))
         if hashes and opened.store is not None:
             wrong = manifest.problems(opened.store, manifest.read(opened.store), full=True)
-            checks.append(Check("base", not wrong, "; ".join(wrong) or f"every byte of {opened.store}"))
+            damage = "".join(f" ({text})" for text in built if text.startswith(supply.DAMAGED))
+            checks.append(Check("base", not wrong, "; ".join(wrong) or f"every byte of {opened.store}{damage}"))
         if run.proof.is_file():
             same = compare_logits(run.proof, opened.model)
             checks.append(Check("adapter", same.ok, str(same)))

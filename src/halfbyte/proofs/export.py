@@ -9,8 +9,6 @@ that have nothing to do with each other differ by 1.4 of their spread.
 
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +17,14 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from halfbyte import errors
 from halfbyte.errors import ExportError
 from halfbyte.proofs.closeness import accumulated_rounding, centred, distance
-from halfbyte.proofs.programs import SAID
+from halfbyte.proofs.programs import LOGITS, LOSSES, SAID
 from halfbyte.system import files
+from halfbyte.system.children import run_child
 from halfbyte.system.libraries import versions
 from halfbyte.types import Document
 
-LOGITS = "logits.npy"
 # The rms error of one number in each format, relative to the rms of normally distributed ones. Floats: half a unit in
 # the last place, evenly spread. Blocks: range of a block over its levels, over sqrt(12); 32 normal numbers reach 2.07
 # on either side, 16 reach 1.77.
@@ -96,22 +93,6 @@ def ask_program(program: str, path: Path, witness: Path, out: Path, adapter: Pat
     run_child(["halfbyte.proofs.programs", program, str(out / "task.json")], f"opening {path.name} by {program}")
 
 
-def run_child(arguments: Sequence[str], doing: str) -> None:
-    """Run a module of ours in a process of its own; what it refuses is raised here as the same error."""
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", *arguments], capture_output=True, text=True, errors="replace", check=False
-    )
-    if done.returncode == 0:
-        return
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    last = lines[-1] if lines else f"it ended by signal {-done.returncode}"
-    if last.startswith("REFUSED "):
-        kind, message, fix = json.loads(last.removeprefix("REFUSED "))
-        raise getattr(errors, kind)(message, fix=fix)
-    why = last if done.returncode > 0 else f"ended by signal {-done.returncode}; {last}"
-    raise ExportError(f"{doing} failed: {why[:400]}")
-
-
 def prove_export(
     witness: Path,
     said: Path,
@@ -136,7 +117,6 @@ def prove_export(
     squares = sum(ROUNDING[each] ** 2 for each in (kind, *others, _DTYPES[asked["dtype"]]))
     roundings = PRODUCTS_OF_A_LAYER * asked["layers"]
     bound = min(MAX_BOUND, accumulated_rounding(math.sqrt(squares), roundings, margin=MARGIN))
-    following = np.array(asked["next"])
     parted = [_parted(a, b, c) for a, b, c in zip(asked["answers"], heard["answers"], asked["clear"], strict=True)]
     wanted = asked["references"]
     texts = [
@@ -151,8 +131,8 @@ def prove_export(
         moved=_difference(alone, run),
         kl=_kl(run, other),
         base_kl=_kl(run, alone),
-        loss=_loss(other, following),
-        run_loss=_loss(run, following),
+        loss=_loss(said),
+        run_loss=_loss(witness.parent),
         positions=len(run),
         answers=len(parted),
         same_answers=sum(clear is None for clear in parted),
@@ -188,20 +168,23 @@ def _kl(run: np.ndarray, other: np.ndarray) -> float:
     return sum(float(F.kl_div(q, p, reduction="sum", log_target=True)) for p, q in pairs) / len(run)
 
 
-def _loss(logits: np.ndarray, following: np.ndarray) -> float:
-    rows = zip(_log_softmax(logits), torch.from_numpy(following).split(64), strict=True)
-    return sum(float(F.nll_loss(log_p, tokens, reduction="sum")) for log_p, tokens in rows) / len(logits)
+def _loss(answers: Path) -> float:
+    """Of a token."""
+    losses, tokens = np.load(answers / LOSSES).sum(axis=0)
+    return float(losses / tokens)
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and what it says. `tried`: of each base what was measured, `base` the one taken."""
+    """What was written, and what it says. `tried`: of each base what was measured, `base` the one taken. `held_out`:
+    losses, and the share of the run's gain that is kept (`export/gain.py`)."""
 
     path: Path
     kind: str
     base: str
     tried: dict[str, Proof]
     notes: tuple[str, ...] = ()
+    held_out: Document | None = None
 
     @property
     def proven(self) -> Proof | None:
@@ -210,7 +193,7 @@ class Exported:
     def to_json(self) -> Document:
         return {
             "path": str(self.path), "kind": self.kind, "base": self.base, "notes": list(self.notes),
-            "proof": self.proven.to_json() if self.proven is not None else None,
+            "proof": self.proven.to_json() if self.proven is not None else None, "held_out": self.held_out,
             "tried": {name: each.to_json() for name, each in self.tried.items()}, "versions": versions(),
         }  # fmt: skip
 

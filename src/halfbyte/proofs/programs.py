@@ -7,16 +7,18 @@ Why a process of its own: llama.cpp ends its process where it meets what it does
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from halfbyte.system.children import child
 from halfbyte.types import Document
 
 SAID = "said.json"
+LOGITS, LOSSES = "logits.npy", "losses.npy"
 INSTALL = "pip install 'halfbyte[gguf]'"
 
 
@@ -134,11 +136,28 @@ class LlamaCpp:
         return b"".join(pieces()).decode(errors="replace")
 
 
+def observe(
+    rows: Sequence[Document], logits: Callable[[Sequence[int], Sequence[int]], np.ndarray], out: Path, *,
+    vocabulary: int | None = None, name: str = "",
+) -> None:  # fmt: skip
+    """Write what a model says of rows: `logits.npy`, fp32 (positions, vocabulary), of each row's `positions`;
+    `losses.npy`, fp64 (rows, 2), of each row the summed loss of the tokens after `at`, and how many they are."""
+    at_positions, losses = list[np.ndarray](), list[tuple[float, int]]()
+    for row in rows:
+        values = logits(row["ids"], row["at"])[:, :vocabulary]
+        at_positions.append(values[[row["at"].index(i) for i in row["positions"]]])
+        wide = values.astype(np.float64)
+        wide -= wide.max(axis=1, keepdims=True)
+        following = [row["ids"][i + 1] for i in row["at"]]
+        loss = np.log(np.exp(wide).sum(axis=1)) - wide[range(len(wide)), following]
+        losses.append((float(loss.sum()), len(loss)))
+    np.save(out / (name + LOGITS), np.concatenate(at_positions))
+    np.save(out / (name + LOSSES), np.array(losses))
+
+
 def ask(program: Transformers | LlamaCpp, asked: Document, out: Path) -> None:
     """Put a witness' questions to a program."""
-    rows = asked["rows"]
-    logits = np.concatenate([program.logits(row["ids"], row["at"]) for row in rows])
-    np.save(out / "logits.npy", logits[:, : asked["vocabulary"]])
+    observe(asked["rows"], program.logits, out, vocabulary=asked["vocabulary"])
     answers = [program.answer(ids, asked["stop"], asked["new_tokens"]) for ids in asked["prompts"]]
     answer = {
         "tokenized": [program.tokens(each["text"]) for each in asked["tokenized"]],
@@ -158,4 +177,5 @@ def main(program: str, task: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    with child():
+        main(sys.argv[1], Path(sys.argv[2]))

@@ -97,6 +97,18 @@ def test_a_folder_elsewhere_is_another_store_and_a_hub_model_is_its_revision(fol
     assert len({shelf.key_of(h, Quant(), "bfloat16") for h in hub}) == 1
 
 
+def test_a_cache_that_is_moved_keeps_its_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A packaged model lies in the cache itself; one beside it is known by its path."""
+    inside = tiny.save(tmp_path / "cache/packages/m", "llama", torch.bfloat16)
+    monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path / "cache"))
+    before = key(inside)
+    (tmp_path / "cache").rename(tmp_path / "moved")
+    inside = tmp_path / "moved/packages/m"
+    assert key(inside) != before
+    monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path / "moved"))
+    assert key(inside) == before
+
+
 def test_the_locks_of_a_process_are_closed_when_it_ends(cache: Path) -> None:
     code = "from halfbyte.base.store import shelf; shelf.hold('name-nf4-0123456789abcdef'); assert shelf._in_use"
     ended = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True, check=True)

@@ -133,14 +133,16 @@ def key_of(checkpoint: Checkpoint, quant: Quant, dtype: str) -> str:
 
 
 def identity(checkpoint: Checkpoint) -> Document:
-    """What a source is, without reading its weights: a hub revision, or path, size, time and header of each file."""
+    """What a source is, without reading its weights: a hub revision, or path, size, time and header of each file. Below
+    the cache folder paths begin there, so that it can be moved."""
     config = hashlib.sha256((checkpoint.path / "config.json").read_bytes()).hexdigest()
     if checkpoint.kind == "hub":
         return {"hub": f"{checkpoint.id}@{checkpoint.revision}", "pickle": checkpoint.pickle, "config": config}
-    parts = []
+    parts, cache = [], files.cache_dir()
     for file in source_files(checkpoint):
-        stat = file.stat()
-        parts.append([str(file.absolute()), stat.st_size, stat.st_mtime_ns, manifest.header_hash(file)])
+        stat, path = file.stat(), file.absolute()
+        name = path.relative_to(cache) if path.is_relative_to(cache) else path
+        parts.append([str(name), stat.st_size, stat.st_mtime_ns, manifest.header_hash(file)])
     return {"files": parts, "config": config}
 
 

@@ -12,6 +12,8 @@ from pickle import UnpicklingError
 from halfbyte.base.store import build, layout, manifest, reading, shelf
 from halfbyte.errors import StoreError
 
+DAMAGED = "a damaged store is built again"
+
 
 @dataclass(frozen=True)
 class Tell:
@@ -85,7 +87,7 @@ def _complete_store(target: Path, key: str, tell: Tell | None = None) -> Path | 
         if target.parent != shelf.folder():
             raise
         if tell is not None:
-            tell.say(f"a damaged store is built again: {error.message}")
+            tell.say(f"{DAMAGED}: {error.message}")
         return None
     if there.key != key:
         raise StoreError(
