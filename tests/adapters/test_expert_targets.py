@@ -19,9 +19,11 @@ from halfbyte.models.structure import meta_model
 from halfbyte.quant.stack import ExpertStack
 from halfbyte.recipe.file import recipe_from
 from halfbyte.recipe.schema import Lora, Quant
+from halfbyte.upstream.peft import EXPERT_LORA
 from tests import plain_peft, small_models
 from tests.layers.experts.stacks import dequantised, quantised
 
+pytestmark = pytest.mark.skipif(bool(EXPERT_LORA.reason), reason=EXPERT_LORA.reason)
 KINDS = ("mixtral", "qwen3_moe", "deepseek_v3", "olmoe", "gpt_oss")
 BOTH = ("gate_up_proj", "down_proj")
 QUANTS = {"nf4": Quant(), "int8": Quant(type="int8")}

@@ -142,6 +142,15 @@ def test_without_kernels_to_hand_on_to_bitsandbytes_keeps_its_own(monkeypatch: p
     assert not bnb_backend.active()
 
 
+def test_without_biases_in_an_adapters_file_they_do_not_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Recipe(model="m", data=Data(train="t"), lora={"bias": "lora_only"}).lora  # type: ignore[arg-type]
+    monkeypatch.setattr(peft, "get_peft_model_state_dict", lambda model: {"lora_A.weight": 0})
+    lacks(of_peft.BIASES)
+    with pytest.raises(AdapterError, match=r"bias lora_only: peft .* has no file of an adapter with the biases"):
+        lora.choose_targets(tiny.model("llama"), asked)
+    lora.choose_targets(tiny.model("llama"), asked.model_copy(update={"bias": "all"}))
+
+
 def test_without_an_fsdp_that_takes_codes_a_base_is_not_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 

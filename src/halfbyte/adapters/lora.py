@@ -73,6 +73,9 @@ def add(model: Model, lora: Lora, targets: Targets, *, seed: int) -> Model:
 
 def choose_targets(model: Model, lora: Lora) -> tuple[Targets, list[str]]:
     """The target names, and the full names of modules and parameters that they hit under the recipe's limits."""
+    if lora.bias == "lora_only" and upstream.BIASES.reason:
+        fix = "--set lora.bias=all or none; or pip install -U peft"
+        raise AdapterError(f"lora.bias lora_only: {upstream.BIASES.reason}.", fix=fix)
     parameters = matched_stacks(model, lora.target_parameters or ())
     if parameters and not lora.target_modules:
         chosen, modules = Targets((), "no module"), []

@@ -54,6 +54,16 @@ def _experts_are_out_by_in() -> bool:
     return tuple(layer.lora_A["default"].weight.shape) == (2, 5)
 
 
+def _saves_biases_beside_lora() -> bool:
+    import torch
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+
+    config = LoraConfig(r=1, target_modules=["0"], bias="lora_only")
+    with torch.random.fork_rng(devices=[]):
+        model: Any = get_peft_model(torch.nn.Sequential(torch.nn.Linear(1, 1)), config)
+    return any(name.endswith("bias") for name in get_peft_model_state_dict(model))
+
+
 LORA_LAYER = Seam(
     "peft", "LoRA layer with the fields that ours reads", "LoRA runs PEFT's own forward", _has_what_is_read
 )
@@ -66,4 +76,8 @@ EXPERT_LORA = Seam(
     _experts_are_out_by_in,
 )  # fmt: skip
 LORAPLUS = Seam("peft", "LoRA+ optimiser", "train.loraplus_lr_ratio is refused", lambda: callable(loraplus()))
-SEAMS = (LORA_LAYER, EXPERT_NAMES, EXPERT_LORA, LORAPLUS)
+BIASES = Seam(
+    "peft", "file of an adapter with the biases of its layers", "lora.bias lora_only is refused",
+    _saves_biases_beside_lora,
+)  # fmt: skip
+SEAMS = (LORA_LAYER, EXPERT_NAMES, EXPERT_LORA, LORAPLUS, BIASES)
