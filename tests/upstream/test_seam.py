@@ -147,8 +147,8 @@ def test_without_biases_in_an_adapters_file_they_do_not_train(monkeypatch: pytes
     monkeypatch.setattr(peft, "get_peft_model_state_dict", lambda model: {"lora_A.weight": 0})
     lacks(of_peft.BIASES)
     with pytest.raises(AdapterError, match=r"bias lora_only: peft .* has no file of an adapter with the biases"):
-        lora.choose_targets(tiny.model("llama"), asked)
-    lora.choose_targets(tiny.model("llama"), asked.model_copy(update={"bias": "all"}))
+        lora.choose_targets(tiny.model("gpt2"), asked)
+    lora.choose_targets(tiny.model("gpt2"), asked.model_copy(update={"bias": "all"}))
 
 
 def test_without_an_fsdp_that_takes_codes_a_base_is_not_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
