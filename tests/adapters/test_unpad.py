@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import halfbyte
 from halfbyte.adapters import targets, unpad
 from halfbyte.models import structure
-from tests import tiny
+from tests import tiny, tiny_run
 
 LENGTHS = (9, 4, 1, 12)
 
@@ -105,7 +107,8 @@ def test_padding_is_really_gone_and_only_where_it_is_surely_the_same(monkeypatch
     assert shape_of(**ids, output_hidden_states=True) == whole
     assert shape_of(**ids, position_ids=torch.arange(max(LENGTHS)).expand(whole)) == whole
     with torch.no_grad():
-        assert shape_of(**ids) == whole
+        assert shape_of(**ids) == (1, sum(LENGTHS)), "as of DPO's reference"
+        assert shape_of(**{**ids, "use_cache": True}) == whole
     model.eval()
     assert shape_of(**ids) == whole
 
@@ -131,3 +134,26 @@ def test_labels_on_padding_go_the_ordinary_way() -> None:
     batch["labels"][1, -1] = 7
     wanted = plain(**batch, num_items_in_batch=items).loss
     torch.testing.assert_close(ours(**batch, num_items_in_batch=items).loss, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt2"])
+def test_a_reference_without_gradients_is_computed_as_its_policy(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """DPO's first loss is ln 2 only if policy and reference have the same log-probabilities while B is 0."""
+    quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    folder = tiny_run.checkpoint(tmp_path / "model", name, dtype=dtype)
+    base = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, device_map={"": "cpu"}, quantization_config=quantisation
+    )
+    base = halfbyte.prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    config = LoraConfig(r=4, target_modules=list(targets.auto_targets(base).names), task_type="CAUSAL_LM")
+    model = halfbyte.get_peft_model(base, config).train()
+    batch = {name: value for name, value in padded().items() if name != "labels"}
+    real = batch["attention_mask"].bool()
+    policy = model(**batch, use_cache=False).logits
+    assert policy.requires_grad and unpad.why_padded(model) == ""
+    with torch.no_grad(), model.disable_adapter():
+        reference = model(**batch, use_cache=False).logits
+    with torch.no_grad():
+        again = model(**batch, use_cache=False).logits
+    assert torch.equal(policy[real], reference[real]) and torch.equal(policy[real], again[real])

@@ -1,4 +1,4 @@
-"""The first training forward of a script: its proofs, and in a line before and a line after what is done and what runs.
+"""The first training forward of a script: its proofs, and in lines what is done meanwhile, and then what runs.
 
 Why: it compiles kernels and proves them, which takes from seconds to minutes, and a script or a notebook that is silent
 meanwhile looks hung. And a script may bring what only the model's own code takes: right and slow, so it is said.
@@ -55,8 +55,8 @@ class FirstStep:
         fast += ["fp32 for what trains, which it was not"] * bool(self.raised) + [self.products] * bool(self.products)
         slow = "; ".join(f"{text} ({why})" for _, text, why in parts if why)
         _log.warning(
-            "halfbyte does here: %s.%s%s This took %.0f s.",
-            "; ".join(fast) or "nothing",
+            "halfbyte is active: %s.%s%s This took %.0f s.",
+            "; ".join(fast) or "in no part",
             f" Not: {slow}." if slow else "",
             " The kernel that bitsandbytes did not find (kernels-community) is not used." if hub_kernel.TOLD else "",
             time.perf_counter() - self.begin,
@@ -79,6 +79,8 @@ def prove(model: Model, inputs: Document, *, raised: int, compute: str) -> First
         about = "and compiles its kernels, once on this machine: a minute, or some where others use its cores"
     _log.warning("halfbyte checks its layers on this model before the first step, %s ...", about)
     packed = unpad.packs(model)
+    where = "halfbyte checked rows without padding (1 of 2, after %.0f s); its layers are next ..."
+    _log.warning(where, time.perf_counter() - begin)
     with structure.shallow(model):
         proof = prove_fused(model, packed=packed)
     if not proof.ok:

@@ -5,8 +5,9 @@ script sees does not change: hidden states and logits have their (B, L) shape, w
 What: two torch hooks on the model's body, the mirror of `packing.PaddedRows`: before it, real tokens are laid end to
 end with their lengths; after it, hidden states go back to their places. `training_loss` is the shorter way for a
 Trainer, which asks for the loss alone: logits are then made where there is a label, and never whole.
-Only what is surely the same is touched: a training forward with gradients, rows that are padded on the right, positions
-as the model counts them itself, no cache, no hidden states of every layer asked for.
+Only what is surely the same is touched: a forward in training (also without gradients: DPO's reference is compared
+with its policy, so both round alike), rows that are padded on the right, positions as the model counts them itself, no
+cache, no hidden states of every layer asked for.
 Cost: one gather of the ids, one scatter of (T, D).
 """
 
@@ -75,7 +76,7 @@ class Unpad(BodyHooks):
     why = ""
 
     def change(self, body: torch.nn.Module, given: Document) -> packing.Change | None:
-        if not (body.training and torch.is_grad_enabled()):
+        if not body.training:
             return None
         given = {k: v for k, v in given.items() if v is not None and v is not False}
         self.why = _beyond(given, _PLAIN)

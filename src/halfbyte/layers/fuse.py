@@ -75,9 +75,12 @@ class _FastLoraLinear(_Fast):
     """PEFT's LoRA layer over a frozen linear layer, when one plain adapter is active."""
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        base = self.base_layer
-        if args or kwargs or unfused_reason(self) or not _computes(base, x):
+        base, why = self.base_layer, unfused_reason(self)
+        alone = why == ADAPTERS_DISABLED and not self.merged
+        if args or kwargs or (why and not alone) or not _computes(base, x):
             return super().forward(x, *args, **kwargs)
+        if alone:  # a reference model is computed as its policy is
+            return frozen_linear(x, base, bias_after=True)
         (name,) = self.active_adapters
         if name not in self.lora_A:
             return frozen_linear(x, base)
@@ -209,7 +212,7 @@ class DecoderLayer(_Fast):
 
     def forward(self, hidden_states: Tensor, *args: object, **kwargs: Any) -> Any:
         norms = self.input_layernorm, self.post_attention_layernorm
-        if args or not torch.is_grad_enabled() or not all(_runs_fused(norm, hidden_states) for norm in norms):
+        if args or not _trains(self) or not all(_runs_fused(norm, hidden_states) for norm in norms):
             return super().forward(hidden_states, *args, **kwargs)
         some = last_layer.rows_for(self)
         if some is not None:
@@ -346,6 +349,12 @@ def _subclass(mixin: type, cls: type) -> type:
     return type(cls.__name__, (mixin, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
 
 
+def _trains(module: nn.Module) -> bool:
+    """Whether this forward is one of a training: also one without gradients, as of DPO's reference, whose numbers are
+    compared with the policy's."""
+    return torch.is_grad_enabled() or module.training
+
+
 def _computes(layer: nn.Module, x: Tensor) -> bool:
     """Whether `layer` multiplies in x's own dtype, so that no cast is left out. Single tokens stay upstream, where
     upstream dequantises rightly."""
@@ -416,7 +425,7 @@ def _pack_lengths(module: nn.Module, x: Tensor, positions: Any, kwargs: dict[str
         return None
     if cu is None or any(kwargs.get(name) is not None for name in CACHE_ARGUMENTS):
         return None
-    if not torch.is_grad_enabled() or (module.training and module.attention_dropout):
+    if not _trains(module) or (module.training and module.attention_dropout):
         return None
     lengths: tuple[int, ...] = tuple(cu.diff().tolist())
     seen = sight.of(module)

@@ -258,12 +258,15 @@ def draw_seed() -> int:
     return int(torch.randint(_SEEDS, ()))
 
 
-def frozen_linear(x: Tensor, layer: nn.Module) -> Tensor:
-    """(..., D) -> (..., O) through a frozen layer."""
+def frozen_linear(x: Tensor, layer: nn.Module, *, bias_after: bool = False) -> Tensor:
+    """(..., D) -> (..., O) through a frozen layer. `bias_after`: the product is rounded before its bias is added, as it
+    is beside LoRA."""
     forward = partial(frozen_forward, rounded=integer_input(layer, x))
     backward = partial(frozen_backward, eight_bits=integer_gradient(layer, x))
-    y = FrozenLinear.apply(x.reshape(-1, x.shape[-1]), layer.bias, layer, forward, backward)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    bias = None if bias_after else layer.bias
+    y: Tensor = FrozenLinear.apply(x.reshape(-1, x.shape[-1]), bias, layer, forward, backward)
+    y = y.view(*x.shape[:-1], y.shape[-1])
+    return (y + layer.bias).to(y.dtype) if bias is not layer.bias else y
 
 
 def lora_linear(x: Tensor, layer: nn.Module, a: Tensor, b: Tensor, scale: float, p: float) -> Tensor:

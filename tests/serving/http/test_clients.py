@@ -1,17 +1,21 @@
 """Other people's clients, as they are, against the server: LangChain, LiteLLM, instructor in each mode, Ollama's.
 
-A tiny random model: what is valid is so by the grammar. They are in the extra `clients`; without it these are skipped.
+A tiny random model: what is valid is so by the grammar; where a client leaves it to the model, a text is dictated to
+it. They are in the extra `clients`; without it these are skipped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
 
 import pytest
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from halfbyte.serving.engine import Engine
+from halfbyte.serving.http.service import Service
 from tests.serving import served
 from tests.serving.http.test_app import Running
 
@@ -95,32 +99,87 @@ def test_langchains_tools_whole_and_streamed(running: Running, responses: bool) 
     assert "".join(chunk.text for chunk in text.stream("red")) == text.invoke("red").text
 
 
-MODES = ["TOOLS", "TOOLS_STRICT", "FUNCTIONS", "JSON", "JSON_O1", "MD_JSON", "JSON_SCHEMA", "RESPONSES_TOOLS",
-         "RESPONSES_TOOLS_WITH_INBUILT_TOOLS"]  # fmt: skip
-# These only ask the model for JSON, which one without training does not write: the schema is said beside it.
-ASKING = ("JSON", "JSON_O1", "MD_JSON")
+# These send a schema, which a grammar keeps: whatever the model would write, the answer is one.
+KEPT = ["TOOLS", "TOOLS_STRICT", "FUNCTIONS", "JSON_O1", "JSON_SCHEMA", "RESPONSES_TOOLS",
+        "RESPONSES_TOOLS_WITH_INBUILT_TOOLS"]  # fmt: skip
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_instructors_modes(running: Running, mode: str) -> None:
+@pytest.mark.parametrize("mode", KEPT)
+def test_instructors_modes_that_send_a_schema(running: Running, mode: str) -> None:
     instructor = pytest.importorskip("instructor")
     client = instructor.from_openai(running.client(), mode=instructor.Mode[mode])
     options: Any = {"max_output_tokens": 400} if "RESPONSES" in mode else {"max_tokens": 400}
-    if mode in ASKING:
-        schema = {"name": "trip", "schema": Trip.model_json_schema()}
-        options["extra_body"] = {"response_format": {"type": "json_schema", "json_schema": schema}}
     made = client.chat.completions.create(model="first", messages=TALK, response_model=Trip, max_retries=0, **options)
     assert isinstance(made, Trip)
 
 
-def test_instructors_parallel_tools_and_partial_answers(running: Running) -> None:
+@dataclass
+class Dictation:
+    """A `Constraint` under which a model writes one text, if what the request asks for allows it."""
+
+    tokens: list[int]
+    inner: Any = None
+
+    def allowed(self, size: int) -> torch.Tensor:
+        only = torch.zeros(size, dtype=torch.bool)
+        only[self.tokens[0]] = True
+        return only if self.inner is None else only & self.inner.allowed(size)
+
+    def take(self, token: int) -> bool:
+        self.tokens.pop(0)
+        whole = self.inner is not None and self.inner.take(token)
+        return whole or not self.tokens
+
+
+def dictate(monkeypatch: pytest.MonkeyPatch, text: str) -> list[Any]:
+    """Have a model write `text` to what comes, as one that does what it is asked. Returns the requests that came."""
+    came, conversation = list[Any](), Service.conversation
+
+    async def with_text(service: Service, asked: Any) -> Any:
+        came.append(asked)
+        ask, form = await conversation(service, asked)
+        tokens = list(ask.model.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return replace(ask, grammar=cast(Any, Dictation(tokens, ask.grammar))), form
+
+    monkeypatch.setattr(Service, "conversation", with_text)
+    return came
+
+
+TRIP = '{"town": "Oslo", "days": 3}'
+
+
+@pytest.mark.parametrize(
+    ("mode", "answer"), [("JSON", TRIP), ("MD_JSON", f"Here it is:\n```json\n{TRIP}\n```\nEnjoy your trip!")]
+)
+def test_instructors_modes_that_only_tell_the_model_of_the_schema(
+    running: Running, mode: str, answer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """JSON asks for some object, MD_JSON for nothing; the schema is in the prompt. So a model has to follow it."""
     instructor = pytest.importorskip("instructor")
+    client = instructor.from_openai(running.client(), mode=instructor.Mode[mode])
+    came = dictate(monkeypatch, answer)
+    made = client.chat.completions.create(
+        model="first", messages=TALK, response_model=Trip, max_retries=0, max_tokens=400
+    )
+    assert (made.town, made.days) == ("Oslo", 3)
+    assert (came[0].response_format is not None and came[0].response_format.type == "json_object") == (mode == "JSON")
+
+
+def test_instructors_parallel_tools(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It sends tools with `tool_choice: auto`: whether they are called is the model's choice."""
+    instructor = pytest.importorskip("instructor")
+    calls = [("Trip", TRIP), ("Paint", '{"colour": "red"}')]
+    text = "\n".join(f'<tool_call>\n{{"name": "{name}", "arguments": {body}}}\n</tool_call>' for name, body in calls)
     client = instructor.from_openai(running.client(), mode=instructor.Mode.PARALLEL_TOOLS)
-    made = list(client.chat.completions.create(
-        model="first", messages=TALK, response_model=Iterable[Trip | Paint], max_tokens=2500, max_retries=0,
-        extra_body={"tool_choice": "required"},
-    ))  # fmt: skip
-    assert made and all(isinstance(one, Trip | Paint) for one in made)
+    dictate(monkeypatch, text)
+    made = client.chat.completions.create(
+        model="first", messages=TALK, response_model=Iterable[Trip | Paint], max_tokens=400, max_retries=0
+    )
+    assert [one.model_dump() for one in made] == [{"town": "Oslo", "days": 3}, {"colour": "red"}]
+
+
+def test_instructors_partial_answers(running: Running) -> None:
+    instructor = pytest.importorskip("instructor")
     streaming = instructor.from_openai(running.client(), mode=instructor.Mode.TOOLS)
     parts = streaming.chat.completions.create_partial(model="first", messages=TALK, response_model=Trip, max_tokens=400)
     assert Trip.model_validate(list(parts)[-1].model_dump())
