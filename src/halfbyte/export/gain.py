@@ -49,7 +49,8 @@ class HeldOut:
         """The share of that gain, and its interval; None where no gain is measured."""
         if self.source is None or self.won is None or self.won[0] <= 0:
             return None
-        share = RowSums(*(self.source.numerators - each.numerators for each in (self.export, self.run)))
+        left, won = (self.source.numerators - each.numerators for each in (self.export, self.run))
+        share = RowSums(left, won)
         limits = interval(share, resamples=RESAMPLES, seed=SEED)
         return None if limits is None else (share.value, limits)
 
