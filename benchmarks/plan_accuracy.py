@@ -32,6 +32,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 PERIOD_S = 0.005
+FEWEST = 8  # rows of a verdict (`training/comparison.py`)
 UPPER_MEAN, SECONDS_OFF, SECONDS_SHARE = 1.10, 0.15, 0.9
 # Wide enough that a step's own memory is more than the noise of the process around it.
 _WIDE = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6, "num_attention_heads": 16,
@@ -76,10 +77,14 @@ class Case:
     packing: str = "rows"
     ragged: bool = False
     held_out: int = 0
-    steps: int = 6
-    rows: int = 64
+    steps: int = 4
     resumed: bool = False
     cold: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Those that it trains on, and a few for its verdict."""
+        return self.steps * (1 + self.resumed) * self.batch * self.accumulation + FEWEST
 
     @property
     def name(self) -> str:
@@ -94,46 +99,46 @@ class Case:
 
 
 CASES = (
-    Case(SMOLLM2, 128, batch=2, steps=8),
+    Case(SMOLLM2, 128, batch=2),
     Case(SMOLLM2, 256),
-    Case(SMOLLM2, 200, batch=2, accumulation=2, ragged=True, steps=8),
+    Case(SMOLLM2, 200, batch=2, accumulation=2, ragged=True),
     Case(SMOLLM2, 512, 16, EVERY, tokens=1024, steps=3),
-    Case(SMOLLM2, 256, 8, EVERY, "selective", compute="int8", steps=5),
-    Case(SMOLLM2, 512, 64, EVERY, True, batch=2, steps=4),
+    Case(SMOLLM2, 256, 8, EVERY, "selective", compute="int8"),
+    Case(SMOLLM2, 512, 64, EVERY, True, batch=2),
     Case(SMOLLM2, 256, placement="resident", ragged=True),
-    Case(SMOLLM2, 256, placement="streamed", recompute=True, steps=5),
+    Case(SMOLLM2, 256, placement="streamed", recompute=True),
     Case(SMOLLM2, 192, quant="none"),
-    Case(SMOLLM2, 128, 16, EVERY, dtype="fp32", dropout=0.0, steps=4),
-    Case(SMOLLM2, 128, quant="fp4", ragged=True, packing="stream", steps=8),
-    Case(SMOLLM2, 192, held_out=12, steps=5),
-    Case(SMOLLM2, 160, held_out=8, ragged=True, compute="int8", steps=5),
-    Case(SMOLLM2, 160, 16, EVERY, resumed=True, steps=4),
-    Case(SMOLLM2, 128, quant="int8", steps=5),
-    Case(SMOLLM2, 96, steps=4, cold=True),
-    Case("llama", 512, steps=8),
-    Case("llama", 512, 64, EVERY, "selective", steps=5),
-    Case("llama", 1024, 16, EVERY, True, batch=2, steps=5),
-    Case("llama", 256, 8, placement="streamed", batch=8, steps=6),
-    Case("llama", 256, 128, EVERY, optim="adamw_bnb_8bit", steps=8),
-    Case("llama", 384, 16, EVERY, compute="int8", ragged=True, batch=8, steps=6),
-    Case("llama", 256, dtype="fp32", batch=2, steps=6),
-    Case("llama", 300, resumed=True, held_out=8, steps=5),
-    Case("llama", 256, compute="int8", steps=4, cold=True),
-    Case("qwen3", 512, steps=8),
-    Case("qwen3", 512, 16, EVERY, "selective", ragged=True, steps=8),
-    Case("qwen3", 256, 32, EVERY, quant="none", placement="resident", steps=8),
-    Case("qwen3", 384, placement="streamed", tokens=768, held_out=8, steps=6),
-    Case("gemma3", 512, 16, EVERY, steps=5),
-    Case("gemma3", 300, ragged=True, packing="stream", steps=8),
-    Case("phi3", 512, compute="int8", steps=8),
-    Case("phi3", 256, 16, EVERY, True, quant="fp4", ragged=True, steps=8),
-    Case("gpt2", 256, 64, EVERY, batch=8, steps=5),
-    Case("gpt2", 256, dtype="fp32", steps=4, cold=True),
-    Case("bloom", 256, held_out=8, steps=8),
-    Case("gpt_neox", 512, 32, EVERY, dropout=0.0, steps=5),
-    Case("mixtral", 256, steps=5),
-    Case("qwen3_moe", 256, recompute=True, ragged=True, steps=5),
-    Case("gpt_oss", 256, held_out=4, steps=4),
+    Case(SMOLLM2, 128, 16, EVERY, dtype="fp32", dropout=0.0),
+    Case(SMOLLM2, 128, quant="fp4", ragged=True, packing="stream"),
+    Case(SMOLLM2, 192, held_out=12),
+    Case(SMOLLM2, 160, held_out=8, ragged=True, compute="int8"),
+    Case(SMOLLM2, 160, 16, EVERY, resumed=True, steps=3),
+    Case(SMOLLM2, 128, quant="int8"),
+    Case(SMOLLM2, 96, cold=True),
+    Case("llama", 512),
+    Case("llama", 512, 64, EVERY, "selective"),
+    Case("llama", 1024, 16, EVERY, True, batch=2),
+    Case("llama", 256, 8, placement="streamed", batch=8),
+    Case("llama", 256, 128, EVERY, optim="adamw_bnb_8bit"),
+    Case("llama", 384, 16, EVERY, compute="int8", ragged=True, batch=8),
+    Case("llama", 256, dtype="fp32", batch=2),
+    Case("llama", 300, resumed=True, held_out=8, steps=3),
+    Case("llama", 256, compute="int8", cold=True),
+    Case("qwen3", 512),
+    Case("qwen3", 512, 16, EVERY, "selective", ragged=True),
+    Case("qwen3", 256, 32, EVERY, quant="none", placement="resident"),
+    Case("qwen3", 384, placement="streamed", tokens=768, held_out=8),
+    Case("gemma3", 512, 16, EVERY),
+    Case("gemma3", 300, ragged=True, packing="stream"),
+    Case("phi3", 512, compute="int8"),
+    Case("phi3", 256, 16, EVERY, True, quant="fp4", ragged=True),
+    Case("gpt2", 256, 64, EVERY, batch=8),
+    Case("gpt2", 256, dtype="fp32", cold=True),
+    Case("bloom", 256, held_out=8),
+    Case("gpt_neox", 512, 32, EVERY, dropout=0.0),
+    Case("mixtral", 256),
+    Case("qwen3_moe", 256, recompute=True, ragged=True),
+    Case("gpt_oss", 256, held_out=4),
 )
 SEVEN_B = (
     Case("llama-2-7b-nf4", 128, 16, "qv", True, "mapped", batch=2, dropout=0.0, steps=3),
@@ -149,9 +154,20 @@ class Failed(Exception):
     """A run that did not end well, with the end of what it said."""
 
 
-def watch(arguments: list[str], env: dict[str, str]) -> tuple[int, float, str]:
-    """Run a process of Python to its end: its highest resident bytes (VmHWM), its seconds, and what it said."""
-    peak, began = 0, time.monotonic()
+@dataclass(frozen=True)
+class Watched:
+    """A process that has ended: its highest resident bytes (VmHWM), the last line that it had written by then, its
+    seconds, and all that it wrote."""
+
+    peak: int
+    at: str
+    seconds: float
+    text: str
+
+
+def watch(arguments: list[str], env: dict[str, str]) -> Watched:
+    """Run a process of Python to its end. Raises Failed: it did not end well."""
+    peak, written, began = 0, 0, time.monotonic()
     with tempfile.TemporaryFile("w+") as out:
         child = subprocess.Popen([sys.executable, *arguments], stdout=out, stderr=subprocess.STDOUT, env=env)
         while child.poll() is None:
@@ -159,14 +175,15 @@ def watch(arguments: list[str], env: dict[str, str]) -> tuple[int, float, str]:
                 found = re.search(r"^VmHWM:\s*(\d+) kB", Path(f"/proc/{child.pid}/status").read_text(), re.MULTILINE)
             except OSError:  # it ended between two looks
                 break
-            peak = max(peak, int(found[1]) * 1024 if found else 0)
+            if found and int(found[1]) * 1024 > peak:
+                peak, written = int(found[1]) * 1024, os.fstat(out.fileno()).st_size
             time.sleep(PERIOD_S)
         code = child.wait()
         out.seek(0)
         text = out.read()
     if code:
         raise Failed(f"exit code {code}\n{text[-3000:]}")
-    return peak, time.monotonic() - began, text
+    return Watched(peak, text[:written].rstrip().rpartition("\n")[2], time.monotonic() - began, text)
 
 
 def waited_s() -> float:
@@ -226,20 +243,29 @@ def recipe_of(case: Case, model: str, folder: Path) -> dict[str, Any]:
 class Bench:
     """Models, rows, stores and results in one folder; a cache of its own, so that every store is built here once."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.results = folder, folder / "results.jsonl"
+    def __init__(self, folder: Path, *, memory_only: bool = False) -> None:
+        self.folder, self.memory_only = folder, memory_only
+        self.results = folder / ("memory.jsonl" if memory_only else "results.jsonl")
         path = os.pathsep.join(
             filter(None, (str(Path(__file__).resolve().parents[1] / "src"), os.environ.get("PYTHONPATH")))
         )
-        mine = {"HALFBYTE_CACHE": str(folder / "cache"), "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": path}
+        mine = {
+            "HALFBYTE_CACHE": str(folder / "cache"),
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONPATH": path,
+            "PYTHONUNBUFFERED": "1",
+        }
         self.env = {**os.environ, **mine}
         self.models: dict[str, str] = {}
 
     def calibrate(self) -> None:
-        """Measure the machine, where its rates are not kept yet."""
-        code = "from halfbyte.plan import calibrate as c; from halfbyte.system import device as d\n"
-        code += "for dtype in ('bf16', 'fp32') * 3: print(c.ensure(d.detect(), dtype, say=print).source)"
-        print(watch(["-c", code], self.env)[2].strip(), flush=True)
+        """Measure the machine, where its rates are not kept yet; with `memory_only` beside other load too."""
+        code = "from halfbyte.plan import calibrate as c; from halfbyte.system import device\nd = device.detect()\n"
+        if self.memory_only:
+            code += "for t in ('bf16', 'fp32'): c.cached(d, t) or c._save(d, t, c.measure(d, t))"
+        else:
+            code += "for t in ('bf16', 'fp32') * 3: print(c.ensure(d, t, say=print).source)"
+        print(watch(["-c", code], self.env).text.strip(), flush=True)
 
     def model(self, name: str) -> str:
         if name == SMOLLM2:
@@ -275,18 +301,19 @@ class Bench:
             env = {**env, "NUMBA_CACHE_DIR": str(folder / "numba"), "HALFBYTE_CACHE": str(folder / "cache")}
         elif case.quant != "none" and not case.model.endswith("nf4"):
             watch(["-m", "halfbyte", "quantize", str(path)], env)
-        waited, (peak, wall_s, text) = waited_s(), watch(train, env)
+        waited, run = waited_s(), watch(train, env)
         if case.resumed:
-            waited = waited_s()
-            peak, wall_s, text = watch([*train, "--resume", "--set", f"train.max_steps={2 * case.steps}"], env)
+            waited, more = waited_s(), f"train.max_steps={2 * case.steps}"
+            run = watch([*train, "--resume", "--set", more], env)
         plan, report = (json.loads((folder / "run" / f"{name}.json").read_text()) for name in ("plan", "report"))
         shutil.rmtree(folder)
         return {
-            "case": case.name, "upper": plan["peak_bytes"], "expected": plan["expected_bytes"], "peak": peak,
-            "planned_s": report["planned"]["seconds"], "seconds": report["measured"]["seconds"], "wall_s": wall_s,
-            "waited": (waited_s() - waited) / wall_s,
+            "case": case.name, "upper": plan["peak_bytes"], "expected": plan["expected_bytes"], "peak": run.peak,
+            "at": run.at,
+            "planned_s": report["planned"]["seconds"], "seconds": report["measured"]["seconds"], "wall_s": run.seconds,
+            "waited": (waited_s() - waited) / run.seconds,
             "downs": [n for n in report["notices"] if n.startswith("memory")], "plan": plan, "report": report,
-            "text": text,
+            "text": run.text,
         }  # fmt: skip
 
     def known(self) -> dict[str, dict[str, Any]]:
@@ -325,8 +352,9 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, required=True, help="for models, stores and results; kept")
     parser.add_argument("--seven-b", type=Path, metavar="FOLDER", help="also the 7B shape, made there if it is not")
     parser.add_argument("--for", type=float, default=1e9, dest="seconds", help="begin no run after so many seconds")
+    parser.add_argument("--memory-only", action="store_true", help="beside other work too; results in memory.jsonl")
     args = parser.parse_args()
-    bench, began = Bench(args.folder.absolute()), time.monotonic()
+    bench, began = Bench(args.folder.absolute(), memory_only=args.memory_only), time.monotonic()
     bench.folder.mkdir(parents=True, exist_ok=True)
     bench.calibrate()
     if args.seven_b:

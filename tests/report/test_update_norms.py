@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from halfbyte.report import update_norms
+from halfbyte.system import pages, usage
 
 PREFIX = "base_model.model.model.layers"
 
@@ -20,6 +21,24 @@ def adapter(folder: Path, config: dict[str, object], tensors: dict[str, torch.Te
     (folder / "adapter_config.json").write_text(json.dumps(config))
     save_file(tensors, folder / "adapter_model.safetensors")
     return folder
+
+
+@pytest.mark.skipif(not pages.supported(), reason="pages cannot be let go here")
+def test_pages_of_an_adapter_do_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's page is made in the process that trained: the adapter's file came on top of the plan's upper figure."""
+    shape, seen = (64, 16384), list[int]()
+    names = (f"{PREFIX}.{n}.self_attn.q_proj.lora_{which}.weight" for n in range(16) for which in "AB")
+    tensors = {name: torch.zeros(shape if ".lora_A." in name else shape[::-1]) for name in names}
+    folder = adapter(tmp_path / "adapter", {"r": 64, "lora_alpha": 64}, tensors)
+
+    def norm(a: torch.Tensor, b: torch.Tensor) -> float:
+        _ = float(a.sum() + b.sum())
+        seen.append(usage.now().file)
+        return 1.0
+
+    monkeypatch.setattr(update_norms, "product_norm", norm)
+    assert update_norms.read(folder) is not None
+    assert len(seen) == 16 and max(seen) - seen[0] < 3 * 4 * math.prod(shape), "134 MB of a file are read"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import os
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import halfbyte
 from halfbyte.errors import RecipeError
 from halfbyte.system import device, files, kernel_cache
 from halfbyte.system.device import Card, Device, compute_dtype, detect
@@ -177,21 +179,38 @@ def test_this_machine_and_its_json(tmp_path: Path) -> None:
 
 
 def test_compiled_kernels_are_found_where_numba_keeps_them(tmp_path: Path) -> None:
-    env = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
-    assert not kernel_cache.has_kernels(env)
-    (tmp_path / "cache" / "cpu_0123").mkdir(parents=True)
-    (tmp_path / "cache" / "cpu_0123" / "tape._make.locals.token-279.py311.nbi").touch()  # of a generate
-    assert not kernel_cache.has_kernels(env)
-    (tmp_path / "cache" / "cpu_0123" / "entropy._make.locals.cross_entropy-31.py311.nbi").touch()
-    assert kernel_cache.has_kernels(env)
+    env = {"NUMBA_CACHE_DIR": str(tmp_path)}
+
+    def missing(dtype: str = "bf16", *, attention: bool = False, integers: bool = False) -> tuple[str, ...]:
+        return kernel_cache.uncompiled(dtype, attention=attention, integers=integers, env=env)
+
+    def compile_(kernel: str, folder: Path) -> None:
+        place = tmp_path / f"{folder.name}_{hashlib.sha1(str(folder).encode()).hexdigest()}"
+        place.mkdir(exist_ok=True)
+        (place / f"{kernel}.py311.1.nbc").touch()
+
+    cpu = Path(halfbyte.__file__).parent / "layers" / "kernels" / "cpu"
+    compile_("interpreter._make.locals.token-279", cpu / "decoding")  # of a generate
+    compile_("entropy._kernel.locals.cross_entropy-31", Path("/another/halfbyte/layers/kernels/cpu"))
+    assert missing() == ("fp32", "bf16") and missing("fp32") == ("fp32",)
+    compile_("entropy._kernel.locals.cross_entropy-31", cpu)
+    assert missing("fp32") == () and missing() == ("bf16",)
+    assert missing("fp32", attention=True, integers=True) == ("fp32", "integers")
+    compile_("fp32._backward-169", cpu / "attention")
+    compile_("entropy._kernel.locals.cross_entropy-31.2", cpu)
+    assert missing() == () and missing(attention=True) == ("bf16",)
+    compile_("bf16._backward-212", cpu / "attention")
+    compile_("weights.decode_rows-156", cpu / "integer")
+    assert missing(attention=True, integers=True) == ()
 
 
 def test_what_a_training_compiles_in_any_dtype_marks_the_machine(tmp_path: Path) -> None:
     """In a process of its own: numba reads where its cache is once."""
     code = (
-        "import torch; from halfbyte.layers import loss; "
-        "loss._chunk_loss(torch.randn(3, 8), torch.tensor([1, 2, 3]), 0.0, gradient=True)"
+        "import torch; from halfbyte.layers import loss\n"
+        "for dtype in (torch.float32, torch.bfloat16):\n"
+        "    loss._chunk_loss(torch.randn(3, 8, dtype=dtype), torch.tensor([1, 2, 3]), 0.0, gradient=True)"
     )
     env = {"NUMBA_CACHE_DIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | env, timeout=120)
-    assert kernel_cache.has_kernels(env)
+    assert kernel_cache.uncompiled("bf16", attention=False, integers=False, env=env) == ()

@@ -4,10 +4,10 @@ thing itself away. Fields of a newer version are refused by name."""
 from __future__ import annotations
 
 import importlib
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import bitsandbytes as bnb
 import peft
@@ -123,12 +123,18 @@ def test_without_its_c_functions_weights_go_through_the_table(monkeypatch: pytes
     assert torch.equal(out, expected)
 
 
-def test_without_optimisers_for_a_cpu_they_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    def step(self: Any) -> None:
-        raise AttributeError("'NoneType' object has no attribute 'shape'")
+def test_without_optimisers_for_a_cpu_they_are_refused_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    older = Path(bnb.__file__).with_name("backends") / "cuda"  # its operations are for cards
 
-    monkeypatch.setattr(bnb.optim.AdamW8bit, "step", step)
-    lacks(bitsandbytes.CPU_OPTIMISERS)
+    class Spec:
+        submodule_search_locations = (str(tmp_path),)
+
+    shutil.copytree(older, tmp_path / "backends" / "cpu")
+    operations = tmp_path / "backends" / "cpu" / "ops.py"
+    operations.write_text(operations.read_text().replace("optimizer_update_8bit", "another"))
+    with monkeypatch.context() as patch:
+        patch.setattr(bitsandbytes.importlib.util, "find_spec", lambda name: Spec)
+        lacks(bitsandbytes.CPU_OPTIMISERS)
     with pytest.raises(RecipeError, match=r"adamw_8bit needs a card here: bitsandbytes .* has no optimisers"):
         trainer.check_arguments(Train(optim="adamw_8bit"), total_steps=3)
     trainer.check_arguments(Train(optim="adamw_torch"), total_steps=3)

@@ -16,7 +16,7 @@ import torch
 
 from halfbyte.adapters import unpad
 from halfbyte.layers import fuse
-from halfbyte.layers.kernels.cpu import available
+from halfbyte.layers.kernels.cpu import available, whole_attention
 from halfbyte.models import structure
 from halfbyte.proofs import setting
 from halfbyte.proofs.fusing import prove_fused
@@ -75,7 +75,10 @@ def prove(model: Model, inputs: Document, *, raised: int, compute: str) -> First
     SEEN.add(model)
     begin = time.perf_counter()
     about = "which takes some seconds, or a minute where others use the machine's cores"
-    if available(next(model.parameters())) and not kernel_cache.has_kernels():
+    first = next(model.parameters())
+    dtype = "bf16" if first.dtype == torch.bfloat16 else "fp32"
+    attention, integers = whole_attention(first), compute != "exact"
+    if available(first) and kernel_cache.uncompiled(dtype, attention=attention, integers=integers):
         about = "and compiles its kernels, once on this machine: a minute, or some where others use its cores"
     _log.warning("halfbyte checks its layers on this model before the first step, %s ...", about)
     packed = unpad.packs(model)

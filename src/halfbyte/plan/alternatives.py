@@ -18,6 +18,7 @@ from halfbyte.plan.timing import Rates, assumed
 from halfbyte.recipe import number_formats
 from halfbyte.recipe.schema import Recipe
 from halfbyte.system.device import Device
+from halfbyte.upstream.bitsandbytes import CPU_OPTIMISERS
 
 NEAREST = 3
 SMALL_OPTIMIZER = "adamw_bnb_8bit"
@@ -62,7 +63,7 @@ def _changes(job: Job, device: Device) -> Iterator[tuple[str, str, Job]]:
         length //= 2
         rows = job.rows.cut(length)
         yield f"rows of at most {length} tokens", f"data.max_length={length}", replace(job, rows=rows)
-    if memory.optimizer_bytes(job) > 2:
+    if memory.optimizer_bytes(job) > 2 and (device.on_card or CPU_OPTIMISERS.there):
         yield change("8-bit optimiser states", "train.optim", SMALL_OPTIMIZER)
     rank = lora.r
     while rank > 4:

@@ -19,7 +19,7 @@ from halfbyte.plan.timing import Rates
 from halfbyte.recipe.command import NO_ROWS
 from halfbyte.recipe.data import Data, Sources
 from halfbyte.recipe.schema import Loaded, Recipe
-from halfbyte.system import kernel_cache, usage
+from halfbyte.system import usage
 from halfbyte.system.cards import Card
 from halfbyte.system.device import Device, detect
 from halfbyte.types import Document
@@ -77,9 +77,8 @@ def plan_model(
     rows, notes = _rows(recipe, shape, length, given=loaded.path is not None or recipe.data.train != NO_ROWS)
     mappable = True if recipe.quant.quantises else None
     job = Job.of(recipe, shape.specs, shape.facts, rows, machine, mappable=mappable)
-    cold = device is None and job.kernels and not kernel_cache.has_kernels()
-    job = job.in_folder(shape.path, cold=cold)
-    if cold:
+    job = job.in_folder(shape.path, here=device is None)
+    if job.uncompiled:
         notes.append("the first run on this machine: it compiles kernels once, and the compiler takes memory too")
     rates = calibrate.cached(machine, job.dtype) if device is None else None
     plan = plan_training(job, machine, rates)

@@ -22,7 +22,7 @@ from halfbyte.models import tensors
 from halfbyte.models.lora_sites import Site, leaf_of, saved_tensors, sites, trainable
 from halfbyte.models.sources.checkpoint import Checkpoint, beside_bytes, tokenizer_bytes
 from halfbyte.models.tensors import Facts, TensorSpec
-from halfbyte.plan.layer import Layer, layer_of
+from halfbyte.plan.layer import NO_SCORES, Layer, layer_of
 from halfbyte.plan.result import ITEMSIZE
 from halfbyte.plan.store_build import StoreBuild
 from halfbyte.quant import policy
@@ -116,7 +116,9 @@ class Job:
     whole_attention: bool = True  # attention is one kernel here, whose scores stay in cache (`kernels/cpu/attention/`)
     packed: bool = True  # examples share a micro-batch; False where that is not proven for the model
     beside_bytes: int | None = None  # of the tokenizer and what else a store copies; None where they are not at hand
-    cold: bool = False  # kernels are not compiled yet on this machine
+    uncompiled: tuple[
+        str, ...
+    ] = ()  # kernels that this machine has not compiled yet, as `system.kernel_cache` has them
     tokenizer_bytes: int = 0  # of a tokenizer that is written beside the adapter, as it is not the base's own
     tokenizer_json_bytes: int | None = None  # of the tokenizer's file; None where it is not at hand
     ranks: int = 1  # processes that share the rows of a step; this is the plan of one of them
@@ -179,13 +181,17 @@ class Job:
         facts = tensors.facts_of(config, specs)
         # a base that is quantised here is on disk, in its store, in the form that it is computed in
         job = cls.of(recipe, specs, facts, rows, device, targets=targets, mappable=recipe.quant.quantises or None)
-        return job.in_folder(checkpoint.path, cold=job.kernels and not kernel_cache.has_kernels())
+        return job.in_folder(checkpoint.path)
 
-    def in_folder(self, folder: Path | None, *, cold: bool) -> Self:
-        """The same of a model whose files are in `folder`; None where they are not at hand."""
+    def in_folder(self, folder: Path | None, *, here: bool = True) -> Self:
+        """The same of a model whose files are in `folder`; None where they are not at hand. `here`: on this machine."""
         beside = beside_bytes(folder) if folder is not None and folder.is_dir() else None
         tokenizer = tokenizer_bytes(folder) if folder is not None else None
-        return replace(self, beside_bytes=beside, cold=cold, tokenizer_json_bytes=tokenizer)
+        uncompiled: tuple[str, ...] = ()
+        if here and self.kernels:
+            attention, integers = self.whole_attention and self.layer.pairs in NO_SCORES, self.recipe.quant.compute
+            uncompiled = kernel_cache.uncompiled(self.dtype, attention=attention, integers=integers != "exact")
+        return replace(self, beside_bytes=beside, uncompiled=uncompiled, tokenizer_json_bytes=tokenizer)
 
     @property
     def itemsize(self) -> int:

@@ -53,9 +53,8 @@ FIRST_MICRO_BATCH_BYTES = 50_000_000
 # The compiler (numba, LLVM), where kernels are not in its cache yet; the process keeps it to its end. Measured: a cold
 # run beside a warm one of the same recipe, private: 174 MB in fp32, 296 to 308 in bf16, whose kernels are more, and 379
 # where they multiply integers.
-COMPILER_PRIVATE_BYTES = 180_000_000
-COMPILER_BF16_BYTES = 120_000_000
-COMPILER_INTEGER_BYTES = 75_000_000
+COMPILER_PRIVATE_BYTES = 180_000_000  # of the first of them, whichever it is
+COMPILER_MORE_BYTES = {"bf16": 120_000_000, "integers": 75_000_000}
 # oneDNN's code of a matrix product of one shape, and how many shapes a size of micro-batches has: 54 MB more in use for
 # 6 sizes, 90 for 10 (docs/log). `system/threads.py` bounds how many are cached. The first micro-batch's are in its
 # own line.
@@ -110,22 +109,18 @@ def process_lines(device: Device, job: Job) -> tuple[Line, ...]:
     data = Line("data", tokenizer + rows, words)
     if device.on_card:
         return Line("libraries", HOST_OF_CARD_BYTES, "a CUDA build; a round figure"), data
-    source, first = "measured on a tiny run", "kernels, threads' buffers and the Trainer, from then on"
-    compiler = _compiler_bytes(job) if job.cold else 0
+    source, step = "measured on a tiny run", "kernels, threads' buffers and the Trainer, from then on"
+    first, *more = job.uncompiled or ("",)
+    compiler = COMPILER_PRIVATE_BYTES * bool(first) + sum(COMPILER_MORE_BYTES[kernels] for kernels in more)
     code = STEP_CODE_BYTES if pages.supported() else LIBRARIES_FILE_BYTES
     return (
         *library_lines(LIBRARIES_PRIVATE_BYTES, "torch, transformers, peft, numba and their state", code),
         Line("compiler", compiler, "kernels are compiled in the first run on a machine", source),
-        Line("first micro-batch", FIRST_MICRO_BATCH_BYTES, first, source),
+        Line("first micro-batch", FIRST_MICRO_BATCH_BYTES, step, source),
         Line("compiled products", _products_bytes(job), "oneDNN's, of micro-batches of other sizes", source),
         data,
         Line(RESERVE, HEAP_TOP_BYTES, "what glibc keeps at the end of its heap: twice its largest threshold"),
     )
-
-
-def _compiler_bytes(job: Job) -> int:
-    integers = COMPILER_INTEGER_BYTES if job.recipe.quant.compute != "exact" else 0
-    return COMPILER_PRIVATE_BYTES + (COMPILER_BF16_BYTES + integers if job.dtype == "bf16" else 0)
 
 
 def _products_bytes(job: Job) -> int:
@@ -204,10 +199,13 @@ def gradient_lines(job: Job, where: Where, *, micro_batches: int, micro_batch_by
     """Gradients at a step's peak.
 
     With several micro-batches all of them exist when the last one is at its peak. With one they come as its activations
-    go: one layer's exist, or all of them once `micro_batch_bytes` are gone. Those of modules that train whole are made
+    go: one layer's exist, or all of them once `micro_batch_bytes` are gone; but what goes stays in the pool, where
+    kernels run (`layers/kernels/pool.py`), and gradients do not lie in it. Those of modules that train whole are made
     at once, and then added. On a card those before a micro-batch are copied, to be put back if it does not fit.
     """
     gradients, saved = 4 * job.trainable, 4 * job.saved_parameters
+    if micro_batches == 1 and where == "private" and job.kernels:
+        return (Line("gradients", max(gradients, saved), "fp32, beside what the pool keeps", "", where),)
     if micro_batches > 1:
         line = Line("gradients", gradients + saved, f"fp32, over {micro_batches} micro-batches", "", where)
         copied = gradients if where == "device" else 0

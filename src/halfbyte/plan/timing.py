@@ -39,7 +39,7 @@ FORWARD_TRAFFIC = 0.4  # of a forward alone: what full recomputation does again
 # report (checkpoint, adapter, logits to prove it with). Measured on two cores at 2.4 GHz.
 OPENING_S, OPENING_LAYER_S, SAVING_S, SAVING_SITE_S = 1.0, 0.03, 0.5, 0.01
 # Compiling the kernels of a training, once on a machine: one thread, same cores.
-COMPILING_BF16_S, COMPILING_S = 70.0, 40.0
+COMPILING_S = {"fp32": 40.0, "bf16": 30.0, "integers": 14.0}
 # layers/kernels/cpu/integer/products.py: int8 is taken from so many times the rate of the compute dtype on.
 INTEGERS_PAY = 1.3
 # Bytes that an int8 product moves more: of a number of its input (read, written in 8 bits) and one of its output (sums
@@ -107,8 +107,8 @@ def around_the_steps(job: Job, rates: Rates, tokens: int) -> dict[str, float]:
     """Seconds of a run beside its steps."""
     tensors = len(job.sites)
     parts = {"opening": OPENING_S + OPENING_LAYER_S * job.facts.layers, "saving": SAVING_S + SAVING_SITE_S * tensors}
-    if job.cold:
-        parts["compiling"] = COMPILING_BF16_S if job.dtype == "bf16" else COMPILING_S
+    if job.uncompiled:
+        parts["compiling"] = sum(COMPILING_S[kernels] for kernels in job.uncompiled)
     if job.evaluations:
         parts["evaluations"] = job.evaluations * evaluation_time(job, rates, tokens)
     return parts

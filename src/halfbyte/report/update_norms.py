@@ -2,7 +2,8 @@
 
 Source: LoRA's update of a weight is scale x B A (arXiv:2106.09685); |BA|_F^2 = trace((B^T B)(A A^T)), which needs no
 matrix of the weight's size. scale is alpha / r, or alpha / sqrt(r) with rsLoRA.
-Cost: one read of the adapter, r x r products; torch is imported here, where an adapter is there.
+Cost: one read of the adapter, whose pages are let go again, and r x r products; torch is imported here, where an
+adapter is there.
 """
 
 from __future__ import annotations
@@ -53,14 +54,18 @@ def read(adapter: Path) -> UpdateNorms | None:
         return None
     from safetensors import safe_open
 
+    from halfbyte.system import pages
+
     norms, others = dict[str, float](), list[tuple[str, str]]()
     with safe_open(str(file), framework="pt") as tensors:
-        names = set(tensors.keys())
+        names, maps = set(tensors.keys()), None
         for name in sorted(names):
             if name.endswith(".lora_A.weight") and name.replace(".lora_A.", ".lora_B.") in names:
                 module = name.removesuffix(".lora_A.weight").removeprefix("base_model.model.")
                 a, b = tensors.get_tensor(name), tensors.get_tensor(name.replace(".lora_A.", ".lora_B."))
                 norms[module] = abs(scale(config, module, a.shape[0])) * product_norm(a, b)
+                maps = maps or pages.FileMaps.read()
+                pages.let_go((a, b), maps)
             elif ".lora_A." not in name and ".lora_B." not in name:
                 shape = " x ".join(map(str, tensors.get_slice(name).get_shape()))
                 others.append((name.removeprefix("base_model.model."), shape))

@@ -53,27 +53,44 @@ def find_place() -> None:
 
 
 def forget_older(env: Mapping[str, str] = os.environ) -> None:
-    """Remove numba's index of each kernel that was compiled before a file of the kernels was last changed."""
+    """Remove numba's files of each kernel that was compiled before a file of the kernels was last changed."""
     changed = max(file.stat().st_mtime for file in _KERNELS.rglob("*.py"))
     if changed > time.time():  # the clock is wrong: what is compiled now would be older again
         return
-    for index in _indices(env):
+    for index in _files(env, "*.nb[ic]"):
         with contextlib.suppress(OSError):  # another process was first, or it may not be written
             if index.stat().st_mtime < changed:
                 index.unlink()
 
 
-def _indices(env: Mapping[str, str]) -> Iterator[Path]:
-    """numba's file about each kernel, in each of its places."""
+def _files(env: Mapping[str, str], pattern: str) -> Iterator[Path]:
+    """numba's files of our kernels, in each of its places: an index (`nbi`) of each kernel, and its code (`nbc`) for
+    each dtype."""
     for folder in {file.parent for file in _KERNELS.rglob("*.py")}:
         name = f"{folder.name}_{hashlib.sha1(str(folder).encode(), usedforsecurity=False).hexdigest()}"
         beside = folder / "__pycache__"
         for place in places(env):
-            yield from (beside if place == _KERNELS / "__pycache__" else place / name).glob("*.nbi")
+            yield from (beside if place == _KERNELS / "__pycache__" else place / name).glob(pattern)
 
 
-def has_kernels(env: Mapping[str, str] = os.environ) -> bool:
-    """Whether numba's cache has the kernels of a training. The loss has one on each machine and in each dtype;
-    attention has none for bf16 where the processor lacks it. Older ones than the code are forgotten first."""
+def uncompiled(dtype: str, *, attention: bool, integers: bool, env: Mapping[str, str] = os.environ) -> tuple[str, ...]:
+    """Of `fp32` (in which the proofs run), `bf16` and `integers`: the kernels of a training in `dtype` that numba's
+    cache does not have. Older ones than the code are forgotten first.
+
+    Args:
+        attention: it is a kernel in this dtype on this processor, of this model. integers: frozen products are too.
+    """
     forget_older(env)
-    return any(next(place.rglob("entropy.*.nbi"), None) is not None for place in places(env))
+    # the loss has a kernel on each machine, the first of them in fp32
+    kernels = [path.name for path in _files(env, "*.nbc")]
+    losses = sum(name.startswith("entropy.") for name in kernels)
+
+    def lacks(number: int, of: str) -> bool:
+        return losses < number or (attention and not any(name.startswith(f"{of}._backward") for name in kernels))
+
+    missing = {
+        "fp32": lacks(1, "fp32"),
+        "bf16": dtype == "bf16" and lacks(2, "bf16"),
+        "integers": integers and not any(name.startswith("weights.decode") for name in kernels),
+    }
+    return tuple(name for name, is_missing in missing.items() if is_missing)
