@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from halfbyte.plan import memory
+from halfbyte.plan import memory, timing
 from halfbyte.plan.job import Job, Rows
 from halfbyte.plan.timing import Rates, pairs_of_a_token, step_time
 from tests.plan.test_choose import cpu, job
@@ -115,8 +115,9 @@ def test_a_run_counts_its_evaluations_and_what_it_compiles() -> None:
     one = job(cpu(64), rows=rows, train__per_device_eval_batch_size=ROWS, **given)
     rates = Rates(1.0, 1e30, 1e30, 1e30, 1e30, "counted")  # one FLOP a second: all else is nothing beside it
 
+    how = {"tokens": TOKENS, "recompute": "none", "placement": "mapped", "read_bytes": 0}
+
     def around(**changes: Any) -> dict[str, float]:
-        how = {"tokens": TOKENS, "recompute": "none", "placement": "mapped", "read_bytes": 0}
         return step_time(replace(one, **changes), rates, **how).around
 
     step = parts(one, rates)["matrix products"]
@@ -128,10 +129,13 @@ def test_a_run_counts_its_evaluations_and_what_it_compiles() -> None:
     head = one.facts.vocab * one.facts.hidden  # at half of the tokens
     share = (2 * one.linear_numel + head + thin) / (4 * one.linear_numel + 2 * head + 3 * thin)
     assert twice["evaluations"] == pytest.approx(2 * share * step, rel=1e-6)
+    forward = step_time(one, rates, **how).forward_s
+    assert forward == pytest.approx(share * step / (ROWS * LENGTH), rel=1e-6)
+    proof = without["saving"] - timing.SAVING_S - 16 * one.trainable / timing.SAVED_BYTES
+    rate = (1 + timing.HALF_RATE_TOKENS / LENGTH) / (1 + timing.HALF_RATE_TOKENS / (ROWS * LENGTH))
+    assert proof == pytest.approx(2 * 3 * LENGTH * forward * rate), "logits of three rows, by adapter and base"
     cold, partly = around(uncompiled=("fp32", "bf16")), around(uncompiled=("bf16",))
     assert set(cold) - set(without) == {"compiling"} and cold["compiling"] > partly["compiling"] > 10
-    again = step_time(
-        replace(one, done=one.steps), rates, tokens=TOKENS, recompute="none", placement="mapped", read_bytes=0
-    )
+    again = step_time(replace(one, done=one.steps), rates, **how)
     assert again.seconds == pytest.approx(sum(without.values())), "a run that goes on has the steps that are left"
     assert again.run_s == pytest.approx(step * one.steps, rel=1e-6)

@@ -144,7 +144,7 @@ def test_a_worse_adapter_ends_with_an_exit_code(tmp_path: Path) -> None:
 
 
 def test_a_verdict_is_in_the_plans_seconds(tmp_path: Path) -> None:
-    """By hand: a token of an evaluation takes 0.4 of what one takes in a step."""
+    """By hand: tokens of the verdict, each at the plan's seconds of a token's forward."""
     from dataclasses import replace
 
     from halfbyte.system import device
@@ -156,11 +156,12 @@ def test_a_verdict_is_in_the_plans_seconds(tmp_path: Path) -> None:
 
     whole = plan(**held_out(tmp_path), train__max_steps=8)
     rows, held = (sum(part.lengths) for part in (whole.prepared.train, whole.prepared.evaluation))
-    # two epochs: an evaluation ends each anyway, so the verdict's is the base's; the eight steps have every row twice
-    wanted = 0.4 * 8 * whole.plan.time.step_s * held / (2 * rows)
-    assert whole.plan.time.around["verdict"] == pytest.approx(wanted)
-    alone = plan(data__eval="none", train__max_steps=8).plan.time  # base and adapter on all 16 rows
-    assert alone.around["verdict"] == pytest.approx(0.4 * 8 * alone.step_s)
+    # two epochs: an evaluation ends each anyway, so the verdict's is the base's
+    assert whole.plan.time.around["verdict"] == pytest.approx(held * whole.plan.time.forward_s)
+    alone = plan(data__eval="none", train__max_steps=8)  # base and adapter on all 16 rows
+    tokens = 2 * sum(alone.prepared.train.lengths)
+    assert alone.plan.time.around["verdict"] == pytest.approx(tokens * alone.plan.time.forward_s)
+    assert 0.2 < alone.plan.time.forward_s * rows / (4 * alone.plan.time.step_s) < 0.5, "of a step's seconds a token"
 
 
 def test_a_hard_row_in_the_last_step_is_no_verdict(tmp_path: Path) -> None:

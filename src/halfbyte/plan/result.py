@@ -59,6 +59,8 @@ class Time:
     """Seconds of the run beside its steps, by what they are spent on."""
     done: int = 0
     """Steps that an earlier process has made."""
+    forward_s: float = 0.0
+    """Of a token in an evaluation."""
 
     @property
     def run_s(self) -> float:

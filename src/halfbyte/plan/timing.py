@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from halfbyte.plan.job import Job
+from halfbyte.plan.memory import optimizer_bytes
 from halfbyte.plan.result import Placement, Recompute, Time
 from halfbyte.quant import formats
 from halfbyte.system.device import Device
@@ -37,7 +38,9 @@ TRAFFIC_AGAIN = {"none": 1.0, "selective": 1.2, "full": 1.4}
 FORWARD_TRAFFIC = 0.4  # of a forward alone: what full recomputation does again
 # From the plan to the first step (a base is opened, adapters are put on it, proofs), and from the last step to the
 # report (checkpoint, adapter, logits to prove it with). Measured on two cores at 2.4 GHz.
-OPENING_S, OPENING_LAYER_S, SAVING_S, SAVING_SITE_S = 1.0, 0.03, 0.5, 0.01
+OPENING_S, OPENING_LAYER_S, SAVING_S, SAVED_BYTES = 1.0, 0.03, 0.2, 400e6
+PROOF_ROWS = 3  # proofs/adapter.py
+PROOF_TOKENS, PROOF_PASSES = 512, {"int8": 2, "auto": 3}  # proofs/integers.py: of a forward and a backward
 # Compiling the kernels of a training, once on a machine: one thread, same cores.
 COMPILING_S = {"fp32": 40.0, "bf16": 30.0, "integers": 14.0}
 # layers/kernels/cpu/integer/products.py: int8 is taken from so many times the rate of the compute dtype on.
@@ -88,25 +91,34 @@ def step_time(
     job: Job, rates: Rates, *, tokens: int, recompute: Recompute, placement: Placement, read_bytes: float
 ) -> Time:
     """Seconds of a mean step. `tokens`: of a micro-batch. `read_bytes`: of the base, read from disk in a step."""
-    parts = _parts(
-        job, rates, max(1.0, job.rows.mean * job.mean_rows_per_step), mean_micro_batches(job, tokens), recompute
-    )
-    reading = read_bytes / rates.disk_bytes
-    if placement == "streamed":  # read while the layer before computes
-        parts["waiting for disk"] = max(0.0, reading - sum(parts.values()))
-    elif placement == "mapped":
-        parts["waiting for disk"] = reading
+    step_tokens, micro_batches = max(1.0, job.rows.mean * job.mean_rows_per_step), mean_micro_batches(job, tokens)
+    parts = _parts(job, rates, step_tokens, micro_batches, recompute)
+    forward = sum(_parts(job, rates, step_tokens, micro_batches, "none", trains=False).values())
+    reading = read_bytes / rates.disk_bytes  # half of it in the forward
+    parts["waiting for disk"] = _waiting(placement, reading, sum(parts.values()))
+    forward = (forward + _waiting(placement, reading / 2, forward)) / step_tokens
     total = sum(parts.values())
     spread = total * (SPREAD if rates.measured else SPREAD_ASSUMED)
     around = around_the_steps(job, rates, tokens)
+    if integer_products(job, rates, 2.0)[0]:
+        share = min(1.0, PROOF_TOKENS / step_tokens)
+        around["proof of products"] = PROOF_PASSES[job.recipe.quant.compute] * share * total
     steps = (total - spread, total, total + spread, job.steps)
-    return Time(*steps, rates.source, rates.measured, parts, reading, around, job.done)
+    return Time(*steps, rates.source, rates.measured, parts, reading, around, job.done, forward)
+
+
+def _waiting(placement: Placement, reading: float, computing: float) -> float:
+    """Seconds that wait for the disk; a streamed base is read while the layer before computes."""
+    return max(0.0, reading - computing) if placement == "streamed" else reading if placement == "mapped" else 0.0
 
 
 def around_the_steps(job: Job, rates: Rates, tokens: int) -> dict[str, float]:
-    """Seconds of a run beside its steps."""
-    tensors = len(job.sites)
-    parts = {"opening": OPENING_S + OPENING_LAYER_S * job.facts.layers, "saving": SAVING_S + SAVING_SITE_S * tensors}
+    """Seconds of a run beside its steps, but for what is proven of them."""
+    opening = OPENING_S + OPENING_LAYER_S * job.facts.layers
+    # the last checkpoint, and the adapter; what this and its base say of some rows, one at a time
+    saving = SAVING_S + (8 + optimizer_bytes(job)) * job.trainable / SAVED_BYTES
+    proof = _parts(job, rates, 2 * PROOF_ROWS * job.rows.mean, 2 * PROOF_ROWS, "none", trains=False)
+    parts = {"opening": opening, "saving": saving + sum(proof.values())}
     if job.uncompiled:
         parts["compiling"] = sum(COMPILING_S[kernels] for kernels in job.uncompiled)
     if job.evaluations:

@@ -34,7 +34,6 @@ Rows = NDArray[np.float64]
 FEWEST, MOST = 8, 32  # rows
 MOST_HELD_OUT = 200
 SHARE, SHORT_S = 0.1, 5.0  # of a run's seconds, and seconds that are always given
-FORWARD = 0.4  # of a step's seconds a token
 KEPT = "scores.json"
 MOST_KEPT = 20_000  # rows
 
@@ -121,14 +120,9 @@ def choose(prepared: Prepared, steps: pack.Steps, plan: Plan) -> tuple[EncodedRo
     if rows.texts is not None:  # of the texts; blocks are drawn by their numbers
         keys = np.random.default_rng(0).permutation(len(rows.examples)).astype(np.uint64)
     order = np.argsort(keys[numbers], kind="stable")
-    costs = 2 * np.cumsum(rows.lengths[numbers[order]]) * forward_s(plan, steps)
+    costs = 2 * np.cumsum(rows.lengths[numbers[order]]) * plan.time.forward_s
     count = max(FEWEST, min(most, int((costs <= max(SHORT_S, SHARE * plan.time.step_s * len(steps))).sum())))
     return rows, np.sort(numbers[order[:count]]), which
-
-
-def forward_s(plan: Plan, steps: pack.Steps) -> float:
-    """Seconds of a token in an evaluation, as planned."""
-    return FORWARD * plan.time.step_s * len(steps) / max(1, steps.tokens)
 
 
 def verdict_s(prepared: Prepared, plan: Plan) -> float:
@@ -140,7 +134,7 @@ def verdict_s(prepared: Prepared, plan: Plan) -> float:
     tokens = (1 if ends else 2) * int(rows.lengths[chosen].sum())
     if prepared.evaluation is not None and ends and not (every and len(steps) % every == 0):
         tokens += int(prepared.evaluation.lengths.sum())
-    return forward_s(plan, steps) * tokens
+    return plan.time.forward_s * tokens
 
 
 def ends_with_evaluation(prepared: Prepared, steps: pack.Steps, plan: Plan) -> bool:
@@ -149,7 +143,7 @@ def ends_with_evaluation(prepared: Prepared, steps: pack.Steps, plan: Plan) -> b
     strategy, held_out = prepared.recipe.train.eval_strategy, prepared.evaluation
     if held_out is None or strategy == "no":
         return False
-    seconds = forward_s(plan, steps) * int(held_out.lengths.sum())
+    seconds = plan.time.forward_s * int(held_out.lengths.sum())
     return (
         strategy != "auto"
         or steps.passes(len(steps)) >= 1
