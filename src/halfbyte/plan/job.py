@@ -309,7 +309,11 @@ class Job:
         its tokens chose, if each is as likely."""
         linears = [s for s in self.specs if s.role in ("linear", "expert")]
         experts = sum(s.numel for s in linears if s.role == "expert" or ".experts." in s.name)
-        return sum(s.numel for s in linears) - experts * (1.0 - min(1.0, self._expert_share)) ** tokens
+        return sum(s.numel for s in linears) - experts * (1.0 - self.met_share(tokens))
+
+    def met_share(self, tokens: float) -> float:
+        """The share of all experts that any of so many tokens chose, if each is as likely."""
+        return 1.0 - (1.0 - min(1.0, self._expert_share)) ** tokens
 
     @cached_property
     def largest_tensor_numel(self) -> int:

@@ -24,6 +24,7 @@ SPREAD_ASSUMED = 0.6
 # What a layer of a micro-batch takes besides arithmetic: some hundred calls from Python, forward and backward; and more
 # for each linear layer with an adapter: its eight products and what is around them.
 LAYER_OVERHEAD_S, SITE_OVERHEAD_S = 0.004, 0.001
+EXPERT_OVERHEAD_S = 0.002  # for each expert that is sent tokens, whose products are its own
 # Once a step: what the optimiser, the clipping and the norm of gradients move for each trained number, and what their
 # calls take for each tensor. Measured: AdamW, 420 tensors of 4.9 and 19.5 million numbers (docs/log).
 UPDATE_BYTES, TENSOR_OVERHEAD_S = 60, 1e-4
@@ -38,7 +39,8 @@ TRAFFIC_AGAIN = {"none": 1.0, "selective": 1.2, "full": 1.4}
 FORWARD_TRAFFIC = 0.4  # of a forward alone: what full recomputation does again
 # From the plan to the first step (a base is opened, adapters are put on it, proofs), and from the last step to the
 # report (checkpoint, adapter, logits to prove it with). Measured on two cores at 2.4 GHz.
-OPENING_S, OPENING_LAYER_S, SAVING_S, SAVED_BYTES = 1.0, 0.03, 0.2, 400e6
+OPENING_S, OPENING_LAYER_S, OPENING_SITE_S, OPENING_EXPERT_S = 1.0, 0.01, 0.002, 0.02
+SAVING_S, SAVED_BYTES = 0.2, 400e6
 PROOF_ROWS = 3  # proofs/adapter.py
 PROOF_TOKENS, PROOF_PASSES = 512, {"int8": 2, "auto": 3}  # proofs/integers.py: of a forward and a backward
 # Compiling the kernels of a training, once on a machine: one thread, same cores.
@@ -114,7 +116,8 @@ def _waiting(placement: Placement, reading: float, computing: float) -> float:
 
 def around_the_steps(job: Job, rates: Rates, tokens: int) -> dict[str, float]:
     """Seconds of a run beside its steps, but for what is proven of them."""
-    opening = OPENING_S + OPENING_LAYER_S * job.facts.layers
+    opening = OPENING_S + (OPENING_LAYER_S + OPENING_EXPERT_S * job.facts.experts) * job.facts.layers
+    opening += OPENING_SITE_S * len(job.sites)
     # the last checkpoint, and the adapter; what this and its base say of some rows, one at a time
     saving = SAVING_S + (8 + optimizer_bytes(job)) * job.trainable / SAVED_BYTES
     proof = _parts(job, rates, 2 * PROOF_ROWS * job.rows.mean, 2 * PROOF_ROWS, "none", trains=False)
@@ -148,6 +151,7 @@ def _parts(
     width = facts.heads * facts.head_size or facts.hidden
     attention = (4 * forwards + 10 * backward) * pairs_of_a_token(rows.mean_of_a_token) * width * facts.layers
     weights = job.dequantised_weights(step_tokens / micro_batches)
+    experts = facts.experts * job.met_share(step_tokens / micro_batches)
     operands = again * (1.5 * step_tokens * job.linear_widths + micro_batches * weights)
     # an adapter's six thin products (two forward) pass once over the input, the output or a gradient of them
     operands = job.itemsize * (operands + (1 + 2 * backward) * step_tokens * job.lora_widths)
@@ -179,7 +183,7 @@ def _parts(
         "dequantising": micro_batches * again * weights / dequantised if job.recipe.quant.quantises else 0.0,
         "overhead": (0.4 + 0.6 * backward)
         * micro_batches
-        * (LAYER_OVERHEAD_S * facts.layers + SITE_OVERHEAD_S * len(job.sites)),
+        * ((LAYER_OVERHEAD_S + EXPERT_OVERHEAD_S * experts) * facts.layers + SITE_OVERHEAD_S * len(job.sites)),
         "optimiser": backward
         * (UPDATE_BYTES * job.trainable / rates.memory_bytes + TENSOR_OVERHEAD_S * 2 * len(job.sites)),
     }

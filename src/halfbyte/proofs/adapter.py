@@ -16,7 +16,9 @@ import torch
 
 from halfbyte.data.encoding.examples import IGNORED, Example
 from halfbyte.errors import RunError
+from halfbyte.layers import packing
 from halfbyte.layers.loss import keeps_some
+from halfbyte.models import structure
 from halfbyte.system import files
 from halfbyte.types import Document, Model
 
@@ -100,12 +102,13 @@ def logits_at(model: Model, ids: Sequence[int], positions: Sequence[int]) -> tor
     was_training = model.training
     model.eval()
     at = torch.tensor(list(positions), device=model.device)
+    options = {"use_cache": False} if packing.takes_use_cache(structure.causal_lm(model)) else {}
     try:
         with torch.no_grad():
             row = torch.tensor([list(ids)], device=model.device)
             if keeps_some(model):
-                return model(input_ids=row, logits_to_keep=at).logits[0].float()
-            logits = model(input_ids=row).logits[0]
+                return model(input_ids=row, logits_to_keep=at, **options).logits[0].float()
+            logits = model(input_ids=row, **options).logits[0]
             return logits.index_select(0, at.to(logits.device)).float().to(at.device)
     finally:
         model.train(was_training)

@@ -33,7 +33,7 @@ from halfbyte.system.device import Device
 from halfbyte.system.usage import Usage
 from halfbyte.training.events import Listener
 from halfbyte.training.forecast import asks_theirs, check_steps, job_of, plan_of
-from halfbyte.training.pace import Pace, recompute_as, rehearse
+from halfbyte.training.pace import Pace, give_back, recompute_as, rehearse
 from halfbyte.training.prepare import Prepared, data_note, prepare
 from halfbyte.training.schedule import count_steps
 from halfbyte.types import Document, Model
@@ -224,6 +224,7 @@ def decide_compute(run: PlannedRun, base: AdaptedBase, step: pack.Step, tell: Li
     how = run.prepared.recipe.quant.compute
     if how == "exact":
         return integers.decide(base.model, how, {})
+    give_back()  # what opening the base left, and code of libraries: the proof runs a micro-batch
     rows = integers.rows_for_proof(step, train.lengths, packed=base.packed.ok)
     batch = objective.collate([train.examples[row] for row in rows])
     decision = integers.decide(base.model, how, batch, objective.loss)
