@@ -336,7 +336,9 @@ def step_lines(job: Job, largest: MicroBatch, recompute: Recompute, where: Where
     slack = CARD_SLACK * (activations + moment)
     if where == "private":
         slack = _slack_share(job, recompute) * activations + MOMENT_SLACK * moment + _scores_hole(job, pairs, recompute)
-    kept = max(0.0, KEPT_SHARE * (activations + moment) - slack) if where == "private" else 0.0
+    kept = KEPT_SHARE * (activations + moment) if where == "private" else 0.0
+    if _in_pool(job):  # whose slack is free blocks already
+        kept = max(0.0, kept - slack)
     words = f"{tokens} tokens x {layers} layers x {layer.of(recompute) / 1e3:.2f} kB"
     weight = f"{job.largest_linear / 1e6:.1f} M numbers"
     return (
@@ -349,6 +351,12 @@ def step_lines(job: Job, largest: MicroBatch, recompute: Recompute, where: Where
             POOL_RESERVE, round(kept), f"{KEPT_SHARE:.0%} of these, where it keeps them free", "layers/kernels/pool.py"
         ),
     )
+
+
+def _in_pool(job: Job) -> bool:
+    """Whether nearly all that is kept lies in the pool: not what torch's attention makes, nor what experts do, whose
+    tensors are of other sizes in each step."""
+    return job.kernels and job.layer.pairs in NO_SCORES and not job.expert_numel
 
 
 def _slack_share(job: Job, recompute: Recompute) -> float:
