@@ -1,7 +1,8 @@
 """Planned against measured: memory and seconds of whole runs of `halfbyte train`, each in its own process.
 
     python benchmarks/plan_accuracy.py --folder F               # 40 runs; none again that F/results.jsonl has
-    python benchmarks/plan_accuracy.py --folder F --for 150     # begins none after so many seconds
+    python benchmarks/plan_accuracy.py --folder F --for 150     # begins none after so many seconds; again for the rest
+    python benchmarks/plan_accuracy.py --folder F --memory-only # beside other work: seconds are not judged
     python benchmarks/plan_accuracy.py --folder F --only qwen3  # those whose name has one of the words
     python benchmarks/plan_accuracy.py --folder F --seven-b G   # also the 7B shape: 3.9 GB written to G
 
@@ -10,6 +11,8 @@ none may be above it, and on average it may be a tenth above the peak. Seconds a
 the plan's: 9 of 10 within 15%. They are judged of runs in which no process waited for a core (`/proc/pressure/cpu`) for
 more than a third of the time; a run's own threads do, now and then. Stores of bases are built before, but in cold runs,
 which begin with empty folders of stores and of compiled kernels. Of a run that goes on the second process is judged.
+All 40 take about 12 minutes on two idle cores: four steps each, tiny random models of other architectures, verdicts of
+eight rows. A run that ends by itself with "worse than the base" (exit code 1) counts.
 """
 
 from __future__ import annotations
@@ -181,7 +184,7 @@ def watch(arguments: list[str], env: dict[str, str]) -> Watched:
         code = child.wait()
         out.seek(0)
         text = out.read()
-    if code:
+    if code and "\nverdict " not in text:
         raise Failed(f"exit code {code}\n{text[-3000:]}")
     return Watched(peak, text[:written].rstrip().rpartition("\n")[2], time.monotonic() - began, text)
 
@@ -329,21 +332,28 @@ def line_of(row: dict[str, Any]) -> str:
     return f"{row['case']:<74}{gb}{row['upper'] / row['peak'] - 1:+8.1%}{seconds}{beside}{downs}"
 
 
-def summary(rows: list[dict[str, Any]]) -> bool:
-    """Print the three figures beside what is asked; whether all hold."""
-    above = [row["case"] for row in rows if row["peak"] > row["upper"]]
-    mean = sum(row["upper"] / row["peak"] for row in rows) / len(rows)
-    timed = [row for row in rows if row["waited"] <= QUIET]
-    near = sum(abs(row["planned_s"] / row["seconds"] - 1) <= SECONDS_OFF for row in timed) / max(1, len(timed))
-    fine = not above, mean <= UPPER_MEAN, near >= SECONDS_SHARE
-    answers = ["yes" if each else "NO" for each in fine]
-    print(f"\n{len(rows)} runs; above the upper figure: {len(above)} {above or ''} (none): {answers[0]}")
-    print(f"the upper figure is {mean - 1:.1%} above the peak on average (at most {UPPER_MEAN - 1:.0%}): {answers[1]}")
-    print(
-        f"seconds within {SECONDS_OFF:.0%} in {near:.0%} of {len(timed)} runs beside no other load (at least "
-        f"{SECONDS_SHARE:.0%}): {answers[2]}"
-    )
-    return all(fine)
+def summary(rows: list[dict[str, Any]], failed: list[str], *, timed: bool) -> bool:
+    """Print the figures beside what is asked, and each run that is not as asked; whether all hold.
+
+    Args:
+        failed: runs that did not end well. timed: seconds are judged too.
+    """
+    above = [f"{row['case']}: above the upper figure" for row in rows if row["peak"] > row["upper"]]
+    ratios = [row["upper"] / row["peak"] - 1 for row in rows] or [0.0]
+    mean, ends = sum(ratios) / len(ratios), f"{min(ratios):+.1%} to {max(ratios):+.1%}"
+    quiet = [row for row in rows if row["waited"] <= QUIET] if timed else []
+    far = [row for row in quiet if abs(row["planned_s"] / row["seconds"] - 1) > SECONDS_OFF]
+    near = 1 - len(far) / max(1, len(quiet))
+    answers = ["yes" if fine else "NO" for fine in (not above, mean <= UPPER_MEAN - 1, near >= SECONDS_SHARE)]
+    print(f"\n{len(rows)} runs; above the upper figure: {len(above)} (none): {answers[0]}")
+    print(f"upper figure over peak: {mean:+.1%} on average (at most {UPPER_MEAN - 1:+.0%}), {ends}: {answers[1]}")
+    if timed:
+        share = f"{near:.0%} of {len(quiet)} runs beside no other load (at least {SECONDS_SHARE:.0%})"
+        print(f"seconds within {SECONDS_OFF:.0%} in {share}: {answers[2]}")
+    late = [f"{row['case']}: {row['planned_s']:.1f} s planned, {row['seconds']:.1f} taken" for row in far]
+    for line in (*(f"{name}: did not end well" for name in failed), *above, *late):
+        print(f"- {line}")
+    return "NO" not in answers and not failed
 
 
 def main() -> int:
@@ -361,7 +371,7 @@ def main() -> int:
         bench.seven_b(args.seven_b)
     cases = [case for case in (*CASES, *(SEVEN_B if args.seven_b else ())) if any(w in case.name for w in args.only)]
     print(f"{'':<74}{'expected':>8}{'upper':>8}{'peak':>8}{'':>8}{'planned':>8}{'took':>8}")
-    rows, known = list[dict[str, Any]](), bench.known()
+    rows, failed, known = list[dict[str, Any]](), list[str](), bench.known()
     for number, case in enumerate(cases):
         row = known.get(case.name)
         if row is None and time.monotonic() - began < args.seconds:
@@ -369,13 +379,14 @@ def main() -> int:
                 row = bench.measure(case, number)
             except Failed as error:
                 print(f"{case.name}: {error}", flush=True)
+                failed.append(case.name)
                 continue
             with bench.results.open("a") as file:
                 file.write(json.dumps(row) + "\n")
         if row is not None:
             rows.append(row)
             print(line_of(row), flush=True)
-    return 0 if rows and summary(rows) and len(rows) == len(cases) else 1
+    return 0 if summary(rows, failed, timed=not args.memory_only) and len(rows) == len(cases) else 1
 
 
 if __name__ == "__main__":

@@ -150,9 +150,9 @@ def test_a_verdict_is_in_the_plans_seconds(tmp_path: Path) -> None:
     from halfbyte.system import device
     from halfbyte.training import fit
 
-    def plan(**more: Any) -> Any:
+    def plan(done: int = 0, **more: Any) -> Any:
         loaded = tiny_run.recipe(tmp_path, **more)
-        return fit.plan_run(loaded.recipe, replace(device.detect(), cards=()))
+        return fit.plan_run(loaded.recipe, replace(device.detect(), cards=()), done=done)
 
     whole = plan(**held_out(tmp_path), train__max_steps=8)
     rows, held = (sum(part.lengths) for part in (whole.prepared.train, whole.prepared.evaluation))
@@ -161,6 +161,8 @@ def test_a_verdict_is_in_the_plans_seconds(tmp_path: Path) -> None:
     alone = plan(data__eval="none", train__max_steps=8)  # base and adapter on all 16 rows
     tokens = 2 * sum(alone.prepared.train.lengths)
     assert alone.plan.time.around["verdict"] == pytest.approx(tokens * alone.plan.time.forward_s)
+    again = plan(4, data__eval="none", train__max_steps=8).plan.time  # the base's are kept
+    assert again.around["verdict"] == pytest.approx(tokens / 2 * again.forward_s)
     assert 0.2 < alone.plan.time.forward_s * rows / (4 * alone.plan.time.step_s) < 0.5, "of a step's seconds a token"
 
 

@@ -131,7 +131,8 @@ def verdict_s(prepared: Prepared, plan: Plan) -> float:
     steps = plan_steps(prepared, plan.max_tokens_per_micro_batch, None)
     rows, chosen, _ = choose(prepared, steps, plan)
     every, ends = eval_every(prepared), ends_with_evaluation(prepared, steps, plan)
-    tokens = (1 if ends else 2) * int(rows.lengths[chosen].sum())
+    # the base's losses are kept by the process before this one, the adapter's are known after an evaluation
+    tokens = ((not plan.time.done) + (not ends)) * int(rows.lengths[chosen].sum())
     if prepared.evaluation is not None and ends and not (every and len(steps) % every == 0):
         tokens += int(prepared.evaluation.lengths.sum())
     return plan.time.forward_s * tokens
