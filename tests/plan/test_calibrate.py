@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from halfbyte.layers.kernels.cpu import matmul
 from halfbyte.layers.kernels.cpu.integer import products as integer
 from halfbyte.plan import Rates, Rows, Time, calibrate, plan_training
 from halfbyte.system import device
@@ -31,7 +32,13 @@ def test_every_rate_is_measured(monkeypatch: pytest.MonkeyPatch, cache: Path) ->
     monkeypatch.setattr(calibrate, "SECONDS_EACH", 0.01)
     monkeypatch.setattr(calibrate, "FILE_BYTES", 32_000_000)
     monkeypatch.setattr(calibrate, "MEMORY_BYTES", 1_000_000)
-    here = device.detect()
+    here, multiply, products = device.detect(), matmul.into, list[torch.dtype]()
+
+    def into(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        products.append(a.dtype)
+        return multiply(out, a, b)
+
+    monkeypatch.setattr(matmul, "into", into)
     for dtype in ("fp32", "bf16") if device.compute_dtype(here, "auto")[0] == "bf16" else ("fp32",):
         found = calibrate.measure(here, dtype)
         for name, value in asdict(found).items():
@@ -39,6 +46,7 @@ def test_every_rate_is_measured(monkeypatch: pytest.MonkeyPatch, cache: Path) ->
                 there = name != "integer_ops" or not integer.why_not()
                 assert (1e6 if there else 0) <= value < (1e15 if there else 1), name
         assert dtype in found.source and found.measured and time.strftime("%Y-%m-%d") in found.source
+    assert torch.float32 in products, "the engine's own products: in fp32 not torch's, where they are faster"
     assert not list(cache.iterdir()), "the file that was read is gone"
 
 

@@ -261,6 +261,15 @@ def test_gradients_larger_than_what_a_micro_batch_takes_are_all_there_at_its_end
     assert plan.line("gradients") + gone + plan.line("allocator") == 4 * one.trainable
 
 
+def test_what_torchs_attention_keeps_has_the_pools_reserve_on_top() -> None:
+    """Its slack is the heap's; where all lies in the pool, the slack is free blocks already."""
+    for model, names, share in (("gpt2", ["c_attn"], 1.0), ("smollm2-135m", ["q_proj"], 0.0)):
+        plan = made(cpu(64), model, lora__target_modules=names)
+        moment = plan.line("backward of a layer") + plan.line("logits")
+        wanted = 0.1 * (plan.line("activations") + moment) - (1 - share) * plan.line("allocator")
+        assert plan.line(result.POOL_RESERVE) == pytest.approx(max(0, wanted), abs=2)
+
+
 def test_copies_of_adapters_are_a_layers_where_layers_are_made_again() -> None:
     device = cpu(64)
     one = job(device, lora__target_modules="all-linear")

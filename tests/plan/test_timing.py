@@ -134,6 +134,10 @@ def test_a_run_counts_its_evaluations_and_what_it_compiles() -> None:
     proof = without["saving"] - timing.SAVING_S - 16 * one.trainable / timing.SAVED_BYTES
     rate = (1 + timing.HALF_RATE_TOKENS / LENGTH) / (1 + timing.HALF_RATE_TOKENS / (ROWS * LENGTH))
     assert proof == pytest.approx(2 * 3 * LENGTH * forward * rate), "logits of three rows, by adapter and base"
+    eight = job(cpu(64), rows=rows, quant__compute="int8", **given)
+    whole = step_time(eight, replace(rates, integer_ops=4.0), **how)
+    of_a_step = min(1.0, 512 / (ROWS * LENGTH))
+    assert whole.around["proof of products"] == pytest.approx(2 * of_a_step * whole.step_s), "exact and in integers"
     cold, partly = around(uncompiled=("fp32", "bf16")), around(uncompiled=("bf16",))
     assert set(cold) - set(without) == {"compiling"} and cold["compiling"] > partly["compiling"] > 10
     again = step_time(replace(one, done=one.steps), rates, **how)
