@@ -77,8 +77,9 @@ def test_among_plans_as_fast_as_each_other_the_smallest_is_taken_unless_memory_i
 def test_less_room_means_the_next_measure_and_none_before_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     """On ever smaller machines: smaller micro-batches, recomputation, then a warning; until then within the margin."""
     monkeypatch.setattr(result, "torch_build", lambda: "")  # which torch is installed here must not matter
+    # not from 1.55 to 1.6, where two rows that recompute what is cheap are 7% faster than one row that does not
     taken = []
-    for free in (16, 3, 2, 1.6, 1.3, 1.1, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.35):
+    for free in (16, 3, 2, 1.65, 1.3, 1.1, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.35):
         plan = made(cpu(free), rows=Rows((700,) * 64))
         kind = "short" if plan.short_bytes else "recompute" if plan.recompute != "none" else "plain"
         taken.append(kind)
