@@ -116,9 +116,7 @@ class Job:
     whole_attention: bool = True  # attention is one kernel here, whose scores stay in cache (`kernels/cpu/attention/`)
     packed: bool = True  # examples share a micro-batch; False where that is not proven for the model
     beside_bytes: int | None = None  # of the tokenizer and what else a store copies; None where they are not at hand
-    uncompiled: tuple[
-        str, ...
-    ] = ()  # kernels that this machine has not compiled yet, as `system.kernel_cache` has them
+    uncompiled: tuple[str, ...] = ()  # kernels that this machine has yet to compile (`system.kernel_cache`)
     tokenizer_bytes: int = 0  # of a tokenizer that is written beside the adapter, as it is not the base's own
     tokenizer_json_bytes: int | None = None  # of the tokenizer's file; None where it is not at hand
     ranks: int = 1  # processes that share the rows of a step; this is the plan of one of them
