@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from halfbyte.cli import progress, show
-from halfbyte.plan.result import duration
+from halfbyte.system.words import duration
 
 
 def printed(patch: pytest.MonkeyPatch, label: str, value: str, *, columns: int | None = None, width: int = 10) -> str:

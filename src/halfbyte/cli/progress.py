@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from halfbyte.cli import show
-from halfbyte.plan.result import duration
+from halfbyte.system.words import duration
 from halfbyte.training.events import Listener
 
 if TYPE_CHECKING:

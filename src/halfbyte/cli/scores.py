@@ -13,8 +13,8 @@ from rich.table import Table
 from halfbyte.cli import progress, show
 from halfbyte.cli.options import Force, Json, Run, Set, open_run
 from halfbyte.cli.show import field, out, text, visible
-from halfbyte.plan.result import duration
 from halfbyte.scoring.intervals import CONFIDENCE
+from halfbyte.system.words import duration
 
 if TYPE_CHECKING:
     from halfbyte.inference.quality import Report

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from halfbyte.errors import HalfbyteError, typed, without_secrets
-from halfbyte.plan.result import duration
+from halfbyte.system.words import duration
 
 if TYPE_CHECKING:
     from halfbyte.base.quantize import BuildResult

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from halfbyte.cli import show
-from halfbyte.plan.result import duration
+from halfbyte.system.words import duration
 
 if TYPE_CHECKING:
     from halfbyte.distributed.scaling import ScalingEstimate

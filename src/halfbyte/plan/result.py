@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from halfbyte.system.cards import torch_build
+from halfbyte.system.words import duration
 from halfbyte.types import Document
 
 GB = 1e9
@@ -207,13 +208,6 @@ class Plan:
     def to_json(self) -> Document:
         sums = (name for name, value in vars(Plan).items() if isinstance(value, property))
         return {**{name: getattr(self, name) for name in sums}, **asdict(self)}
-
-
-def duration(seconds: float) -> str:
-    """Minutes and seconds, with hours before them where there are some: 1:02:03."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def library_lines(private_bytes: int, names: str, file_bytes: int = LIBRARIES_FILE_BYTES) -> tuple[Line, ...]:

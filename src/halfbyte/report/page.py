@@ -19,13 +19,13 @@ import numpy as np
 from jinja2 import ChainableUndefined, Environment, FileSystemLoader, Undefined
 from markupsafe import Markup
 
-from halfbyte.plan.result import duration
 from halfbyte.recipe.fields import shown
 from halfbyte.report import curves, plots, record, series
 from halfbyte.report.record import Record
 from halfbyte.runs.folder import RunFolder
 from halfbyte.scoring.intervals import CONFIDENCE
 from halfbyte.system import files
+from halfbyte.system.words import duration
 from halfbyte.types import Document
 
 WEB = Path(__file__).parent / "web"
