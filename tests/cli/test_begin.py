@@ -101,6 +101,26 @@ def test_what_cannot_be_is_an_error_and_nothing_is_written(halfbyte: Cli, words:
     assert not Path("recipe.yaml").exists()
 
 
+def test_a_folder_of_rows_is_named_as_the_option_has_it(halfbyte: Cli) -> None:
+    Path("mix").mkdir()
+    rows(Path("mix/a.jsonl"), "prompt", "completion")
+    ended = halfbyte("init", "--model", "model", "--data", "mix")
+    assert ended.code == 2 and "\n  fix: --data mix/a.jsonl" in ended.err, ended
+    Path("mix/b.md").write_text("text")
+    ended = halfbyte("init", "--model", "model", "--data", "mix")
+    assert ended.code == 2 and "\n  fix: --data 'mix/*'" in ended.err, ended
+    assert halfbyte("init", "--model", "model", "--data", "mix/*").code == 0
+
+
+@pytest.mark.parametrize("asking", ["body", "issue"])
+def test_a_label_answers_the_longest_text(halfbyte: Cli, asking: str) -> None:
+    line = {"ticket_id": "T-1", asking: "the screen stays black, whatever I do", "priority": "high", "label": "screen"}
+    Path("train.jsonl").write_text(f"{json.dumps(line)}\n" * 4)
+    ended = halfbyte("init", "--model", "model")
+    assert ended.code == 0 and f"train.jsonl: the column {asking} asks, label answers" in ended.out, ended
+    assert load_recipe(Path("recipe.yaml")).recipe.data.fields.completion == "label"
+
+
 def test_without_rows_a_recipe_is_written_that_says_so(halfbyte: Cli) -> None:
     ended = halfbyte("init")
     assert ended.code == 0 and "train.jsonl is not here yet" in ended.out

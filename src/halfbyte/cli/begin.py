@@ -160,7 +160,11 @@ def look_at_rows(draft: Draft, ask: Callable[[str], bool] | None = None) -> None
     from halfbyte.data.reading import files
 
     names = draft.data
-    ways = {str(s.path): _how_read(draft, str(s.path), ask) for s in files.find(names) if s.kind != "hub"}
+    try:
+        sources = files.find(names)
+    except files.IsFolder as folder:
+        raise DataError(folder.message, fix=folder.fix and f"--data {typed(folder.pattern)}") from None
+    ways = {str(s.path): _how_read(draft, str(s.path), ask) for s in sources if s.kind != "hub"}
     if len({str(way) for way in ways.values()}) == 1:  # all alike
         draft.values |= {f"data.{name}": value for name, value in next(iter(ways.values())).items()}
     elif ways:
@@ -176,7 +180,7 @@ def look_at_rows(draft: Draft, ask: Callable[[str], bool] | None = None) -> None
 
 def _how_read(draft: Draft, name: str, ask: Callable[[str], bool] | None) -> Document:
     """What the recipe must say of how a file is read: its fields or its format; nothing where its columns say it."""
-    from halfbyte.data.reading import columns, read
+    from halfbyte.data.reading import read
     from halfbyte.recipe.file import recipe_from
 
     try:
@@ -190,7 +194,7 @@ def _how_read(draft: Draft, name: str, ask: Callable[[str], bool] | None) -> Doc
             return {"format": "text"}
         how = f"; to learn {pair[0]} alone: data.format: text"
     except DataError:
-        guess, how = columns.pair(read.columns(name)), ""
+        guess, how = read.likely(name), ""
         if guess is None:
             raise
         pair = guess

@@ -85,14 +85,16 @@ def check(recipe: Recipe, *, resume: bool = False, writes: bool = True) -> None:
         RunFolder.check_free(Path(recipe.output))
     if recipe.lora.adapter is not None and not resume:
         adapter.read_config(adapter.folder_of(recipe.lora.adapter))
-    check_rows(recipe)
     lookup.look(recipe)
+    check_rows(recipe)
 
 
 def check_rows(recipe: Recipe) -> None:
     """A DataError where the recipe's rows are missing or have other fields than it says."""
     names = [n for n in (recipe.data.train, recipe.data.eval_names) if n is not None]
-    read.look([name for some in names for name in ([some] if isinstance(some, str) else some)], recipe.data)
+    every = [name for some in names for name in ([some] if isinstance(some, str) else some)]
+    read.look(every, recipe.data)
+    read.check_fields(every, recipe.data)
 
 
 def check_resumed(start: RunStart, objective: str, rows: Document, total_steps: int, tell: Listener) -> list[str]:

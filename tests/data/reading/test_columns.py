@@ -108,6 +108,31 @@ def test_of_several_files_the_entry_of_this_one_is_named(tmp_path: Path, make_da
     assert other.value.fix == f"say how this file is read, in data.train or data.eval: {entry}"
 
 
+@pytest.mark.parametrize(
+    ("header", "named"),
+    [("ticket_id,subject,body,priority,label", ("body", "label")), ("id,issue,priority", ("issue", "priority"))],
+)
+def test_the_fix_names_columns_that_the_file_has(
+    tmp_path: Path, make_data: Any, header: str, named: tuple[str, str]
+) -> None:
+    values = {"priority": ["high", "low"] * 30, "label": [*KINDS] * 20}
+    path = tmp_path / "tickets.csv"
+    lines = [
+        ",".join(
+            values.get(c, [f"{c}, {i} is long" if c != "id" else "1"] * ROWS)[i].replace(",", "")
+            for c in header.split(",")
+        )
+        for i in range(ROWS)
+    ]
+    path.write_text("\n".join([header, *lines]))
+    with pytest.raises(DataError, match="cannot tell the format") as error:
+        look(str(path), make_data())
+    prompt, completion = named
+    sets = f"--set data.fields.prompt={prompt} --set data.fields.completion={completion}"
+    assert error.value.fix == f"name the columns, as in {sets}"
+    look(str(path), make_data(fields={"prompt": prompt, "completion": completion}))
+
+
 def test_files_alike_need_no_entries(tmp_path: Path, make_data: Any) -> None:
     names = [str(tmp_path / f"{n}.jsonl") for n in range(3)]
     for columns_, fix in (

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import gzip
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from halfbyte.data.reading.formats import ChatMessage, detect_format
-from halfbyte.data.reading.read import unread
-from halfbyte.errors import DataError
+from halfbyte.data.reading.read import check_fields, unread
+from halfbyte.errors import DataError, RecipeError
+from halfbyte.recipe.data import DataEntry, Fields
 from tests.data.in_memory import read_rows
 
 GOOD = '{"prompt": "a", "completion": "b"}'
@@ -279,9 +281,39 @@ def test_one_json_list_under_the_name_of_json_lines(tmp_path: Path, make_data: A
     )
 
 
-def test_utf16(tmp_path: Path, make_data: Any) -> None:
-    with pytest.raises(DataError, match="is UTF-16; UTF-8 is needed"):
-        read_rows(write(tmp_path, GOOD.encode("utf-16")), make_data())
+@pytest.mark.parametrize("name", ["train.jsonl", "train.csv", "train.json", "train.txt", "train.jsonl.gz"])
+@pytest.mark.parametrize("encoding", ["UTF-16", "UTF-16LE", "UTF-16BE"])
+def test_utf16(tmp_path: Path, make_data: Any, name: str, encoding: str) -> None:
+    """With a byte order mark and without one; what the command writes can be read."""
+    content = "prompt,completion\nä,日本\n" if name == "train.csv" else f"{GOOD}\n"
+    raw = content.encode(encoding)
+    path = write(tmp_path, gzip.compress(raw) if name.endswith(".gz") else raw, name)
+    with pytest.raises(DataError, match="is UTF-16; UTF-8 is needed") as error:
+        read_rows(path, make_data())
+    assert error.value.fix is not None
+    subprocess.run(error.value.fix, shell=True, check=True)
+    assert (tmp_path / f"train.utf8.{name.split('.')[1]}").read_text(encoding="utf-8") == content
+
+
+def test_fields_that_name_no_column_of_any_file_are_refused(tmp_path: Path, make_data: Any) -> None:
+    """Though the format is told from other columns; a column that one of the files has is not missed in the others."""
+    alpaca = write(tmp_path, "instruction,input,output\na,b,c\n", "a.csv")
+    asked = make_data(fields={"prompt": "instrucion", "completion": "outpt"})
+    with pytest.raises(RecipeError) as error:
+        check_fields(str(alpaca), asked)
+    assert str(error.value) == (
+        "2 problems\n"
+        "  - data.fields.prompt: the rows have no column 'instrucion', but 'instruction', 'input', 'output'; did you "
+        "mean 'instruction'?\n"
+        "  - data.fields.completion: the rows have no column 'outpt', but 'instruction', 'input', 'output'; did you "
+        "mean 'output'?"
+    )
+    typos = write(tmp_path, '{"instrucion": "a", "outpt": "b"}', "b.jsonl")
+    check_fields([str(alpaca), str(typos)], asked)
+    check_fields(str(alpaca), make_data(fields={"system": "persona", "tools": "functions"}))
+    entry = DataEntry(path=str(alpaca), fields=Fields(text="story"))
+    with pytest.raises(RecipeError, match=r"data\.fields\.text: a\.csv has no column 'story', but 'instruction'"):
+        check_fields([entry], make_data())
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "train.csv", "train.json", "train.txt", "train.jsonl.gz"])

@@ -122,6 +122,7 @@ DIGITS = (
     "sys.set_int_max_str_digits() to increase the limit"
 )
 RETURN = "a carriage return alone ends no line; tr '\\r' '\\n' < FILE"
+UNCLOSED = "not CSV: a quote that this row opens is never closed, so that it goes on to"
 # what a file holds -> (number, record or what is said of it)
 BAD: list[tuple[str, str | bytes, list[tuple[int, Any]]]] = [
     ("a.json", "[]", []),
@@ -133,11 +134,12 @@ BAD: list[tuple[str, str | bytes, list[tuple[int, Any]]]] = [
     ("a.json", b'[{}, {"a": "\xff"}]', [(1, "not UTF-8 (byte 0xff), so the rest cannot be read")]),
     ("a.json", "[" * 100_000, [(1, "nested too deeply, so the rest of the file cannot be read")]),
     ("a.json", "\n { \n", [(2, f"not JSON ({NO_NAME} at character 2): {{")]),
-    ("a.csv", "a,b\n1\n1,2,3\n\n4,5\n", [(2, "1 fields, and the header has 2"), (3, "3 fields, and the header has 2"),
+    ("a.csv", "a,b\n1\n1,2,3\n\n4,5\n", [(2, "1 field, and the header has 2"), (3, "3 fields, and the header has 2"),
                                          (5, {"a": "4", "b": "5"})]),
     ("a.csv", b"a,b\n1,\xff\n3,4\n", [(2, "b: not UTF-8 (byte 0xff)"), (3, {"a": "3", "b": "4"})]),
     ("a.csv", 'a,b\n"1"x,2\n3,4\n', [(2, "not CSV: ',' expected after '\"'"), (3, {"a": "3", "b": "4"})]),
-    ("a.csv", 'a,b\n1,"2\n3,4\n', [(2, "not CSV: unexpected end of data")]),
+    ("a.csv", 'a,b\n1,"2\n3,4\n', [(2, f"{UNCLOSED} line 3")]),
+    ("a.csv", 'a,b\n3,"4\n5\n"\n6,"7\n8,9\n', [(2, {"a": "3", "b": "4\n5\n"}), (5, f"{UNCLOSED} line 6")]),
     ("a.txt", b"\xef\xbb\xbfOnce upon\r\na time\n\n{}\n", [(1, {"text": "Once upon\na time\n\n{}\n"})]),
     ("a.txt", b"a\xff", [(1, "not UTF-8 (byte 0xff at 2)")]),
     ("a.txt", " \n", []),
@@ -178,7 +180,7 @@ def test_a_gzip_file_that_is_cut_short(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mark", ["a,b\n", "a,b", "\n", ""])
 def test_a_csv_without_rows(tmp_path: Path, make_data: Any, mark: str) -> None:
     path = make(tmp_path, "a.csv", mark)
-    with pytest.raises(DataError, match="has no rows"):
+    with pytest.raises(DataError, match=r"has no rows\.\n  fix: write the columns' names in the first line"):
         read_rows(path, make_data())
 
 

@@ -14,7 +14,19 @@ from collections.abc import Collection, Sequence
 from halfbyte.types import Document
 
 # Common names of the column that asks and of the one that answers, the likeliest first.
-ASKING = ("question", "query", "input", "instruction", "prompt", "problem", "source", "text")
+ASKING = (
+    "question",
+    "query",
+    "input",
+    "instruction",
+    "prompt",
+    "problem",
+    "source",
+    "text",
+    "body",
+    "message",
+    "content",
+)
 ANSWERING = (
     "answer", "response", "output", "completion", "solution", "target", "label", "labels", "class", "category", "reply",
     "answers", "expected", "gold", "sentiment", "intent", "emotion", "topic", "verdict", "rating", "stars", "summary",
@@ -37,6 +49,17 @@ def pair(columns: Collection[str]) -> tuple[str, str] | None:
     """The column that asks and the one that answers, by their names alone."""
     asking, answering = (next((n for n in known if n in columns), None) for known in (ASKING, ANSWERING))
     return None if asking is None or answering is None or asking == answering else (asking, answering)
+
+
+def likely(records: Sequence[Document]) -> tuple[str, str] | None:
+    """The column that asks and the one that answers: by their names, else the longest texts and what looks like their
+    answer."""
+    if (named := pair(records[0])) is not None:
+        return named
+    texts = {c: sum(len(r[c]) for r in records if isinstance(r.get(c), str)) for c in records[0]}
+    asking = next((name for name in ASKING if name in texts), max(texts, key=lambda c: texts[c], default=""))
+    found = answering(records, asking)
+    return (asking, next(iter(found))) if found else None
 
 
 def answering(records: Sequence[Document], text: str) -> dict[str, list[str]]:

@@ -52,6 +52,24 @@ class RowSource:
         return f"{self.label}:{number}" if self.kind in ("jsonl", "csv") else f"{self.label} row {number}"
 
 
+class IsFolder(DataError):
+    """A folder in the place of files, with the names that read what is in it. `pattern`: one name for all of it."""
+
+    def __init__(self, path: Path) -> None:
+        inside = [p for p in islice(path.rglob("*"), MAX_COUNTED) if p.is_file()]
+        endings = Counter(_ending(p) or "without an ending" for p in inside)
+        listed = ", ".join(f"{count:,} {ending}" for ending, count in endings.most_common(4))
+        told = f"it holds {listed}{' and others' if len(endings) > 4 else ''}" if inside else "it is empty"
+        rows = [p for p in inside if _kind(p)[0] not in (None, "json")] or [p for p in inside if _kind(p)[0]]
+        globs = {f"{'**/' if p.parent != path else ''}*{_ending(p)}" for p in rows}
+        globs -= {g.removeprefix("**/") for g in globs if g.startswith("**/")}  # ** stands for no folder, too
+        names = [str(rows[0])] if len(rows) == 1 else sorted(str(path / g) for g in globs)
+        deep = any("**" in name for name in names)
+        self.pattern = names[0] if len(names) == 1 else str(path / ("**/*" if deep else "*"))
+        fix = f"data.train: {names[0] if len(names) == 1 else '[' + ', '.join(names) + ']'}" if rows else None
+        super().__init__(f"{path} is a folder; {told}.", fix=fix)
+
+
 def find(names: Sources) -> list[RowSource]:
     """Every source that the names stand for, globs in sorted order, each file once: as an entry of its own says, if
     there is one.
@@ -73,8 +91,7 @@ def _files(name: str) -> list[RowSource]:
     path = Path(name).expanduser()
     matched = [path]
     if path.is_dir():
-        what, fix = _folder(path)
-        raise DataError(what, fix=fix)
+        raise IsFolder(path)
     if not path.exists() and glob.has_magic(name):
         matched = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
         if not matched:
@@ -86,20 +103,6 @@ def _files(name: str) -> list[RowSource]:
             f"{name}: no such file.", fix=f"did you mean {path.parent / near}?" if near else "check the path"
         )
     return [_source(p) for p in matched]
-
-
-def _folder(path: Path) -> tuple[str, str | None]:
-    """What is in a folder, and the names that read it: an error's message and its fix."""
-    inside = [p for p in islice(path.rglob("*"), MAX_COUNTED) if p.is_file()]
-    endings = Counter(_ending(p) or "without an ending" for p in inside)
-    listed = ", ".join(f"{count:,} {ending}" for ending, count in endings.most_common(4))
-    told = f"it holds {listed}{' and others' if len(endings) > 4 else ''}" if inside else "it is empty"
-    rows = [p for p in inside if _kind(p)[0] not in (None, "json")] or [p for p in inside if _kind(p)[0] is not None]
-    globs = {f"{'**/' if p.parent != path else ''}*{_ending(p)}" for p in rows}
-    globs -= {g.removeprefix("**/") for g in globs if g.startswith("**/")}  # ** stands for no folder, too
-    names = [str(rows[0])] if len(rows) == 1 else sorted(str(path / g) for g in globs)
-    fix = f"data.train: {names[0] if len(names) == 1 else '[' + ', '.join(names) + ']'}" if rows else None
-    return f"{path} is a folder; {told}.", fix
 
 
 def _source(path: Path) -> RowSource:

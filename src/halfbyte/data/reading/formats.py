@@ -25,6 +25,8 @@ SPEAKERS = {
     "bard": "assistant", "bing": "assistant", "model": "assistant", "system": "system", "tool": "tool",
     "observation": "tool", "function_response": "tool", "function_call": "assistant", "developer": "system",
 }  # fmt: skip
+TELLING = ("prompt", "completion", "messages", "conversations", "instruction", "output", "text")
+"""The fields whose columns tell a format; the others may be absent from a row."""
 _KNOWN = ("role", "content", "train", "tool_calls", "tool_call_id", "name", "reasoning_content", "thinking", "weight")
 
 
@@ -76,8 +78,7 @@ def detect_format(record: Mapping[str, object], data: Data, where: str = "the fi
         return "text"
     raise DataError(
         f"{where}: cannot tell the format. Needed: the key {f.messages!r} or {f.conversations!r}, or both {f.prompt!r} "
-        f"and {f.completion!r}, or {f.instruction!r} and {f.output!r}, or {f.text!r}; got {keys(record)}.",
-        fix="name the columns, as in --set data.fields.prompt=question --set data.fields.completion=answer",
+        f"and {f.completion!r}, or {f.instruction!r} and {f.output!r}, or {f.text!r}; got {keys(record)}."
     )
 
 

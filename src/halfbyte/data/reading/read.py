@@ -16,15 +16,18 @@ from pathlib import Path
 from halfbyte.data.reading import columns as kinds
 from halfbyte.data.reading import records
 from halfbyte.data.reading.files import RowSource, find
-from halfbyte.data.reading.formats import Row, detect_format, parser
+from halfbyte.data.reading.formats import TELLING, Row, detect_format, parser
 from halfbyte.data.reading.formats import unread as unread_columns
-from halfbyte.data.reading.problems import BadRow, Problems, shorten
-from halfbyte.errors import DataError
-from halfbyte.recipe.data import Data, Format, Sources
+from halfbyte.data.reading.problems import BadRow, Problems, keys, near, shorten
+from halfbyte.errors import DataError, RecipeError, typed
+from halfbyte.recipe.data import Data, Fields, Format, Sources
 from halfbyte.types import Document
 
 CHUNK_ROWS = 1024  # enough for a tokenizer to be fast, few enough to stay small
 CHUNK_BYTES = 4_000_000  # large rows come in smaller chunks
+_JSON_ROWS = 'write one JSON object a line: {"prompt": "...", "completion": "..."}'
+_CSV_ROWS = "write the columns' names in the first line, as in prompt,completion, then one row a line"
+_ROWS = {"jsonl": _JSON_ROWS, "json": _JSON_ROWS, "csv": _CSV_ROWS}
 
 Group = list[tuple[int, records.Record]]
 Known = tuple[Format, tuple[str, ...]]
@@ -54,6 +57,29 @@ def look(names: Sources, data: Data) -> None:
         everything.check()
 
 
+def check_fields(names: Sources, data: Data) -> None:
+    """Raise a RecipeError where `data.fields`, or those of an entry, name a column that no file has, by its first row;
+    a hub dataset and a pipe may have any."""
+    wrong, everywhere = list[str](), dict[str, None]()
+    for source in (sources := _at_hand(names)):
+        there = dict.fromkeys(columns(str(source.path)))
+        wrong += _not_there(source.entry and source.entry.fields, there, f"{source.label} has")
+        everywhere |= there
+    if len(find(names)) == len(sources):
+        wrong += _not_there(data.fields, everywhere, "the rows have")
+    if wrong:
+        raise RecipeError(wrong)
+
+
+def _not_there(fields: Fields | None, there: Document, have: str) -> list[str]:
+    named = fields.model_dump(exclude_defaults=True, include=set(TELLING)).items() if fields and there else ()
+    return [
+        f"data.fields.{name}: {have} no column {column!r}, but {keys(there)}{near(column, there)}"
+        for name, column in named
+        if column not in there
+    ]
+
+
 def _at_hand(names: Sources) -> list[RowSource]:
     return [source for source in find(names) if source.kind != "hub" and source.path.is_file()]
 
@@ -75,6 +101,13 @@ def columns(names: Sources) -> tuple[str, ...]:
         for _, record in _documents(islice(records.records(source), CHUNK_ROWS) if source.kind != "hub" else ()):
             return tuple(record)
     return ()
+
+
+def likely(name: str) -> tuple[str, str] | None:
+    """The columns of a file that seem to ask and to answer, by its first rows."""
+    (source,) = find(name)
+    documents = [d for _, d in _documents(islice(records.records(source), CHUNK_ROWS))]
+    return kinds.likely(documents) if documents else None
 
 
 def _documents(group: Iterable[tuple[int, records.Record]]) -> Iterator[tuple[int, Document]]:
@@ -129,8 +162,7 @@ class Reader:
             known = known or self._known(source, group)
             yield Chunk(source, group, known)
         if self.rows == before:
-            fix = 'write one JSON object a line: {"prompt": "...", "completion": "..."}'
-            raise DataError(f"{source.path} has no rows.", fix=fix)
+            raise DataError(f"{source.path} has no rows.", fix=_ROWS.get(source.kind))
 
     def check(self) -> None:
         """Raise a DataError that names the rows that cannot be used, the first 20 in full."""
@@ -145,9 +177,13 @@ class Reader:
         try:
             shape = detect_format(first, data, _full_name(source, number))
         except DataError as error:
-            asking, answering = kinds.pair(first) or ("question", "answer")
+            asking, answering = kinds.likely([first, *(d for _, d in documents)]) or ("question", "answer")
+            sets = (
+                "--set " + typed(f"data.fields.{n}={c}") for n, c in (("prompt", asking), ("completion", answering))
+            )
             entry = self._entry(source, asking, answering)
-            raise DataError(error.message, fix=f"say how this file is read, {entry}" if entry else error.fix) from None
+            how = f"say how this file is read, {entry}" if entry else f"name the columns, as in {' '.join(sets)}"
+            raise DataError(error.message, fix=how) from None
         text = data.fields.text
         alone = shape == "text" and data.format == "auto"
         if alone and (likely := kinds.answering([first, *(d for _, d in documents)], text)):

@@ -35,6 +35,7 @@ Numbered = Iterator[tuple[int, Record]]
 
 BOMB_BYTES, BOMB_RATIO = 8_000_000, 100  # from so many bytes on, a gzip file that is so many times smaller is none
 MAX_ROW_BYTES = 256_000_000  # a longer line is no row, and would fill the memory
+_UNCLOSED = "unexpected end of data"  # the csv module's words
 _CHUNK_CHARS = 1 << 20
 _BATCH_ROWS = 256
 READ_S = 60.0  # for a batch, of a slow disk too
@@ -42,6 +43,9 @@ _SAMPLE_BYTES = 1 << 20
 # A letter or quotation mark of Windows-1252 (and Latin-1) beside ASCII; a character of several bytes in UTF-8.
 _ONE_BYTE = re.compile(rb"[A-Za-z ][\xc0-\xfe]|[\xc0-\xfe][A-Za-z ]|[\x80\x85\x91-\x97][\x20-\x7e]")
 _SEVERAL_BYTES = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")
+# The first two characters of a text are ASCII (RFC 4627, 3): which bytes are 0 says that it is UTF-16.
+_UTF16 = {"UTF-16": re.compile(rb"\xff\xfe|\xfe\xff"), "UTF-16LE": re.compile(rb"([^\0]\0){2}"),
+          "UTF-16BE": re.compile(rb"(\0[^\0]){2}")}  # fmt: skip
 _CUT = (EOFError, zlib.error, gzip.BadGzipFile)
 csv.field_size_limit(MAX_ROW_BYTES)
 
@@ -102,14 +106,22 @@ class _Inflated(io.RawIOBase):
 
 def _check_start(start: bytes, source: RowSource) -> bytes:
     """The first bytes without a byte order mark."""
-    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
-        fix = f"iconv -f UTF-16 -t UTF-8 {source.path}"
-        raise DataError(f"{source.path} is UTF-16; UTF-8 is needed.", fix=fix)
+    if code := next((code for code, mark in _UTF16.items() if mark.match(start)), None):
+        raise _encoded(source, "is UTF-16", code)
     if start.startswith(b"\x1f\x8b") and not source.gz:
         raise DataError(f"{source.path} is gzip.", fix=f"name it {source.path.name}.gz")
     if start.startswith(b"PAR1") and source.kind != "parquet":
         raise DataError(f"{source.path} is Parquet.", fix=f"name it {source.path.stem}.parquet")
     return start.removeprefix(b"\xef\xbb\xbf")
+
+
+def _encoded(source: RowSource, what: str, code: str) -> DataError:
+    """That a file is not UTF-8, with the command that makes it so. `code`: its encoding, as iconv names it."""
+    path = source.path.with_suffix("") if source.gz else source.path
+    command = f"gunzip -c {source.path} | iconv -f {code} -t UTF-8" if source.gz else f"iconv -f {code} -t UTF-8 {path}"
+    return DataError(
+        f"{source.path} {what}; UTF-8 is needed.", fix=f"{command} > {path.with_suffix(f'.utf8{path.suffix}')}"
+    )
 
 
 def _check_encoding(source: RowSource) -> None:
@@ -127,13 +139,7 @@ def _check_encoding(source: RowSource) -> None:
                 name = code = "Windows-1252"
             before, after = start[: error.start].split(b"\n"), start[error.start :].split(b"\n", 1)[0]
             there = (before[-1][-16:] + after[:16]).decode("cp1252", "replace").strip()
-            path = source.path.with_suffix("") if source.gz else source.path
-            unpacked = f"gunzip -c {source.path} | iconv -f {code} -t UTF-8" if source.gz else ""
-            command = unpacked or f"iconv -f {code} -t UTF-8 {path}"
-            raise DataError(
-                f"{source.path} looks like {name} (line {len(before)}: {there!r}); UTF-8 is needed.",
-                fix=f"{command} > {path.with_suffix(f'.utf8{path.suffix}')}",
-            ) from None
+            raise _encoded(source, f"looks like {name} (line {len(before)}: {there!r})", code) from None
 
 
 def parse(raw: Record) -> Document:
@@ -317,7 +323,10 @@ def _csv(source: RowSource) -> Numbered:
             try:
                 row = next(rows, None)
             except csv.Error as error:
-                yield line, BadRow(f"not CSV: {error}")
+                why = str(error)
+                if why == _UNCLOSED:
+                    why = f"a quote that this row opens is never closed, so that it goes on to line {rows.line_num}"
+                yield line, BadRow(f"not CSV: {why}")
                 continue
             except _CUT as error:
                 yield line, BadRow(f"the file is damaged or cut short here: {first_line(error)}")
@@ -330,7 +339,7 @@ def _csv(source: RowSource) -> Numbered:
 
 def _csv_record(header: list[str], row: list[str]) -> Record:
     if len(row) != len(header):
-        return BadRow(f"{len(row)} fields, and the header has {len(header)}")
+        return BadRow(f"{len(row)} field{'s' * (len(row) != 1)}, and the header has {len(header)}")
     for name, value in zip(header, row, strict=True):
         escaped = next((c for c in value if "\udc80" <= c <= "\udcff"), None)
         if escaped is not None:
