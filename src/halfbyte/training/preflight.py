@@ -85,8 +85,8 @@ def check(recipe: Recipe, *, resume: bool = False, writes: bool = True) -> None:
         RunFolder.check_free(Path(recipe.output))
     if recipe.lora.adapter is not None and not resume:
         adapter.read_config(adapter.folder_of(recipe.lora.adapter))
-    lookup.look(recipe)
     check_rows(recipe)
+    lookup.look(recipe)
 
 
 def check_rows(recipe: Recipe) -> None:
