@@ -351,7 +351,7 @@ class Job:
     def evaluation_sizes(self) -> int:
         """The same of evaluations, whose micro-batches are about as large: at most as many as there are; of the run's
         verdict, two; and of the three rows whose logits are kept, one at a time."""
-        kinds = len(np.unique(-(-self.rows.lengths // FILLED_TO)))
+        kinds = len(np.unique(-(-np.asarray(self.rows.lengths) // FILLED_TO)))
         return math.ceil(int(np.sum(self.rows.evaluated)) / max(1, self.step_tokens)) + min(2, kinds) + min(3, kinds)
 
     @cached_property
