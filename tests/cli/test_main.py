@@ -171,13 +171,20 @@ def test_a_model_and_rows_print_the_recipe_that_is_used(halfbyte: Cli) -> None:
     assert (ended.code, ended.err) == (0, "")
     head, _, rest = ended.out.partition("\n\n")
     printed = yaml.safe_load(rest.partition("\n\n")[0])
-    assert head == "No recipe given; this one is used:"
+    assert head == "No recipe given; the defaults are used, and:"
+    assert rest.partition("\n\n")[2].startswith("the whole recipe: runs/model-train/recipe.yaml\n\n")
     kept = yaml.safe_load(Path("runs/model-train/recipe.yaml").read_text())
     assert (kept["model"], kept["data"]["train"]) == ("../../model", "../../train.jsonl"), "as seen from the run"
-    assert printed == {**kept, "model": "model", "data": {**kept["data"], "train": "train.jsonl"}}
-    assert (printed["model"], printed["data"]["train"], printed["train"]["max_steps"]) == ("model", "train.jsonl", 1)
+    given = {"quant": {"compute_dtype": "fp32"}, "data": {"train": "train.jsonl"}, "train": {"max_steps": 1}}
+    assert printed == {"model": "model", **given, "output": "runs/model-train"}
     quiet = halfbyte("train", "model", "train.jsonl", "-q", "--set", "train.max_steps=1", "-o", "two")
     assert quiet.code == 0 and "No recipe given" not in quiet.out
+
+
+@pytest.mark.parametrize("asked", [(), ("--peft", "--ollama"), ("--gguf", "Q9")])
+def test_an_export_that_is_none_is_wrong_usage(halfbyte: Cli, asked: tuple[str, ...]) -> None:
+    ended = halfbyte("export", "done", *asked)
+    assert ended.code == 2 and "\n  fix: one of " in ended.err, ended
 
 
 def test_an_unusual_value_is_a_warning(halfbyte: Cli) -> None:

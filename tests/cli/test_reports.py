@@ -32,11 +32,17 @@ def test_runs_are_listed(cli: in_process.Cli, tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     assert cli("runs").out == "no runs in runs\n"
     made.finished(tmp_path / "runs/[a]", made.metrics(5))
+    made.finished(
+        tmp_path / "runs/c", made.metrics(5), **made.verdict("better", "better than the base: loss 1 beside 2")
+    )
     made.run(tmp_path / "runs/b", made.metrics(7), steps=9)
     lines = cli("runs").out.splitlines()
-    assert len(lines) == 3 and any("runs/[a]" in line and "finished" in line for line in lines)
-    assert any("runs/b" in line and "crashed (killed after no checkpoint)" in line and "7/9" in line for line in lines)
-    assert {row["state"] for row in json.loads(cli("runs", "--json").out)} == {"finished", "crashed"}
+    assert len(lines) == 4 and any("runs/[a]" in line and "finished" in line for line in lines)
+    assert any(line.split()[:3] == ["runs/c", "better", "5/5"] for line in lines), lines
+    assert any(line.split()[:6] == ["runs/b", "crashed", "at", "step", "7", "7/9"] for line in lines), lines
+    rows = json.loads(cli("runs", "--json").out)
+    assert {row["state"] for row in rows} == {"finished", "crashed"}
+    assert {"killed after no checkpoint", "better than the base: loss 1 beside 2"} <= {row["why"] for row in rows}
 
 
 def test_runs_are_compared(cli: in_process.Cli, tmp_path: Path) -> None:

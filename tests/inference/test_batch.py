@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from halfbyte.data.encoding.examples import Example
 from halfbyte.errors import DataError
@@ -14,6 +15,7 @@ from halfbyte.inference import batch, choices
 from halfbyte.layers import packing
 from halfbyte.layers.decoding.llama import Decoder
 from halfbyte.layers.decoding.tape import isa
+from halfbyte.models import structure
 from halfbyte.recipe.evaluation import Eval
 from halfbyte.scoring import metrics
 from halfbyte.writing.places import CachePlaces, FastPathUnavailable
@@ -220,6 +222,8 @@ def example(prompt: str, answer: str) -> Example:
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_choice_is_the_most_likely_answer(name: str) -> None:
     model, tokenizer = tiny.model(name, vocab_size=tiny_run.VOCAB), tiny_run.tokenizer()
+    for layer in structure.decoder_layers(model):  # a training's dropout
+        layer.register_forward_pre_hook(lambda module, args: (F.dropout(args[0], 0.9, module.training), *args[1:]))
     named = ("red", "cup", "blue", "tree", "old", "green box")
     rows = [example(f"{word}: ", answer) for word, answer in zip(WORDS, named, strict=True)]
 
@@ -235,10 +239,10 @@ def test_a_choice_is_the_most_likely_answer(name: str) -> None:
     assert len(set(wanted)) > 1
     for layout in ("single", packing.layouts(model)[0]):
         packing.install(model, layout)
-        found = choices.scores(model, tokenizer, rows, Eval(choices=named), 64, lambda *done: None)
-        assert [score["choice"] for score in found] == [
-            float(best == row.completion) for best, row in zip(wanted, rows, strict=True)
-        ]
+        for train in (False, True):  # as in a training's evaluation
+            model.train(train)
+            found = choices.choose(model, tokenizer, rows, Eval(choices=named), 64, lambda *done: None)
+            assert found == wanted and model.training == train
 
 
 def test_choices_that_cannot_be_are_told() -> None:
@@ -251,7 +255,7 @@ def test_choices_that_cannot_be_are_told() -> None:
     row = example("red ", "cup")
     torn = Example((*row.input_ids[:-2], 7, 8), row.labels, row.where, row.prompt_ids, "cup")
     with pytest.raises(DataError, match=r"rows.jsonl:1: the metric choice cannot put another answer in the place"):
-        choices.scores(model, tiny_run.tokenizer(), [torn], Eval(choices=("cup", "box")), 64, lambda *done: None)
+        choices.choose(model, tiny_run.tokenizer(), [torn], Eval(choices=("cup", "box")), 64, lambda *done: None)
 
 
 def test_the_proof_allows_rounding_and_nothing_else() -> None:

@@ -113,5 +113,5 @@ def test_runs_of_the_same_name_are_told_apart_by_their_paths(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("count", [0, 1, 9])
 def test_too_few_or_too_many_are_refused(tmp_path: Path, count: int) -> None:
-    with pytest.raises(RunError, match=f"{count} runs are given; 2 to 8"):
+    with pytest.raises(RunError, match=f"{count} {'run is' if count == 1 else 'runs are'} given; 2 to 8"):
         compare.compare([tmp_path] * count)

@@ -1,14 +1,19 @@
-"""A metric of one's own is a function and a line in each of two tables; everything else goes by them."""
+"""A metric of one's own is a function and a line in each of two tables; everything else goes by them, in training as in
+an evaluation."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from halfbyte import finetune
+from halfbyte.inference import choices
 from halfbyte.recipe.evaluation import METRICS
 from halfbyte.scoring.metrics import BUILDERS, of_answer
 from tests import in_process, tiny_run
@@ -51,6 +56,36 @@ def test_a_new_metric_is_known_everywhere(
     ended = cli("compare", "a/run", "a/other")
     assert ended.code == 0 and "length_ratio of the base" in ended.out
     assert "length_ratio of the base" in (tmp_path / "a/compare.html").read_text()
+
+
+def test_a_choice_in_training_is_the_one_of_eval_and_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row by row in bf16, though dropout is on while the steps run."""
+    monkeypatch.chdir(tmp_path)
+    cli, named = in_process.runner(tmp_path, capsys), ("red", "cup", "blue", "tree")
+    prompts = map(" ".join, product(named[:2], named, named))
+    rows = [{"prompt": prompt, "completion": named[n % 4]} for n, prompt in enumerate(prompts)]
+    held_out = tmp_path / "labels.jsonl"
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    loaded = tiny_run.recipe(
+        tmp_path / "a", data__eval=str(held_out), train__eval_strategy="steps", train__eval_steps=2, train__max_steps=2,
+        lora__lora_dropout=0.9, train__learning_rate=0.1, quant__compute_dtype="bf16", eval={"metrics": ["choice"]},
+    )  # fmt: skip
+    scored: list[list[str]] = []
+
+    def choose(*args: Any) -> list[str]:
+        scored.append(original(*args))
+        return scored[-1]
+
+    original = choices.choose
+    monkeypatch.setattr(choices, "choose", choose)
+    run = finetune.train(loaded).run
+    ended = cli("eval", "a/run", "-m", "choice", "--samples", "1")
+    answers = [json.loads(line)["adapter"] for line in (run / "eval/answers.jsonl").read_text().splitlines()]
+    assert scored == [[answer["choice"] for answer in answers]] * 2
+    assert len(set(scored[0])) > 1 and {answer["text"] for answer in answers} == {""}
+    assert re.search(rf"^  adapter: {scored[0][0]}  (not )?choice$", ended.out, re.MULTILINE), ended.out
 
 
 def test_an_unknown_metric_is_refused_and_the_known_ones_are_named(

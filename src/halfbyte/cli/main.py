@@ -132,7 +132,8 @@ def _loaded(world: World, recipe: str, data: str | None, overrides: list[str], *
 
 def _trained(world: World, loaded: Loaded, *, resume: bool, force: bool, live: bool, json_: bool, quiet: bool) -> int:
     """Train, and show how it ends, in the world's first process. Returns the exit code."""
-    from halfbyte.recipe.file import to_yaml
+    from halfbyte.recipe.file import without_defaults
+    from halfbyte.runs.folder import RunFolder
     from halfbyte.training import preflight
 
     first = world.first
@@ -140,7 +141,8 @@ def _trained(world: World, loaded: Loaded, *, resume: bool, force: bool, live: b
     for warning in loaded.warnings if first else ():
         show.warning(warning)
     if loaded.path is None and first and not (json_ or quiet):
-        show.text("No recipe given; this one is used:\n\n" + to_yaml(loaded.recipe))
+        given, whole = without_defaults(loaded.recipe), RunFolder(Path(loaded.recipe.output)).recipe
+        show.text(f"No recipe given; the defaults are used, and:\n\n{given}\nthe whole recipe: {whole}\n")
     shown = progress.training(quiet=quiet, silent=json_ or not first)
     with reports.live(Path(loaded.recipe.output), live and first), shown as listener:
         with libraries.loading():

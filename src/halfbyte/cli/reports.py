@@ -85,10 +85,10 @@ def _list(folder: Path, entries: list[RunSummary]) -> None:
     columns = ("run", "state", "step", "loss", "held out", "model", "last written")
     table = show.table(*columns, right=("step", "loss", "held out"))
     for entry in entries:
-        state, name = entry.state, entry.state.name
+        state = entry.state
         step = f"{state.step:,}" + (f"/{state.steps:,}" if state.steps else "")
         losses = ("" if value is None else f"{value:.4f}" for value in (entry.loss, entry.eval_loss))
-        what = f"[{STYLES.get(name, 'dim')}]{name}[/]" + (f" ({escape(state.why)})" if state.why else "")
+        what = f"[{STYLES.get(state.name, 'dim')}]{state.short}[/]"
         run, model = show.escaped(str(entry.run)), show.escaped(entry.model)
         table.add_row(run, what, step, *losses, model, show.date(entry.changed))
     show.out.print(table)

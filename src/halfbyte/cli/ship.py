@@ -10,7 +10,7 @@ import typer
 
 from halfbyte.cli import progress, show
 from halfbyte.cli.options import Force, Json, Quiet, Set
-from halfbyte.errors import ExportError
+from halfbyte.errors import RecipeError
 from halfbyte.system import libraries
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def export(
 ) -> None:
     """A run for llama.cpp, Ollama, vLLM or plain PEFT, with a proof that it says what the run says."""
     if sum((gguf is not None, gguf_lora, peft)) > 1 or not (gguf or gguf_lora or peft or ollama) or (peft and ollama):
-        raise ExportError("what is wanted?", fix="one of --gguf FORMAT, --gguf-lora, --peft; --ollama with one of GGUF")
+        raise RecipeError("what is wanted?", fix="one of --gguf FORMAT, --gguf-lora, --peft; --ollama with one of GGUF")
     with progress.quantizing(silent=json_ or quiet) as tell:
         with libraries.loading():
             from halfbyte.export import export as exporting

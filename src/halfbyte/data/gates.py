@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from halfbyte.data.encoding.chatml import is_reserved
 from halfbyte.data.encoding.encoder import EncodedRows
+from halfbyte.data.encoding.render import THOUGHTS_LEFT_OUT
 from halfbyte.data.reading.problems import some
 from halfbyte.errors import DataError
 from halfbyte.models.context import Context
@@ -65,6 +66,9 @@ def check(
         "unseen tokens": _unseen(train, tokenizer, trained),
         "vocabulary": _vocabulary(train, held_out, tokenizer, embedding_rows),
     }
+    if lost := train.tally.notices[THOUGHTS_LEFT_OUT]:
+        text, fix = THOUGHTS_LEFT_OUT.split("; ")
+        verdicts["thoughts"] = "warning", f"of {lost:,} of {train.tally.kept:,} rows: {text}", fix
     return tuple(Finding(gate, *verdict) for gate, verdict in verdicts.items())
 
 

@@ -14,7 +14,7 @@ from gguf import GGUFWriter
 
 from halfbyte.base.config import open_config
 from halfbyte.data.encoding.chatml import chat_template
-from halfbyte.errors import ExportError, HalfbyteError
+from halfbyte.errors import ExportError, HalfbyteError, RecipeError
 from halfbyte.export import folder, gguf, gguf_tokenizer, llama_cpp, lora, ollama
 from halfbyte.export.job import BaseChoice, DraftExport, ExportJob, bases, better, describe, notes
 from halfbyte.export.weights import BaseKind, MergedModel
@@ -98,7 +98,7 @@ def to_gguf(job: ExportJob, kind: str, choice: BaseChoice = "auto", *, modelfile
     what the run says; nothing is left then."""
     kind = kind.upper()
     if kind not in (every := (*gguf.OWN_FORMATS, *gguf.K_QUANTS)):
-        raise ExportError(f"--gguf {kind}: no such format.", fix=f"one of {', '.join(every)}")
+        raise RecipeError(f"--gguf {kind}: no such format.", fix=f"one of {', '.join(every)}")
     if kind in gguf.K_QUANTS:
         llama_cpp.need(kind)
     out = job.out_folder(f"gguf-{kind.lower()}")

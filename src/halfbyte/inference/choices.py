@@ -13,26 +13,26 @@ from dataclasses import replace
 from halfbyte.data import collate, pack
 from halfbyte.data.encoding.examples import IGNORED, Example
 from halfbyte.errors import DataError
-from halfbyte.inference.generate import stop_ids
+from halfbyte.inference.generate import evaluating, stop_ids
 from halfbyte.layers import loss, packing
 from halfbyte.recipe.evaluation import Eval
-from halfbyte.scoring.metrics import Scores, choices
+from halfbyte.scoring.metrics import choices
 from halfbyte.types import Model, Tokenizer
 
 
-def scores(
+def choose(
     model: Model,
     tokenizer: Tokenizer,
     asking: Sequence[Example],
     settings: Eval,
     tokens: int,
     tell: Callable[[str, int, int], None],
-) -> list[Scores]:
-    """For each row 1 where the expected answer is the most likely one, else 0."""
+) -> list[str]:
+    """For each row the choice that is the most likely answer."""
     named = choices(settings, [e.completion for e in asking])
     stops = set(stop_ids(model, tokenizer))
     ids = {name: tokenizer(name, add_special_tokens=False)["input_ids"] for name in named}
-    chosen: list[Scores] = []
+    chosen = list[str]()
     packed = packing.installed(model) != "single"
     for done, example in enumerate(asking, 1):
         rows = [with_answer(example, ids[name], stops) for name in named]
@@ -45,10 +45,11 @@ def scores(
             )
         lengths = [len(row.input_ids) for row in rows]
         batches = collate.Batches(rows, pack.eval_micro_batches(lengths, tokens, len(rows) if packed else 1))
-        losses = {row: value for rows_ in batches.micro_batches
-                  for row, value in zip(rows_, loss.text_losses(model, batches.of(rows_)), strict=True)}  # fmt: skip
-        best = min(losses, key=lambda row: losses[row])
-        chosen.append({"choice": float(named[best] == example.completion)})
+        losses = dict[int, float]()
+        with evaluating(model):
+            for together in batches.micro_batches:
+                losses |= zip(together, loss.text_losses(model, batches.of(together)), strict=True)
+        chosen.append(named[min(losses, key=lambda row: losses[row])])
         tell("choices", done, len(asking))
     return chosen
 

@@ -158,7 +158,7 @@ class Scoring:
         self, at_once: int, tokens: int, tell: Progress, losses: dict[int, float] | None = None
     ) -> list[sheet.Answer]:
         """What the model writes for each row, and its scores; `losses` gets those of the rows where it can be had."""
-        texts, chosen = [""] * len(self.asking), list[metrics.Scores]()
+        texts, chosen = [""] * len(self.asking), list[str]()
         context, limit = context_of(self.model.config), self.settings.max_new_tokens
         if self.metrics:
             texts = batch.answers(
@@ -173,13 +173,13 @@ class Scoring:
                 progress=lambda done, of: tell("answers", done, of),
             )
         if self.chooses:
-            chosen = choices.scores(self.model, self.tokenizer, self.asking, self.settings, tokens, tell)
+            chosen = choices.choose(self.model, self.tokenizer, self.asking, self.settings, tokens, tell)
         answers = []
         for number, (example, text) in enumerate(zip(self.asking, texts, strict=True)):
-            scores: metrics.Scores = dict(chosen[number]) if chosen else {}
+            scores: metrics.Scores = {"choice": float(chosen[number] == example.completion)} if chosen else {}
             for metric in self.metrics:
                 scores |= metric.score(example.completion, text)
-            answers.append(sheet.Answer(text, scores))
+            answers.append(sheet.Answer(text, scores, chosen[number] if chosen else None))
         return answers
 
 

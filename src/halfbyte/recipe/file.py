@@ -124,6 +124,13 @@ def to_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(values, sort_keys=False, width=110, allow_unicode=True)
 
 
+def without_defaults(recipe: Recipe) -> str:
+    """What of the recipe is no default, as YAML."""
+    return yaml.safe_dump(
+        recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=False, width=110, allow_unicode=True
+    )
+
+
 def init_template(model: str, data: str, values: Mapping[str, object], remarks: Sequence[str]) -> str:
     """The commented recipe that `halfbyte init` writes. It loads as it is. `values`: what is not a default, by dotted
     name. `remarks`: comments at its top."""

@@ -45,7 +45,10 @@ class RunComparison:
 def compare(paths: Sequence[Path]) -> RunComparison:
     """The comparison of two to eight runs. Raises RunError: too few or too many, or one of them is no run."""
     if not 2 <= len(paths) <= MAX_RUNS:
-        raise RunError(f"{len(paths)} runs are given; 2 to {MAX_RUNS} can be compared.", fix="halfbyte compare RUN RUN")
+        raise RunError(
+            f"{len(paths)} {'run is' if len(paths) == 1 else 'runs are'} given; 2 to {MAX_RUNS} can be compared.",
+            fix="halfbyte compare RUN RUN",
+        )
     runs = tuple(record.read(path) for path in paths)
     names = unique([run.name for run in runs], paths)
     figures = (

@@ -22,13 +22,21 @@ TAIL_BYTES = 8_192
 
 @dataclass(frozen=True)
 class State:
-    """`step` of `steps`, 0 where unknown; `why` in a few words. `writer`: the process that writes the run now."""
+    """`step` of `steps`, 0 where unknown; `why` in a few words. `writer`: the process that writes the run now.
+    `verdict`: the name of a finished run's."""
 
     name: Name
     step: int
     steps: int
     why: str = ""
     writer: str | None = None
+    verdict: str = ""
+
+    @property
+    def short(self) -> str:
+        """In a word or two."""
+        at = f" at step {self.step:,}" if self.name in ("stopped", "crashed") and self.step else ""
+        return f"{self.verdict or self.name}{at}"
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,8 @@ def state(run: RunFolder, *, ours: bool = False) -> State:
         measured = verdict(run, report)
         name: Name = measured["name"] if measured.get("useless") else "finished"
         why = ["stopped early: no better evaluation"] if report.get("stopped_early") else []
-        return State(name, step, steps, "; ".join([*why, *([measured["text"]] if measured else [])]))
+        why += [measured["text"]] if measured else []
+        return State(name, step, steps, "; ".join(why), verdict=measured.get("name", ""))
     if (run.path / crash.NAME).is_file():
         return State("crashed", step, steps, f"see {crash.NAME}")
     if not step:

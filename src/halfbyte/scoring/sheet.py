@@ -52,10 +52,12 @@ class EvalOptions:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one side wrote for a row, and its scores; `text` is empty where no metric reads answers."""
+    """What one side wrote for a row, its scores, and its choice where the metric `choice` is asked for; `text` is empty
+    where no metric reads answers."""
 
     text: str
     scores: Scores
+    choice: str | None = None
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,10 @@ _TAIL_CHARS = 8  # characters of a prompt's end that are searched for, where the
 _PRIVATE_USE = range(0xE000, 0xF900)  # characters that no text holds and no template strips
 _UNWRITTEN = "messages[{i}]: the chat template does not write the {what} of this assistant message"
 _TOOLS_FIX = "data.chat_template: chatml-tools (or qwen-tools, llama3-tools)"
+THOUGHTS_LEFT_OUT = (
+    "the chat template leaves out the thoughts of an assistant message; --set data.chat_template=chatml-tools (or "
+    "llama3-tools) keeps them"
+)
 _QUESTION, _ANSWER = ChatMessage("user", "a"), ChatMessage("assistant", chr(_PRIVATE_USE[0]))
 
 
@@ -209,8 +213,9 @@ class Renderer:
         self._count_special(m.content for m in messages)
         for role in {m.role for m in messages if m.role != "assistant" and m.content.strip() not in text}:
             self.counts[f"the chat template changes or leaves out the text of a {role} message"] += 1
-        if any(t.strip() not in text for m in messages if (t := m.more.get("reasoning_content"))):
-            self.counts["the chat template leaves out the thoughts of an assistant message"] += 1
+        learned = messages[-1:] if self._mask == "completion" else messages
+        if any(t.strip() not in text for m in learned if m.train and (t := m.more.get("reasoning_content"))):
+            self.counts[THOUGHTS_LEFT_OUT] += 1
         names = [(tool.get("function") or tool).get("name") for tool in self._tools or ()]
         if any(isinstance(name, str) and name not in text for name in names):
             self.counts[f"the chat template leaves out the tools; {_TOOLS_FIX}"] += 1
