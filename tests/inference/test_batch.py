@@ -241,7 +241,7 @@ def test_a_choice_is_the_most_likely_answer(name: str) -> None:
         packing.install(model, layout)
         for train in (False, True):  # as in a training's evaluation
             model.train(train)
-            found = choices.choose(model, tokenizer, rows, Eval(choices=named), 64, lambda *done: None)
+            found = choices.choose(model, tokenizer, rows, Eval(choices=named), lambda *done: None)
             assert found == wanted and model.training == train
 
 
@@ -255,7 +255,7 @@ def test_choices_that_cannot_be_are_told() -> None:
     row = example("red ", "cup")
     torn = Example((*row.input_ids[:-2], 7, 8), row.labels, row.where, row.prompt_ids, "cup")
     with pytest.raises(DataError, match=r"rows.jsonl:1: the metric choice cannot put another answer in the place"):
-        choices.choose(model, tiny_run.tokenizer(), [torn], Eval(choices=("cup", "box")), 64, lambda *done: None)
+        choices.choose(model, tiny_run.tokenizer(), [torn], Eval(choices=("cup", "box")), lambda *done: None)
 
 
 def test_the_proof_allows_rounding_and_nothing_else() -> None:

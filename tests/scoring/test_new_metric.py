@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from halfbyte import finetune
-from halfbyte.inference import choices
+from halfbyte.inference import choices, evaluate
+from halfbyte.layers import loss
 from halfbyte.recipe.evaluation import METRICS
 from halfbyte.scoring.metrics import BUILDERS, of_answer
 from tests import in_process, tiny_run
@@ -61,7 +62,7 @@ def test_a_new_metric_is_known_everywhere(
 def test_a_choice_in_training_is_the_one_of_eval_and_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Row by row in bf16, though dropout is on while the steps run."""
+    """Row by row in bf16, though dropout is on while the steps run, and their micro-batches are smaller."""
     monkeypatch.chdir(tmp_path)
     cli, named = in_process.runner(tmp_path, capsys), ("red", "cup", "blue", "tree")
     prompts = map(" ".join, product(named[:2], named, named))
@@ -73,17 +74,28 @@ def test_a_choice_in_training_is_the_one_of_eval_and_is_named(
         lora__lora_dropout=0.9, train__learning_rate=0.1, quant__compute_dtype="bf16", eval={"metrics": ["choice"]},
     )  # fmt: skip
     scored: list[list[str]] = []
+    forwards: list[list[int]] = [[], []]
+    original, text_losses = choices.choose, loss.text_losses
 
     def choose(*args: Any) -> list[str]:
-        scored.append(original(*args))
-        return scored[-1]
+        def losses(model: Any, batch: Any) -> list[float]:
+            forwards[len(scored)] += batch["cu_seq_lens_q"].tolist()
+            return text_losses(model, batch)
 
-    original = choices.choose
+        with monkeypatch.context() as patched:
+            patched.setattr(loss, "text_losses", losses)
+            answers = original(*args)
+        scored.append(answers)
+        return answers
+
     monkeypatch.setattr(choices, "choose", choose)
+    answer_scores = evaluate.answer_scores
+    monkeypatch.setattr(evaluate, "answer_scores", lambda run, model, tokens: answer_scores(run, model, 40))
     run = finetune.train(loaded).run
     ended = cli("eval", "a/run", "-m", "choice", "--samples", "1")
     answers = [json.loads(line)["adapter"] for line in (run / "eval/answers.jsonl").read_text().splitlines()]
     assert scored == [[answer["choice"] for answer in answers]] * 2
+    assert forwards[0] == forwards[1], "in bf16 a near tie goes by what else is in the forward"
     assert len(set(scored[0])) > 1 and {answer["text"] for answer in answers} == {""}
     assert re.search(rf"^  adapter: {scored[0][0]}  (not )?choice$", ended.out, re.MULTILINE), ended.out
 

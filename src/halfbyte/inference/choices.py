@@ -19,14 +19,13 @@ from halfbyte.recipe.evaluation import Eval
 from halfbyte.scoring.metrics import choices
 from halfbyte.types import Model, Tokenizer
 
+# Tokens of a row's choices in one forward, but for a longer one; less than a training's micro-batch takes. Not the
+# plan's, which differs between training and evaluation: in 16 bits what lies beside a choice tips near ties.
+TOGETHER = 512
+
 
 def choose(
-    model: Model,
-    tokenizer: Tokenizer,
-    asking: Sequence[Example],
-    settings: Eval,
-    tokens: int,
-    tell: Callable[[str, int, int], None],
+    model: Model, tokenizer: Tokenizer, asking: Sequence[Example], settings: Eval, tell: Callable[[str, int, int], None]
 ) -> list[str]:
     """For each row the choice that is the most likely answer."""
     named = choices(settings, [e.completion for e in asking])
@@ -44,7 +43,7 @@ def choose(
                 fix="--metric exact_match",
             )
         lengths = [len(row.input_ids) for row in rows]
-        batches = collate.Batches(rows, pack.eval_micro_batches(lengths, tokens, len(rows) if packed else 1))
+        batches = collate.Batches(rows, pack.eval_micro_batches(lengths, TOGETHER, len(rows) if packed else 1))
         losses = dict[int, float]()
         with evaluating(model):
             for together in batches.micro_batches:

@@ -173,7 +173,7 @@ class Scoring:
                 progress=lambda done, of: tell("answers", done, of),
             )
         if self.chooses:
-            chosen = choices.choose(self.model, self.tokenizer, self.asking, self.settings, tokens, tell)
+            chosen = choices.choose(self.model, self.tokenizer, self.asking, self.settings, tell)
         answers = []
         for number, (example, text) in enumerate(zip(self.asking, texts, strict=True)):
             scores: metrics.Scores = {"choice": float(chosen[number] == example.completion)} if chosen else {}
