@@ -376,6 +376,13 @@ CASES = [
         write("bad.jsonl", row(prompt="a", complettion="b")),
     ),
     Case(
+        "fields that no row has",
+        train(DATA, "data.fields={prompt: instrucion, completion: output}"),
+        "error: data.fields.prompt: the rows have no column 'instrucion', but 'instruction', 'output'; did you mean "
+        "'instruction'?",
+        write("bad.jsonl", row(instruction="a", output="b")),
+    ),
+    Case(
         "a near field",
         train(DATA, "data.format=prompt_completion"),
         "error: 1 of 1 rows cannot be used\n  - bad.jsonl:1: completion: missing; the row has 'prompt', "

@@ -93,9 +93,9 @@ def _quantise(job: ExportJob, draft: DraftExport, merged: Exported, place: Path)
 
 # ------------------------------------------------------------------ GGUF
 def to_gguf(job: ExportJob, kind: str, choice: BaseChoice = "auto", *, modelfile: bool = False) -> Exported:
-    """The merged model as one GGUF file in a folder, with `--ollama` a Modelfile beside it. Raises ExportError: the
-    architecture is not written here, llama.cpp is not there for a K-quant, no space, or what was written does not say
-    what the run says; nothing is left then."""
+    """The merged model as one GGUF file in a folder, with `--ollama` a Modelfile beside it. Raises RecipeError: no such
+    format. ExportError: the architecture is not written here, llama.cpp is not there for a K-quant, no space, or what
+    was written does not say what the run says; nothing is left then."""
     kind = kind.upper()
     if kind not in (every := (*gguf.OWN_FORMATS, *gguf.K_QUANTS)):
         raise RecipeError(f"--gguf {kind}: no such format.", fix=f"one of {', '.join(every)}")

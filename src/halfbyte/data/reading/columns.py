@@ -9,7 +9,7 @@ Cost: the first rows of a file, parsed once more.
 """
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from halfbyte.types import Document
 
@@ -45,21 +45,13 @@ _ORIGIN = frozenset({
 MIN_ROWS, MAX_CLASSES, MIN_REPEATS, MAX_WORDS, MAX_CHARS = 20, 20, 4, 3, 30
 
 
-def pair(columns: Collection[str]) -> tuple[str, str] | None:
-    """The column that asks and the one that answers, by their names alone."""
-    asking, answering = (next((n for n in known if n in columns), None) for known in (ASKING, ANSWERING))
-    return None if asking is None or answering is None or asking == answering else (asking, answering)
-
-
 def likely(records: Sequence[Document]) -> tuple[str, str] | None:
-    """The column that asks and the one that answers: by their names, else the longest texts and what looks like their
+    """The column that asks and the one that answers: by their names; else the longest texts, and what looks like their
     answer."""
-    if (named := pair(records[0])) is not None:
-        return named
-    texts = {c: sum(len(r[c]) for r in records if isinstance(r.get(c), str)) for c in records[0]}
-    asking = next((name for name in ASKING if name in texts), max(texts, key=lambda c: texts[c], default=""))
-    found = answering(records, asking)
-    return (asking, next(iter(found))) if found else None
+    chars = {c: sum(len(r[c]) for r in records if isinstance(r.get(c), str)) for c in records[0]}
+    asking = next((n for n in ASKING if n in chars), max(chars, key=lambda c: chars[c], default=""))
+    answers = [n for n in ANSWERING if n in chars and n != asking] or [*answering(records, asking)]
+    return (asking, answers[0]) if answers else None
 
 
 def answering(records: Sequence[Document], text: str) -> dict[str, list[str]]:

@@ -63,7 +63,7 @@ def check_fields(names: Sources, data: Data) -> None:
     wrong, everywhere = list[str](), dict[str, None]()
     for source in (sources := _at_hand(names)):
         there = dict.fromkeys(columns(str(source.path)))
-        wrong += _not_there(source.entry and source.entry.fields, there, f"{source.label} has")
+        wrong += _not_there(source.entry.fields if source.entry else None, there, f"{source.label} has")
         everywhere |= there
     if len(find(names)) == len(sources):
         wrong += _not_there(data.fields, everywhere, "the rows have")
