@@ -14,6 +14,7 @@ from halfbyte.adapters.lora import damaged
 from halfbyte.base.load import Base
 from halfbyte.base.store import manifest, shelf
 from halfbyte.errors import AdapterError
+from halfbyte.models.gguf import blocks
 from halfbyte.recipe.adapter import ADAPTER_FILES, PASSPORT, PASSPORT_FORMAT, read_config, read_passport
 from halfbyte.recipe.fields import shown
 from halfbyte.recipe.schema import Quant
@@ -32,7 +33,11 @@ def belongs_to(base: Base, quant: Quant, tokenizer: Tokenizer, template: str | N
     source = base.checkpoint
     settings = shelf.settings(quant, base.compute_dtype) if quant.quantises else {"type": quant.type}
     settings.pop("compute_dtype", None)  # a machine without bf16 computes the same in fp32
-    content = manifest.read(base.store).content_sha256 if base.store is not None else _sampled(base)
+    in_file = blocks.read(source.path)
+    if in_file is not None:
+        content = in_file.content
+    else:
+        content = manifest.read(base.store).content_sha256 if base.store is not None else _sampled(base)
     return {
         "base": {"id": source.id, "revision": source.revision, "content": content},
         "quant": settings,

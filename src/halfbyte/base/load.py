@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from halfbyte.base import quantisation_error, residency
+from halfbyte.base import gguf_file, quantisation_error, residency
 from halfbyte.base.config import is_quantised_already, open_config
 from halfbyte.base.store import reading, shelf, supply
 from halfbyte.base.tokenizer import open_tokenizer
@@ -84,7 +84,10 @@ def open_base(
     quantised = is_quantised_already(config, checkpoint.path)
     folder, origin = checkpoint.path, str(checkpoint.path)
     stored, spec = None, None
-    if use_store and quant.quantises and not quantised and not hasattr(config, "auto_map"):
+    if checkpoint.blocks:
+        origin = f"mapped from {checkpoint.blocks[0]}"
+        _check_blocks(checkpoint, config, device)
+    elif use_store and quant.quantises and not quantised and not hasattr(config, "auto_map"):
         spec = store_spec(checkpoint, config, quant, device, specs)
         stored, why = stored_base(spec, device, tell)
         folder, origin = (stored, f"store {stored}") if stored is not None else (folder, f"{folder}: {why}")
@@ -118,6 +121,9 @@ class _Opening:
 
     def model(self, **how: object) -> Model:
         """The model, whole and safe to train. `how` is handed on to `from_pretrained`."""
+        if self.checkpoint.blocks:
+            opened = gguf_file.open_blocks(self.checkpoint, self.config, self.quant, self.dtype)
+            return self._settled(self._from_pretrained(config=opened.config, state_dict=opened.state, **how))
         from_store = self.folder != self.checkpoint.path
         config = loader.opening_config(open_config(self.folder) if from_store else self.config)
         bits = None
@@ -135,7 +141,10 @@ class _Opening:
         how |= {} if bits is None else {"quantization_config": bits}
         how |= {} if config is None else {"config": config}
         model = self._from_pretrained(use_safetensors=from_store or not self.checkpoint.pickle, **how)
-        if bits is None:
+        return self._settled(model, forget=bits is None)
+
+    def _settled(self, model: Model, *, forget: bool = True) -> Model:
+        if forget:
             codec.forget_deserialising(model)
         loader.settle(model, self.dtype)
         formats.settle(model)
@@ -151,8 +160,11 @@ class _Opening:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                model, info = AutoModelForCausalLM.from_pretrained(
-                    self.folder,
+                auto = AutoModelForCausalLM
+                if self.checkpoint.blocks:  # the automatic class asks for a folder
+                    auto = auto._model_mapping[type(self.config)]
+                model, info = auto.from_pretrained(
+                    None if self.checkpoint.blocks else self.folder,
                     dtype=self.dtype,
                     weights_only=True,
                     ignore_mismatched_sizes=True,  # they are named in residency.check_complete
@@ -167,6 +179,14 @@ class _Opening:
             ) from error
         residency.check_complete(model, info, self.checkpoint, self.quant)
         return model
+
+
+def _check_blocks(checkpoint: Checkpoint, config: Config, device: machine.Device) -> None:
+    if device.on_card:
+        raise BaseModelError(
+            "quant.type gguf computes on the CPU: no kernel here reads a GGUF's blocks on a card.",
+            fix="--set quant.type=nf4; or CUDA_VISIBLE_DEVICES= in front of the command, to compute on the CPU",
+        )
 
 
 def open_store(spec: shelf.StoreSpec, folder: Path) -> Model:

@@ -45,6 +45,8 @@ def quantize(recipe: Recipe, *, out: Path | None = None, tell: supply.Tell | Non
     and what helps. BaseModelError: nothing is to be quantised, or the model is quantised already."""
     if not recipe.quant.quantises:
         raise BaseModelError("quant.type none keeps the base in 16 bits, as it is; there is nothing to quantise.")
+    if recipe.quant.in_file:
+        raise BaseModelError("quant.type gguf keeps the base in its file's own blocks; there is nothing to quantise.")
     started, built = time.monotonic(), []
     checkpoint = find_model(recipe)
     config = open_config(checkpoint.path, trust_remote_code=recipe.trust_remote_code)

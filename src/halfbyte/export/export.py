@@ -75,8 +75,9 @@ def _quantise(job: ExportJob, draft: DraftExport, merged: Exported, place: Path)
     from halfbyte.base.quantize import quantize
 
     quant = draft.run.recipe.quant
-    if not quant.quantises:
-        raise ExportError("the run's base is in 16 bits: it says no format to quantise to.", fix="--set quant.type=nf4")
+    if not quant.quantises or quant.in_file:
+        what = "is a file's own blocks" if quant.in_file else "is in 16 bits"
+        raise ExportError(f"the run's base {what}: it says no format to quantise to.", fix="halfbyte export RUN --gguf")
     recipe = draft.run.recipe.model_copy(update={"model": str(place), "revision": None})
     store = draft.folder / "store"
     try:
@@ -132,15 +133,21 @@ def to_gguf_lora(job: ExportJob, *, modelfile: bool = False) -> Exported:
     with job.draft(run, out) as draft:
         path = draft.folder / f"{file_name(run)}-lora.gguf"
         lora.write_gguf(merged, path)
-        if _proves(draft):
+        file = merged.checkpoint.blocks[0] if merged.checkpoint.blocks else None
+        if _proves(draft) and file is not None:
+            _prove(draft, file, "Q8_0", "16bit", path)  # its weights are the run's: what it rounds are inputs
+        elif _proves(draft):
             alone = draft.folder / "base.gguf"
             _write_gguf(job, Target(run.path, run.recipe, None, run.run), "16bit", alone, "F16")
             _prove(draft, alone, "F16", "16bit", path)
             alone.unlink()
         use = f"llama-cli -m BASE.gguf --lora {out / path.name}, on a GGUF file of {merged.checkpoint.id} in 16 bits"
+        if file is not None:
+            use = f"llama-cli -m {file} --lora {out / path.name}: the very file that it was trained on"
         result = draft.result("GGUF adapter", "16bit", [use, *_notes(draft, ["16bit"], "16bit")])
         if modelfile:
-            ollama.write(draft.folder / "Modelfile", "BASE.gguf", _tokenizer(run), run.recipe, adapter=path.name)
+            name = "BASE.gguf" if file is None else str(file)
+            ollama.write(draft.folder / "Modelfile", name, _tokenizer(run), run.recipe, adapter=path.name)
         return draft.finish(result)
 
 

@@ -111,10 +111,10 @@ class RunWitness:
         return ask_run(RunQuestions(str(job.run), str(out), overrides, job.force, unquantised, data, job.prompts))
 
     def unquantised(self) -> Path | None:
-        """The folder of what base and adapter say in 16 bits: the run's own where it was trained on those; None where
-        an adapter holds a part of what quantising lost."""
+        """The folder of what base and adapter say in 16 bits: the run's own where it was trained on those, or on its
+        file's own values; None where an adapter holds a part of what quantising lost."""
         assert self.run.adapter is not None
-        if not self.run.recipe.quant.quantises:
+        if not self.run.recipe.quant.quantises or self.run.recipe.quant.in_file:
             return self.path.parent
         if starts_residual(self.run.adapter):
             return None
@@ -130,7 +130,8 @@ class RunWitness:
         assert self.run.adapter is not None
         self.job.tell.say(f"{path.name} is opened by {program}", label="proof")
         ask_program(program, path, self.path, self.place / name, adapter)
-        on_16_bits = base == "16bit" and self.run.recipe.quant.quantises
+        quant = self.run.recipe.quant
+        on_16_bits = base == "16bit" and quant.quantises and not quant.in_file
         # what these would be on 16-bit weights no run can say
         answers, source = self.place / name, self.unquantised()
         unlike = on_16_bits and (source is None or read_config(self.run.adapter).get("use_dora"))
@@ -189,7 +190,8 @@ def check_passport(run: Target, tell: supply.Tell, *, force: bool = False) -> No
     specs = tuple(tensors.read_checkpoint(checkpoint.path)) if not checkpoint.pickle else ()
     name, why = device.compute_dtype(machine, recipe.quant.compute_dtype)
     store = None
-    if recipe.quant.quantises and not tensors.is_quantised(config.to_dict()) and not hasattr(config, "auto_map"):
+    own = checkpoint.blocks or tensors.is_quantised(config.to_dict()) or hasattr(config, "auto_map")
+    if recipe.quant.quantises and not own:
         store, _ = load.stored_base(load.store_spec(checkpoint, config, recipe.quant, machine, specs), machine, tell)
     tokenizer = tokenizer_of(run, checkpoint)
     base = load.Base(meta_model(config), checkpoint, specs, name, why, 0, 0, store=store)
@@ -204,9 +206,10 @@ def describe(base: str) -> str:
 
 def bases(run: Target, choice: BaseChoice) -> list[BaseKind]:
     """What is merged into: the base asked for, or those to choose among."""
-    if not run.recipe.quant.quantises:
+    if not run.recipe.quant.quantises or run.recipe.quant.in_file:
         if choice == "4bit":
-            raise ExportError("the run was trained on 16-bit weights, so there are no others.", fix="--base 16bit")
+            what = "a file's own blocks" if run.recipe.quant.in_file else "16-bit weights"
+            raise ExportError(f"the run was trained on {what}, so there are no others.", fix="--base 16bit")
         return ["16bit"]
     return ["16bit", "4bit"] if choice == "auto" else [choice]
 

@@ -10,18 +10,19 @@ Cost: the adapter in fp32.
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from gguf import GGUFWriter
 from safetensors.torch import save_file
 
+from halfbyte.base.store.in_file import FileSource
 from halfbyte.errors import ExportError
 from halfbyte.export import gguf, hub
-from halfbyte.export.weights import MergedModel
+from halfbyte.export.weights import Item, MergedModel
 from halfbyte.models.gguf.layouts import transform_of
+from halfbyte.models.gguf.reader import FileNumbers, Transform
 from halfbyte.recipe.adapter import ADAPTER_FILES, read_config
 from halfbyte.system import files
 
@@ -66,32 +67,42 @@ def factors(merged: MergedModel, program: str) -> list[Factors]:
 def write_gguf(merged: MergedModel, path: Path) -> None:
     """A GGUF adapter, for a GGUF file of the base. Raises ExportError: the architecture, or a part of the adapter, has
     no place in it."""
-    config = merged.config.get_text_config()
     assert merged.run.adapter is not None
-    metadata, _ = gguf.describe(config)
     every = factors(merged, "llama.cpp")
     items = {item.parameter: item for item in merged.items}
-    names = gguf.names_of(config, [items[each.parameter] for each in every], metadata)
+    architecture, numbers, names = _file_of(merged, [items[each.parameter] for each in every])
     alpha = float(read_config(merged.run.adapter)["lora_alpha"])
-    writer = GGUFWriter(path, metadata.architecture)
+    writer = GGUFWriter(path, architecture)
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", alpha)
     writer.add_name(Path(merged.checkpoint.id).name)
     for each in every:
         name = names[items[each.parameter].name]
-        order = transform_of(metadata.architecture, name).order
+        transform = transform_of(architecture, name)
+        orders = Transform(order=transform.order, columns=transform.columns)
         b = each.b.numpy() * (each.a.shape[0] / alpha)  # llama.cpp multiplies by alpha over the rank
-        if order is not None:
-            turned = np.empty_like(b)
-            turned[order(metadata, name, len(b))] = b
-            b = turned
-        writer.add_tensor(f"{name}.lora_a", np.ascontiguousarray(each.a.numpy()))
-        writer.add_tensor(f"{name}.lora_b", np.ascontiguousarray(b))
+        writer.add_tensor(f"{name}.lora_a", replace(orders, order=None).inverse(each.a.numpy(), numbers, name))
+        writer.add_tensor(f"{name}.lora_b", replace(orders, columns=None).inverse(b, numbers, name))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _file_of(merged: MergedModel, items: list[Item]) -> tuple[str, FileNumbers, dict[str, str]]:
+    """(its architecture, its numbers, what it calls each tensor) of the GGUF file that an adapter is for: the one that
+    it was trained on, or one that would be written of its base. Raises ExportError: a tensor is no one of the file."""
+    if not isinstance(merged.source, FileSource):
+        config = merged.config.get_text_config()
+        metadata, _ = gguf.describe(config)
+        return metadata.architecture, metadata, gguf.names_of(config, items, metadata)
+    there = merged.source.parameters
+    sources = {item.name: there.sources[item.name] for item in items}
+    if composed := [name for name, source in sources.items() if source.parts or source.expert is not None]:
+        raise ExportError(f"{composed[0]} is several tensors of the file, and an adapter for it is none.", fix=MERGED)
+    names = {name: source.name for name, source in sources.items()}
+    return there.file.header.architecture, there.file, names
 
 
 def write_peft(merged: MergedModel, folder: Path) -> list[str]:

@@ -155,7 +155,8 @@ class MergedModel:
 
     @property
     def _needs_store(self) -> bool:
-        return self.run.recipe.quant.quantises and (
+        quant = self.run.recipe.quant
+        return (quant.quantises and not quant.in_file) and (
             self.base == "4bit" or any(change.norms for change in self.changes.values())
         )
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from halfbyte.base.store import manifest, supply
 from halfbyte.errors import HalfbyteError
 from halfbyte.inference.load import open_run
+from halfbyte.models.gguf import blocks
 from halfbyte.plan import Plan
 from halfbyte.proofs.adapter import compare_logits
 from halfbyte.runs import points
@@ -51,6 +52,10 @@ def verify(path: Path, overrides: Sequence[str] = (), *, hashes: bool = True) ->
             wrong = manifest.problems(opened.store, manifest.read(opened.store), full=True)
             damage = "".join(f" ({text})" for text in built if text.startswith(supply.DAMAGED))
             checks.append(Check("base", not wrong, "; ".join(wrong) or f"every byte of {opened.store}{damage}"))
+        if hashes and opened.base is not None and (parts := opened.base.checkpoint.blocks):
+            in_file = blocks.read(opened.base.checkpoint.path)
+            wrong = blocks.problems(in_file, parts) if in_file is not None else []
+            checks.append(Check("base", not wrong, "; ".join(wrong) or f"every byte of {parts[0]}"))
         if run.proof.is_file():
             same = compare_logits(run.proof, opened.model)
             checks.append(Check("adapter", same.ok, str(same)))

@@ -9,7 +9,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -19,6 +19,7 @@ from halfbyte.models import tensors
 from halfbyte.models.architectures import tensors_of
 from halfbyte.models.families import layout_of
 from halfbyte.models.gguf import header as gguf_header
+from halfbyte.models.gguf.blocks import BLOCKS
 from halfbyte.models.sources import hub, safetensors
 from halfbyte.models.tensors import Facts, TensorSpec
 from halfbyte.types import ConfigFile, Document
@@ -175,6 +176,8 @@ def _of(
 
 
 def _of_gguf(path: Path) -> Shape:
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
     header = gguf_header.read_header(path)
     kind = header.architecture
     values = {key: header.metadata.get(f"{kind}.{field}") for key, field in _GGUF_FIELDS.items()}
@@ -186,12 +189,22 @@ def _of_gguf(path: Path) -> Shape:
     config["tie_word_embeddings"] = "output.weight" not in shapes_by_name
     config["attention_bias"] = "blk.0.attn_q.bias" in shapes_by_name
     specs = None
+    types = {tensor.name: (tensor.type,) for tensor in header.tensors if tensor.type in BLOCKS}
     # A Mixtral's file calls itself a llama.
     if layout_of(config["model_type"]) is None or config.get("num_experts"):
         names = [re.sub(r"^output\.weight$", "lm_head.weight", t.name) for t in header.tensors]
         names = [name.replace("blk.", "layers.").replace("token_embd", "embed_tokens") for name in names]
         names = [name.replace("ffn_gate_inp.", "gate.") for name in names]
-        specs = [tensors.spec_of(name, t.shape, "BF16", config) for name, t in zip(names, header.tensors, strict=True)]
+        specs = [
+            replace(tensors.spec_of(name, t.shape, "BF16", config), blocks=types.get(t.name, ()))
+            for name, t in zip(names, header.tensors, strict=True)
+        ]
+    else:
+        known = get_tensor_name_map(
+            {name: k for k, name in MODEL_ARCH_NAMES.items()}[kind], config["num_hidden_layers"]
+        )
+        there = ((spec, known.get_name(spec.name, (".weight", ".bias"))) for spec in tensors_of(config))
+        specs = [replace(spec, blocks=types.get(name or "", ())) for spec, name in there]
     return _of(str(path), config, "GGUF header", specs, header.header_bytes, path)
 
 

@@ -8,7 +8,9 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from halfbyte.errors import SourceError
@@ -47,7 +49,8 @@ _CONV1D_TYPES = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transform
 class TensorSpec:
     """One tensor of a checkpoint, under the checkpoint's own name. `role` "linear" is what the policy may quantise as a
     matrix, "expert" the same for fused or unnamed expert tensors; `transposed`: stored (in, out), as GPT-2's Conv1D
-    does, where nn.Linear stores (out, in)."""
+    does, where nn.Linear stores (out, in). `blocks`: the types of the GGUF blocks in which its file has it, in parts of
+    one size; empty where it has none that could be computed with as they are."""
 
     name: str
     shape: tuple[int, ...]
@@ -55,6 +58,7 @@ class TensorSpec:
     role: Role
     layer: int | None
     transposed: bool = False
+    blocks: tuple[str, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -102,14 +106,24 @@ def read_checkpoint(folder: Path) -> list[TensorSpec]:
     """Every tensor that loading will use, in the order of the files' names and then of their data. A head that the
     config ties to the embedding is listed once, as the embedding. Raises SourceError: no config, no safetensors, a
     shard missing, or a file that is cut short or not what it says."""
-    config = read_config(folder)
-    return specs_of(map(read_header, weight_files(folder)), config)
+    from halfbyte.models.gguf import blocks as gguf_blocks
+
+    config, in_file = read_config(folder), gguf_blocks.read(folder)
+    if in_file is None:
+        return specs_of(map(read_header, weight_files(folder)), config)
+    blocks = {each.name: each.blocks for each in in_file.parameters}
+    return specs_of([{e.name: {"shape": e.shape, "dtype": e.dtype} for e in in_file.parameters}], config, blocks)
 
 
-def specs_of(headers: Iterable[Mapping[str, ConfigFile]], config: ConfigFile) -> list[TensorSpec]:
-    """The tensors of all files of one checkpoint; a tied head once, buffers that loading passes over left out."""
+def specs_of(
+    headers: Iterable[Mapping[str, ConfigFile]],
+    config: ConfigFile,
+    blocks: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
+) -> list[TensorSpec]:
+    """The tensors of all files of one checkpoint; a tied head once, buffers that loading passes over left out.
+    `blocks`: by a tensor's name, as in `TensorSpec`."""
     specs = [
-        spec_of(name, tuple(entry["shape"]), entry["dtype"], config)
+        replace(spec_of(name, tuple(entry["shape"]), entry["dtype"], config), blocks=blocks.get(name, ()))
         for header in headers
         for name, entry in header.items()
         if _PASSED_OVER.search(name) is None
@@ -137,7 +151,9 @@ def _stacked(specs: list[TensorSpec]) -> list[TensorSpec]:
                 continue
             both, (rows, width) = 1 + (members[-1] in ups and bool(gates)), members[0].shape
             shape = (len(members) // both, both * rows, width)
-            stack = replace(members[0], name=f"{home}.{name}", shape=shape, role="expert")
+            kinds = [members[0].blocks, members[-1].blocks][:both]
+            types = tuple(chain.from_iterable(kinds)) if all(kinds) else ()
+            stack = replace(members[0], name=f"{home}.{name}", shape=shape, role="expert", blocks=types)
             stacks |= {members[0].name: stack} | {m.name: stack for m in members[1:]}
     for spec in specs:
         if spec.name.endswith("_blocks") and spec.dtype == "U8" and len(spec.shape) == 4:

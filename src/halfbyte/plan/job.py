@@ -153,7 +153,7 @@ class Job:
                 fix=f"keep them in 16 bits: --set 'quant.skip_modules=[{leaves}]'",
             )
         kernels = on_cpu and dtype in ("bf16", "fp32")
-        stored = bool(mappable) and recipe.quant.quantises
+        stored = bool(mappable) and recipe.quant.quantises and not recipe.quant.in_file
         mappable = mappable and on_cpu
         job = cls(recipe, tuple(specs), facts, adapted, rows, dtype, mappable=mappable, stored=stored, kernels=kernels)
         return replace(job, whole_attention=ATTENTION_NEEDS.get(dtype) in device.isa)
@@ -253,6 +253,13 @@ class Job:
     @property
     def base_bytes(self) -> int:
         return self._layers_bytes.total()
+
+    @cached_property
+    def values_bytes(self) -> int:
+        """Of a base in a file's own blocks, what is made of its values when it is opened, in private memory."""
+        quant = self.recipe.quant
+        made_of = (s for s in self.specs if policy.encoding(s, quant) != "quantised") if quant.in_file else ()
+        return sum(policy.encoded_bytes(s, quant, self.itemsize) for s in made_of)
 
     @property
     def layer_bytes(self) -> int:

@@ -137,10 +137,12 @@ def base_lines(job: Job, placement: Placement, cards: int, where: Where, cache_b
     disk again."""
     quant = job.recipe.quant
     kind = f"{len(job.specs)} tensors, {job.parameters / 1e6:.1f} M weights, quant.type {quant.type}"
-    source, inner = formats.of(quant).source, job.base_bytes - job.outer_bytes
+    source, inner = formats.of(quant).source, job.base_bytes - (job.values_bytes or job.outer_bytes)
+    values = Line("base's values", job.values_bytes, "embeddings, head, norms: not in blocks", source, where)
+    beside = (values,) if quant.in_file else ()
     if placement == "streamed":
         how = f"streamed: {1 + AHEAD} layers of {job.facts.layers}, or one and the head"
-        return (Line("base", busy_file_bytes(job), how, source, "file"),)
+        return (Line("base", busy_file_bytes(job), how, source, "file"), *beside)
     if placement == "split":
         share = -(-inner // cards) + job.outer_bytes
         return (Line("base", share, f"a card's share of {cards}: {kind}", source, where),)
@@ -152,7 +154,7 @@ def base_lines(job: Job, placement: Placement, cards: int, where: Where, cache_b
         mapped = inner + _touched_outer_bytes(job)
         resident = min(mapped, max(busy_file_bytes(job), int(cache_bytes)))
         part = "" if resident == mapped else f"{resident / mapped:.0%} of "
-        return (Line("base", resident, f"mapped: {part}{kind}", source, "file"),)
+        return (Line("base", resident, f"mapped: {part}{kind}", source, "file"), *beside)
     return (Line("base", job.base_bytes, kind, source, where),)
 
 
@@ -166,8 +168,8 @@ def busy_file_bytes(job: Job) -> int:
 
 def _touched_outer_bytes(job: Job) -> int:
     """Of an embedding that is not the head too, only the rows of the data's tokens are read."""
-    if job.facts.tied_head:
-        return job.outer_bytes
+    if job.recipe.quant.in_file or job.facts.tied_head:
+        return job.outer_bytes * (not job.recipe.quant.in_file)
     embedding = job.itemsize * job.embedding_numel
     distinct = min(job.facts.vocab, max(1, round(0.2 * job.rows.tokens)))
     return job.outer_bytes - embedding + min(embedding, distinct * TOUCHED_BYTES_PER_TOKEN)

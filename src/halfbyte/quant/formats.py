@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from halfbyte.quant.four_bit import FourBit
+from halfbyte.quant.gguf_blocks import GgufBlocks
 from halfbyte.quant.int8 import RowWise8
 from halfbyte.quant.number_format import NumberFormat
 from halfbyte.recipe.schema import Quant
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 NONE = NumberFormat("none")
-QUANTISING: tuple[NumberFormat, ...] = (FourBit("nf4"), FourBit("fp4"), RowWise8("int8"))
+QUANTISING: tuple[NumberFormat, ...] = (FourBit("nf4"), FourBit("fp4"), RowWise8("int8"), GgufBlocks("gguf"))
 FORMATS = {each.name: each for each in (*QUANTISING, NONE)}
 
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
+    from halfbyte.models.tensors import TensorSpec
+
 
 @dataclass(frozen=True)
 class StoredPart:
@@ -68,6 +70,18 @@ class Codes:
     nested: Nested | None = None
 
 
+@dataclass(frozen=True)
+class BlockRows:
+    """A weight in GGUF's blocks as a kernel takes it: codes (rows, bytes of a row), their type's number, weights
+    of a block, (out, in); `order`: which of the rows each one is, int32."""
+
+    codes: Tensor
+    kind: int
+    weights: int
+    shape: tuple[int, int]
+    order: Tensor | None
+
+
 class MatrixEncoder(Protocol):
     """One matrix on its way into a format, in chunks of whole `NumberFormat.unit`s."""
 
@@ -97,6 +111,14 @@ class NumberFormat:
     def nbytes(self, shape: tuple[int, ...], quant: Quant) -> int:
         """Bytes of one quantised matrix in memory."""
         raise NotImplementedError(self.name)
+
+    def takes(self, spec: TensorSpec) -> bool:
+        """Whether a tensor of a checkpoint can be held in this format."""
+        return True
+
+    def nbytes_of(self, spec: TensorSpec, quant: Quant) -> int:
+        """`nbytes` of a tensor of a checkpoint, where it says more than its shape."""
+        return self.nbytes(spec.out_in, quant)
 
     def parts(self, shape: tuple[int, ...], quant: Quant) -> tuple[StoredPart, ...]:
         """The tensors of one quantised matrix on disk, the codes first."""
@@ -193,6 +215,10 @@ class NumberFormat:
 
     def codes(self, module: nn.Module) -> Codes | None:
         """A layer's weight in 4 bits; None in another format."""
+        return None
+
+    def block_rows(self, module: nn.Module) -> BlockRows | None:
+        """A layer's weight in a file's blocks; None in another format, or where its columns are in another order."""
         return None
 
     def inputs(self, module: nn.Module, x: Tensor) -> Tensor:

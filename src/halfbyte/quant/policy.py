@@ -33,7 +33,7 @@ def encoding(spec: TensorSpec, quant: Quant) -> Literal["quantised", "compute", 
         return "fp32"
     if not quant.quantises or matches(spec.name, quant.skip_modules):
         return "compute"
-    return "quantised" if spec.role in ("linear", "expert") else "compute"
+    return "quantised" if spec.role in ("linear", "expert") and formats.of(quant).takes(spec) else "compute"
 
 
 def head_in_eight_bits(head_bytes: int, others_bytes: int) -> bool:
@@ -45,7 +45,7 @@ def encoded_bytes(spec: TensorSpec, quant: Quant, compute_itemsize: int) -> int:
     """Resident bytes of one tensor under the policy; `compute_itemsize` is 2 for bf16/fp16 and 4 for fp32."""
     encoded = encoding(spec, quant)
     if encoded == "quantised":
-        return formats.of(quant).nbytes(spec.out_in, quant)
+        return formats.of(quant).nbytes_of(spec, quant)
     return spec.numel * (4 if encoded == "fp32" else compute_itemsize)
 
 

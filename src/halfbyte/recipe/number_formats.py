@@ -20,7 +20,7 @@ class FormatInfo:
     row of a matrix". `compared`: with which of its fields `halfbyte quantize --report` measures it, once for each."""
 
     name: str
-    bits: int  # of a weight's code
+    bits: int | None  # of a weight's code; None: as the model's file has it
     reads: frozenset[str] = frozenset(BLOCK_FIELDS)  # which fields of `UNSET` it reads
     scales: str = "has no blocks"
     suggested: bool = False  # whether a plan names it where fewer bits would fit; at most one format of so many bits
@@ -56,6 +56,7 @@ FORMATS: dict[str, FormatInfo] = {
             scales="has one scale for each row of a matrix",
             suggested=True,
         ),
+        FormatInfo("gguf", None, reads=frozenset(), scales="is held as its file has it", compared=()),
         FormatInfo("none", 16),
     )
 }
@@ -75,14 +76,15 @@ def of_bits(bits: int) -> str:
 
 def smaller(than: str = "none") -> list[FormatInfo]:
     """The suggested formats with fewer bits than another, the most bits first."""
-    formats = [info for info in FORMATS.values() if info.suggested and info.bits < FORMATS[than].bits]
-    return sorted(formats, key=lambda info: -info.bits)
+    most = FORMATS[than].bits or 0
+    formats = [info for info in FORMATS.values() if info.suggested and (info.bits or 0) < most]
+    return sorted(formats, key=lambda info: -(info.bits or 0))
 
 
 def compared() -> Iterator[tuple[str, Mapping[str, object]]]:
     """(name, fields) of each format that a report of a base's quality measures, the most bits first."""
     quantising = (info for info in FORMATS.values() if info.name != "none")
-    for info in sorted(quantising, key=lambda info: -info.bits):
+    for info in sorted(quantising, key=lambda info: -(info.bits or 0)):
         yield from ((info.name, fields) for fields in info.compared)
 
 

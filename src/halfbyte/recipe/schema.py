@@ -44,7 +44,7 @@ class Quant(Section):
     """How the frozen base is kept."""
 
     type: Annotated[str, BeforeValidator(number_formats.known)] = field(
-        "nf4", "code of the frozen weights: nf4, fp4, int8 or none (16 bits)"
+        "nf4", "code of the frozen weights: nf4, fp4, int8, gguf (a GGUF file's own blocks) or none (16 bits)"
     )
     double_quant: Bool = field(
         True, "quantise the scales too: 4.127 instead of 4.5 bits a weight; int8 has no such thing: false"
@@ -92,6 +92,11 @@ class Quant(Section):
     def quantises(self) -> bool:
         """Whether the base is held in fewer bits than 16."""
         return self.type != "none"
+
+    @property
+    def in_file(self) -> bool:
+        """Whether the base is what the model's file holds, so that no store of it is built."""
+        return number_formats.FORMATS[self.type].bits is None
 
     @property
     def exempt(self) -> tuple[str, ...]:
@@ -300,9 +305,8 @@ def _in_lora(recipe: Recipe) -> Iterator[str]:
             yield "lora.init_lora_weights orthogonal needs quant.type none: PEFT makes it in the dtype of the base"
         elif odd:
             yield f"lora.init_lora_weights orthogonal needs even ranks, got {odd[0]}"
-    yield from fields.excluded_by_residual(
-        lora.init_lora_weights, lora.use_dora, lora.adapter, quantises=recipe.quant.quantises
-    )
+    quantises = recipe.quant.quantises and not recipe.quant.in_file
+    yield from fields.excluded_by_residual(lora.init_lora_weights, lora.use_dora, lora.adapter, quantises=quantises)
     if lora.lora_bias and lora.use_dora:
         yield "lora.lora_bias and lora.use_dora cannot both be true"
     if lora.lora_bias and isinstance(lora.init_lora_weights, str):

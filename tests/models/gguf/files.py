@@ -145,6 +145,7 @@ def write(
     kind: Type = Type.Q8_0,
     rule: str = "smollm",
     tables: Mapping[str, list[float]] | None = None,
+    rounded: bool = True,
 ) -> Any:
     """Write `model` as a file of this architecture.
 
@@ -152,7 +153,7 @@ def write(
         said: the metadata below the architecture's name.
 
     Returns:
-        The model with the values that the gguf package itself dequantises, matrices rounded to bf16.
+        The model with the values that the gguf package itself dequantises, matrices rounded to bf16 if `rounded`.
     """
     config, reference = model.config, copy.deepcopy(model)
     writer = gguf.GGUFWriter(path, architecture)
@@ -179,7 +180,7 @@ def write(
                 quantised = data.dtype != np.float32
                 writer.add_tensor(mapped, data, raw_dtype=kind if quantised else None)
                 values = torch.from_numpy(np.ascontiguousarray(undone(read)))
-                back(into[name], values.bfloat16().float() if quantised else values)
+                back(into[name], values.bfloat16().float() if quantised and rounded else values)
     for name, values in (tables or {}).items():
         writer.add_tensor(name, np.array(values, np.float32))
     close(writer)

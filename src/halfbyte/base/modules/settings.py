@@ -87,6 +87,7 @@ def _validated(values: Mapping[str, object]) -> Quant:
     try:
         quant = Quant(**values)
         problems = list(in_quant(quant))
+        problems += ["quant.type gguf is a GGUF file's own blocks, and no format for modules"] if quant.in_file else []
     except ValidationError as error:
         items = [{**item, "loc": ("quant", *item["loc"])} for item in error.errors()]
         problems = [text for item in items for text in sentences(item, {}, {})]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 
-from halfbyte.base.store import build, layout, manifest, reading, shelf
+from halfbyte.base.store import build, in_file, layout, manifest, reading, shelf
 from halfbyte.errors import StoreError
 
 DAMAGED = "a damaged store is built again"
@@ -104,7 +104,9 @@ def _build(spec: shelf.StoreSpec, key: str, target: Path, tell: Tell) -> None:
 
 
 def open_source(spec: shelf.StoreSpec) -> reading.Source:
-    """The tensors of what is, or was, quantised."""
+    """The tensors of what is, or was, quantised; of a file in its own blocks their values."""
+    if spec.checkpoint.blocks:
+        return in_file.FileSource(spec.checkpoint, spec.config)
     files = shelf.source_files(spec.checkpoint)
     try:
         return (reading.PickledSource if spec.checkpoint.pickle else reading.Source)(files)

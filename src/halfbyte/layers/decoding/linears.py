@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from halfbyte.layers import fuse
 from halfbyte.layers.decoding.tape import Scales, Tape, TextAdapters, Vectors
 from halfbyte.quant import formats
-from halfbyte.quant.number_format import Codes
+from halfbyte.quant.number_format import BlockRows, Codes
 
 _BLOCK = 64
 _PIECE_BYTES = 32
@@ -92,6 +92,7 @@ class Linear:
         self.a: list[Tensor] = []
         self.b: Tensor | None = None
         self.h: Tensor | None = None
+        self.dense: Tensor | BlockRows = parts.base.weight.data
         number_format, weight = formats.of_module(parts.base), parts.base.weight
         if weight.device.type != "cpu":
             raise Unsupported("not on the CPU")
@@ -101,8 +102,10 @@ class Linear:
             self.shape = self.codes.shape
             if self.codes.block != _BLOCK or self.shape[1] % _BLOCK:
                 raise Unsupported(f"shape {self.shape} in blocks of {self.codes.block}")
+        elif (rows := number_format.block_rows(parts.base)) is not None:
+            self.dense, self.shape = rows, rows.shape
         elif type(parts.base) is nn.Linear and weight.dtype == tape.dtype and weight.is_contiguous():
-            self.shape = (weight.shape[0], weight.shape[1])
+            self.dense, self.shape = weight.data, (weight.shape[0], weight.shape[1])
         else:
             raise Unsupported(f"{type(parts.base).__name__} in {number_format.name}, {weight.dtype}")
         self.bias = parts.base.bias
@@ -147,7 +150,7 @@ class Linear:
                 add=add, bias=self.bias, up=self.b, h=self.h,
             )  # fmt: skip
             return
-        self.tape.dense(self.base.weight.data, x.plain, out, add=add, bias=self.bias)
+        self.tape.dense(self.dense, x.plain, out, add=add, bias=self.bias)
         if self.b is not None and self.h is not None:
             self.tape.then()
             self.tape.dense(self.b, self.h, out, add=True)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from halfbyte.layers.kernels import cpu
 from halfbyte.layers.kernels.cpu.decoding import slots as s
+from halfbyte.quant.number_format import BlockRows
 from halfbyte.system import pages
 
 MAX_VECTORS = 16  # beyond, a matrix product on dequantised weights is faster
@@ -243,14 +244,22 @@ class Tape:
         return {s.ADD: int(add), s.BIAS: 0 if bias is None else self.keep(bias.float())}
 
     def dense(
-        self, w: Tensor, x: Tensor, out: Tensor, *, add: bool = False, bias: Tensor | None = None, scale: float = 0.0,
-        uses: Tensor | None = None,
+        self, w: Tensor | BlockRows, x: Tensor, out: Tensor, *, add: bool = False, bias: Tensor | None = None,
+        scale: float = 0.0, uses: Tensor | None = None,
     ) -> None:  # fmt: skip
         """x (M, D.. fp32) times w (O, D) -> or added to out (M, O..), a view into a buffer; with a scale, times it, in
         `dtype`. uses: (M,) fp32; a vector whose number is 0.0 gives zeros."""
         o, d = w.shape
-        rows = self._item_rows(o, d * w.itemsize)
-        numbers = self._matrix(w, (o, d), x, x.stride(0) * 4, out, rows) | self._bias(add, bias)
+        codes = w.codes if isinstance(w, BlockRows) else w
+        row_bytes = codes.stride(0) * codes.itemsize if isinstance(w, BlockRows) else d * codes.itemsize
+        rows = self._item_rows(o, row_bytes)
+        numbers = self._matrix(codes, (o, d), x, x.stride(0) * 4, out, rows) | self._bias(add, bias)
+        if isinstance(w, BlockRows):
+            self._scratch = max(self._scratch, d * self.dtype.itemsize + 64)
+            numbers |= {
+                s.DENSE_TYPE: w.kind, s.DENSE_BLOCKS: d // w.weights, s.DENSE_ROW_BYTES: row_bytes,
+                s.DENSE_ORDER: self.keep(w.order),
+            }  # fmt: skip
         numbers |= {s.DENSE_SCALED: int(scale != 0.0), s.DENSE_SCALE: scale, s.DENSE_USES: self.keep(uses)}
         self._add(s.DENSE, -(-o // rows), numbers)
 
@@ -389,6 +398,8 @@ class Tape:
         for row in self._operations.reshape(-1, s.WIDTH)[::-1]:
             if row[s.KIND] in itemsizes:
                 item_bytes = int(row[s.ITEM_ROWS] * row[s.D] * itemsizes[int(row[s.KIND])])
+                if row[s.KIND] == s.DENSE and row[s.DENSE_TYPE]:
+                    item_bytes = int(row[s.ITEM_ROWS] * row[s.DENSE_ROW_BYTES])
                 following[:] = row[s.W], row[s.ITEMS], item_bytes
             row[s.NEXT_W], row[s.NEXT_ITEMS], row[s.NEXT_ITEM_BYTES] = following
 

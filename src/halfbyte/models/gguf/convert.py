@@ -12,6 +12,7 @@ import os
 import sys
 from pathlib import Path
 
+from halfbyte.models.gguf import blocks
 from halfbyte.models.gguf.architectures import config_of
 from halfbyte.models.gguf.header import GgufHeader, read_header
 from halfbyte.models.gguf.layouts import ParameterSource, parameter_sources
@@ -27,20 +28,25 @@ def say(stage: str) -> None:
     os.write(1, f"{stage}\n".encode())
 
 
-def convert(source: Path, target: Path) -> None:
-    """Write the model in bf16, its config, tokenizer and chat template into the empty folder `target`. `source` should
-    be alone in its folder but for its own parts: transformers prefers a tokenizer.json beside it. Raises GgufError: the
-    file does not hold what this architecture's class needs, or says what that has no place for."""
+def convert(source: Path, target: Path, *, in_blocks: bool = False) -> None:
+    """Write the model in bf16, its config, tokenizer and chat template into the empty folder `target`; `in_blocks`:
+    instead of the weights the manifest of them (`blocks.py`). `source` should be alone in its folder but for its own
+    parts: transformers prefers a tokenizer.json beside it. Raises GgufError: the file does not hold what this
+    architecture's class needs, or says what that has no place for."""
     say("reading its header")
     header = read_header(source)
     config = config_of(header)
     model = _empty(config)
-    shapes = _shapes(model)
+    shapes = shapes_of(model)
     sources = parameter_sources(header, config.model_type, shapes, model.base_model_prefix, config.num_hidden_layers)
     say("making its tokenizer")
     tokenizer = tokenizer_of(str(source.parent), source.name, header, config)
-    say(f"dequantising {header.numel / 1e6:,.0f} M weights")
-    _write(target / WEIGHTS, header, shapes, sources)
+    if in_blocks:
+        say("hashing it")
+        blocks.write(target, header, blocks.describe(header, shapes, sources))
+    else:
+        say(f"dequantising {header.numel / 1e6:,.0f} M weights")
+        _write(target / WEIGHTS, header, shapes, sources)
     say("writing it")
     config.architectures, config.dtype = [type(model).__name__], "bfloat16"
     config.save_pretrained(target)
@@ -62,7 +68,7 @@ def _empty(config: Config) -> Model:
         raise GgufError(f"transformers cannot make a {config.model_type} of what it says: {error}") from error
 
 
-def _shapes(model: Model) -> dict[str, tuple[int, ...]]:
+def shapes_of(model: Model) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter of a checkpoint of this model, by the checkpoint's own names."""
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -114,6 +120,6 @@ def _fits_bf16(parameter: ParameterSource, file: GgufReader) -> bool:
 if __name__ == "__main__":
     gc.disable()  # a third of the time goes into it, over a vocabulary's million small arrays, and it frees nothing
     try:
-        convert(Path(sys.argv[1]), Path(sys.argv[2]))
+        convert(Path(sys.argv[1]), Path(sys.argv[2]), in_blocks="--in-blocks" in sys.argv)
     except GgufError as refusal:
         sys.exit(f"REFUSED {refusal}")

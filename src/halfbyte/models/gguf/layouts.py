@@ -239,6 +239,9 @@ def _absorbed(file: GgufReader, keys: str, values: str) -> Iterator[np.ndarray]:
         yield file.whole(values, head)
 
 
+# What puts whole blocks together: all experts of a layer, each of one tensor's rows below another's, or turned too.
+TURNED = (_interleaved, _transposed)
+OF_EXPERTS = (_stacked, *TURNED)
 # (model types, ending of the parameter, tensors, what makes it)
 _COMPOSED: tuple[tuple[str, str, str, Callable[..., Iterator[np.ndarray]]], ...] = (
     ("gpt_oss", "experts.gate_up_proj", "ffn_gate_exps.weight ffn_up_exps.weight", _interleaved),

@@ -76,7 +76,8 @@ class GgufReader:
 
     @cached_property
     def _maps(self) -> dict[Path, np.ndarray]:
-        return {file: np.memmap(file, np.uint8, "r") for file in self.header.files}
+        # private pages: torch takes no array that may not be written to
+        return {file: np.memmap(file, np.uint8, "c") for file in self.header.files}
 
     def get(self, key: str, default: Any = None) -> Any:
         """A value below the architecture's name. One number for all layers where the file repeats it for each."""
@@ -143,6 +144,10 @@ class GgufReader:
     def whole(self, name: str, expert: int | None = None) -> np.ndarray:
         """All of a matrix, or of one expert's."""
         return np.concatenate(list(self.pieces(name, expert)))
+
+    def rows(self, name: str) -> np.ndarray:
+        """A tensor's bytes as they lie in the mapped file: (rows, bytes of a row)."""
+        return self._rows(self.tensors[name], single=False)
 
     def _rows(self, tensor: GgufTensor, *, single: bool) -> np.ndarray:
         """The tensor's bytes, (rows, bytes of a row); with `single` each value of a vector is a row."""

