@@ -15,6 +15,7 @@ import halfbyte
 from halfbyte.base import stream
 from halfbyte.layers import fuse
 from halfbyte.models.sources.safetensors import read_header, weight_files
+from halfbyte.proofs.closeness import row_distances
 from halfbyte.quant import formats, int8
 from halfbyte.quant.bnb import state_tensors
 from halfbyte.system import pages
@@ -124,11 +125,15 @@ def test_a_checkpoint_in_8_bits_opens_as_it_is_and_is_saved_again(tmp_path: Path
 def test_an_adapter_is_evaluated_as_it_is_trained_and_gradients_outlast_an_eval(
     config: dict[str, Any], tmp_path: Path
 ) -> None:
-    tiny.save(tmp_path, "llama", torch.bfloat16)
+    """In fp32: in training norms are fused too, which rounds elsewhere; the 8-bit rounding of an input that upstream
+    does in evaluation alone would be a hundredth."""
+    tiny.save(tmp_path, "llama", torch.float32)
     lora = LoraConfig(
         r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False, task_type="CAUSAL_LM", **config
     )
-    model = halfbyte.get_peft_model(opened(tmp_path, llm_int8_threshold=4.0, **INT8).model, lora)
+    model = halfbyte.get_peft_model(
+        opened(tmp_path, llm_int8_threshold=4.0, **INT8 | {"compute_dtype": "fp32"}).model, lora
+    )
     fuse.install(model)
     ids = torch.arange(3, 23)[None]
 
@@ -138,9 +143,9 @@ def test_an_adapter_is_evaluated_as_it_is_trained_and_gradients_outlast_an_eval(
         return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
 
     before = gradients()
-    assert torch.equal(logits(model.train()), logits(model.eval()))
+    assert float(row_distances(logits(model.train()), logits(model.eval())).max()) < 1e-5
     with model.disable_adapter():
-        assert torch.equal(logits(model.train()), logits(model.eval()))
+        assert float(row_distances(logits(model.train()), logits(model.eval())).max()) < 1e-5
     after = gradients()
     assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
     assert all(bool(g.any()) for g in after.values())

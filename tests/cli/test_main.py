@@ -211,7 +211,7 @@ def test_a_run_that_diverges_is_no_success(halfbyte: Cli) -> None:
     verdict = json.loads(Path("run", "report.json").read_text())["verdict"]
     assert (verdict["name"], verdict["rows"]) == ("diverged", "5 held-out rows") and verdict["interval"][0] > 0
     assert verdict["adapter_sha256"] == files.sha256(Path("run", ADAPTER))
-    assert "diverged (diverged, far worse" in " ".join(halfbyte("runs", ".").out.split())
+    assert "run diverged 6/6" in " ".join(halfbyte("runs", ".").out.split())
 
 
 def test_a_dry_run_tells_every_value_and_trains_nothing(here: Path, halfbyte: Cli) -> None:

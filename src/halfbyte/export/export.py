@@ -77,7 +77,9 @@ def _quantise(job: ExportJob, draft: DraftExport, merged: Exported, place: Path)
     quant = draft.run.recipe.quant
     if not quant.quantises or quant.in_file:
         what = "is a file's own blocks" if quant.in_file else "is in 16 bits"
-        raise ExportError(f"the run's base {what}: it says no format to quantise to.", fix="halfbyte export RUN --gguf")
+        raise ExportError(
+            f"the run's base {what}: it says no format to quantise to.", fix="halfbyte export RUN --gguf Q8_0"
+        )
     recipe = draft.run.recipe.model_copy(update={"model": str(place), "revision": None})
     store = draft.folder / "store"
     try:
