@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from halfbyte import finetune
 from halfbyte.inference import choices, evaluate
 from halfbyte.layers import loss
+from halfbyte.layers.kernels.pool import POOL
 from halfbyte.recipe.evaluation import METRICS
 from halfbyte.scoring.metrics import BUILDERS, of_answer
 from tests import in_process, tiny_run
@@ -76,8 +78,11 @@ def test_a_choice_in_training_is_the_one_of_eval_and_is_named(
     scored: list[list[str]] = []
     forwards: list[list[int]] = [[], []]
     original, text_losses = choices.choose, loss.text_losses
+    free: list[int] = []
 
     def choose(*args: Any) -> list[str]:
+        free.append(sum(map(len, POOL._free)) + len(POOL._returned))
+
         def losses(model: Any, batch: Any) -> list[float]:
             forwards[len(scored)] += batch["cu_seq_lens_q"].tolist()
             return text_losses(model, batch)
@@ -90,8 +95,19 @@ def test_a_choice_in_training_is_the_one_of_eval_and_is_named(
 
     monkeypatch.setattr(choices, "choose", choose)
     answer_scores = evaluate.answer_scores
-    monkeypatch.setattr(evaluate, "answer_scores", lambda run, model, tokens: answer_scores(run, model, 40))
+
+    def with_a_free_block(run: Any, model: Any, tokens: int) -> Any:
+        scores = answer_scores(run, model, 40)
+
+        def of_answers() -> dict[str, float]:
+            POOL.empty((1 << 22,), torch.uint8)
+            return scores()
+
+        return of_answers
+
+    monkeypatch.setattr(evaluate, "answer_scores", with_a_free_block)
     run = finetune.train(loaded).run
+    assert free == [0], "what a micro-batch had is planned for answers"
     ended = cli("eval", "a/run", "-m", "choice", "--samples", "1")
     answers = [json.loads(line)["adapter"] for line in (run / "eval/answers.jsonl").read_text().splitlines()]
     assert scored == [[answer["choice"] for answer in answers]] * 2

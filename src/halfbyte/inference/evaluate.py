@@ -20,13 +20,14 @@ from halfbyte.data.encoding.examples import IGNORED, Example
 from halfbyte.errors import DataError
 from halfbyte.inference import batch, choices, target
 from halfbyte.layers import loss
+from halfbyte.layers.kernels.pool import POOL
 from halfbyte.models.context import context_of
 from halfbyte.plan import InferencePlan, Rows, plan_inference, sequences_beside
 from halfbyte.recipe.adapter import folder_of
 from halfbyte.recipe.evaluation import Eval
 from halfbyte.runs.folder import RunFolder
 from halfbyte.scoring import intervals, metrics, sheet
-from halfbyte.system import device
+from halfbyte.system import device, usage
 
 if TYPE_CHECKING:
     from halfbyte.inference.load import Opened
@@ -87,10 +88,12 @@ def answer_scores(run: PlannedRun, model: Model, tokens: int) -> Callable[[], di
         return dict
     examples = prepared.evaluation.examples[: settings.rows]
     longest = max(len(e.prompt_ids) for e in examples) + settings.max_new_tokens
-    at_once = sequences_beside(run.job, plan.micro_batch_bytes, longest)  # it is free by then
+    at_once = sequences_beside(run.job, plan.micro_batch_bytes, longest)
     scoring = Scoring.of(model, prepared.tokenizer, settings, settings.metrics, examples)
 
     def scores() -> dict[str, float]:
+        POOL.give_back()  # what a micro-batch had is for answers now
+        usage.trim()
         answers = scoring.answers(at_once, tokens, lambda what, done, of: None)
         by_name = {name: [answer.scores.get(name) for answer in answers] for name, _ in scoring.names}
         return {name: intervals.RowSums.mean(values).value for name, values in by_name.items()}
