@@ -97,6 +97,8 @@ def test_a_fault_fails_the_export_and_nothing_is_left(
     done = cli("merge", trained, "--base", "4bit", "--out", str(tmp_path / "good"), "--json")
     assert done.code == 0, done.err
     seen = json.loads((tmp_path / "good/export.json").read_text())
+    shipped = [(tmp_path / "good" / name).read_text() for name in ("export.json", "README.md")]
+    assert seen["path"] == "good" and not any(str(tmp_path) in text or str(world) in text for text in shipped)
     assert json.loads(done.out)["proof"] == seen["proof"] and seen["proof"]["ok"] and seen["base"] == "4bit"
     again = cli("merge", trained, "--base", "4bit", "--out", str(tmp_path / "good"))
     assert again.code == 1 and "exists already" in again.err

@@ -168,7 +168,7 @@ class DraftExport:
 
     def finish(self, result: Exported) -> Exported:
         """Write the figures and the card beside what was written."""
-        files.write(self.folder / EXPORT, files.as_json(result.to_json()))
+        files.write(self.folder / EXPORT, files.as_json(result.to_json() | {"path": self.out.name}))
         hub.write(self.folder, self.run, result)
         return result
 

@@ -1,7 +1,7 @@
 """Modules of ours in processes of their own: run, their refusals raised here as the same errors, ended with this one.
 
 Why: what a child has opened is gone when it ends, and a library that ends its process takes no more with it. A child
-that outlives a killed parent would keep its memory for nobody.
+that outlives a killed parent would keep its memory for nobody. (On Windows it does: a parent's number stays there.)
 Cost: a start of Python; a look at the parent's number twice a second.
 """
 

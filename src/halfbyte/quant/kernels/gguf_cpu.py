@@ -115,38 +115,35 @@ def _fifth(block: _OneBlock, at: int, codes: Value, first: int) -> Value:
     return b.or_(block.wide(codes), b.shl(b.and_(bits, _every(word.type, 1)), _every(word.type, 4)))
 
 
+def _block_of_32(block: _OneBlock, *, less: int = 0, least: bool = False, fifth: bool = False) -> None:
+    """32 weights of 4 bits, the lower halves of bytes first: d x (code - less), or d x code + m where the block has a
+    `least` value; `fifth`: each has one bit more, in a word before the codes."""
+    d, at = block.half(0), 4 if least else 2
+    codes = block.bytes(at + 4 * fifth, 16)
+    for first, part in ((0, block.low(codes)), (16, block.high(codes))):
+        numbers = block.number(_fifth(block, at, part, first) if fifth else part)
+        numbers = block.times(d, block.less(numbers, less) if less else numbers)
+        block.put(first, block.plus(numbers, block.half(2)) if least else numbers)
+
+
 @instruction(types.void, types.int64, None)
 def _q4_0(b: Value, w: Value, out: Value) -> None:
-    block = _OneBlock(b, w, out)
-    d, codes = block.half(0), block.bytes(2, 16)
-    block.put(0, block.times(d, block.less(block.number(block.low(codes)), 8)))
-    block.put(16, block.times(d, block.less(block.number(block.high(codes)), 8)))
+    _block_of_32(_OneBlock(b, w, out), less=8)
 
 
 @instruction(types.void, types.int64, None)
 def _q4_1(b: Value, w: Value, out: Value) -> None:
-    block = _OneBlock(b, w, out)
-    d, m = block.half(0), block.half(2)
-    codes = block.bytes(4, 16)
-    block.put(0, block.plus(block.times(d, block.number(block.low(codes))), m))
-    block.put(16, block.plus(block.times(d, block.number(block.high(codes))), m))
+    _block_of_32(_OneBlock(b, w, out), least=True)
 
 
 @instruction(types.void, types.int64, None)
 def _q5_0(b: Value, w: Value, out: Value) -> None:
-    block = _OneBlock(b, w, out)
-    d, codes = block.half(0), block.bytes(6, 16)
-    for first, part in ((0, block.low(codes)), (16, block.high(codes))):
-        block.put(first, block.times(d, block.less(block.number(_fifth(block, 2, part, first)), 16)))
+    _block_of_32(_OneBlock(b, w, out), less=16, fifth=True)
 
 
 @instruction(types.void, types.int64, None)
 def _q5_1(b: Value, w: Value, out: Value) -> None:
-    block = _OneBlock(b, w, out)
-    d, m = block.half(0), block.half(2)
-    codes = block.bytes(8, 16)
-    for first, part in ((0, block.low(codes)), (16, block.high(codes))):
-        block.put(first, block.plus(block.times(d, block.number(_fifth(block, 4, part, first))), m))
+    _block_of_32(_OneBlock(b, w, out), least=True, fifth=True)
 
 
 @instruction(types.void, types.int64, None)
