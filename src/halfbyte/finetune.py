@@ -84,7 +84,7 @@ def train(
         resume: go on from the run's newest checkpoint; a finished run of which no more is asked stays as it is.
         force: go on also where base, tokenizer or chat template are not those of the checkpoint.
         world: the processes that train together; None for those that a launcher has started (`distributed.world`).
-        objective: what is learned of the rows (`objectives/`); None for what the recipe asks for.
+        objective: what is learned of the rows (`objectives/`); None for the loss of a causal LM.
 
     Raises:
         HalfbyteError: a mistake in the recipe, the data or the model, before the run folder exists; TrainError after.

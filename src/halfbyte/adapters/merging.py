@@ -35,7 +35,8 @@ Factors = dict[str, tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class WeightChange:
-    """How one weight is changed. Just one of these is set, but for a layer's `layer` and its `start`."""
+    """How one weight is changed. One of these is set; a layer may have a `start`, and a
+    `value` is that of `rows` alone where they are set too."""
 
     layer: LoraLayer | None = None  # PEFT's layer, whose delta is added
     experts: ParamWrapper | None = None  # PEFT's wrapper of a stack, (E, a, b)
@@ -57,7 +58,7 @@ class WeightChange:
 
     @torch.no_grad()
     def apply_to_rows(self, weight: Tensor, first_row: int) -> Tensor:
-        """The changed rows of a weight in their rows memory, (rows, in) fp32, beginning at a row of the whole's."""
+        """Rows of a weight, (rows, in) fp32, changed in place; the first of them is `first_row` of the whole."""
         assert self.layer is not None
         key, rows = _key(self.layer), slice(first_row, first_row + len(weight))
         b, a = self.layer.lora_B[key].weight, self.layer.lora_A[key].weight
@@ -150,8 +151,6 @@ def _key(layer: LoraLayer) -> str:
 
 def _check(name: str, layer: LoraLayer) -> None:
     key = _key(layer)
-    if layer.use_dora.get(key) and not isinstance(layer, nn.Module | LoraLayer):
-        raise AdapterError(f"DoRA on {name} ({type(layer).__name__}) is not merged here.")
     base = layer.get_base_layer()
     if layer.use_dora.get(key) and isinstance(base, nn.Embedding):
         raise AdapterError(f"DoRA on the embedding {name} is not merged here.", fix="use it with its base")

@@ -1,4 +1,4 @@
-"""`halfbyte quantize` and `halfbyte store`: build the store of a base ahead of its first use; look over the shelf."""
+"""`halfbyte quantize`: build the store of a base ahead of its first use."""
 
 import time
 from dataclasses import asdict, dataclass, replace

@@ -1,5 +1,5 @@
 """What a command shows while it works: a run's steps, a build, a wait, a count. On a terminal a bar or a line that
-changes, elsewhere plain lines; nothing with --json."""
+changes, elsewhere plain lines; with --json nothing but a word about a signal."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # A build prints a line at most this often; with --quiet this often, and steps no less often.
 LINE_SECONDS, QUIET_SECONDS = 5.0, 60.0
-SCORING_SECONDS = 15.0  # an evaluation
+SCORING_SECONDS = 15.0  # alike, of rows that are scored
 _nowhere = Console(quiet=True, force_terminal=False)
 
 

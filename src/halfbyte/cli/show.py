@@ -1,4 +1,5 @@
-"""How the command line looks: text, tables, warnings and errors. What a command shows meanwhile is in `progress.py`."""
+"""How the command line looks: text, tables, JSON, questions, warnings, errors, what the log says and a command's last
+words. What a command shows meanwhile is in `progress.py`."""
 
 from __future__ import annotations
 

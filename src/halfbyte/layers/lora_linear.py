@@ -3,7 +3,7 @@
 Why: PEFT's layer casts x to fp32 and back, keeps four tensors of x's size for backward, draws its dropout mask one
 Bernoulli number at a time, and bitsandbytes keeps what it dequantised from alive through ctx. Here the base is
 dequantised on the fly, twice a step, into memory that is free again at once; x and the (N, R) intermediate are all that
-is kept; dropout's mask is made again from its seed.
+is kept; dropout's mask is made again from its seed where there are kernels.
 Order: LoRA's part comes first and the base's product is accumulated onto it, so that their sum is rounded once. The
 other way round the base is rounded to bf16 before, and what a young adapter adds is mostly below half a unit of that,
 and vanishes: of 5e-4 on outputs about 1, 28% came through, and the first steps learned visibly less (docs/log).

@@ -1,7 +1,8 @@
 """The run folder: create it, lock it, append metrics, find it again.
 
 Who may write into a run folder: after `create` has made it whole, only the process that holds its `lock`, but for
-`eval/` and `report.html`, which `eval` and `report` write without it. `merge` and `export` write folders of their own.
+`eval/` and `report.html`, which `eval` and `report` write without it. `merge` and
+`export` add new folders, in the run where no other place is named; they replace nothing.
 Why: a run never overwrites another, two processes never write one, and a crash at any moment leaves files that can be
 read: the folder appears whole, JSON is replaced in one step, metrics grow by whole lines, a torn last one is cut away.
 Where the disk is full, a write is tried again for some minutes (`DiskRetry`): the end of a run of hours must not be

@@ -71,7 +71,7 @@ def plan_run(
 
     Args:
         ranks: processes that share the rows of a step; the plan is one's.
-        objective: None for the one that the recipe asks for. done: steps that earlier processes have made.
+        objective: None for the loss of a causal LM. done: steps that earlier processes have made.
     """
     shard.check(recipe, ranks)
     return with_plan(prepare(recipe, objective), machine, listener, ranks=ranks, done=done)

@@ -175,7 +175,7 @@ def _write_files(job: BuildJob, source: Source, journal: _Journal, tell: Callabl
 
 
 class _Stopped(HalfbyteError):
-    """Another thread has failed, or the user has had enough."""
+    """Another thread has failed, or the process was interrupted."""
 
 
 class _Counter:
