@@ -37,7 +37,7 @@ from halfbyte.runs import report as reporting
 from halfbyte.runs.folder import DiskRetry, RunFolder, space_for, write_json
 from halfbyte.system import accelerator, device, files, threads, usage
 from halfbyte.system.libraries import versions
-from halfbyte.training import comparison, fit, pace, preflight, prepare, schedule
+from halfbyte.training import comparison, fit, pace, preflight, prepare, schedule, source
 from halfbyte.training.callback import RunCallback
 from halfbyte.training.events import Listener, stop_on_signals, without_a_terminal
 from halfbyte.training.model import open_model
@@ -253,6 +253,10 @@ def _verdict(setup: Setup, run: RunFolder, ended: Ended, callback: RunCallback, 
     verdict = setup.comparison.judge(compared)
     if verdict.useless:
         callback.listener.warn(f"{verdict.text}; lower train.learning_rate")
+    elif verdict.source is not None and verdict.source.lost:
+        prepared = setup.run.prepared
+        more = source.cheaper(prepared.recipe, prepared.checkpoint)
+        callback.listener.warn(f"the run is worse than the model that was there before: {verdict.source.text}; {more}")
     return {**verdict.to_json(), "adapter_sha256": files.sha256(run.adapter / ADAPTER_FILES[0])}
 
 

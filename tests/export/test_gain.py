@@ -34,11 +34,12 @@ def test_the_share_that_is_left_is_over_the_source_model() -> None:
     seen = HeldOut(losses(2.2), losses(2.0), losses(2.9), losses(2.5))
     assert seen.kept is not None
     assert seen.kept[0] == pytest.approx(0.6) and seen.kept[1] == pytest.approx((0.6, 0.6))
-    assert "gain kept 60% (60% to 60%)" in seen.text and "--gguf-lora" in seen.text
+    assert "gain kept 60% (60% to 60%)" in seen.text and "60% of the run's gain is left" in seen.advice
+    assert "--gguf-lora" in seen.to_json()["advice"]
     assert "the source model 2.5000, on 8 held-out rows" in seen.text and "its base alone 2.9000" in seen.text
     assert seen.to_json()["loss"] == pytest.approx({"export": 2.2, "run": 2.0, "base": 2.9, "source": 2.5})
     whole = HeldOut(losses(2.01), losses(2.0), losses(2.9), losses(2.5))
-    assert "gain kept 98%" in whole.text and "--gguf-lora" not in whole.text
+    assert "gain kept 98%" in whole.text and whole.advice == ""
 
 
 def test_rows_that_differ_give_an_interval_that_holds_the_share() -> None:

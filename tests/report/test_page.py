@@ -328,3 +328,34 @@ def test_a_column_of_tests_is_there_only_where_something_was_tested(tmp_path: Pa
         assert (">p</th>" in table, "McNemar" in text) == (there, there)
         cells = {row.count("<th") + row.count("<td") for row in table.split("<tr>")[1:]}
         assert cells == {5 if there else 4}
+
+
+def test_the_source_model_has_a_column_where_it_was_asked(tmp_path: Path) -> None:
+    loss = {"name": "loss", "adapter": score(0.2), "base": score(0.9), "difference": score(-0.7), "source": score(0.4)}
+    words = "the source model has 0.4000, so quantising costs +0.5000 [0.4000, 0.6000]"
+    run = made.finished(tmp_path / "run", made.metrics(20), started=started())
+    scored(run, {**SCORES, "metrics": [SCORES["metrics"][0], loss], "source": {"text": words}}, [])
+    text = page.write(run.path).read_text()
+    table = text[text.index('<table class="scores">') :]
+    head, *rows = table[: table.index("</table>")].split("<tr>")[1:]
+    assert ">source</th>" in head and {row.count("<th") + row.count("<td") for row in (head, *rows)} == {6}
+    assert f"T{words[1:]}. The source is the model as it came." in text
+
+
+def test_exports_stand_on_the_page_with_what_is_left_of_the_gain(tmp_path: Path) -> None:
+    run = made.finished(tmp_path / "run", made.metrics(20), started=started())
+    assert "Merged and exported" not in page.write(run.path).read_text()
+    held = {"kept": 0.61, "interval": [0.5, 0.7], "loss": {"export": 1.09}, "advice": "61% of <b> is left"}
+    for name, more in (
+        ("gguf-q4_0", {"held_out": held}),
+        ("merged", {"held_out": None, "adapter": {"sha256": "0" * 64, "step": 7}}),
+        ("torn", {}),
+    ):
+        (run.path / name).mkdir()
+        document = {"kind": f"a {name}", "path": name, **more}
+        (run.path / name / "export.json").write_text(json.dumps(document) if name != "torn" else '{"kind": "a')
+    text = page.write(run.path).read_text()
+    rows = text[text.index("Merged and exported") :].split("<tr>")[2:4]
+    assert "61%<small> [50%, 70%]</small>" in rows[0] and "1.09" in rows[0]
+    assert "a merged, of an earlier adapter (step 7)" in rows[1] and "<small>" not in rows[1]
+    assert "61% of &lt;b&gt; is left" in text and "a torn" not in text

@@ -53,6 +53,24 @@ def test_its_words_and_its_json_say_what_was_measured() -> None:
     assert entry["base"] == pytest.approx(base) and entry["interval"][1] < 0
 
 
+def test_a_gain_over_the_base_alone_may_be_less_than_quantising_has_lost() -> None:
+    noise = [0.03, -0.02, 0.01, -0.03, 0.02, -0.01, 0.0, 0.01]
+    source = moved([-0.3 + n for n in noise])
+    verdict = judge(moved([-0.1 - n for n in noise]), BASE, "8 rows", source)
+    assert verdict.name == "better" and verdict.source is not None and verdict.source.lost
+    loss = source[:, 0].sum() / source[:, 1].sum()
+    cost = BASE[:, 0].sum() / BASE[:, 1].sum() - loss
+    assert verdict.source.loss == pytest.approx(loss) and verdict.source.cost[0] == pytest.approx(cost)
+    assert f"on 8 rows; the source model has {loss:.4f}, so quantising costs {cost:+.4f} [" in verdict.text
+    assert "; the run is worse than it, +0." in verdict.text
+    assert json.loads(json.dumps(verdict.to_json()))["source"]["won"][0] > 0
+    better = judge(moved([-0.5] * 8), BASE, "8 rows", source).source
+    assert better is not None and not better.lost and "the run is better than it, -0." in better.text
+    assert judge(BASE, BASE, "8 rows").source is None
+    itself = judge(moved([-0.5] * 8), BASE, "8 rows", BASE)
+    assert itself.source is not None and itself.source.is_base and "source" not in itself.text
+
+
 @pytest.mark.parametrize("rows", [8, 32])
 def test_an_adapter_as_good_as_the_base_is_seldom_called_worse(rows: int) -> None:
     """Skewed losses, changed by as much as they differ in a short run: at most 2.5% a side, by chance 5%."""

@@ -19,14 +19,14 @@ from tests import scored, tiny_run
 
 
 class Notes(Listener):
-    """What was told under the label `base`; with `stop` a signal after the second step."""
+    """What was told under the labels `base` and `source`; with `stop` a signal after the second step."""
 
     def __init__(self, stop: bool = False) -> None:
-        self.base, self.stop = list[str](), stop
+        self.base, self.source, self.stop = list[str](), list[str](), stop
 
     def note(self, label: str, text: str) -> None:
-        if label == "base":
-            self.base.append(text)
+        if label in ("base", "source"):
+            getattr(self, label).append(text)
 
     def step(self, row: dict[str, Any]) -> None:
         if self.stop and row["step"] == 2:
@@ -52,7 +52,12 @@ def test_a_verdict_is_what_an_evaluation_finds(case: str, tmp_path: Path) -> Non
     }[case]  # fmt: skip
     loaded = tiny_run.recipe(tmp_path, **held_out(tmp_path), **asked)
     verdict = finetune.train(loaded).report["verdict"]
-    loss = scored.evaluated(tmp_path / "run", with_base=True, sure=True).scores[0]
+    sheet = scored.evaluated(tmp_path / "run", with_base=True, sure=True)
+    loss, beside = sheet.scores[0], sheet.beside_source
+    assert beside is not None and loss.source is not None and sheet.scores[1].source is not None
+    assert loss.source.value == beside.loss == pytest.approx(verdict["source"]["loss"], rel=1e-6)
+    assert loss.source.interval is not None and sheet.to_json()["source"]["text"] == beside.text
+    assert beside.won is not None and beside.won[0] == pytest.approx(verdict["source"]["won"][0], rel=1e-3, abs=1e-4)
     assert verdict["rows"] == "9 held-out rows"
     assert loss.adapter is not None and loss.base is not None and loss.difference is not None
     assert verdict["adapter"] == pytest.approx(loss.adapter.value, rel=1e-4)
@@ -112,6 +117,75 @@ def test_a_base_is_measured_once(tmp_path: Path) -> None:
     assert "on 12 held-out rows, measured in" in runs[2][0], "others are not those that are kept"
 
 
+def plain_loss(model: Path, rows: Path) -> float:
+    """Of the completions' tokens, by plain transformers, a row at a time."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from halfbyte.data.encoding import encode
+    from halfbyte.recipe.data import Data
+
+    lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    summed, count = 0.0, 0
+    for example in encode.encode(rows, tiny_run.tokenizer(), Data(train=str(rows)), cores=1).examples:
+        ids, labels = torch.tensor([example.input_ids]), torch.tensor(example.labels)
+        with torch.no_grad():
+            logits = lm(input_ids=ids).logits[0, :-1].double()
+        summed += float(torch.nn.functional.cross_entropy(logits, labels[1:], ignore_index=-100, reduction="sum"))
+        count += int((labels[1:] != -100).sum())
+    return summed / count
+
+
+def test_the_source_model_is_measured_once_beside_its_base(tmp_path: Path) -> None:
+    """Its loss is that of the checkpoint by plain transformers, not that of the base in few bits."""
+    verdicts = []
+    for name in ("a", "b"):
+        tell = Notes()
+        loaded = tiny_run.recipe(tmp_path, **held_out(tmp_path), output=tmp_path / name)
+        verdicts.append(finetune.train(loaded, listener=tell).report["verdict"])
+        assert "so quantising costs" in tell.source[-1]
+    plain = plain_loss(Path(loaded.recipe.model), tmp_path / "held.jsonl")
+    seen = verdicts[0]["source"]
+    assert seen["loss"] == pytest.approx(plain, rel=1e-5) and abs(seen["loss"] - verdicts[0]["base"]) > 1e-4
+    assert seen["cost"][0] == pytest.approx(verdicts[0]["base"] - seen["loss"], rel=1e-6)
+    assert seen["won"][0] == pytest.approx(verdicts[0]["adapter"] - seen["loss"], rel=1e-6)
+    assert verdicts[1]["source"] == seen and "the source model has" in verdicts[0]["text"]
+
+
+def test_a_base_in_16_bits_is_its_source(tmp_path: Path) -> None:
+    tell = Notes()
+    loaded = tiny_run.recipe(tmp_path, **held_out(tmp_path), quant__type="none")
+    verdict = finetune.train(loaded, listener=tell).report["verdict"]
+    assert verdict["source"]["loss"] == verdict["base"] and verdict["source"]["cost"] == (0.0, (0.0, 0.0))
+    assert tell.source == [] and "source" not in verdict["text"]
+
+
+def test_a_source_that_is_too_large_is_left_out_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("halfbyte.training.source.SHARE", 0.0)
+    tell = Notes()
+    verdict = finetune.train(tiny_run.recipe(tmp_path, **held_out(tmp_path)), listener=tell).report["verdict"]
+    assert verdict["source"] is None and "GB in 16 bits, and" in tell.source[-1]
+
+
+def test_blocks_are_read_by_the_source_text_by_text(tmp_path: Path) -> None:
+    from halfbyte.data.encoding.examples import Example
+    from halfbyte.objectives.causal_lm import CausalLM
+    from halfbyte.system import device
+    from halfbyte.training import prepare, source
+
+    prepared = prepare.prepare(tiny_run.recipe(tmp_path, **held_out(tmp_path)).recipe)
+    one, other = list(prepared.train.examples)[:2]
+    ids, labels = one.input_ids + other.input_ids, one.labels + other.labels
+    block = Example(ids, labels, "block", (), "", (0, len(one.input_ids)))
+    sums = source.sums(
+        prepared.recipe, prepared.checkpoint, CausalLM(), [block, one, other], machine=device.detect(),
+        most_bytes=1 << 40,
+    )  # fmt: skip
+    assert not isinstance(sums, str) and sums[0].tolist() == pytest.approx((sums[1] + sums[2]).tolist())
+
+
 def test_what_is_kept_of_a_base_can_be_lost_or_damaged(tmp_path: Path) -> None:
     def run(name: str) -> str:
         tell = Notes()
@@ -156,13 +230,15 @@ def test_a_verdict_is_in_the_plans_seconds(tmp_path: Path) -> None:
 
     whole = plan(**held_out(tmp_path), train__max_steps=8)
     rows, held = (sum(part.lengths) for part in (whole.prepared.train, whole.prepared.evaluation))
-    # two epochs: an evaluation ends each anyway, so the verdict's is the base's
-    assert whole.plan.time.around["verdict"] == pytest.approx(held * whole.plan.time.forward_s)
-    alone = plan(data__eval="none", train__max_steps=8)  # base and adapter on all 16 rows
-    tokens = 2 * sum(alone.prepared.train.lengths)
+    # two epochs: an evaluation ends each anyway, so the verdict's are those of the base and of its source
+    assert whole.plan.time.around["verdict"] == pytest.approx(2 * held * whole.plan.time.forward_s)
+    itself = plan(**held_out(tmp_path), train__max_steps=8, quant__type="none").plan.time  # the base is its source
+    assert itself.around["verdict"] == pytest.approx(held * itself.forward_s)
+    alone = plan(data__eval="none", train__max_steps=8)  # source, base and adapter on all 16 rows
+    tokens = 3 * sum(alone.prepared.train.lengths)
     assert alone.plan.time.around["verdict"] == pytest.approx(tokens * alone.plan.time.forward_s)
-    again = plan(4, data__eval="none", train__max_steps=8).plan.time  # the base's are kept
-    assert again.around["verdict"] == pytest.approx(tokens / 2 * again.forward_s)
+    again = plan(4, data__eval="none", train__max_steps=8).plan.time  # those of base and source are kept
+    assert again.around["verdict"] == pytest.approx(tokens / 3 * again.forward_s)
     assert 0.2 < alone.plan.time.forward_s * rows / (4 * alone.plan.time.step_s) < 0.5, "of a step's seconds a token"
 
 

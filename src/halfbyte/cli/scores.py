@@ -50,7 +50,7 @@ def evaluate(
     force: Force = False,
     json_: Json = False,
 ) -> None:
-    """Loss, perplexity and what answers are worth, on held-out rows; with --base beside the base alone."""
+    """Loss, perplexity and what answers are worth, on held-out rows; with --base beside base and source model."""
     from halfbyte.inference import target
     from halfbyte.scoring import sheet
 
@@ -109,19 +109,22 @@ def tasks(results: dict[str, Document]) -> None:
 def table(scored: Sheet, samples: int, folder: Path | None) -> None:
     lines = Table(header_style="bold")
     lines.add_column("")
-    for name in scored.sides:
+    columns = [*(["source"] if scored.source is not None else []), *scored.sides]
+    for name in columns:
         lines.add_column(name, justify="right")
     both = len(scored.sides) > 1
     if both:
         lines.add_column("difference", justify="right")
         lines.add_column("p", justify="right")
     for score in scored.scores:
-        sides = [_shown(score, getattr(score, name)) for name in scored.sides]
+        sides = [_shown(score, getattr(score, name)) for name in columns]
         p = "" if score.p_value is None else f"{score.p_value:{'.3f' if score.p_value >= 0.001 else '.0e'}}"
         lines.add_row(score.name, *sides, *([_shown(score, score.difference, sign=True), p] if both else []))
     out.print(lines)
     sure = f"; [..]: {CONFIDENCE:.0%} interval" if any(s.adapter and s.adapter.interval for s in scored.scores) else ""
     out.print(f"{scored.rows:,} rows in {duration(scored.seconds)}{sure}", style="dim")
+    if scored.why or scored.beside_source is not None:
+        show.paragraph(scored.beside_source.text if scored.beside_source is not None else scored.why)
     _samples(scored, samples)
     if folder is not None:
         out.print(f"\nevery answer: {escape(str(folder / 'answers.jsonl'))}", style="dim", soft_wrap=True)

@@ -69,6 +69,9 @@ def export(
     ollama: Annotated[
         bool, typer.Option("--ollama", help="Also a Modelfile; alone it takes a GGUF file in Q8_0.")
     ] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="With --gguf: round its matrices anew, on the run's own rows.")
+    ] = False,
     peft: Annotated[bool, typer.Option("--peft", help="The adapter alone, within the limits of vLLM.")] = False,
     base: Annotated[BaseOption, typer.Option("--base", help="As of merge.")] = BaseOption.auto,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Default: a folder in RUN.")] = None,
@@ -81,6 +84,8 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """A run for llama.cpp, Ollama, vLLM or plain PEFT, with a proof that it says what the run says."""
+    if repair and (gguf_lora or peft):
+        raise RecipeError("--repair is of a GGUF file that is merged: an adapter is not rounded.", fix="leave it out")
     if sum((gguf is not None, gguf_lora, peft)) > 1 or not (gguf or gguf_lora or peft or ollama) or (peft and ollama):
         raise RecipeError("what is wanted?", fix="one of --gguf FORMAT, --gguf-lora, --peft; --ollama with one of GGUF")
     with progress.quantizing(silent=json_ or quiet) as tell:
@@ -94,7 +99,7 @@ def export(
         elif gguf_lora:
             result = exporting.to_gguf_lora(job, modelfile=ollama)
         else:
-            result = exporting.to_gguf(job, gguf or "Q8_0", base.value, modelfile=ollama)
+            result = exporting.to_gguf(job, gguf or "Q8_0", base.value, modelfile=ollama, repair=repair)
     _show(result, json_=json_)
 
 
@@ -187,3 +192,5 @@ def _show(result: Exported, *, json_: bool) -> None:
             f"  {result.held_out['text']}; KL from the run {proven.kl:.2g} nats",
         ]
     show.text("\n".join([*lines, *(f"  {note}" for note in result.notes)]))
+    if result.held_out is not None and result.held_out["advice"]:
+        show.warning(result.held_out["advice"])

@@ -18,6 +18,7 @@ from halfbyte.errors import ExportError, HalfbyteError, RecipeError
 from halfbyte.export import folder, gguf, gguf_tokenizer, llama_cpp, lora, ollama
 from halfbyte.export.job import BaseChoice, DraftExport, ExportJob, bases, better, describe, notes
 from halfbyte.export.weights import BaseKind, MergedModel
+from halfbyte.export.witness import training_rows
 from halfbyte.inference.load import tokenizer_of
 from halfbyte.inference.target import Target
 from halfbyte.models.sources.lookup import find_model
@@ -95,15 +96,20 @@ def _quantise(job: ExportJob, draft: DraftExport, merged: Exported, place: Path)
 
 
 # ------------------------------------------------------------------ GGUF
-def to_gguf(job: ExportJob, kind: str, choice: BaseChoice = "auto", *, modelfile: bool = False) -> Exported:
-    """The merged model as one GGUF file in a folder, with `--ollama` a Modelfile beside it. Raises RecipeError: no such
-    format. ExportError: the architecture is not written here, llama.cpp is not there for a K-quant, no space, or what
-    was written does not say what the run says; nothing is left then."""
+def to_gguf(
+    job: ExportJob, kind: str, choice: BaseChoice = "auto", *, modelfile: bool = False, repair: bool = False
+) -> Exported:
+    """The merged model as one GGUF file in a folder, with `--ollama` a Modelfile beside it. `repair`: its matrices are
+    rounded anew on the run's own rows (`repair.py`), and the file that loses less is kept. Raises RecipeError: no such
+    format, or none that is rounded. ExportError: the architecture is not written here, llama.cpp is not there for a
+    K-quant or a repair, no space, or what was written does not say what the run says; nothing is left then."""
     kind = kind.upper()
     if kind not in (every := (*gguf.OWN_FORMATS, *gguf.K_QUANTS)):
         raise RecipeError(f"--gguf {kind}: no such format.", fix=f"one of {', '.join(every)}")
-    if kind in gguf.K_QUANTS:
-        llama_cpp.need(kind)
+    if repair and kind in _FLOATS:
+        raise RecipeError(f"--repair: {kind} rounds too little to be repaired.", fix="leave --repair out")
+    if kind in gguf.K_QUANTS or repair:
+        llama_cpp.need("a repaired file" if repair else kind)
     out = job.out_folder(f"gguf-{kind.lower()}")
     if (model_type := _model_type(job.target())) not in gguf.ARCHITECTURES:
         llama_cpp.converter(model_type)
@@ -118,12 +124,43 @@ def to_gguf(job: ExportJob, kind: str, choice: BaseChoice = "auto", *, modelfile
             _prove(draft, path, kind, each)
         base = better(draft.proofs, draft.losses, kinds)
         remarks += _notes(draft, kinds, base)
-        result = draft.result(f"GGUF file in {kind}", base, remarks)
-        draft.keep(base)
+        name: str = base
+        if repair:
+            name, remark = _repaired(job, draft, base, kind)
+            remarks.append(remark)
+        result = draft.result(f"GGUF file in {kind}", name, remarks)
+        draft.keep(name)
         if modelfile:
             file = next(draft.folder.glob("*.gguf"))
             ollama.write(draft.folder / "Modelfile", file.name, _tokenizer(run), run.recipe)
         return draft.finish(result)
+
+
+def _repaired(job: ExportJob, draft: DraftExport, base: BaseKind, kind: str) -> tuple[str, str]:
+    """Repair a copy of the file that was merged into `base`. Returns the name of the better one of both, and a note."""
+    from halfbyte.export import repair
+
+    name, run = f"{base}, repaired", draft.run
+    places = draft.folder / name, draft.folder / "merged"
+    for place in places:
+        place.mkdir()
+    file = next((draft.folder / base).glob("*.gguf"))
+    folder.check_space(draft.folder, file.stat().st_size)
+    copied = Path(shutil.copy(file, places[0]))
+    write_merged(job, run, base, places[1])
+    rows = training_rows(run, _tokenizer(run), repair.TOKENS)
+    job.tell.say(f"{copied.name} is rounded anew on {len(rows)} of the run's rows", label="repair")
+    note = repair.repair(copied, places[1], rows)
+    shutil.rmtree(places[1])
+    _prove(draft, copied, kind, base, name=name)
+    if base not in draft.losses:
+        return name, note
+    plain, other = (draft.losses[each].export.value for each in (base, name))
+    if draft.proofs[name].problems or other >= plain:
+        return base, f"{note}; that is not better (loss {other:.4f}), so it was left out"
+    kept = draft.losses[base].kept
+    left = "" if kept is None else f", {kept[0]:.0%} of the gain"
+    return name, f"{note}; without that: loss {plain:.4f}{left}"
 
 
 def to_gguf_lora(job: ExportJob, *, modelfile: bool = False) -> Exported:
@@ -182,14 +219,16 @@ def _proves(draft: DraftExport) -> bool:
     return draft.witness is not None and programs.has_llama()
 
 
-def _prove(draft: DraftExport, path: Path, kind: str, base: BaseKind, adapter: Path | None = None) -> None:
-    """Compare a GGUF file with the run, by llama.cpp, where that can be done."""
+def _prove(
+    draft: DraftExport, path: Path, kind: str, base: BaseKind, adapter: Path | None = None, name: str | None = None
+) -> None:
+    """Compare a GGUF file with the run, by llama.cpp, where that can be done. `name`: its own; None for its base's."""
     if draft.witness is not None and programs.has_llama():
         family = kind[:4] if kind in gguf.K_QUANTS else kind
         others = (family,) if family in _FLOATS else (family, family)
-        name = f"llama-{base}"
-        draft.proofs[base], draft.losses[base] = draft.witness.prove(
-            path, "llama.cpp", family, name, base=base, others=others, adapter=adapter
+        name = name or base
+        draft.proofs[name], draft.losses[name] = draft.witness.prove(
+            path, "llama.cpp", family, f"llama-{name}", base=base, others=others, adapter=adapter
         )
 
 

@@ -21,6 +21,7 @@ from halfbyte.types import Document
 
 RESAMPLES, SEED = 2000, 0
 WARN_BELOW = 0.9
+HELP = "more keep --repair, the adapter beside its base (halfbyte export RUN --gguf-lora) and wider formats (Q8_0)"
 
 
 @dataclass(frozen=True)
@@ -66,16 +67,21 @@ class HeldOut:
             worse = self.won is not None and self.won[1] < 0
             return f"{losses}: the run is {'worse' if worse else 'not measurably better'} than its source model"
         share, (low, high) = self.kept
-        text = f"gain kept {share:.0%} ({low:.0%} to {high:.0%}): {losses}"
-        if share < WARN_BELOW:
-            text += "; more is left by the adapter beside its base (halfbyte export RUN --gguf-lora), or a wider format"
-        return text
+        return f"gain kept {share:.0%} ({low:.0%} to {high:.0%}): {losses}"
+
+    @property
+    def advice(self) -> str:
+        """What would help, where little is left; else empty."""
+        if self.kept is None or self.kept[0] >= WARN_BELOW:
+            return ""
+        return f"{self.kept[0]:.0%} of the run's gain is left; {HELP}"
 
     def to_json(self) -> Document:
         """Losses a token; `kept` and `interval` are shares."""
         losses = {name: sums and sums.value for name, sums in vars(self).items()}
         share, limits = self.kept or (None, None)
-        return {"rows": len(self.run.numerators), "loss": losses, "kept": share, "interval": limits, "text": self.text}
+        return {"rows": len(self.run.numerators), "loss": losses, "kept": share, "interval": limits, "text": self.text,
+                "advice": self.advice}  # fmt: skip
 
 
 def difference(one: RowSums, other: RowSums) -> Interval | None:

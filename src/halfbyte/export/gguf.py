@@ -194,7 +194,8 @@ def write(merged: MergedModel, path: Path, kind: str, add_tokenizer: Callable[[g
     add_tokenizer(writer)
     items = [item for item in merged.items if item.parameter in set(merged.plain.state_dict())]
     names = names_of(config, items, metadata)
-    plans = {names[item.name]: (item, _type_of(names[item.name], item, kind)) for item in items}
+    head = next((name for name in names.values() if name == "output.weight"), "token_embd.weight")
+    plans = {names[item.name]: (item, _type_of(names[item.name], item, kind, head)) for item in items}
     for name, table in tables.items():
         _announce(writer, name, table.shape, "F32")
     for name, (item, tensor_kind) in plans.items():
@@ -223,11 +224,14 @@ def encode(values: np.ndarray, kind: str) -> np.ndarray:
     return blocks
 
 
-def _type_of(name: str, item: Item, kind: str) -> str:
+def _type_of(name: str, item: Item, kind: str, head: str) -> str:
+    """The format of a tensor. The head, tied or not, is not rounded to 4 or 5 bits, as in llama.cpp's own files."""
     if len(item.source.shape) < 2 or name in _FP32 or name.endswith("_norm.weight"):
         return "F32"
     rows = item.source.shape[-1]
-    return "F16" if kind in ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1") and rows % 32 else kind
+    if kind not in ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"):
+        return kind
+    return "F16" if rows % 32 else "Q8_0" if name == head else kind
 
 
 def _announce(writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...], kind: str) -> None:

@@ -132,7 +132,8 @@ def _proof(export: Exported) -> list[str]:
         f"{proven.answers} prompts: logits differ by {proven.difference:.3g} of their spread, {proven.same_answers} "
         "greedy answers are the same token for token."
     )
-    held_out = [export.held_out["text"]] if export.held_out is not None else []
+    seen = export.held_out or {}
+    held_out = [seen[name] for name in ("text", "advice") if seen.get(name)]
     return [figures, *([""] if held_out or export.notes else []), *held_out, *export.notes]
 
 

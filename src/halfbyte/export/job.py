@@ -34,10 +34,12 @@ from halfbyte.models.sources.lookup import find_model
 from halfbyte.models.structure import meta_model
 from halfbyte.proofs.export import Exported, Proof, ask_program, prove_export
 from halfbyte.recipe.adapter import read_config, read_passport
+from halfbyte.report import page
+from halfbyte.runs.folder import EXPORT
+from halfbyte.scoring.sheet import adapter_of
 from halfbyte.system import device, files
 
 BaseChoice = Literal["16bit", "4bit", "auto"]
-EXPORT = "export.json"
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,8 @@ class ExportJob:
         """An export in the making: `out` appears when the block ends, and nothing after an error."""
         with self._witness(run, out, prove=prove) as witness, folder.whole_or_absent(out) as temporary:
             yield DraftExport(run, out, temporary, witness)
+        if run.run is not None:
+            page.renew(run.run.path)
 
     @contextmanager
     def _witness(self, run: Target, out: Path, *, prove: bool) -> Iterator[RunWitness | None]:
@@ -168,7 +172,9 @@ class DraftExport:
 
     def finish(self, result: Exported) -> Exported:
         """Write the figures and the card beside what was written."""
-        files.write(self.folder / EXPORT, files.as_json(result.to_json() | {"path": self.out.name}))
+        adapter = None if self.run.adapter is None else adapter_of(self.run.adapter)
+        figures = result.to_json() | {"path": self.out.name, "adapter": adapter}
+        files.write(self.folder / EXPORT, files.as_json(figures))
         hub.write(self.folder, self.run, result)
         return result
 

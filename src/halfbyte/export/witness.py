@@ -24,13 +24,14 @@ from halfbyte.errors import DataError, HalfbyteError
 from halfbyte.inference import target
 from halfbyte.inference.generate import generate_ids, stop_ids
 from halfbyte.inference.load import Opened, open_target
+from halfbyte.inference.target import Target
 from halfbyte.models.context import context_of
 from halfbyte.proofs import programs
 from halfbyte.proofs.adapter import logits_at
 from halfbyte.runs.folder import RunFolder
 from halfbyte.system import device, files
 from halfbyte.system.children import child, run_child
-from halfbyte.types import Document
+from halfbyte.types import Document, Tokenizer
 from halfbyte.writing.sampling import SamplingParams
 
 # At most: rows, tokens in all; labels of a row, whose logits are in memory at once; positions whose logits are written.
@@ -122,6 +123,22 @@ def _rows(opened: Opened, data: Path | None, max_rows: int) -> list[Example]:
             except HalfbyteError:
                 continue
     raise DataError("there are no rows to compare an export on.", fix="--data ROWS.jsonl")
+
+
+def training_rows(run: Target, tokenizer: Tokenizer, tokens: int) -> list[list[int]]:
+    """Rows that a run was trained on, as token ids: so many tokens at most, but one row. Raises DataError: none can be
+    read."""
+    recipe = run.recipe
+    data = recipe.data.model_copy(update={"overlong": "truncate", "packing": "rows"})
+    if not recipe.data.train:
+        raise DataError("the recipe names no training rows to repair an export on.", fix="--set data.train=ROWS.jsonl")
+    chosen, total = list[list[int]](), 0
+    for row in encode.encode(recipe.data.train, tokenizer, data, cores=device.cores()).examples:
+        total += len(row.input_ids)
+        if chosen and total > tokens:
+            break
+        chosen.append(list(row.input_ids))
+    return chosen
 
 
 def _chosen(rows: Sequence[Example]) -> list[Document]:

@@ -3,6 +3,7 @@
 Why: a loss curve alone does not say whether the adapter does the task, nor whether the base did it already.
 What: base and adapter are scored on the same rows in one process, the base with its adapter switched off; so their
 difference is paired, row by row.
+With the base the model as it came is asked for its losses too: what is won over it is what a run is worth.
 Cost: for each side one forward over the rows, and one answer each (`batch.py`) where a metric reads answers.
 """
 
@@ -22,12 +23,15 @@ from halfbyte.inference import batch, choices, target
 from halfbyte.layers import loss
 from halfbyte.layers.kernels.pool import POOL
 from halfbyte.models.context import context_of
+from halfbyte.models.sources.lookup import find_model
+from halfbyte.objectives.causal_lm import CausalLM
 from halfbyte.plan import InferencePlan, Rows, plan_inference, sequences_beside
 from halfbyte.recipe.adapter import folder_of
 from halfbyte.recipe.evaluation import Eval
 from halfbyte.runs.folder import RunFolder
 from halfbyte.scoring import intervals, metrics, sheet
 from halfbyte.system import device, usage
+from halfbyte.training import source as unquantised
 
 if TYPE_CHECKING:
     from halfbyte.inference.load import Opened
@@ -67,15 +71,33 @@ def evaluate(
 
         with opened.using(base=name == "base"):
             sides[name] = scoring.side(examples, batches, plan, tell)
+    as_came = _source(opened, examples, progress) if options.with_base and not opened.alone else ""
+    of_source = as_came if isinstance(as_came, sheet.Side) else None
     scores = tuple(
-        sheet.score(name, sides, settings, yes_no=yes_no, sure=options.sure)
+        sheet.score(name, sides, settings, yes_no=yes_no, sure=options.sure, source=of_source)
         for name, yes_no in (("loss", False), ("perplexity", False), *scoring.names)
     )
     questions = tuple(
         sheet.Question(e.where, opened.tokenizer.decode(e.prompt_ids, skip_special_tokens=True), e.completion)
         for e in asking
     )
-    return sheet.Sheet(source, len(examples), time.monotonic() - began, scores, questions, sides, adapter)
+    seconds, why = time.monotonic() - began, as_came if isinstance(as_came, str) else ""
+    return sheet.Sheet(source, len(examples), seconds, scores, questions, sides, adapter, of_source, why)
+
+
+def _source(opened: Opened, examples: Sequence[Example], tell: Progress) -> sheet.Side | str:
+    """The losses of the model as it came; or why there are none of its own."""
+    recipe, machine = opened.recipe, device.detect()
+    checkpoint = find_model(recipe)
+    if unquantised.is_the_base(recipe, checkpoint):
+        return "the base is the model as it came"
+    tell("source: losses", 0, len(examples))
+    most = machine.cards[0].free_bytes if machine.on_card else machine.ram_available_bytes
+    sums = unquantised.sums(recipe, checkpoint, CausalLM(), examples, machine=machine, most_bytes=most)
+    if isinstance(sums, str):
+        return f"the source model was not measured: {sums}"
+    tell("source: losses", len(examples), len(examples))
+    return sheet.Side(tuple(sums[:, 0].tolist()), tuple(sums[:, 1].tolist()), ())
 
 
 def answer_scores(run: PlannedRun, model: Model, tokens: int) -> Callable[[], dict[str, float]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from halfbyte.recipe.adapter import read_passport
 from halfbyte.report import series, update_norms
 from halfbyte.runs import crash, listing
-from halfbyte.runs.folder import RunFolder, json_rows, read_json
+from halfbyte.runs.folder import EXPORT, RunFolder, json_rows, read_json
 from halfbyte.scoring.sheet import other_adapter
 from halfbyte.types import Document
 
@@ -66,6 +66,13 @@ class Record:
     def verdict(self) -> Document:
         """The run's verdict, where it is on the adapter that the run has; else empty."""
         return listing.verdict(self.run, self.report)
+
+    @cached_property
+    def exports(self) -> list[Document]:
+        """What `merge` and `export` have added to the folder, by name; `of`: of which adapter each is, in words, where
+        that is not the run's."""
+        every = [read_json(path) for path in sorted(self.run.path.glob(f"*/{EXPORT}"))]
+        return [each | {"of": other_adapter(each, self.run.adapter)} for each in every if each.get("kind")]
 
     @property
     def resumed(self) -> list[tuple[int, float]]:

@@ -27,6 +27,7 @@ from halfbyte.types import Document
 
 T = TypeVar("T")
 ANOTHER = "give another output: (--output)"
+EXPORT = "export.json"  # of a folder that `merge` or `export` has added
 RETRY_FOR_S = 600.0
 RETRY_EVERY_S = 1.0
 

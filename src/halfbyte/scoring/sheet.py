@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from halfbyte.errors import RecipeError
 from halfbyte.recipe.adapter import ADAPTER_FILES, read_passport
@@ -20,6 +21,7 @@ from halfbyte.recipe.evaluation import LOSSES, Eval
 from halfbyte.scoring import intervals, metrics
 from halfbyte.scoring.intervals import Interval, RowSums
 from halfbyte.scoring.metrics import Scores
+from halfbyte.scoring.verdict import SourceLoss, beside_source
 from halfbyte.system import files
 from halfbyte.types import Document
 
@@ -68,6 +70,11 @@ class Side:
     tokens: tuple[int, ...]
     answers: tuple[Answer, ...]
 
+    @property
+    def sums(self) -> NDArray[np.float64]:
+        """(rows, 2): each row's loss and tokens."""
+        return np.array([self.losses, self.tokens], np.float64).T
+
     def rows_of(self, name: str) -> RowSums:
         """The score `name` as sums over rows."""
         if name in LOSSES:
@@ -84,7 +91,8 @@ class Value:
 
 @dataclass(frozen=True)
 class Score:
-    """A score of the adapter, of the base, or of both, over so many rows; `yes_no`: each row's value is 0 or 1."""
+    """A score of the adapter, of the base, or of both, over so many rows; `yes_no`: each row's value is 0 or 1.
+    `source`: of the model as it came, of which losses alone are known."""
 
     name: str
     rows: int
@@ -93,6 +101,7 @@ class Score:
     base: Value | None
     difference: Value | None = None
     p_value: float | None = None
+    source: Value | None = None
 
     def to_json(self) -> Document:
         values = asdict(self)
@@ -111,7 +120,8 @@ class Question:
 
 @dataclass(frozen=True)
 class Sheet:
-    """A whole evaluation. `sides`: `base`, `adapter` or both. `adapter`: which one, as `adapter_of` has it."""
+    """A whole evaluation. `sides`: `base`, `adapter` or both. `adapter`: which one, as `adapter_of` has it. `source`:
+    the model as it came, without answers; None where it was not asked, and `why` then."""
 
     data: str
     rows: int
@@ -120,10 +130,20 @@ class Sheet:
     questions: tuple[Question, ...]
     sides: dict[str, Side]
     adapter: Document | None = None
+    source: Side | None = None
+    why: str = ""
+
+    @property
+    def beside_source(self) -> SourceLoss | None:
+        """What quantising costs, and what the adapter has won over the source model."""
+        rows = [None if s is None else s.sums for s in (self.source, self.sides.get("base"), self.sides.get("adapter"))]
+        return None if rows[1] is None else beside_source(rows[0], rows[1], rows[2])
 
     def to_json(self) -> Document:
         """What `scores.json` holds."""
+        beside = self.beside_source
         return {
+            "source": self.why or None if beside is None else {**vars(beside), "text": beside.text},
             "data": self.data,
             "adapter": self.adapter,
             "rows": self.rows,
@@ -147,19 +167,24 @@ class Sheet:
         files.write(folder / SCORES, files.as_json(self.to_json()))
 
 
-def score(name: str, sides: dict[str, Side], settings: Eval, *, yes_no: bool, sure: bool) -> Score:
-    """One score of the sides; `sure`: with intervals, and for yes/no scores of two sides an exact test."""
-    rows = {side: value.rows_of(name) for side, value in sides.items()}
+def score(
+    name: str, sides: dict[str, Side], settings: Eval, *, yes_no: bool, sure: bool, source: Side | None = None
+) -> Score:
+    """One score of the sides; `sure`: with intervals, and for yes/no scores of two sides an exact test. `source`: also
+    of this one, where it is of losses."""
+    every = sides if source is None or name not in LOSSES else {**sides, "source": source}
+    rows = {side: value.rows_of(name) for side, value in every.items()}
     bootstrap = {"resamples": settings.resamples, "seed": settings.seed}
     values = {side: Value(r.value, intervals.interval(r, **bootstrap) if sure else None) for side, r in rows.items()}
     adapter, base = values.get("adapter"), values.get("base")
     count = len(next(iter(rows.values())).numerators)
     if adapter is None or base is None:
-        return Score(name, count, yes_no, adapter, base)
+        return Score(name, count, yes_no, adapter, base, source=values.get("source"))
     one, other = rows["adapter"], rows["base"]
     interval = intervals.interval_of_difference(one, other, **bootstrap) if sure else None
     p = intervals.exact_test(one.numerators.tolist(), other.numerators.tolist()) if sure and yes_no else None
-    return Score(name, count, yes_no, adapter, base, Value(adapter.value - base.value, interval), p)
+    difference = Value(adapter.value - base.value, interval)
+    return Score(name, count, yes_no, adapter, base, difference, p, values.get("source"))
 
 
 def adapter_of(folder: Path) -> Document:

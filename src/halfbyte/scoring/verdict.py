@@ -1,6 +1,7 @@
-"""What became of an adapter, by measurement: its loss beside the base's, on the same rows.
+"""What became of an adapter, by measurement: its loss beside the base's and the source model's, on the same rows.
 
-Why: losses of single steps are of other rows each; they say nothing of whether something was gained.
+Why: losses of single steps are of other rows each; they say nothing of whether something was gained. And what is
+gained over a quantised base alone may be less than quantising has lost.
 What: `worse` and `better` only where the interval of the paired difference is wholly on one side of 0; so at most one
 in 40 adapters that are as good as the base is called worse.
 Cost: milliseconds; no torch.
@@ -29,14 +30,44 @@ RESAMPLES, SEED = 2000, 0
 
 
 @dataclass(frozen=True)
+class SourceLoss:
+    """What the model as it came loses. `cost`: what its base loses more, that is, by quantising; `won`: what the
+    adapter loses more, below 0 where something was won; each with its interval."""
+
+    loss: float
+    cost: tuple[float, Interval]
+    won: tuple[float, Interval] | None
+
+    @property
+    def text(self) -> str:
+        text = f"the source model has {self.loss:.4f}, so quantising costs {_signed(*self.cost)}"
+        if self.won is None:
+            return text
+        low, high = self.won[1]
+        word = "better" if high < 0 else "worse" if low > 0 else "not measurably better"
+        return f"{text}; the run is {word} than it, {_signed(*self.won)}"
+
+    @property
+    def is_base(self) -> bool:
+        """Whether there is nothing between them."""
+        return self.cost == (0.0, (0.0, 0.0))
+
+    @property
+    def lost(self) -> bool:
+        """Whether the run is measured to be worse than the model that was there before."""
+        return self.won is not None and self.won[1][0] > 0
+
+
+@dataclass(frozen=True)
 class Verdict:
-    """`rows`: which they are, in words. `interval`: of adapter less base."""
+    """`rows`: which they are, in words. `interval`: of adapter less base. `source`: None where it was not measured."""
 
     name: Name
     rows: str
     base: float | None = None
     adapter: float | None = None
     interval: Interval | None = None
+    source: SourceLoss | None = None
 
     @property
     def text(self) -> str:
@@ -45,8 +76,9 @@ class Verdict:
             return f"not compared with the base: {self.rows}"
         losses = f"loss {self.adapter:.4f} beside {self.base:.4f}"
         if self.interval is not None:
-            losses += f", {self.adapter - self.base:+.4f} [{self.interval[0]:.4f}, {self.interval[1]:.4f}]"
-        return f"{WORDS[self.name]}: {losses}, on {self.rows}"
+            losses += f", {_signed(self.adapter - self.base, self.interval)}"
+        beside = "" if self.source is None or self.source.is_base else f"; {self.source.text}"
+        return f"{WORDS[self.name]}: {losses}, on {self.rows}{beside}"
 
     @property
     def useless(self) -> bool:
@@ -55,12 +87,40 @@ class Verdict:
 
     def to_json(self) -> Document:
         interval = None if self.interval is None else list(self.interval)
-        return {**vars(self), "interval": interval, "text": self.text, "useless": self.useless}
+        source = None if self.source is None else {**vars(self.source), "text": self.source.text}
+        return {**vars(self), "interval": interval, "source": source, "text": self.text, "useless": self.useless}
 
 
-def judge(adapter: NDArray[np.float64] | None, base: NDArray[np.float64] | None, rows: str) -> Verdict:
-    """The verdict on an adapter. `adapter`, `base`: (rows, 2 or more): the loss of each row, summed, and what it counts
-    for; None: not measured. `rows`: which they are, in words."""
+def _signed(value: float, interval: Interval) -> str:
+    return f"{value:+.4f} [{interval[0]:.4f}, {interval[1]:.4f}]"
+
+
+def beside_source(
+    source: NDArray[np.float64] | None, base: NDArray[np.float64], adapter: NDArray[np.float64] | None = None
+) -> SourceLoss | None:
+    """What quantising costs, and what an adapter has won over the source model; None where it was not measured, or not
+    on rows enough. Each: (rows, 2 or more), as of `judge`."""
+    if source is None or len(source) < 2 or not all(np.isfinite(x).all() for x in (source, base)):
+        return None
+    as_came = RowSums(source[:, 0], source[:, 1])
+
+    def more(rows: NDArray[np.float64]) -> tuple[float, Interval] | None:
+        other = RowSums(rows[:, 0], rows[:, 1])
+        limits = intervals.interval_of_difference(other, as_came, resamples=RESAMPLES, seed=SEED)
+        return None if limits is None or not math.isfinite(other.value) else (other.value - as_came.value, limits)
+
+    cost = more(base)
+    return None if cost is None else SourceLoss(as_came.value, cost, None if adapter is None else more(adapter))
+
+
+def judge(
+    adapter: NDArray[np.float64] | None,
+    base: NDArray[np.float64] | None,
+    rows: str,
+    source: NDArray[np.float64] | None = None,
+) -> Verdict:
+    """The verdict on an adapter. `adapter`, `base`, `source`: (rows, 2 or more): the loss of each row, summed, and what
+    it counts for; None: not measured. `rows`: which they are, in words."""
     if adapter is None or base is None or len(base) < 2 or not np.isfinite(base).all():
         return Verdict("not measured", rows)
     now, before = RowSums(adapter[:, 0], adapter[:, 1]), RowSums(base[:, 0], base[:, 1])
@@ -73,4 +133,4 @@ def judge(adapter: NDArray[np.float64] | None, base: NDArray[np.float64] | None,
         name = "better"
     elif interval[0] > 0:
         name = "diverged" if now.value > FAR * before.value else "worse"
-    return Verdict(name, rows, before.value, now.value, interval)
+    return Verdict(name, rows, before.value, now.value, interval, beside_source(source, base, adapter))

@@ -2,8 +2,8 @@
 
 What: held-out rows where there are any; else training rows that the run never reaches, where it is shorter than an
 epoch; else some that it trains on. As many as cost a small part of the run, in the order of a hash: a longer run has
-the same ones first. The base's losses are kept beside its store, row by row, and measured once.
-Cost: a forward of these rows, twice in a base's first run.
+the same ones first. The losses of the base and of its source are kept beside its store, row by row, and measured once.
+Cost: a forward of these rows, three times in a base's first run.
 """
 
 from __future__ import annotations
@@ -34,15 +34,16 @@ Rows = NDArray[np.float64]
 FEWEST, MOST = 8, 32  # rows
 MOST_HELD_OUT = 200
 SHARE, SHORT_S = 0.1, 5.0  # of a run's seconds, and seconds that are always given
-KEPT = "scores.json"
+KEPT, SOURCE = "scores.json", "source "
 MOST_KEPT = 20_000  # rows
 
 
 @dataclass
 class Comparison:
-    """`chosen`: the rows among the held-out or the training rows, ascending. `base`: its sums of them, once known.
-    `ends`: all held-out rows are evaluated after the last step. `kept`: the file that keeps the base's sums, None for
-    none; `context`: what they depend on beside row and base."""
+    """`chosen`: the rows among the held-out or the training rows, ascending. `base`, `source`: what the base and the
+    model as it came have lost on them, once known; None for a `source` that was not measured. `ends`: all held-out rows
+    are evaluated after the last step. `kept`: the file that keeps these sums, None for none; `context`: what they
+    depend on beside row and base."""
 
     batches: collate.Batches
     chosen: NDArray[np.int64]
@@ -52,13 +53,14 @@ class Comparison:
     kept: Path | None = None
     context: str = ""
     base: Rows | None = None
+    source: Rows | None = None
 
     @property
     def words(self) -> str:
         return f"{len(self.chosen)} {self.which}"
 
     def judge(self, adapter: Rows | None) -> Verdict:
-        return judge(adapter, self.base, self.words)
+        return judge(adapter, self.base, self.words, self.source)
 
     @cached_property
     def names(self) -> list[str]:
@@ -67,18 +69,18 @@ class Comparison:
         texts = (json.dumps([list(row.input_ids), list(row.labels), list(row.starts)]) for row in rows)
         return [hashlib.sha256(text.encode()).hexdigest()[:24] for text in texts]
 
-    def read(self) -> list[list[float]] | None:
-        """The base's sums of all the rows, where they are kept."""
-        rows = {} if self.kept is None else read_json(self.kept).get(self.context, {})
+    def read(self, whose: str = "") -> list[list[float]] | None:
+        """The base's sums of all the rows, or the source's (`SOURCE`), where they are kept."""
+        rows = {} if self.kept is None else read_json(self.kept).get(whose + self.context, {})
         return [rows[name] for name in self.names] if all(name in rows for name in self.names) else None
 
-    def keep(self) -> None:
-        """Keep the base's sums, where its folder can be written."""
-        if self.kept is None or self.base is None or not np.isfinite(self.base).all():
+    def keep(self, sums: Rows, whose: str = "") -> None:
+        """Keep these sums, where the store's folder can be written."""
+        if self.kept is None or not np.isfinite(sums).all():
             return
-        every = read_json(self.kept)
-        rows = {**every.get(self.context, {}), **dict(zip(self.names, self.base.tolist(), strict=True))}
-        every = {**(every if sum(map(len, every.values())) < MOST_KEPT else {}), self.context: rows}
+        every, context = read_json(self.kept), whose + self.context
+        rows = {**every.get(context, {}), **dict(zip(self.names, sums.tolist(), strict=True))}
+        every = {**(every if sum(map(len, every.values())) < MOST_KEPT else {}), context: rows}
         with suppress(OSError):
             files.write(self.kept, files.as_json(every))
 
@@ -131,8 +133,9 @@ def verdict_s(prepared: Prepared, plan: Plan) -> float:
     steps = plan_steps(prepared, plan.max_tokens_per_micro_batch, None)
     rows, chosen, _ = choose(prepared, steps, plan)
     every, ends = eval_every(prepared), ends_with_evaluation(prepared, steps, plan)
-    # the base's losses are kept by the process before this one, the adapter's are known after an evaluation
-    tokens = ((not plan.time.done) + (not ends)) * int(rows.lengths[chosen].sum())
+    # those of base and source are kept by the process before this one, the adapter's are known after an evaluation
+    alone = 1 + (prepared.recipe.quant.quantises and not prepared.recipe.quant.in_file)
+    tokens = (alone * (not plan.time.done) + (not ends)) * int(rows.lengths[chosen].sum())
     if prepared.evaluation is not None and ends and not (every and len(steps) % every == 0):
         tokens += int(prepared.evaluation.lengths.sum())
     return plan.time.forward_s * tokens

@@ -19,10 +19,13 @@ from halfbyte.objectives.objective import scores_of
 from halfbyte.proofs.integers import Decision
 from halfbyte.runs.checkpoint import Best
 from halfbyte.runs.folder import RunFolder
+from halfbyte.scoring.verdict import beside_source
+from halfbyte.system import device, usage
 from halfbyte.system.threads import ProcessSettings
 from halfbyte.system.usage import Usage
+from halfbyte.training import source
 from halfbyte.training.callback import EarlyStopping, Follower, RunCallback
-from halfbyte.training.comparison import Comparison, Rows
+from halfbyte.training.comparison import SOURCE, Comparison, Rows
 from halfbyte.training.events import Listener, StopRequest
 from halfbyte.training.fit import PlannedRun
 from halfbyte.training.model import TrainingModel
@@ -130,9 +133,38 @@ def _measure_base(setup: Setup, trainer: StepTrainer, tell: Listener) -> None:
             return
         compared.base, how = rows, f"measured in {time.monotonic() - began:.1f} s"
         if setup.world.first:
-            compared.keep()
+            compared.keep(rows)
     loss = scores_of(setup.run.prepared.objective, compared.base)["loss"]
     tell.note("base", f"loss {loss:.4f} on {compared.words}, {how}")
+    why = setup.world.from_first(lambda: _measure_source(setup))
+    beside = beside_source(compared.source, compared.base) if setup.world.first else None
+    if beside is not None and not beside.is_base:
+        why = f"{beside.text[0].upper()}{beside.text[1:]}"
+        if beside.cost[1][0] > 0:
+            why += f"; {source.cheaper(setup.run.prepared.recipe, setup.run.prepared.checkpoint)}"
+    if why:
+        tell.note("source", why)
+
+
+def _measure_source(setup: Setup) -> str:
+    """What the model as it came loses on the rows of the comparison, in the first process; empty, or why it is not
+    known."""
+    compared, prepared = setup.comparison, setup.run.prepared
+    if source.is_the_base(prepared.recipe, prepared.checkpoint):
+        compared.source = compared.base
+        return ""
+    if (kept := compared.read(SOURCE)) is not None:
+        compared.source = np.array(kept)
+        return ""
+    machine = device.detect()
+    most = setup.run.plan.peak_bytes - usage.now().total if not machine.on_card else machine.cards[0].free_bytes
+    rows = [compared.batches.examples[number] for number in compared.chosen.tolist()]
+    sums = source.sums(prepared.recipe, prepared.checkpoint, prepared.objective, rows, machine=machine, most_bytes=most)
+    if isinstance(sums, str):
+        return f"what quantising costs is not known: the source model was not measured, {sums}"
+    compared.source = sums
+    compared.keep(sums, SOURCE)
+    return ""
 
 
 def _compared(comparison: Comparison, trainer: StepTrainer) -> Rows:

@@ -1,0 +1,79 @@
+"""What the model as it came loses on some rows: in 16 bits, or on the values of its file, before it was quantised.
+
+Why: an adapter also repairs what its own base has lost by quantising. Beside that base alone this counts as a gain,
+while the run may be worse than the model that was there before.
+What: the source is opened beside the base for a moment, and reads one text at a time by its own forward.
+Cost: its weights in memory, and a forward of the rows. Where they are more than may be taken it is left out, with the
+reason; a base that is its source costs nothing.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from halfbyte.base import load
+from halfbyte.base.config import is_quantised_already, open_config
+from halfbyte.data.encoding.examples import Example
+from halfbyte.models import tensors
+from halfbyte.models.sources.checkpoint import Checkpoint
+from halfbyte.objectives import objective as objectives
+from halfbyte.objectives.objective import Objective
+from halfbyte.quant import policy
+from halfbyte.recipe.schema import Recipe
+from halfbyte.system import accelerator, usage
+from halfbyte.system.device import Device, compute_dtype
+
+SHARE = 0.8  # of the memory that may be taken; the rest is for a text's forward
+
+
+def is_the_base(recipe: Recipe, checkpoint: Checkpoint) -> bool:
+    """Whether the base is the model as it came: in 16 bits, in its file's own blocks, or quantised by others."""
+    if not recipe.quant.quantises or recipe.quant.in_file:
+        return True
+    config = open_config(checkpoint.path, trust_remote_code=recipe.trust_remote_code)
+    return is_quantised_already(config, checkpoint.path) or tensors.is_quantised(config.to_dict())
+
+
+def cheaper(recipe: Recipe, checkpoint: Checkpoint) -> str:
+    """The number formats that would cost less, in words."""
+    if checkpoint.kind in ("gguf", "packaged"):
+        return "quant.type: gguf would cost nothing"
+    return "quant.type: none would cost nothing" + (", int8 little" if recipe.quant.type != "int8" else "")
+
+
+def sums(
+    recipe: Recipe, checkpoint: Checkpoint, objective: Objective, examples: Sequence[Example], *, machine: Device,
+    most_bytes: int,
+) -> NDArray[np.float64] | str:  # fmt: skip
+    """What the source loses on rows: (rows, names), the sums that the objective's evaluation adds up; or why that was
+    not measured. `most_bytes`: what its weights may take, where the base lies."""
+    if checkpoint.pickle:
+        return "its weights are not in safetensors"
+    quant = recipe.quant.in_type("none")
+    itemsize = load.DTYPES[compute_dtype(machine, quant.compute_dtype)[0]].itemsize
+    specs = tensors.read_checkpoint(checkpoint.path)
+    if (nbytes := sum(policy.encoded_bytes(spec, quant, itemsize) for spec in specs)) > SHARE * most_bytes:
+        return f"it takes {nbytes / 1e9:.2f} GB in 16 bits, and {max(0, most_bytes) / 1e9:.2f} GB are free for it"
+    model = load.open_base(checkpoint, quant, machine, trust_remote_code=recipe.trust_remote_code).model
+    texts = [(row, text) for row, example in enumerate(examples) for text in _texts(example)]
+    batches = (objective.collate([text]) for _, text in texts)
+    of_texts = objectives.evaluate(objective, model, batches)
+    rows = np.zeros((len(examples), of_texts.shape[1]))
+    np.add.at(rows, [row for row, _ in texts], of_texts)
+    del model
+    gc.collect()
+    usage.trim()
+    accelerator.reset_peaks()
+    return rows
+
+
+def _texts(example: Example) -> Iterator[Example]:
+    """The texts of a block, each alone."""
+    for first, count in zip(example.starts, example.pieces, strict=True):
+        end = first + count
+        yield replace(example, input_ids=example.input_ids[first:end], labels=example.labels[first:end], starts=(0,))
