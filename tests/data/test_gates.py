@@ -92,7 +92,7 @@ def test_thoughts_that_the_template_leaves_out(make_byte_level: Any, make_data: 
     left_out = "the chat template leaves out the thoughts of an assistant message"
     fix = "--set data.chat_template=chatml-tools (or llama3-tools) keeps them"
     assert judged() == (
-        [f"2 rows: {left_out}; {fix}"], [f"warning  thoughts       of 2 of 3 rows: {left_out}; {fix}"]
+        [f"2 rows: {left_out}; {fix}"], [f"warning  thoughts       in 2 of 3 rows {left_out}; {fix}"]
     )  # fmt: skip
     assert judged(chat_template=chatml.bundled("chatml-tools", tokenizer)) == ([], [])
     earlier = (ChatMessage("user", "a"), thinks, ChatMessage("user", "b"), ChatMessage("assistant", "c"))

@@ -595,6 +595,11 @@ def test_unusual_and_unread_values_warn(load: Load, text: str, said: list[str]) 
     assert list(load(to_yaml(loaded.recipe)).warnings) == said, "a resolved recipe must not warn of its own defaults"
 
 
+def test_whole_steps_are_written_as_whole_numbers(load: Load) -> None:
+    text = to_yaml(load(f"{LEAST}train: {{save_steps: 2, eval_steps: 0.25}}\n").recipe)
+    assert "save_steps: 2\n" in text and "eval_steps: 0.25\n" in text and "warmup_steps: 0\n" in text
+
+
 # --- without a recipe, and the first one ----------------------------------------------------------------------------
 
 

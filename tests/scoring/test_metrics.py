@@ -45,6 +45,13 @@ def scores(name: str, expected: str, text: str, **settings: Any) -> metrics.Scor
         ("json_valid", "", '{"a": 1} and more', 0),
         ("json_valid", "", "", 0),
         ("json_valid", "", "[" * 100_000, 0),
+        ("exact_match", "56", "<think>\n30 plus 26 makes 56.\n</think>\n\n56", 1),
+        ("exact_match", "56", "30 plus 26.\n</think>\n\n56", 1),  # the prompt opens the thoughts
+        ("exact_match", "<think>Add.</think>56", "<think>They want a sum.</think>\n56", 1),
+        ("exact_match", "56", "<think>\n30 plus 26 makes 57.\n</think>\n\n57", 0),
+        ("number", "#### 5", "<think>#### 6?</think>#### 5", 1),
+        ("number", "#### 5", "<think>It may be #### 5", 0),  # cut before the answer
+        ("json_valid", "", "<think>An object.</think>{}", 1),
     ],
 )
 def test_a_score_of_one_answer(name: str, expected: str, text: str, value: float) -> None:

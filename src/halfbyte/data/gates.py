@@ -68,7 +68,7 @@ def check(
     }
     if lost := train.tally.notices[THOUGHTS_LEFT_OUT]:
         text, fix = THOUGHTS_LEFT_OUT.split("; ")
-        verdicts["thoughts"] = "warning", f"of {lost:,} of {train.tally.kept:,} rows: {text}", fix
+        verdicts["thoughts"] = "warning", f"in {lost:,} of {train.tally.kept:,} rows {text}", fix
     return tuple(Finding(gate, *verdict) for gate, verdict in verdicts.items())
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Annotated
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
 
 from halfbyte.recipe import fields
 from halfbyte.recipe.data import Int, is_list_of_names, is_name_or_list, must
@@ -95,7 +95,7 @@ Bool = Annotated[bool, Field(strict=True)]
 Count = Annotated[Int, Field(ge=1)]
 Index = Annotated[Int, Field(ge=0)]
 Seed = Annotated[Int, Field(ge=0, lt=2**32)]
-Steps = Annotated[Float, AfterValidator(_whole_or_share)]
+Steps = Annotated[Float, AfterValidator(_whole_or_share), PlainSerializer(lambda v: v, int | float)]  # 2, not 2.0
 # YAML 1.1 reads a bare `no` as false
 OffIsNo = BeforeValidator(lambda v: "no" if v is False else v)
 _LIKE = "list of names, such as [q_proj, v_proj]"

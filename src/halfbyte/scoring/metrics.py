@@ -12,7 +12,7 @@ import re
 import string
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 
 from halfbyte.data.reading.problems import shorten
@@ -40,9 +40,9 @@ class Metric:
 
 
 def of(settings: Eval, names: Sequence[str], expected: Sequence[str]) -> list[Metric]:
-    """Metrics by their names, for rows with these expected answers; `choice`, which needs a model, is only checked.
-    Raises DataError: a metric that has nothing to compare with in any of the rows. RecipeError: its setting is
-    missing."""
+    """Metrics by their names, of what stands behind the thoughts, for rows with these expected answers; `choice`, which
+    needs a model, is only checked. Raises DataError: a metric that has nothing to compare with in any of the rows.
+    RecipeError: its setting is missing."""
     if names and not expected:
         raise DataError(
             f"no row asks for an answer (they are plain text), so there is no {names[0]}.",
@@ -50,7 +50,12 @@ def of(settings: Eval, names: Sequence[str], expected: Sequence[str]) -> list[Me
         )
     if "choice" in names:
         choices(settings, expected)
-    return [BUILDERS[name](settings, expected) for name in names if name in BUILDERS]
+    spoken = [without_thoughts(text) for text in expected]
+    return [_of_spoken(BUILDERS[name](settings, spoken)) for name in names if name in BUILDERS]
+
+
+def _of_spoken(metric: Metric) -> Metric:
+    return replace(metric, score=lambda e, text: metric.score(without_thoughts(e), without_thoughts(text)))
 
 
 def check(settings: Eval, names: Sequence[str]) -> None:
@@ -87,6 +92,12 @@ def choices(settings: Eval, expected: Sequence[str]) -> tuple[str, ...]:
 
 
 # ------------------------------------------------------------------ one answer
+def without_thoughts(text: str) -> str:
+    """What follows `</think>`; nothing where an answer ends in the middle of its thoughts."""
+    _, mark, answer = text.rpartition("</think>")
+    return answer.strip() if mark else "" if text.lstrip().startswith("<think>") else text
+
+
 def exact(expected: str, text: str) -> bool:
     return expected.strip() == text.strip()
 
