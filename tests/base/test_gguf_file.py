@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,8 @@ def run_of(folder: Path, file: Path, **more: Any) -> Path:
 )
 def test_an_architecture_trains_on_its_files_blocks(tmp_path: Path, name: str) -> None:
     file, _ = written(tmp_path, name)
-    run = run_of(tmp_path, file, train__learning_rate=0.01)
+    tiny_run.rows(tmp_path / "train.jsonl", 4)  # every step has the same rows, so the loss must fall
+    run = run_of(tmp_path, file, train__learning_rate=0.003)
     losses = [row["loss"] for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
     assert len(losses) == 4 and losses[-1] < losses[0]
 
@@ -155,6 +157,24 @@ def test_what_cannot_be_held_is_refused_by_name(tmp_path: Path) -> None:
     cut.write_bytes(file.read_bytes()[:-64])
     with pytest.raises(SourceError, match="is cut short"):
         opened(cut)
+
+
+def test_a_file_that_was_edited_behind_its_manifest_and_a_damaged_manifest_are_refused(tmp_path: Path) -> None:
+    """The same size and time, so that the manifest in the cache is found again."""
+    file, _ = written(tmp_path, "llama")
+    checkpoint, stat = resolve(str(file), in_blocks=True), file.stat()
+    file.write_bytes(file.read_bytes().replace(b"blk.1.ffn_gate.weight", b"blk.1.ffn_gatf.weight"))
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(
+        SourceError, match=r"is not what it was when its manifest was written: 1 weights(.|\n)*fix: touch"
+    ):
+        opened(file)
+    manifest = checkpoint.path / blocks.MANIFEST
+    good = manifest.read_text()
+    for bad in (good[:-9], good.replace("Q8_0", "Q9_9"), good.replace('"shape": [', '"shape": [[')):
+        manifest.write_text(bad)
+        with pytest.raises(SourceError, match=r"halfbyte-gguf.json is damaged(.|\n)*fix: rm -r "):
+            opened(file)
 
 
 def test_an_unknown_type_and_a_scale_that_is_not_finite_are_named(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
     python -m tests.destruction.fuzz --count 100000 --seed 0
     python -m tests.destruction.fuzz --count 1 --seed 4711    # the one input of that number
+    python -m tests.destruction.fuzz --only "gguf blocks" --count 20000
 
 Good files of every kind that a stranger may hand over are cut, spliced, repeated and given hostile bytes, numbers and
 values, and read by the function that a command reads them with. Allowed are what it returns, and halfbyte's own errors.
@@ -26,6 +27,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,21 +37,32 @@ import torch
 import yaml
 from benchmarks import fuzz_reader
 from safetensors.torch import save_file
+from transformers import AutoConfig
 
+from halfbyte.base import gguf_file as base_in_file
 from halfbyte.base.tokenizer import open_tokenizer
 from halfbyte.data.reading import files
 from halfbyte.data.reading.read import Reader
-from halfbyte.errors import HalfbyteError
+from halfbyte.errors import HalfbyteError, SourceError
 from halfbyte.inference.generate import chat_ids
-from halfbyte.models import describe
+from halfbyte.models import describe, tensors
+from halfbyte.models.gguf import blocks, convert
 from halfbyte.models.gguf import header as gguf_header
+from halfbyte.models.gguf.architectures import config_of
+from halfbyte.models.gguf.layouts import parameter_sources
+from halfbyte.models.gguf.reader import GgufError
 from halfbyte.models.sources import safetensors
 from halfbyte.models.sources.checkpoint import Checkpoint
+from halfbyte.quant import formats
 from halfbyte.recipe import adapter
 from halfbyte.recipe.data import Data
 from halfbyte.recipe.file import load_recipe
+from halfbyte.recipe.schema import Quant
 from tests import tiny_run
+from tests.base import test_gguf_file
 
+# Types and architectures: rows and columns in another order, transposes, fused tensors, experts.
+IN_BLOCKS = (("Q4_0", "llama"), ("Q8_0", "gpt2"), ("Q5_1", "qwen35"), ("MXFP4", "gpt-oss"), ("Q4_1", "deepseek2-v3"))
 LIMIT_S, LIMIT_BYTES = 5.0, 1_000_000_000
 HOSTILE: tuple[Any, ...] = (
     None, True, -1, 0, 1, 2**31, 2**63, 2**64, 10**300, 1e308, -0.5, "", "x" * 10_000, "../../etc/passwd",
@@ -97,6 +110,20 @@ class Seeds:
         }  # fmt: skip
         self.weights = (self.model / "model.safetensors").read_bytes()
         self.gguf = self._gguf(folder / "seed.gguf")
+        self.blocks = [self._in_blocks(folder / kind, kind, name) for kind, name in IN_BLOCKS]
+
+    @staticmethod
+    def _in_blocks(folder: Path, kind: str, name: str) -> Blocks:
+        """A file, and all but its weights as they lie in the cache; tokenizers have a seed of their own."""
+        folder.mkdir()
+        file, _ = test_gguf_file.written(folder, name, gguf.GGMLQuantizationType[kind])
+        header = gguf_header.read_header(file)
+        seed = Blocks(file, file.read_bytes(), header.header_bytes)
+        config = config_of(header)
+        config.save_pretrained(folder)
+        blocks.write(folder, header, blocks.describe(header, *described(header, config)))
+        open_and_read(seed, config)  # compiles what it needs
+        return seed
 
     @staticmethod
     def _gguf(path: Path) -> bytes:
@@ -110,6 +137,34 @@ class Seeds:
         writer.write_tensors_to_file()
         writer.close()
         return path.read_bytes()
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A good file whose own blocks are a base: its bytes, of which the first so many are its header."""
+
+    file: Path
+    data: bytes
+    header_bytes: int
+
+
+def described(header: Any, config: Any) -> tuple[Any, Any]:
+    """Shapes and sources of every parameter, as the conversion finds them."""
+    model = convert._empty(config)
+    shapes, layers = convert.shapes_of(model), config.num_hidden_layers
+    return shapes, parameter_sources(header, config.model_type, shapes, model.base_model_prefix, layers)
+
+
+def open_and_read(seed: Blocks, config: Any) -> None:
+    """What opening a base does before `from_pretrained`, and every number of its matrices."""
+    checkpoint = Checkpoint(seed.file.parent, "m", None, "gguf", blocks=(seed.file,))
+    opened = base_in_file.open_blocks(checkpoint, config, Quant(type="gguf"), torch.float32)
+    shapes = {name: spec.shape for name, spec in ((s.name, s) for s in tensors.read_checkpoint(seed.file.parent))}
+    in_blocks = formats.FORMATS["gguf"]
+    for name in [name for name in opened.state if len(shapes.get(name, ())) == 2 and f"{name}.layout" in opened.state]:
+        parts = {suffix: opened.state[f"{name}{suffix}"] for suffix in ("", ".layout", ".order", ".columns")
+                 if f"{name}{suffix}" in opened.state}  # fmt: skip
+        in_blocks.weight(in_blocks.layer(parts, shapes[name], Quant(type="gguf"), torch.float32), torch.float32)
 
 
 def bytes_changed(data: bytes, draw: random.Random) -> bytes:
@@ -181,6 +236,36 @@ def gguf_file(seeds: Seeds, draw: random.Random) -> None:
     gguf_header.read_header(path)
 
 
+def gguf_blocks(seeds: Seeds, draw: random.Random) -> None:
+    """A file that is opened in its own blocks: a new one; one that was edited after its manifest was written, with the
+    same size and time; and a manifest that was edited."""
+    seed, what = draw.choice(seeds.blocks), draw.randrange(4)
+    manifest = seed.file.parent / blocks.MANIFEST
+    text, head = manifest.read_text(), seed.header_bytes
+    try:
+        if what == 3:
+            manifest.write_bytes(document(json.loads(text), draw))
+            tensors.read_checkpoint(seed.file.parent)
+            return
+        in_header = draw.random() < 0.8
+        changed = (
+            bytes_changed(seed.data[:head], draw) + seed.data[head:] if in_header else bytes_changed(seed.data, draw)
+        )
+        seed.file.write_bytes(changed)
+        if what == 2:
+            open_and_read(seed, AutoConfig.from_pretrained(seed.file.parent))
+            return
+        try:
+            header = gguf_header.read_header(seed.file)
+            blocks.describe(header, *described(header, config_of(header)))
+        except GgufError as error:  # the child that converts says it in one line
+            raise SourceError(str(error)) from error
+        open_and_read(seed, config_of(header))
+    finally:
+        seed.file.write_bytes(seed.data)
+        manifest.write_text(text)
+
+
 def config(seeds: Seeds, draw: random.Random) -> None:
     path = seeds.model / "config.json"
     path.write_bytes(document(seeds.config, draw))
@@ -245,7 +330,8 @@ def rows(seeds: Seeds, draw: random.Random) -> None:
 
 
 READERS: dict[str, tuple[Callable[[Seeds, random.Random], None], int]] = {
-    "safetensors": (header_of, 20), "index": (index, 8), "gguf": (gguf_file, 20), "config.json": (config, 10),
+    "safetensors": (header_of, 20), "index": (index, 8), "gguf": (gguf_file, 20),
+    "gguf blocks": (gguf_blocks, 10), "config.json": (config, 10),
     "adapter_config.json": (adapter_config, 10), "passport": (passport, 4), "recipe": (recipe, 4),
     "tokenizer": (tokenizer, 4), "template": (template, 10), "rows": (rows, 10),
 }  # fmt: skip
@@ -295,8 +381,10 @@ def in_bounds(watched: Watched) -> Any:
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
-def fuzz(count: int, seed: int, folder: Path) -> tuple[Counter[str], list[tuple[int, str]], dict[str, float]]:
-    """What became of `count` inputs; those that failed, with their number; the longest time of a kind."""
+def fuzz(
+    count: int, seed: int, folder: Path, only: str | None = None
+) -> tuple[Counter[str], list[tuple[int, str]], dict[str, float]]:
+    """What became of `count` inputs (of one kind only); those that failed, with their number; a kind's longest time."""
     seeds, watched = Seeds(folder), Watched(folder)
     names, weights = [*READERS], [share for _, share in READERS.values()]
     outcomes: Counter[str] = Counter()
@@ -304,7 +392,7 @@ def fuzz(count: int, seed: int, folder: Path) -> tuple[Counter[str], list[tuple[
     longest: dict[str, float] = {}
     for number in range(seed, seed + count):
         draw = random.Random(number)
-        name = draw.choices(names, weights)[0]
+        name = draw.choices(names, weights)[0] if only is None else only
         began = time.perf_counter()
         try:
             with in_bounds(watched):
@@ -328,13 +416,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=READERS)
     given = parser.parse_args()
     began = time.perf_counter()
     out = os.fdopen(os.dup(1), "w")
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)  # what Rust says when it panics
     with tempfile.TemporaryDirectory() as folder:
-        outcomes, failed, longest = fuzz(given.count, given.seed, Path(folder))
+        outcomes, failed, longest = fuzz(given.count, given.seed, Path(folder), given.only)
     kinds = Counter(text.splitlines()[-1][:160] for _, text in failed)
     for number, text in failed[:6]:
         print(f"--- input {number}\n{text}", file=out)

@@ -17,13 +17,14 @@ from halfbyte.distributed import shard
 from halfbyte.distributed import world as worlds
 from halfbyte.errors import RecipeError
 from halfbyte.layers import loss
-from halfbyte.models.sources.lookup import resolve
+from halfbyte.models.sources.lookup import find_model
 from halfbyte.quant import formats
 from halfbyte.recipe.file import load_recipe
 from halfbyte.system import device
 from halfbyte.training.pace import recompute_as
 from halfbyte.upstream.torch import SHARDS
 from tests import tiny, tiny_run
+from tests.base import test_gguf_file
 from tests.distributed import together
 from tests.distributed.test_data_parallel import EVALUATED, same, train, trained
 
@@ -34,7 +35,7 @@ FAMILIES = ("llama", "qwen3", "gpt2")
 def computed(model: Any, lengths: tuple[int, ...]) -> tuple[float, dict[str, Tensor]]:
     model.train()
     model.zero_grad()
-    batch: Any = tiny.batch(lengths, tiny_run.VOCAB)
+    batch: Any = tiny.batch(lengths, model.config.vocab_size)
     found = loss.micro_batch_loss(model, batch)
     found.backward()
     return float(found), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -55,7 +56,7 @@ def whole_and_shared(recipe: Path, rounds: list[tuple[str, str]]) -> dict[str, A
     """
     loaded = load_recipe(recipe).recipe
     with worlds.open_world() as here:
-        base = load.open_base(resolve(loaded.model), loaded.quant, device.detect())
+        base = load.open_base(find_model(loaded), loaded.quant, device.detect())
         stream.place_as_planned(base.model, shard.PLACEMENT, asked=True)
         model = assemble(base, loaded).model
         torch.manual_seed(1)
@@ -144,6 +145,12 @@ def test_gradients_are_those_of_the_whole_base(size: int, kind: str, tmp_path: P
 @pytest.mark.parametrize("quant", ["fp4", "int8", "none"])
 def test_other_number_formats(quant: str, tmp_path: Path) -> None:
     shared(tmp_path, 2, "llama", NONE, quant__type=quant)
+
+
+@pytest.mark.slow
+def test_a_files_own_blocks(tmp_path: Path) -> None:
+    file, _ = test_gguf_file.written(tmp_path, "llama")
+    shared(tmp_path, 2, "llama", NONE, model=str(file), quant__type="gguf")
 
 
 @pytest.mark.slow

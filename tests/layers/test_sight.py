@@ -13,6 +13,7 @@ from halfbyte.layers import fuse, loss, packing, sight
 from halfbyte.models import structure
 from halfbyte.proofs.packing import prove_packing
 from tests import plain_peft, tiny
+from tests.models.gguf import files, test_architectures
 
 WINDOW = 8
 LENGTHS = (5, 40, 1, 23, 9)
@@ -110,3 +111,15 @@ def test_a_window_that_the_mask_does_not_have_is_not_packed() -> None:
     model.model.layers[0].self_attn.sliding_window = 3  # the attention says 3, the mask says SLIDING_WINDOW
     proof = prove_packing(model)
     assert proof.layout == "rows" and "sliding_window=3" in proof.reason
+
+
+def test_layers_that_share_keys_see_a_slice_of_the_mask() -> None:
+    """Gemma 4 hands its later layers a view of the mask; they would be of no known kind, and training would end."""
+    _, kind, values, _ = test_architectures.CASES["gemma4"]
+    model = files.model_of(kind, **{**test_architectures.SIZES, **values})
+    assert prove_packing(model).layout == "cu_seq_lens"
+    sight.look(structure.body(model), 40)
+    seen = [sight.of(layer) for layer in structure.decoder_layers(model)]
+    windows = [s is not None and s.is_window(4) for s in seen]
+    assert windows == ([True] * 5 + [False]) * 2
+    assert all(s is not None and s.is_window(None) for s in (seen[5], seen[11]))

@@ -34,8 +34,8 @@ class InBlocks:
 
 
 def open_blocks(checkpoint: Checkpoint, config: Config, quant: Quant, dtype: torch.dtype) -> InBlocks:
-    """The base of a checkpoint whose weights stay in its GGUF file. Raises GgufError, SourceError: the file is not what
-    it was when its manifest was written."""
+    """The base of a checkpoint whose weights stay in its GGUF file. Raises SourceError: the file is not what it was
+    when its manifest was written."""
     there, opened = FileParameters(checkpoint, config), InBlocks(copy.deepcopy(config))
     modules = dict(there.model.named_modules())
     stacks = {each.path: each for each in experts.expert_parameters(there.model, quant.exempt)}

@@ -144,7 +144,8 @@ class _StandIn(nn.Module):
 
     def forward(self, *args: object, **kwargs: object) -> object:
         marks = _MARKS.get() or []
-        given = [x for x in (*args, *kwargs.values()) if any(x is stand_in for stand_in, _ in marks)]
+        # Gemma 4 hands its later layers a slice of the mask
+        given = [s for x in (*args, *kwargs.values()) for s, _ in marks if x is s or getattr(x, "_base", None) is s]
         self.notes[self.number] = given[0] if len(given) == 1 else None
         if len(self.notes) == self.count:
             raise _AllLayersReached

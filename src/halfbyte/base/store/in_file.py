@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from halfbyte.base.store.reading import Source, SourceTensor, read_tensor
+from halfbyte.errors import SourceError, typed
 from halfbyte.models import tensors
 from halfbyte.models.gguf import blocks
 from halfbyte.models.gguf.convert import shapes_of
 from halfbyte.models.gguf.header import read_header
 from halfbyte.models.gguf.layouts import TURNED, ParameterSource, parameter_sources
-from halfbyte.models.gguf.reader import GgufReader
+from halfbyte.models.gguf.reader import GgufError, GgufReader
 from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.structure import meta_model
 from halfbyte.quant import gguf_blocks
@@ -26,14 +27,20 @@ from halfbyte.types import Config
 
 
 class FileParameters:
-    """Every parameter of a checkpoint that a GGUF file stands for, by the checkpoint's names."""
+    """Every parameter of a checkpoint that a GGUF file stands for, by the checkpoint's names. Raises SourceError: the
+    file was changed after its manifest was written."""
 
     def __init__(self, checkpoint: Checkpoint, config: Config) -> None:
         header = read_header(checkpoint.blocks[0])
         self.file, self.model = GgufReader(header), meta_model(config)
         self.shapes = shapes_of(self.model)
         prefix, layers = self.model.base_model_prefix, config.get_text_config().num_hidden_layers
-        self.sources = parameter_sources(header, config.model_type, self.shapes, prefix, layers)
+        try:
+            self.sources = parameter_sources(header, config.model_type, self.shapes, prefix, layers)
+        except GgufError as error:
+            file = checkpoint.blocks[0]
+            what = f"{file} is not what it was when its manifest was written: {error}"
+            raise SourceError(what, fix=f"touch {typed(file)}, and it is read anew") from error
         self.values_of = config.to_dict()
 
     def spec(self, name: str) -> tensors.TensorSpec:

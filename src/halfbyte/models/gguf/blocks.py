@@ -13,7 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from pydantic import TypeAdapter
 
+from halfbyte.errors import SourceError, typed
 from halfbyte.models.gguf import layouts
 from halfbyte.models.gguf.header import GgufHeader
 from halfbyte.models.gguf.layouts import ParameterSource
@@ -118,16 +120,18 @@ def write(folder: Path, header: GgufHeader, parameters: list[Document]) -> None:
 
 
 def read(folder: Path) -> BlockManifest | None:
-    """The manifest of a checkpoint folder; None where its weights are in the folder itself."""
+    """The manifest of a checkpoint folder; None where its weights are in the folder itself. Raises SourceError: it is
+    damaged."""
     path = folder / MANIFEST
     if not path.is_file():
         return None
-    values = json.loads(path.read_text(encoding="utf-8"))
-    parameters = tuple(
-        Parameter(each["name"], tuple(each["shape"]), each["dtype"], tuple(each["blocks"]))
-        for each in values["parameters"]
-    )
-    return BlockManifest(tuple(values["names"]), tuple(values["nbytes"]), tuple(values["sha256"]), parameters)
+    try:
+        manifest = TypeAdapter(BlockManifest).validate_json(path.read_bytes())
+        if not all(kind in BLOCKS for each in manifest.parameters for kind in each.blocks):
+            raise ValueError("a type that is none")
+    except ValueError as error:  # pydantic's is one
+        raise SourceError(f"{path} is damaged", fix=f"rm -r {typed(folder)}, and it is written again") from error
+    return manifest
 
 
 def problems(manifest: BlockManifest, parts: tuple[Path, ...]) -> list[str]:
