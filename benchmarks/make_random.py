@@ -13,7 +13,7 @@ import argparse
 import json
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -224,12 +224,13 @@ def quantised_llama(folder: Path, values: dict[str, int]) -> Path:
     return folder
 
 
-def gguf_llama(path: Path, values: Mapping[str, int]) -> Path:
-    """A GGUF file of this shape, random blocks, in the types of Q4_K_M (llama.cpp's `use_more_bits`)."""
+def gguf_llama(path: Path, values: Mapping[str, int], types: tuple[str, str] = ("Q4_K", "Q6_K")) -> Path:
+    """A GGUF file of this shape, random blocks, in the types of Q4_K_M (llama.cpp's `use_more_bits`) or in others. One
+    tensor at a time is in memory."""
     import gguf
     import numpy as np
 
-    small, large = gguf.GGMLQuantizationType.Q4_K, gguf.GGMLQuantizationType.Q6_K
+    small, large = (gguf.GGMLQuantizationType[kind] for kind in types)
     generator, scale = np.random.default_rng(0), np.array([1e-4], np.float16).view(np.uint8)
     layers, d, inner, words = (
         values[k] for k in ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
@@ -243,20 +244,30 @@ def gguf_llama(path: Path, values: Mapping[str, int]) -> Path:
     writer.add_head_count_kv(values["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(d // values["num_attention_heads"])
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_K_M)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_K_M if types[0] == "Q4_K" else gguf.LlamaFileType.MOSTLY_Q4_0)
     writer.add_tokenizer_model("llama")
     writer.add_token_list([f"w{i}" for i in range(words)])
     writer.add_token_scores([0.0] * words)
     writer.add_token_types([1] * words)
 
+    tensors: list[Callable[[], Any]] = []
+
     def add(name: str, o: int, width: int, kind: Any) -> None:
-        blocks = generator.integers(0, 256, (o * width // 256, 144 if kind == small else 210), np.uint8)
-        for at in (0, 2) if kind == small else (208,):
-            blocks[:, at : at + 2] = scale
-        writer.add_tensor(f"{name}.weight", blocks.reshape(o, -1), raw_dtype=kind)
+        weights, nbytes = gguf.GGML_QUANT_SIZES[kind]
+        shape = (o, width // weights * nbytes)
+        writer.add_tensor_info(f"{name}.weight", shape, np.dtype(np.uint8), o * shape[1], raw_dtype=kind)
+
+        def blocks() -> Any:
+            made = generator.integers(0, 256, (o * width // weights, nbytes), np.uint8)
+            for at in {"Q4_K": (0, 2), "Q6_K": (208,), "Q4_0": (0,)}[kind.name]:
+                made[:, at : at + 2] = scale
+            return made.reshape(shape)
+
+        tensors.append(blocks)
 
     def norm(name: str) -> None:
-        writer.add_tensor(f"{name}.weight", np.ones(d, np.float32))
+        writer.add_tensor_info(f"{name}.weight", (d,), np.dtype(np.float32), 4 * d)
+        tensors.append(lambda: np.ones(d, np.float32))
 
     add("token_embd", words, d, small)
     add("output", words, d, large)
@@ -272,20 +283,24 @@ def gguf_llama(path: Path, values: Mapping[str, int]) -> Path:
         norm(f"blk.{i}.ffn_norm")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+    writer.write_ti_data_to_file()
+    for tensor in tensors:
+        writer.write_tensor_data(tensor())
     writer.close()
     return path
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=[*_CONFIGS, "llama-2-7b-nf4", "llama-2-7b-q4_k_m"])
+    parser.add_argument("name", choices=[*_CONFIGS, "llama-2-7b-nf4", "llama-2-7b-q4_k_m", "llama-2-7b-q4_0"])
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
     if args.name == "llama-2-7b-nf4":
         quantised_llama(args.folder, LLAMA_2_7B)
     elif args.name == "llama-2-7b-q4_k_m":
         gguf_llama(args.folder, LLAMA_2_7B)
+    elif args.name == "llama-2-7b-q4_0":
+        gguf_llama(args.folder, LLAMA_2_7B, ("Q4_0", "Q4_0"))
     else:
         small(args.folder, args.name)
     print(args.folder)

@@ -25,7 +25,8 @@ from halfbyte.distributed.world import World
 from halfbyte.errors import TrainError
 from halfbyte.inference import evaluate, verify
 from halfbyte.objectives.objective import Objective
-from halfbyte.plan import calibrate
+from halfbyte.plan import calibrate, number_format
+from halfbyte.plan.estimate import format_note
 from halfbyte.proofs import adapter, integers
 from halfbyte.recipe.adapter import ADAPTER_FILES
 from halfbyte.recipe.file import relative_to_run, to_yaml
@@ -92,9 +93,13 @@ def train(
     opening = worlds.open_world() if world is None else nullcontext(world)
     with opening as world, without_a_terminal():
         tell, run = (listener if world.first else None) or Listener(), Path(loaded.recipe.output)
-        start = preflight.begin(world, loaded.recipe, resume=world.goes_on(run, resume))
+        resume = world.goes_on(run, resume)
+        loaded = number_format.settle(loaded, world.share(device.detect()), resume=resume, agreed=world.from_first)
+        start = preflight.begin(world, loaded.recipe, resume=resume)
         if start.report is not None:
             return Outcome(run, start.report, start.report["steps"])
+        for line in format_note(loaded):
+            tell.note("plan", line)
         if start.resume and start.point is None:
             tell.note("resume", "from the beginning: the run was ended before its first checkpoint")
         setup = set_up(start, world, tell, objective=objective, force=force)

@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 
+from halfbyte.models.sources import pypi
 from tests import tiny_run
+from tests.base import test_gguf_file
 from tests.in_process import Cli, runner
 
+IN_BLOCKS = ("--set", "quant.type=gguf")
 ELSEWHERE = ("--device", "cpu:16GB")  # rows are estimated; here they are tokenised as the run does it
 
 
@@ -87,6 +90,21 @@ def test_plain_texts_are_counted_and_packing_them_changes_the_plan(halfbyte: Cli
     assert blocks["notes"][0].startswith(f"{-(-tokens // 64)} blocks of about ")
     assert ", the longest 64: " in blocks["notes"][0]
     assert line(blocks, "activations") > line(rows, "activations")
+
+
+def test_a_packaged_name_is_planned_in_the_blocks_of_its_file(
+    halfbyte: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, _ = test_gguf_file.written(tmp_path, "llama")
+    monkeypatch.setattr(pypi, "file_at_hand", lambda name: file)
+    named, given = (plan(halfbyte, model, *ELSEWHERE, *IN_BLOCKS) for model in ("smollm2-135m", str(file)))
+    assert named["model"]["name"] == "smollm2-135m" and named["plan"]["lines"] == given["plan"]["lines"]
+    assert 0 < line(named, "base") < line(plan(halfbyte, str(file), *ELSEWHERE, "--set", "quant.type=none"), "base")
+    monkeypatch.setattr(pypi, "file_at_hand", lambda name: None)
+    ended = halfbyte("plan", "smollm2-135m", *IN_BLOCKS)
+    assert ended.code == 2 and "is not on this machine, and its header tells which blocks it has" in ended.err
+    ended = halfbyte("plan", "llama-2-7b", *IN_BLOCKS)
+    assert ended.code == 2 and "'llama-2-7b' is no .gguf file" in ended.err
 
 
 @pytest.mark.parametrize(

@@ -308,7 +308,7 @@ MISTAKES: list[tuple[str, str]] = [
     ("lora: {init_lora_weights: pissa_niter_4}", "line 3: lora.init_lora_weights cannot be 'pissa_niter_4': it starts from a decomposition of the base's weights and changes them; the frozen base stays as it is"),
     ("lora: {init_lora_weights: orthogonal}", "line 3: lora.init_lora_weights orthogonal needs quant.type none: PEFT makes it in the dtype of the base"),
     ("lora: {init_lora_weights: orthogonal, r: 7}\nquant: {type: none}", "line 3: lora.init_lora_weights orthogonal needs even ranks, got 7"),
-    ("lora: {init_lora_weights: residual}\nquant: {type: none}", "line 3: lora.init_lora_weights residual is what quantising has lost, and with quant.type none or gguf nothing is"),
+    ("lora: {init_lora_weights: residual}\nquant: {type: none}", "line 3: lora.init_lora_weights residual is what quantising has lost, and with quant.type none or gguf, which auto may choose, nothing is"),
     ("lora: {init_lora_weights: residual, use_dora: true}", "line 3: lora.init_lora_weights residual and lora.use_dora: DoRA's magnitudes would be those of the base without it; use one of them"),
     ("lora: {init_lora_weights: residual, adapter: runs/a}", "line 3: lora.init_lora_weights residual and lora.adapter runs/a are two starts; give one of them"),
     ("lora: {init_lora_weights: loftq}", "line 3: lora.init_lora_weights cannot be 'loftq': PEFT's LoftQ needs a card and ignores lora_alpha; residual is one round of it, from the base's store"),
@@ -321,7 +321,7 @@ MISTAKES: list[tuple[str, str]] = [
     ("lora: {rank: 8}", "line 3: lora.rank is not a field; write lora.r"),
     ("lora: {lora_dropuot: 0.1}", "line 3: lora.lora_dropuot is not a field; did you mean lora.lora_dropout?"),
     ("lora: 5", "line 3: lora must be a section with fields of its own, got 5"),
-    ("quant: {type: int4}", "line 3: quant.type must be nf4, fp4, int8, gguf or none, got 'int4'"),
+    ("quant: {type: int4}", "line 3: quant.type must be nf4, fp4, int8, gguf, none or auto, got 'int4'"),
     (
         "quant: {type: int8, double_quant: true}",
         (

@@ -107,7 +107,8 @@ def train(
         loaded = _loaded(world, recipe, data, overrides, resume=resume)
         run = Path(loaded.recipe.output)
         resume = world.goes_on(run, resume)
-        report = world.from_first(lambda: points.complete(loaded.recipe) if resume else None)
+        begun = command.as_begun(loaded).recipe if resume else loaded.recipe
+        report = world.from_first(lambda: points.complete(begun) if resume else None)
         if report is None:
             code = _trained(world, loaded, resume=resume, force=force, live=live, json_=json_, quiet=quiet)
         elif world.first:
@@ -183,10 +184,10 @@ def plan(
     """What a training takes (memory, disk, time) and how it fits, before anything is downloaded or loaded. Exit code 3
     if it does not fit."""
     from halfbyte.models.sources.lookup import at_hand
-    from halfbyte.plan import estimate
+    from halfbyte.plan import estimate, number_format
     from halfbyte.recipe.command import NO_ROWS, recipe_or_model
 
-    loaded = recipe_or_model(target, set_)
+    loaded = number_format.settle(recipe_or_model(target, set_), device=device, length=length)
     if device is None and length is None and loaded.recipe.data.train != NO_ROWS and at_hand(loaded.recipe):
         with libraries.loading():
             from halfbyte.training import preview
@@ -218,9 +219,10 @@ def doctor(
     json_: shared.Json = False,
 ) -> None:
     """What this machine is and does; with a model, proofs on a few of its layers. Exit code 1 if one fails."""
+    from halfbyte.plan import number_format
     from halfbyte.recipe.command import recipe_or_model
 
-    recipe = recipe_or_model(model, set_).recipe if model else None
+    recipe = number_format.settle(recipe_or_model(model, set_)).recipe if model else None
     with libraries.loading():
         from halfbyte import doctor
 
@@ -322,13 +324,14 @@ def quantize(
     quiet: shared.Quiet = False,
 ) -> None:
     """Quantise a base once, in bounded memory; train, eval and chat then open it at once."""
+    from halfbyte.plan import number_format
     from halfbyte.recipe.command import recipe_or_model
 
     if not report and (text is not None or limit is not None):
         raise RecipeError(
             "--text and --limit say what --report reads.", fix=f"halfbyte quantize {typed(model)} --report"
         )
-    recipe = recipe_or_model(model, set_).recipe
+    recipe = number_format.settle(recipe_or_model(model, set_)).recipe
     if text is not None:
         from halfbyte.data.reading import read
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from halfbyte.data.reading import read
 from halfbyte.errors import AdapterError, DataError, SourceError, typed
 from halfbyte.models.sources import hub, pypi
+from halfbyte.plan import number_format
 from halfbyte.recipe.adapter import ADAPTER_FILES, read_config, read_passport
 from halfbyte.recipe.command import to_use, to_use_alone
 from halfbyte.recipe.data import Sources
@@ -32,7 +33,7 @@ def find(path: Path, overrides: Sequence[str] = ()) -> Target:
         if (path / ADAPTER_FILES[1]).is_file():
             return _adapter(path, overrides)
         if _is_base(path):
-            return Target(path, to_use_alone(str(path), overrides))
+            return Target(path, number_format.settle(to_use_alone(str(path), overrides)).recipe)
     run = RunFolder.open(path)
     return Target(path, to_use(run.recipe, overrides), run.adapter, run)
 
@@ -61,7 +62,7 @@ def _adapter(path: Path, overrides: Sequence[str]) -> Target:
         values = {f"quant.{name}": value for name, value in trained["quant"].items()}
         values |= {"data.chat_template": trained["chat_template"]} if trained["chat_template"] else {}
         named += [f"{name}={json.dumps(value)}" for name, value in values.items()]
-    recipe = to_use_alone(str(base), overrides, named)
+    recipe = number_format.settle(to_use_alone(str(base), overrides, named)).recipe
     lora = Lora.model_validate({name: config[name] for name in ("r", "bias", "use_dora") if name in config})
     return Target(path, recipe.model_copy(update={"lora": lora}), path)
 

@@ -20,7 +20,7 @@ from halfbyte.models.architectures import tensors_of
 from halfbyte.models.families import layout_of
 from halfbyte.models.gguf import header as gguf_header
 from halfbyte.models.gguf.blocks import BLOCKS
-from halfbyte.models.sources import hub, safetensors
+from halfbyte.models.sources import hub, lookup, safetensors
 from halfbyte.models.tensors import Facts, TensorSpec
 from halfbyte.types import ConfigFile, Document
 
@@ -59,11 +59,14 @@ class Shape:
         return sum(s.numel for s in self.specs)
 
 
-def describe(model: str, revision: str | None = None) -> Shape:
-    """The shape of a bundled name, a folder, a `.gguf` file or a hub id `org/name[@revision]`. Raises SourceError:
-    nothing is there under that name; a file is damaged; the architecture is unknown and no header is at hand; the
-    config says nothing that a decoder could be made of."""
+def describe(model: str, revision: str | None = None, *, in_blocks: bool = False) -> Shape:
+    """The shape of a bundled name, a folder, a `.gguf` file or a hub id `org/name[@revision]`. `in_blocks`: of a model
+    that stays in its GGUF file, with the types of its blocks. Raises SourceError: nothing is there under that name; a
+    file is damaged; the architecture is unknown and no header is at hand; the config says nothing that a decoder could
+    be made of."""
     model = model.strip()
+    if in_blocks:
+        return _of_gguf(lookup.blocks_at_hand(model), model)
     name = ALIASES.get(model.lower(), model.lower())
     if name in references():
         return _of_reference(model, name, "bundled shape")
@@ -72,7 +75,7 @@ def describe(model: str, revision: str | None = None) -> Shape:
         return of_folder(path)
     if path.is_file():
         if path.suffix == ".gguf":
-            return _of_gguf(path)
+            return _of_gguf(path, str(path))
         raise SourceError(
             f"{path} is one file; a model is a folder, a .gguf file or a name.", fix=f"give {path.parent}"
         )
@@ -175,7 +178,7 @@ def _of(
     return Shape(name, config, tuple(specs), facts, origin, read, path)
 
 
-def _of_gguf(path: Path) -> Shape:
+def _of_gguf(path: Path, name: str) -> Shape:
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     header = gguf_header.read_header(path)
@@ -204,8 +207,8 @@ def _of_gguf(path: Path) -> Shape:
             {name: k for k, name in MODEL_ARCH_NAMES.items()}[kind], config["num_hidden_layers"]
         )
         there = ((spec, known.get_name(spec.name, (".weight", ".bias"))) for spec in tensors_of(config))
-        specs = [replace(spec, blocks=types.get(name or "", ())) for spec, name in there]
-    return _of(str(path), config, "GGUF header", specs, header.header_bytes, path)
+        specs = [replace(spec, blocks=types.get(tensor or "", ())) for spec, tensor in there]
+    return _of(name, config, "GGUF header", specs, header.header_bytes, path)
 
 
 def _of_hub(repo: str, revision: str | None) -> Shape:

@@ -73,11 +73,10 @@ def plan_model(
     """
     recipe = loaded.recipe
     machine = detect() if device is None else parse_device(device)
-    shape = describe.describe(recipe.model, recipe.revision)
-    rows, notes = _rows(recipe, shape, length, given=loaded.path is not None or recipe.data.train != NO_ROWS)
-    mappable = True if recipe.quant.quantises else None
-    job = Job.of(recipe, shape.specs, shape.facts, rows, machine, mappable=mappable)
-    job = job.in_folder(shape.path, here=device is None)
+    shape = describe.describe(recipe.model, recipe.revision, in_blocks=recipe.quant.in_file)
+    rows, notes = rows_of(loaded, shape, length)
+    job = job_of(recipe, shape, rows, machine, here=device is None)
+    notes = [*format_note(loaded), *notes]
     if job.uncompiled:
         notes.append("the first run on this machine: it compiles kernels once, and the compiler takes memory too")
     rates = calibrate.cached(machine, job.dtype) if device is None else None
@@ -94,6 +93,13 @@ def plan_model(
     if device is not None:
         notes.append("a machine that is not here: all of its memory is taken to be free")
     return Estimate(shape, recipe, machine, plan, tuple(notes), job, rates, methods)
+
+
+def format_note(loaded: Loaded) -> list[str]:
+    """The number format and why it was chosen, where the recipe leaves it open."""
+    origin = loaded.origins.get("quant.type")
+    chosen = origin is not None and origin.kind == "auto"
+    return [f"quant.type {loaded.recipe.quant.type}: {origin.why}"] if origin is not None and chosen else []
 
 
 def parse_device(text: str) -> Device:
@@ -118,8 +124,15 @@ def parse_device(text: str) -> Device:
     return Device("cuda", (), 16, ram, ram, (card,) * count)
 
 
-def _rows(recipe: Recipe, shape: describe.Shape, length: int | None, *, given: bool) -> tuple[Rows, list[str]]:
-    """Row lengths and how they were found."""
+def job_of(recipe: Recipe, shape: describe.Shape, rows: Rows, machine: Device, *, here: bool) -> Job:
+    """The job of a model that is known by its shape. `here`: on this machine."""
+    job = Job.of(recipe, shape.specs, shape.facts, rows, machine, mappable=True if recipe.quant.quantises else None)
+    return job.in_folder(shape.path, here=here)
+
+
+def rows_of(loaded: Loaded, shape: describe.Shape, length: int | None) -> tuple[Rows, list[str]]:
+    """Row lengths and how they were found. `length`: of every row, instead of the recipe's data."""
+    recipe, given = loaded.recipe, loaded.path is not None or loaded.recipe.data.train != NO_ROWS
     if length is not None:
         return Rows.assume(length), [f"rows of {length} tokens each, all labelled, as --length says"]
     if not given:

@@ -61,25 +61,29 @@ class Transformers:
 
 
 class LlamaCpp:
-    """A GGUF file by llama.cpp's own library."""
+    """A GGUF file by llama.cpp's own library. `others`: fields of its parameters, of a model or a context."""
 
-    def __init__(self, path: str, adapter: str | None = None, tokens: int = 2048, threads: int = 2) -> None:
+    def __init__(
+        self, path: str, adapter: str | None = None, tokens: int = 2048, threads: int = 2, **others: object
+    ) -> None:
         from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
 
         self.ffi, self.lib = get_ffi(), get_lib()
         self.lib.llama_backend_init()
         settings = self.lib.llama_model_default_params()
         settings.n_gpu_layers = 0
-        self.model = self.lib.llama_model_load_from_file(path.encode(), settings)
-        if self.model == self.ffi.NULL:
-            raise SystemExit(f"llama.cpp cannot load {path}")
-        self.vocab = self.lib.llama_model_get_vocab(self.model)
-        self.size = int(self.lib.llama_vocab_n_tokens(self.vocab))
         context = self.lib.llama_context_default_params()
         context.n_ctx = context.n_batch = context.n_ubatch = tokens
         context.n_threads = context.n_threads_batch = threads
         context.type_k = context.type_v = 0  # fp32, so that only the file's own rounding is seen
         context.flash_attn_type = 0
+        for name, value in others.items():
+            setattr(context if hasattr(context, name) else settings, name, value)
+        self.model = self.lib.llama_model_load_from_file(path.encode(), settings)
+        if self.model == self.ffi.NULL:
+            raise SystemExit(f"llama.cpp cannot load {path}")
+        self.vocab = self.lib.llama_model_get_vocab(self.model)
+        self.size = int(self.lib.llama_vocab_n_tokens(self.vocab))
         self.context = self.lib.llama_init_from_model(self.model, context)
         if adapter is not None:
             lora = self.lib.llama_adapter_lora_init(self.model, adapter.encode())

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from halfbyte.errors import RecipeError, typed
 from halfbyte.recipe.file import init_template, load_recipe, recipe_from
-from halfbyte.recipe.schema import Loaded, Recipe
+from halfbyte.recipe.number_formats import AUTO, UNSET
+from halfbyte.recipe.schema import Loaded, Origin, Recipe
 
 ROW_SUFFIXES = frozenset({".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md", ".gz"})
 NO_ROWS = "-"  # what stands for the rows in the recipe of a model alone
@@ -63,7 +64,7 @@ def to_resume(target: str, overrides: Sequence[str] = ()) -> Loaded:
     """The recipe of a run folder, or of the run that a recipe file names. Raises RecipeError: there is no such run."""
     path, given = Path(target), None
     if path.is_file():
-        given = load_recipe(path, overrides)
+        given = as_begun(load_recipe(path, overrides))
         path = Path(given.recipe.output)
     if not (path / "recipe.yaml").is_file():
         raise RecipeError(
@@ -75,6 +76,23 @@ def to_resume(target: str, overrides: Sequence[str] = ()) -> Loaded:
     if given is None and loaded.origins["data.eval"].kind == "default":  # from before rows were held out by themselves
         update["data"] = loaded.recipe.data.model_copy(update={"eval": "none"})
     return loaded._replace(recipe=loaded.recipe.model_copy(update=update))
+
+
+def as_begun(loaded: Loaded) -> Loaded:
+    """A recipe that leaves its number format open, with the one that its run has begun with, if there is a run."""
+    file = Path(loaded.recipe.output) / "recipe.yaml"
+    if loaded.recipe.quant.type != AUTO or not file.is_file():
+        return loaded
+    return with_type(loaded, load_recipe(file, of_run=True).recipe.quant.type, "the run has begun with it")
+
+
+def with_type(loaded: Loaded, name: str, why: str) -> Loaded:
+    """A recipe in another number format, with that format's own defaults. `why`: who chose it."""
+    recipe = loaded.recipe.model_copy(update={"quant": loaded.recipe.quant.in_type(name)})
+    fields = {"quant.type": why, **{f"quant.{field}": f"of quant.type {name}" for field in UNSET}}
+    return loaded._replace(
+        recipe=recipe, origins={**loaded.origins, **{f: Origin("auto", w) for f, w in fields.items()}}
+    )
 
 
 # What may be another than in training where an adapter is used: where the base lies, and what rows are read, and how.
@@ -89,11 +107,11 @@ def to_use(file: Path, overrides: Sequence[str] = ()) -> Recipe:
     return load_recipe(file, ["train.report_to=none", *overrides], of_run=True).recipe
 
 
-def to_use_alone(model: str, overrides: Sequence[str] = (), own: Sequence[str] = ()) -> Recipe:
+def to_use_alone(model: str, overrides: Sequence[str] = (), own: Sequence[str] = ()) -> Loaded:
     """The recipe of a model that is used without a run: of a base alone, or of the base of an adapter. `own` are
     overrides that need not be among those that a user may give."""
     _check_usable(overrides, USABLE_ALONE)
-    return recipe_from(model, NO_ROWS, ["data.eval=none", *own, *overrides]).recipe
+    return recipe_from(model, NO_ROWS, ["data.eval=none", *own, *overrides])
 
 
 def _check_usable(overrides: Sequence[str], names: tuple[str, ...]) -> None:

@@ -84,7 +84,7 @@ def excluded_by_residual(init: bool | str, use_dora: bool, adapter: str | None, 
     """What a start from what quantising has lost cannot be together with: sentences."""
     name = "lora.init_lora_weights residual"
     if init == "residual" and not quantises:
-        yield f"{name} is what quantising has lost, and with quant.type none or gguf nothing is"
+        yield f"{name} is what quantising has lost, and with quant.type none or gguf, which auto may choose, nothing is"
     if init == "residual" and use_dora:
         yield f"{name} and lora.use_dora: DoRA's magnitudes would be those of the base without it; use one of them"
     if init == "residual" and adapter is not None:

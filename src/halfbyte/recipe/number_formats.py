@@ -11,6 +11,7 @@ from types import MappingProxyType
 # The fields of `quant:` that some formats alone read, each with the value that says nothing.
 UNSET: Mapping[str, object] = MappingProxyType({"double_quant": False, "block_size": None, "llm_int8_threshold": None})
 BLOCK_FIELDS = ("block_size", "double_quant")
+AUTO = "auto"  # the format that the plan chooses (`plan/number_format.py`)
 _ONCE: tuple[Mapping[str, object], ...] = (MappingProxyType({}),)
 
 
@@ -63,8 +64,8 @@ FORMATS: dict[str, FormatInfo] = {
 
 
 def known(value: object) -> object:
-    if not isinstance(value, str) or value not in FORMATS:
-        *names, last = FORMATS
+    if not isinstance(value, str) or value not in (*FORMATS, AUTO):
+        *names, last = (*FORMATS, AUTO)
         raise ValueError(f"must be {', '.join(names)} or {last}")
     return value
 
@@ -86,6 +87,11 @@ def compared() -> Iterator[tuple[str, Mapping[str, object]]]:
     quantising = (info for info in FORMATS.values() if info.name != "none")
     for info in sorted(quantising, key=lambda info: -(info.bits or 0)):
         yield from ((info.name, fields) for fields in info.compared)
+
+
+def fields_of(name: str) -> FormatInfo:
+    """What is said of a format's fields; of `auto`, which sets none: the format that is chosen has its own."""
+    return FORMATS.get(name) or FormatInfo(AUTO, None, reads=frozenset(), scales="takes those of the format it chooses")
 
 
 def _readers(field: str) -> str:

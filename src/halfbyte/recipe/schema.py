@@ -44,7 +44,9 @@ class Quant(Section):
     """How the frozen base is kept."""
 
     type: Annotated[str, BeforeValidator(number_formats.known)] = field(
-        "nf4", "code of the frozen weights: nf4, fp4, int8, gguf (a GGUF file's own blocks) or none (16 bits)"
+        "nf4",
+        "code of the frozen weights: nf4, fp4, int8, gguf (a GGUF file's own blocks), none (16 bits), or auto: the "
+        "most exact of them that fits and costs no time that matters",
     )
     double_quant: Bool = field(
         True, "quantise the scales too: 4.127 instead of 4.5 bits a weight; int8 has no such thing: false"
@@ -77,9 +79,9 @@ class Quant(Section):
     @classmethod
     def _defaults_of_format(cls, value: object) -> object:
         """A field that the format does not read is not set, where its default is for others."""
-        info = number_formats.FORMATS.get(str(value.get("type"))) if isinstance(value, Mapping) else None
-        if not isinstance(value, Mapping) or info is None:
+        if not isinstance(value, Mapping) or value.get("type") not in (*number_formats.FORMATS, number_formats.AUTO):
             return value
+        info = number_formats.fields_of(str(value["type"]))
         unset = {name: off for name, off in info.unread.items() if cls.model_fields[name].default != off}
         return {**unset, **value}
 
@@ -96,7 +98,7 @@ class Quant(Section):
     @property
     def in_file(self) -> bool:
         """Whether the base is what the model's file holds, so that no store of it is built."""
-        return number_formats.FORMATS[self.type].bits is None
+        return self.type == "gguf"
 
     @property
     def exempt(self) -> tuple[str, ...]:
@@ -294,7 +296,7 @@ def _in_source(recipe: Recipe) -> Iterator[str]:
 
 def in_quant(quant: Quant) -> Iterator[str]:
     """What excludes each other in `quant:`, in sentences."""
-    yield from number_formats.FORMATS[quant.type].problems(quant)
+    yield from number_formats.fields_of(quant.type).problems(quant)
 
 
 def _in_lora(recipe: Recipe) -> Iterator[str]:
@@ -305,7 +307,7 @@ def _in_lora(recipe: Recipe) -> Iterator[str]:
             yield "lora.init_lora_weights orthogonal needs quant.type none: PEFT makes it in the dtype of the base"
         elif odd:
             yield f"lora.init_lora_weights orthogonal needs even ranks, got {odd[0]}"
-    quantises = recipe.quant.quantises and not recipe.quant.in_file
+    quantises = recipe.quant.type not in ("none", "gguf", number_formats.AUTO)
     yield from fields.excluded_by_residual(lora.init_lora_weights, lora.use_dora, lora.adapter, quantises=quantises)
     if lora.lora_bias and lora.use_dora:
         yield "lora.lora_bias and lora.use_dora cannot both be true"

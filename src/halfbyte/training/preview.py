@@ -16,9 +16,9 @@ from halfbyte.data import pack
 from halfbyte.data.encoding.examples import Example
 from halfbyte.errors import DataError
 from halfbyte.models.describe import describe
-from halfbyte.plan import Plan, calibrate
+from halfbyte.plan import Plan, calibrate, number_format
 from halfbyte.plan.alternatives import compare
-from halfbyte.plan.estimate import Estimate
+from halfbyte.plan.estimate import Estimate, format_note
 from halfbyte.recipe.schema import Loaded, Origin, rows
 from halfbyte.system import device
 from halfbyte.training import forecast, prepare
@@ -53,6 +53,7 @@ def resolve(loaded: Loaded) -> Resolution:
     from halfbyte.base import residual
     from halfbyte.training.fit import plan_run
 
+    loaded = number_format.settle(loaded)
     job = plan_run(loaded.recipe, device.detect())
     prepared, source = job.prepared, job.prepared.checkpoint
     begin = residual.look(source, prepared.config, prepared.recipe, job.modules)
@@ -75,7 +76,7 @@ def estimate(loaded: Loaded, *, side_by_side: bool = False) -> Estimate:
     job, rates = run.job, calibrate.cached(run.machine, run.job.dtype)
     recipe, shape = run.prepared.recipe, describe(loaded.recipe.model, loaded.recipe.revision)
     methods = compare(job, run.machine, rates) if side_by_side else ()
-    notes = (prepare.data_note(run.prepared), *prepare.notices(run.prepared))
+    notes = (*format_note(loaded), prepare.data_note(run.prepared), *prepare.notices(run.prepared))
     return Estimate(shape, recipe, run.machine, run.plan, notes, job, rates, methods)
 
 
@@ -180,7 +181,7 @@ def check(loaded: Loaded, *, row: int | None = None) -> DataCheck:
 
     A HalfbyteError tells of no model, bad rows, no such row. What the gates refuse is among the findings.
     """
-    prepared = prepare.look(loaded.recipe)
+    prepared = prepare.look(number_format.settle(loaded).recipe)
     count = len(prepared.train.examples)
     if row is not None and not 1 <= row <= count:
         raise DataError(f"there is no row {row}: {count:,} rows are trained on.", fix=f"--row 1 to --row {count}")

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from halfbyte.base.load import DTYPES
 from halfbyte.errors import RecipeError
 from halfbyte.quant import formats
+from halfbyte.recipe import number_formats
 from halfbyte.recipe.messages import sentences
 from halfbyte.recipe.schema import Quant, in_quant
 from halfbyte.system import device as machine
@@ -87,7 +88,10 @@ def _validated(values: Mapping[str, object]) -> Quant:
     try:
         quant = Quant(**values)
         problems = list(in_quant(quant))
-        problems += ["quant.type gguf is a GGUF file's own blocks, and no format for modules"] if quant.in_file else []
+        no_format = {"gguf": "a GGUF file's own blocks", number_formats.AUTO: "the planner's choice for a recipe"}
+        problems += [
+            f"quant.type {n} is {what}, and no format for modules" for n, what in no_format.items() if n == quant.type
+        ]
     except ValidationError as error:
         items = [{**item, "loc": ("quant", *item["loc"])} for item in error.errors()]
         problems = [text for item in items for text in sentences(item, {}, {})]

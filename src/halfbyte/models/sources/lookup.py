@@ -54,6 +54,19 @@ def look(recipe: Recipe) -> None:
         find_model(recipe)
 
 
+def blocks_at_hand(model: str) -> Path:
+    """The GGUF file that a model stays in. Raises SourceError: it is none, or is not on this machine yet."""
+    path = pypi.file_at_hand(model) if model in pypi.MODELS else Path(model).expanduser()
+    if path is None:
+        raise SourceError(
+            f"the file of {model} is not on this machine, and its header tells which blocks it has.",
+            fix=f"halfbyte train {model} ROWS.jsonl --set quant.type=gguf --dry-run, which fetches it",
+        )
+    if path.suffix != ".gguf":
+        raise _no_blocks(model)
+    return path
+
+
 def resolve(model: str, *, allow_pickle: bool = False, in_blocks: bool = False) -> Checkpoint:
     """Find, fetch or convert `model`, check it, and say where it lies. A packaged name wins over a folder of the same
     name (write ./name for the folder), and a path that exists wins over a hub id. `allow_pickle`: accept `.bin` weights

