@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from gguf.quants import dequantize
 from transformers import AutoModelForCausalLM
 
 from halfbyte import finetune
+from halfbyte.data.encoding.examples import Example
 from halfbyte.errors import DataError, ExportError, RecipeError
 from halfbyte.export import folder as writing
 from halfbyte.export import repair
@@ -102,6 +104,12 @@ def written(folder: Path, name: str) -> tuple[Path, Path]:
     return folder / "merged", test_gguf.write(merged, folder / "m.gguf", "Q4_0")
 
 
+def example(ids: Sequence[int]) -> Example:
+    """A row of which the second half is labelled."""
+    half = len(ids) // 2
+    return Example(tuple(ids), (-100,) * half + tuple(ids[half:]), "here", tuple(ids[:half]), "")
+
+
 def apart(one: Any, other: Any, rows: list[list[int]]) -> float:
     """The square of what the logits of two models differ by on rows."""
     with torch.no_grad():
@@ -115,13 +123,14 @@ def test_a_repaired_file_is_nearer_and_laid_out_as_it_was(name: str, tmp_path: P
     before, header = path.read_bytes(), read_header(path)
     draw = np.random.default_rng(4)
     rows = [[int(i) for i in draw.integers(5, 300, 40)] for _ in range(12)]
+    examples = [example(row) for row in rows]
     model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
 
     def read() -> Any:
         return AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32).eval()
 
     plain = apart(model, read(), rows)
-    note = repair.repair(path, merged, rows)
+    note = repair.repair(path, merged, examples)
     assert apart(model, read(), rows) < plain and "on 12 rows (480 tokens)" in note
     assert read_header(path).tensors == header.tensors and len(path.read_bytes()) == len(before)
     first = min(tensor.start for tensor in header.tensors)
@@ -137,7 +146,10 @@ def test_a_matrix_that_would_come_out_worse_stays(tmp_path: Path, monkeypatch: p
         return right(weight.flip(0), moments, kind)
 
     monkeypatch.setattr(repair, "round_matrix", wrong)
-    assert repair.repair(path, merged, [list(range(5, 60))]).startswith("0 of 14 matrices")
+    monkeypatch.setattr(repair, "RATE", 0.0)
+    assert repair.repair(path, merged, [example(range(5, 60))]).startswith(
+        "0 of 14 matrices were rounded anew and 5 norms tuned"
+    )
     assert path.read_bytes() == before
 
 
@@ -145,14 +157,15 @@ def test_a_model_that_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytes
     merged, path = written(tmp_path, "llama")
     monkeypatch.setattr(repair.device, "ram_available", lambda: 1000)
     with pytest.raises(ExportError, match="holds the merged model in memory"):
-        repair.repair(path, merged, [[5, 6, 7]])
+        repair.repair(path, merged, [example([5, 6, 7])])
 
 
 def test_an_export_is_repaired_on_the_runs_rows(tmp_path: Path) -> None:
     finetune.train(tiny_run.recipe(tmp_path, quant__type="none", train__max_steps=1))
     job = ExportJob(tmp_path / "run", tmp_path / "out", prove=False)
     result = to_gguf(job, "Q4_0", repair=True)
-    assert result.base == "16bit, repaired" and any("rounded anew, on 16 rows" in note for note in result.notes)
+    assert result.base == "16bit, repaired"
+    assert any("rounded anew and 5 norms tuned, on 16 rows" in note for note in result.notes)
     assert {path.name for path in result.path.iterdir()} == {"model-Q4_0.gguf", "export.json", "README.md"}
     with pytest.raises(RecipeError, match="rounds too little"):
         to_gguf(job, "F16", repair=True)
@@ -164,6 +177,34 @@ def test_without_training_rows_there_is_nothing_to_repair_on(tmp_path: Path) -> 
     with pytest.raises(DataError, match="names no training rows"):
         training_rows(replace(target, recipe=recipe), tiny_run.tokenizer(), 100)
     rows = training_rows(target, tiny_run.tokenizer(), 100)
-    assert (
-        1 < len(rows) < 16 and sum(map(len, rows)) <= 100 and len(training_rows(target, tiny_run.tokenizer(), 1)) == 1
-    )
+    assert 1 < len(rows) < 16 and sum(len(row.input_ids) for row in rows) <= 100
+    assert len(training_rows(target, tiny_run.tokenizer(), 1)) == 1
+
+
+def test_norms_learn_the_runs_logits_from_a_file_whose_norms_are_off(tmp_path: Path) -> None:
+    """A fault that rounding cannot mend: the divergence falls, by the definition over the whole vocabulary."""
+    merged, path = written(tmp_path, "llama")
+    rows = [example([5 + (7 * i * k) % 290 for i in range(40)]) for k in range(1, 37)]
+    right = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
+    wrong = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
+    wanted = [repair._Wanted.of(right, row) for row in rows]
+    wrong.model.norm.weight.data *= 1.05
+
+    def divergence() -> float:
+        total = 0.0
+        for row in rows:
+            with torch.no_grad():
+                logits = [m(torch.tensor([row.input_ids])).logits[0, 19:-1].double() for m in (right, wrong)]
+            p, q = (each.log_softmax(-1) for each in logits)
+            total += float((p.exp() * (p - q)).sum())
+        return total
+
+    before = divergence()
+    with torch.no_grad():
+        summed = sum(float(each.divergence(wrong)) for each in wanted)
+    assert 0 < summed <= before * (1 + 1e-3), "others as one can only say less"
+    file = repair._File.of(path, wrong)
+    file.put("model.norm.weight", wrong.model.norm.weight)
+    assert repair._tune(file, wrong, wanted) == 5 and divergence() < before
+    read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32)
+    assert torch.equal(read.model.norm.weight, wrong.model.norm.weight)

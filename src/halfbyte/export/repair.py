@@ -5,9 +5,11 @@ takes away much of what a short training has won.
 What: layer after layer, from inputs that the file's own earlier layers make. The error of a column is made up for by
 the columns that are not rounded yet; scales are by ggml's own search, weighted by what a column's error costs. Names,
 types and sizes stay: llama.cpp reads a file like any other. (To correct for what earlier layers have lost as well, as
-GPTAQ does, fits the few rows of a run too closely: docs/log.)
+GPTAQ does, fits the few rows of a run too closely: docs/log.) Then the norms, which a file has in fp32, learn in a few
+steps to give the logits of the run.
 Source: GPTQ (arXiv:2210.17323); `ggml_quantize_chunk`.
-Cost: the merged model in memory; three forwards of the rows; for a matrix (O, D) about O D^2 + 2 D^3 products.
+Cost: the merged model in memory; three forwards of the rows; for a matrix (O, D) about O D^2 + 2 D^3 products; for the
+norms forward and backward of `STEPS` x `ROWS` rows, one at a time.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from halfbyte.base import load
+from halfbyte.data.encoding.examples import IGNORED, Example
 from halfbyte.errors import ExportError
 from halfbyte.models import structure
 from halfbyte.models.gguf.blocks import BLOCKS
@@ -38,6 +41,9 @@ from halfbyte.system import device
 from halfbyte.types import Model
 
 TOKENS = 8192  # of all rows, at most
+STEPS, ROWS = 9, 4  # for the norms
+RATE = 2e-3  # it falls to zero
+TOP = 256  # of the run's logits: so many tokens, and all others as one
 DAMPING = 0.01  # of the mean square of an input, which is added to each
 # The largest code of the types whose codes are written one by one; of others whole blocks are rounded.
 LARGEST = {"Q4_0": 15, "Q4_1": 15, "Q5_0": 31, "Q5_1": 31, "Q8_0": 255, "Q4_K": 15, "Q5_K": 31}
@@ -166,12 +172,23 @@ class _File:
                 file.matrices[name] = tensor, source
         return file
 
+    def put(self, name: str, values: Tensor) -> None:
+        """Write a parameter that the file has in fp32."""
+        source = self.sources[name]
+        tensor = self.reader.tensors[source.name]
+        turned = source.transform.inverse(values.detach().float().numpy(), self.reader, source.name)
+        np.memmap(self.path, np.float32, "r+", tensor.start, turned.shape)[:] = turned
+
+    def values(self, name: str, parameter: Tensor) -> Tensor:
+        """A parameter as the file has it, fp32."""
+        pieces = [piece.reshape(-1) for piece in self.sources[name].pieces(self.reader)]
+        return torch.from_numpy(np.concatenate(pieces)).view(parameter.shape)
+
     def embed(self, model: Model) -> None:
         """Put the file's embedding into a model."""
         weight = model.get_input_embeddings().weight
         name = next(name for name, parameter in model.named_parameters() if parameter is weight)
-        values = np.concatenate([piece.reshape(-1) for piece in self.sources[name].pieces(self.reader)])
-        weight.data.copy_(torch.from_numpy(values).view(weight.shape))
+        weight.data.copy_(self.values(name, weight))
 
     def round(self, name: str, module: nn.Linear, moments: Tensor) -> bool:
         """Round a matrix anew, in the file and in `module`; whether its output is nearer than before. `moments`: the
@@ -196,13 +213,11 @@ Call = tuple[tuple[object, ...], dict[str, object]]
 """What a layer is given beside its hidden states."""
 
 
-@torch.no_grad()
-def repair(path: Path, merged: Path, rows: Sequence[Sequence[int]]) -> str:
-    """Round the matrices of a GGUF file anew, in place; what was done, in words.
+def repair(path: Path, merged: Path, rows: Sequence[Example]) -> str:
+    """Round the matrices of a GGUF file anew, in place, and tune its norms; what was done, in words.
 
     Args:
-        merged: the folder of the model that the file was written from.
-        rows: token ids of the run's own rows.
+        merged: the folder of the model that the file was written from. rows: of the run's own.
     Raises:
         ExportError: the model does not fit in memory.
     """
@@ -215,9 +230,23 @@ def repair(path: Path, merged: Path, rows: Sequence[Sequence[int]]) -> str:
     dtype = load.DTYPES[device.compute_dtype(device.detect())[0]]
     model = AutoModelForCausalLM.from_pretrained(merged, dtype=dtype if dtype != torch.float16 else torch.float32)
     model.eval()
-    file, layers = _File.of(path, model), structure.decoder_layers(model)
-    names = {id(module): name for name, module in model.named_modules()}
+    file = _File.of(path, model)
+    wanted = [_Wanted.of(model, row) for row in rows[: STEPS * ROWS]]
     file.embed(model)
+    count = _round_all(file, model, [row.input_ids for row in rows])
+    norms = _tune(file, model, wanted)
+    tokens = sum(len(row.input_ids) for row in rows)
+    return (
+        f"{count} of {len(file.matrices)} matrices were rounded anew and {norms} norms tuned, on {len(rows)} rows "
+        f"({tokens:,} tokens)"
+    )
+
+
+@torch.no_grad()
+def _round_all(file: _File, model: Model, rows: Sequence[Sequence[int]]) -> int:
+    """Round layer after layer, in the file and in the model; how many matrices were rounded."""
+    layers = structure.decoder_layers(model)
+    names = {id(module): name for name, module in model.named_modules()}
     calls = [_calls(model, layers, ids) for ids in rows]
     now, count = [each[0][0] for each in calls], 0
     for number, layer in enumerate(layers):
@@ -232,8 +261,66 @@ def repair(path: Path, merged: Path, rows: Sequence[Sequence[int]]) -> str:
         for n in first:
             count += file.round(linears[n], layer.get_submodule(n), moments[first[n]])
         now = [_read(layer, hidden, each[number][1], ())[0] for hidden, each in zip(now, calls, strict=True)]
-    tokens = sum(map(len, rows))
-    return f"{count} of {len(file.matrices)} matrices were rounded anew, on {len(rows)} rows ({tokens:,} tokens)"
+    return count
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What the run says after the tokens of a row that come before labelled ones: log-probabilities of its first `TOP`
+    choices and of all others together (K, TOP + 1), and which those choices are (K, TOP)."""
+
+    row: Example
+    top: Tensor
+    choices: Tensor
+
+    @classmethod
+    def of(cls, model: Model, row: Example) -> _Wanted:
+        with torch.no_grad():
+            top, choices = _logs(model, row).topk(min(TOP, model.config.get_text_config().vocab_size - 1))
+        return cls(row, _with_others(top), choices)
+
+    def divergence(self, model: Model) -> Tensor:
+        """Kullback-Leibler, from the run, summed over the tokens."""
+        return nn.functional.kl_div(
+            _with_others(_logs(model, self.row).gather(1, self.choices)), self.top, reduction="sum", log_target=True
+        )
+
+
+def _logs(model: Model, row: Example) -> Tensor:
+    at = torch.tensor([i - 1 for i, label in enumerate(row.labels) if i and label != IGNORED])
+    with torch.autocast("cpu", torch.bfloat16, enabled=model.dtype == torch.bfloat16):
+        logits = model(input_ids=torch.tensor([row.input_ids]), logits_to_keep=at, use_cache=False).logits[0]
+    return logits.float().log_softmax(-1)
+
+
+def _with_others(logs: Tensor) -> Tensor:
+    others = (1 - logs.exp().sum(1, keepdim=True)).clamp(min=1e-6).log()
+    return torch.cat([logs, others], 1)
+
+
+def _tune(file: _File, model: Model, rows: Sequence[_Wanted]) -> int:
+    """Tune the norms towards the run's logits, `ROWS` rows a step, and write them; how many they are."""
+    model.requires_grad_(False)
+    names = [name for name, p in model.named_parameters() if p.dim() == 1 and name.endswith("weight")]
+    names = [name for name in names if file.reader.tensors[file.sources[name].name].type == "F32"]
+    norms = {}
+    for name in names:
+        home, _, leaf = name.rpartition(".")
+        norms[name] = nn.Parameter(file.values(name, model.get_parameter(name)))
+        setattr(model.get_submodule(home), leaf, norms[name])
+    steps = -(-len(rows) // ROWS)
+    optimizer = torch.optim.AdamW(norms.values(), RATE, betas=(0.9, 0.95), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, (n + 1) / 3) * (1 - n / steps))
+    for first in range(0, len(rows), ROWS):
+        some = rows[first : first + ROWS]
+        for row in some:
+            (row.divergence(model) / sum(len(each.top) for each in some)).backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    for name, norm in norms.items():
+        file.put(name, norm)
+    return len(norms)
 
 
 class _Enough(Exception):

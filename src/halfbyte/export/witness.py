@@ -125,19 +125,19 @@ def _rows(opened: Opened, data: Path | None, max_rows: int) -> list[Example]:
     raise DataError("there are no rows to compare an export on.", fix="--data ROWS.jsonl")
 
 
-def training_rows(run: Target, tokenizer: Tokenizer, tokens: int) -> list[list[int]]:
-    """Rows that a run was trained on, as token ids: so many tokens at most, but one row. Raises DataError: none can be
+def training_rows(run: Target, tokenizer: Tokenizer, tokens: int) -> list[Example]:
+    """Rows that a run was trained on: so many tokens at most, but one row. Raises DataError: none can be
     read."""
     recipe = run.recipe
     data = recipe.data.model_copy(update={"overlong": "truncate", "packing": "rows"})
     if not recipe.data.train:
         raise DataError("the recipe names no training rows to repair an export on.", fix="--set data.train=ROWS.jsonl")
-    chosen, total = list[list[int]](), 0
+    chosen, total = list[Example](), 0
     for row in encode.encode(recipe.data.train, tokenizer, data, cores=device.cores()).examples:
         total += len(row.input_ids)
         if chosen and total > tokens:
             break
-        chosen.append(list(row.input_ids))
+        chosen.append(row)
     return chosen
 
 
