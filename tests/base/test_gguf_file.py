@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -20,13 +21,18 @@ from halfbyte.inference import target
 from halfbyte.inference.generate import generate
 from halfbyte.inference.load import open_target
 from halfbyte.inference.verify import verify
+from halfbyte.layers.decoding.tape import Tape
 from halfbyte.models.gguf import blocks
 from halfbyte.models.sources.lookup import find_model, resolve
 from halfbyte.quant import formats, gguf_blocks
+from halfbyte.quant.number_format import BlockRows
 from halfbyte.quant.stack import ExpertStack
 from halfbyte.recipe.schema import Quant
 from halfbyte.system import device, pages
+from halfbyte.writing.places import FastPathUnavailable
 from halfbyte.writing.sampling import SamplingParams
+from halfbyte.writing.text import Text
+from halfbyte.writing.writer import Writer
 from tests import tiny_run
 from tests.models.gguf import files
 from tests.models.gguf.test_architectures import CASES, QUICK, RULES, SIZES, TABLES, logits, sizes_of
@@ -101,6 +107,31 @@ def test_a_streamed_base_is_the_resident_one(tmp_path: Path) -> None:
         place = stream.place(base.model, placement)
         assert torch.equal(logits(base.model), mapped)
         place.remove()
+
+
+def test_a_fault_in_a_product_on_blocks_is_seen_before_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of one matrix's rows is not that of the others: a wrong row here and there."""
+    file, _ = written(tmp_path, "llama", Type.Q4_0)
+    model, prompt = opened(file).model, list(range(3, 40))
+
+    def answered() -> list[int]:
+        text = Text(prompt, SamplingParams(6), ())
+        writer = Writer(model, 1, 64)
+        writer.insert([text])
+        while not text.ended:
+            writer.step()
+        return text.tokens
+
+    right, own = answered(), Tape.blocks
+    assert len(right) == 6
+
+    def wrong(tape: Tape, rows: BlockRows, *args: Any, **more: Any) -> None:
+        order = torch.arange(rows.shape[0], dtype=torch.int32).roll(1)
+        own(tape, dataclasses.replace(rows, order=order), *args, **more)
+
+    monkeypatch.setattr(Tape, "blocks", wrong)
+    with pytest.raises(FastPathUnavailable, match="logits"):
+        answered()
 
 
 def run_of(folder: Path, file: Path, **more: Any) -> Path:

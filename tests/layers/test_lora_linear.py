@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.layers import lora_linear as room
+from halfbyte.layers.kernels import pool
 from halfbyte.layers.lora_linear import (
     LoraLinear,
     drop,
@@ -20,6 +21,7 @@ from halfbyte.layers.lora_linear import (
     lora_linear,
 )
 from halfbyte.quant.dequantise import FrozenLinear
+from tests.layers.decoding.test_block_rows import layer_of
 
 
 def four_bit(out: int, width: int, *, bias: bool, dtype: torch.dtype) -> Any:
@@ -168,3 +170,23 @@ def test_dropout_repeats_with_torchs_seed_and_is_made_again_in_backward() -> Non
         grads.append(given.grad)
     assert torch.equal(grads[0], grads[1])  # type: ignore[arg-type]
     assert not torch.equal(grads[0], grads[2])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("form", ["nf4", "gguf"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_what_comes_out_may_be_added_to_in_place(form: str, lora: bool) -> None:
+    """Falcon's newer decoder does that; here in tensors so large that they lie in the pool's blocks."""
+    if form == "nf4":
+        layer = four_bit(64, 64, bias=False, dtype=torch.float32)
+    else:
+        layer, _ = layer_of("Q4_0", 64, 64)
+    x, a, b, dy = parts(600, 64, 64, 4, torch.float32)
+    for given in (x, a, b):
+        given.requires_grad_()
+    assert x.nbytes >= pool.LEAST_BYTES
+    grads = []
+    for in_place in (False, True):
+        y = lora_linear(x, layer, a, b, 0.5, 0.0) if lora else frozen_linear(x, layer)
+        y = y.add_(x) if in_place else y + x
+        grads.append(torch.autograd.grad(y, (x, a, b) if lora else (x,), dy))
+    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))

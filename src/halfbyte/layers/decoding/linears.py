@@ -97,12 +97,14 @@ class Linear:
         if weight.device.type != "cpu":
             raise Unsupported("not on the CPU")
         self.codes = number_format.codes(parts.base)
-        self.is_codes = self.codes is not None
+        rows = number_format.block_rows(parts.base) if self.codes is None else None
+        # what its product adds LoRA to itself
+        self.is_codes = self.codes is not None or (rows is not None and tape.multiplies(rows))
         if self.codes is not None:
             self.shape = self.codes.shape
             if self.codes.block != _BLOCK or self.shape[1] % _BLOCK:
                 raise Unsupported(f"shape {self.shape} in blocks of {self.codes.block}")
-        elif (rows := number_format.block_rows(parts.base)) is not None:
+        elif rows is not None:
             self.dense, self.shape = rows, rows.shape
         elif type(parts.base) is nn.Linear and weight.dtype == tape.dtype and weight.is_contiguous():
             self.dense, self.shape = weight.data, (weight.shape[0], weight.shape[1])
@@ -149,6 +151,9 @@ class Linear:
                 self.codes.packed, scales_of(self.codes), self.codes.values, self.shape, x, out,
                 add=add, bias=self.bias, up=self.b, h=self.h,
             )  # fmt: skip
+            return
+        if self.is_codes and isinstance(self.dense, BlockRows):
+            self.tape.blocks(self.dense, x, out, add=add, bias=self.bias, up=self.b, h=self.h)
             return
         self.tape.dense(self.dense, x.plain, out, add=add, bias=self.bias)
         if self.b is not None and self.h is not None:

@@ -43,11 +43,12 @@ def isa(dtype: torch.dtype) -> str | None:
 
 @dataclass(frozen=True)
 class Vectors:
-    """What products read: M vectors (M, width), in fp32, and in the kernels' order and type; zeros up to `width`."""
+    """What products read: M vectors (M, width), in fp32, zeros up to `width`; and in the kernels' types and orders, by
+    their place among the `slots.ORDERS`, those that products have asked for."""
 
     plain: Tensor
-    ordered: Tensor
     width: int
+    orders: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -136,14 +137,24 @@ class Tape:
         name = isa(dtype)
         if name is None:
             raise ValueError(f"no kernels for {dtype} here")
-        from halfbyte.layers.kernels.cpu.decoding import attend, code_tables, codes_bf16, codes_int16, interpreter
+        from halfbyte.layers.kernels.cpu.decoding import (
+            attend,
+            block_rows,
+            block_vectors,
+            code_tables,
+            codes_bf16,
+            codes_int16,
+            interpreter,
+        )
 
         self.kernels, self.attention, self.code_tables = interpreter, attend, code_tables
         self.bf16, self.int16 = codes_bf16, codes_int16
+        self.block_rows, self.block_vectors = block_rows, block_vectors
         self.isa, self.dtype, self.adapters = name, dtype, adapters
         self.m, self.max_tokens = vectors, max_tokens
         self.used = vectors  # those of them that a run computes; the first ones
         self._rows: list[np.ndarray] = []
+        self._written_to: dict[int, Vectors] = {}  # by the number of the operation that writes them
         self.before, self._group = (0, 0), 0
         self._alive: list[object] = []
         self._tables: dict[tuple[object, bytes], Tensor] = {}
@@ -170,11 +181,19 @@ class Tape:
     def vectors(self, d: int) -> Vectors:
         """Memory for what products read of M vectors (M, D)."""
         width = -(-d // self.bf16.CHUNK) * self.bf16.CHUNK
-        if self.isa == "avx2":
-            count = self.int16.ordered_bytes(self.m, width) // 4
-        else:  # of one vector from its last block on once more (`codes_bf16.py`)
-            count = self.m * width * (2 if self.m == 1 else 1)
-        return Vectors(self.buffer(self.m, width), self.buffer(count, dtype=self.dtype), width)
+        return Vectors(self.buffer(self.m, width), width)
+
+    def _in_order(self, x: Vectors, place: int) -> Tensor:
+        """Memory for x in an order: 0 that of `codes`, then those of `block_rows`. What writes x writes it there."""
+        if place not in x.orders:
+            if place:
+                count = self.m * self.block_vectors.ordered_row(x.width)
+            elif self.isa == "avx2":
+                count = self.int16.ordered_bytes(self.m, x.width)
+            else:  # of one vector from its last block on once more (`codes_bf16.py`)
+                count = 2 * self.m * x.width * (2 if self.m == 1 else 1)
+            x.orders[place] = self.buffer(count, dtype=torch.uint8)
+        return x.orders[place]
 
     def int16_vectors(self, to: Vectors, d: int) -> Int16Vectors:
         """Memory for what `largest` reads of M vectors (M, D)."""
@@ -214,9 +233,9 @@ class Tape:
         d = len(weight) if weight is not None else min(x.shape[1], to.width)
         numbers: dict[int, int | float] = {
             s.NORM_X: self.keep(x), s.NORM_X_ROW: x.shape[1], s.NORM_WEIGHT: self.keep(weight), s.NORM_D: d,
-            s.NORM_EPS: eps, s.NORM_ONE_PLUS: int(one_plus), s.NORM_PLAIN: to.plain.data_ptr(),
-            s.NORM_ORDERED: to.ordered.data_ptr(), s.NORM_WIDTH: to.width,
+            s.NORM_EPS: eps, s.NORM_ONE_PLUS: int(one_plus), s.NORM_PLAIN: to.plain.data_ptr(), s.NORM_WIDTH: to.width,
         }  # fmt: skip
+        self._written_to[len(self._rows)] = to
         if integers is not None:
             numbers |= {
                 s.NORM_LENGTHS: self.keep(integers.lengths), s.NORM_INTS: self.keep(integers.numbers),
@@ -286,14 +305,10 @@ class Tape:
         """x (M, D) times 4-bit rows (O, D) with the 16 `values`, plus h (M, R) times up: (O, R) in pieces of 32 bytes;
         in fp32 (R, O ..)."""
         o, d = shape
-        rows = self._item_rows(o, d // 2)
-        if self.isa == "avx2":
-            rows = -(-rows // self.int16.ROWS) * self.int16.ROWS
-        else:
-            rows = max(1, min(rows, o // _MIN_ITEMS) // self.bf16.ROWS) * self.bf16.ROWS
+        rows = self._code_rows(o, d // 2)
         self._blocks = max(self._blocks, d // 64)
         self._groups = max(self._groups, rows * (d // 64) // 256 + 2)
-        numbers = self._matrix(codes, shape, x.ordered, 2 * x.width, out, rows) | self._bias(add, bias)
+        numbers = self._matrix(codes, shape, self._in_order(x, 0), 2 * x.width, out, rows) | self._bias(add, bias)
         levels = self.code_tables.int16_levels if self.isa == "avx2" else self.code_tables.bf16_levels
         numbers |= {s.CODES_SCALES: self.keep(scales.absmax), s.CODES_LEVELS: self.keep(self._made(levels, values))}
         if scales.nested is not None and scales.table is not None:
@@ -303,21 +318,49 @@ class Tape:
                 s.CODES_IN_PLANES: int(in_planes), s.CODES_OUTER: self.keep(scales.nested),
                 s.CODES_OFFSET: scales.offset,
             }  # fmt: skip
-        if up is not None and h is not None:
-            row_bytes = h.shape[1] * h.itemsize
-            numbers |= {
-                s.CODES_UP: self.keep(up), s.CODES_UP_ROW: up.shape[1] * up.itemsize, s.CODES_H: self.keep(h),
-                s.CODES_H_ROW: row_bytes, s.CODES_PIECES: h.shape[1] if self.isa == "avx2" else row_bytes // 32,
-            }  # fmt: skip
-        self._add(s.CODES, -(-o // rows), numbers)
+        self._add(s.CODES, -(-o // rows), numbers | self._lora(up, h))
+
+    def _lora(self, up: Tensor | None, h: Tensor | None) -> dict[int, int | float]:
+        if up is None or h is None:
+            return {}
+        row_bytes = h.shape[1] * h.itemsize
+        return {
+            s.CODES_UP: self.keep(up), s.CODES_UP_ROW: up.shape[1] * up.itemsize, s.CODES_H: self.keep(h),
+            s.CODES_H_ROW: row_bytes, s.CODES_PIECES: h.shape[1] if self.isa == "avx2" else row_bytes // 32,
+        }  # fmt: skip
+
+    def multiplies(self, w: BlockRows) -> bool:
+        """Whether `blocks` takes this matrix."""
+        return self.block_rows.multiplies(w.kind, w.shape[1], self.isa)
+
+    def blocks(
+        self, w: BlockRows, x: Vectors, out: Tensor, *, add: bool = False, bias: Tensor | None = None,
+        up: Tensor | None = None, h: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """`codes` of a matrix of a GGUF file's blocks."""
+        o, row_bytes, place = w.shape[0], w.codes.stride(0), 1 + self.block_rows.KINDS[w.kind].order
+        rows = self._code_rows(o, row_bytes)
+        row = self.block_vectors.ordered_row(x.width)
+        self._scratch = max(self._scratch, self.bf16.SUMS * self.m + 64)
+        numbers = self._matrix(w.codes, w.shape, self._in_order(x, place), row, out, rows) | self._bias(add, bias)
+        numbers |= {s.BLOCKS_TYPE: w.kind, s.BLOCKS_ROW_BYTES: row_bytes, s.BLOCKS_ORDER: self.keep(w.order)}
+        self._add(s.BLOCKS, -(-o // rows), numbers | self._lora(up, h))
+
+    def _code_rows(self, rows: int, row_bytes: int) -> int:
+        """Rows of an item, as many as kernels take at a time or several times that."""
+        at_once = self._item_rows(rows, row_bytes)
+        if self.isa == "avx2":
+            return -(-at_once // self.int16.ROWS) * self.int16.ROWS
+        return max(1, min(at_once, rows // _MIN_ITEMS) // self.bf16.ROWS) * self.bf16.ROWS
 
     def gate(self, g: Tensor, u: Tensor, inner: int, activation: int, to: Vectors) -> None:
         """act(g) * u, both (M, I) views with one stride -> to."""
         parts = -(-to.width // self.kernels.GATE_ELEMENTS)
+        self._written_to[len(self._rows)] = to
         self._add(s.GATE, self.m * parts, {
             s.GATE_G: g.data_ptr(), s.GATE_U: u.data_ptr(), s.GATE_ROW: g.stride(0), s.GATE_INNER: inner,
             s.GATE_ACTIVATION: activation, s.GATE_VECTORS: self.m, s.GATE_PLAIN: to.plain.data_ptr(),
-            s.GATE_ORDERED: to.ordered.data_ptr(), s.GATE_WIDTH: to.width,
+            s.GATE_WIDTH: to.width,
         })  # fmt: skip
 
     def attend(self, a: CachedAttention, cos: Tensor, sin: Tensor, out: Tensor) -> None:
@@ -376,6 +419,9 @@ class Tape:
     def _prepared(self, threads: int) -> np.ndarray:
         """The slots of a run."""
         line = self.kernels.LINE
+        for number, to in self._written_to.items():
+            for place, ordered in to.orders.items():
+                self._rows[number][s.ORDERS + place] = ordered.data_ptr()
         self._operations = np.concatenate(self._rows)
         self._counters = np.zeros((threads + 1) * len(self._rows) * line, np.int64)
         self._arrived = np.zeros(line, np.int64)
@@ -393,13 +439,15 @@ class Tape:
 
     def _name_matrices(self) -> None:
         """In each operation the next matrix, itself included: address, items, bytes of an item."""
-        itemsizes = {s.CODES: 0.5, s.HEAD_ROUGH: 1.0, s.DENSE: self.dtype.itemsize}
+        itemsizes = {s.CODES: 0.5, s.HEAD_ROUGH: 1.0, s.DENSE: self.dtype.itemsize, s.BLOCKS: 0}
         following = np.zeros(3, np.int64)
         for row in self._operations.reshape(-1, s.WIDTH)[::-1]:
             if row[s.KIND] in itemsizes:
                 item_bytes = int(row[s.ITEM_ROWS] * row[s.D] * itemsizes[int(row[s.KIND])])
                 if row[s.KIND] == s.DENSE and row[s.DENSE_TYPE]:
                     item_bytes = int(row[s.ITEM_ROWS] * row[s.DENSE_ROW_BYTES])
+                if row[s.KIND] == s.BLOCKS:
+                    item_bytes = int(row[s.ITEM_ROWS] * row[s.BLOCKS_ROW_BYTES])
                 following[:] = row[s.W], row[s.ITEMS], item_bytes
             row[s.NEXT_W], row[s.NEXT_ITEMS], row[s.NEXT_ITEM_BYTES] = following
 

@@ -71,7 +71,8 @@ class Pool:
         loan = _Loan(view, self._back)
         loan.block = block
         self._loans[id(loan)] = loan
-        return torch.frombuffer(view, dtype=dtype, count=count, offset=block.begin).view(shape)
+        # no view: what an autograd function returns may then be added to in place
+        return torch.frombuffer(view, dtype=dtype, count=count, offset=block.begin).resize_(shape)
 
     def give_back(self) -> None:
         """Let go of every block that is free."""

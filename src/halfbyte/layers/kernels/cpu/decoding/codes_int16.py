@@ -180,7 +180,7 @@ def add_lora(code: Code, args: Value) -> None:
 
 
 # ----------------------------------------------------------- vectors in whole numbers
-def _peak(code: Code, parts: list[Value]) -> Value:
+def peak_of(code: Code, parts: list[Value]) -> Value:
     """The largest of |parts|, in the order of their bits: a NaN is the largest."""
     b, least = code.b, ir.Constant(I32X8, [0x7FFFFFFF] * 8)
     bits = [b.and_(b.bitcast(part, I32X8), least) for part in parts]
@@ -201,7 +201,7 @@ def round_block(code: Code, args: Value) -> None:
     pair_step: the same among seven other vectors', 32 bytes from two numbers to the next two; 0 for none."""
     b = code.b
     parts = [code.load(code.at(args.x, 32 * k), F32X8) for k in range(8)]
-    peak = _peak(code, parts)
+    peak = peak_of(code, parts)
     tiny = b.fcmp_ordered("<", peak, F32(TINY))
     step = b.select(tiny, F32(0.0), b.fmul(peak, F32(float(np.float32(1 / NUMBER / LEVEL)))))
     factor = code.every(b.select(tiny, F32(0.0), b.fdiv(F32(float(NUMBER)), peak)), 8)
@@ -226,7 +226,7 @@ def round_vector(code: Code, args: Value) -> None:
     b = code.b
     seen = cgutils.alloca_once_value(b, F32(0.0))
     with code.rolled(b.lshr(args.count, I64(6))) as c:
-        peak = b.bitcast(_peak(code, [code.load(code.at(args.x, (c, 256), 32 * k), F32X8) for k in range(8)]), I32)
+        peak = b.bitcast(peak_of(code, [code.load(code.at(args.x, (c, 256), 32 * k), F32X8) for k in range(8)]), I32)
         before = b.bitcast(b.load(seen), I32)
         b.store(b.bitcast(b.select(b.icmp_signed(">", peak, before), peak, before), F32), seen)
     peak = b.load(seen)

@@ -8,8 +8,8 @@ What: `slots.py` says what an operation's numbers mean; `layers/decoding/tape.py
 operations are fp32; what a product reads is there twice, in order in fp32, and in the kernels' order and type. Each
 thread has a share of an operation's items, neighbours in memory, before it takes another's; and while it waits it asks
 for the first bytes of its share of the next matrix.
-Source: products are in `codes_bf16.py`, `codes_int16.py`, `dense.py` and `int8_head.py`, attention in `attend.py`; the
-rest are the formulas of `norm.py` and `gate.py`.
+Source: products are in `codes_bf16.py`, `codes_int16.py`, `block_rows.py`, `dense.py` and `int8_head.py`, attention in
+`attend.py`; the rest are the formulas of `norm.py` and `gate.py`.
 Cost: about 0.2 microseconds between two operations on two threads.
 """
 
@@ -19,7 +19,17 @@ import numpy as np
 from numba import carray, types
 from numba.extending import overload
 
-from halfbyte.layers.kernels.cpu.decoding import attend, code_tables, codes_bf16, codes_int16, dense, int8_head, slots
+from halfbyte.layers.kernels.cpu.decoding import (
+    attend,
+    block_rows,
+    block_vectors,
+    code_tables,
+    codes_bf16,
+    codes_int16,
+    dense,
+    int8_head,
+    slots,
+)
 from halfbyte.layers.kernels.cpu.decoding.emit import ask
 from halfbyte.layers.kernels.cpu.gate import SILU, sigmoid
 from halfbyte.layers.kernels.cpu.parallel import SLOTS, array, kernel, per_dtype
@@ -34,11 +44,18 @@ _ASKED_BYTES = 32 * 1024  # of the next matrix, by each thread while it waits
 
 
 @inlined
-def _order(x, like, out, m, vectors, d, first, last):  # type: ignore[no-untyped-def]
-    """Vector m's x[first:last] in fp32 -> `out`, as products read it; `first` and `last` are whole chunks. bf16: (M,
-    D') by `order_vector`; of one vector of an odd number of blocks also (D'), from its last block on. fp32: as
-    `ordered_parts` says."""
-    width = len(x)
+def _order(op, x, like, m, vectors, d, first, last):  # type: ignore[no-untyped-def]
+    """Vector m's x[first:last] in fp32 -> as products read it, in the orders that are asked for; `first` and `last` are
+    whole chunks. For CODES, bf16: (M, D') by `order_vector`; of one vector of an odd number of blocks also (D'), from
+    its last block on. fp32: as `ordered_parts` says."""
+    width, out = len(x), op[slots.ORDERS]
+    for order in range(block_vectors.ORDERS):
+        to = op[slots.ORDERS + 1 + order]
+        if to != 0:
+            to += m * block_vectors.ordered_row(width) + block_vectors.ordered_row(first)
+            block_vectors.order_blocks(like, x.ctypes.data + 4 * first, order, (last - first) // CHUNK, to)
+    if out == 0:
+        return
     if like.itemsize == 2:
         to = out + (m * width + first) * like.itemsize
         codes_bf16.order_vector(like, x.ctypes.data + 4 * first, (last - first) // CHUNK, to)
@@ -107,7 +124,23 @@ def _norm(op, number, like, m):  # type: ignore[no-untyped-def]
     if op[slots.NORM_INTS] != 0:
         ints, steps = op[slots.NORM_INTS] + m * width * 2, op[slots.NORM_STEPS] + 4 * m
         codes_int16.round_vector(like, out.ctypes.data, width, np.float32(number[slots.NORM_MAX_INT]), ints, steps)
-    _order(out, like, op[slots.NORM_ORDERED], m, op[slots.ITEMS], d, 0, width)
+    _order(op, out, like, m, op[slots.ITEMS], d, 0, width)
+
+
+@inlined
+def _finish_int16(op, like, sums, vectors, r, n):  # type: ignore[no-untyped-def]
+    """Sums (vectors, 8) of n rows from r on, in fp32, with LoRA's and the bias, to or onto where they go."""
+    bias = array(op[slots.BIAS], (op[slots.O],), np.float32)
+    if op[slots.CODES_UP] != 0:
+        codes_int16.add_lora(
+            like, vectors, sums.ctypes.data, op[slots.CODES_UP] + 4 * r, op[slots.CODES_UP_ROW],
+            op[slots.CODES_H], op[slots.CODES_H_ROW], op[slots.CODES_PIECES],
+        )  # fmt: skip
+    for m in range(vectors):
+        out = array(op[slots.OUT] + (m * op[slots.OUT_ROW] + r) * 4, (n,), np.float32)
+        for k in range(n):
+            total = sums[m, k] + (bias[r + k] if op[slots.BIAS] != 0 else np.float32(0.0))
+            out[k] = total + out[k] if op[slots.ADD] != 0 else total
 
 
 def _codes_int16(op, number, like, lookups, scratch, item):  # type: ignore[no-untyped-def]
@@ -124,7 +157,6 @@ def _codes_int16(op, number, like, lookups, scratch, item):  # type: ignore[no-u
     levels = (scratch.ctypes.data + 63) // 64 * 64
     sums = array(levels + codes_int16.LEVELS_BYTES, (vectors, rows), np.float32)
     scales = array(levels + codes_int16.LEVELS_BYTES + 32 * (vectors + 16), (blocks, rows), np.float32)
-    bias = array(op[slots.BIAS], (op[slots.O],), np.float32)
     width = op[slots.X_ROW] // 2
     pairs, pair_steps, steps = codes_int16.ordered_parts(op[slots.X], vectors, width)
     for r in range(begin, end, rows):
@@ -135,16 +167,7 @@ def _codes_int16(op, number, like, lookups, scratch, item):  # type: ignore[no-u
             like, op[slots.W] + r * (d // 2), d // 2, n, vectors, op[slots.X], steps, pairs, pair_steps, width,
             scales.ctypes.data, blocks, op[slots.CODES_LEVELS], levels, sums.ctypes.data,
         )  # fmt: skip
-        if op[slots.CODES_UP] != 0:
-            codes_int16.add_lora(
-                like, vectors, sums.ctypes.data, op[slots.CODES_UP] + 4 * r, op[slots.CODES_UP_ROW],
-                op[slots.CODES_H], op[slots.CODES_H_ROW], op[slots.CODES_PIECES],
-            )  # fmt: skip
-        for m in range(vectors):
-            out = array(op[slots.OUT] + (m * op[slots.OUT_ROW] + r) * 4, (n,), np.float32)
-            for k in range(n):
-                total = sums[m, k] + (bias[r + k] if op[slots.BIAS] != 0 else np.float32(0.0))
-                out[k] = total + out[k] if op[slots.ADD] != 0 else total
+        _finish_int16(op, like, sums, vectors, r, n)
 
 
 @inlined
@@ -201,6 +224,29 @@ def _codes(op, number, like, lookups, scratch, item) -> None:  # type: ignore[no
 def _codes_of_type(op, number, like, lookups, scratch, item):  # type: ignore[no-untyped-def]
     """The other one is not compiled."""
     return _codes_bf16 if like.dtype == types.uint16 else _codes_int16
+
+
+@inlined
+def _blocks(op, like, scratch, item):  # type: ignore[no-untyped-def]
+    """BLOCKS: 16 rows at a time in bf16, eight in fp32."""
+    at, at_once = (np.int64(scratch.ctypes.data) + 63) // 64 * 64, 16 if like.itemsize == 2 else codes_int16.ROWS
+    begin, end = item * op[slots.ITEM_ROWS], min(op[slots.O], (item + 1) * op[slots.ITEM_ROWS])
+    sums = array(at, (op[slots.USED], codes_int16.ROWS), np.float32)
+    for r in range(begin, end, at_once):
+        n = min(at_once, end - r)
+        block_rows.rows_times_vectors(
+            like, op[slots.BLOCKS_TYPE], op[slots.W], op[slots.BLOCKS_ROW_BYTES], op[slots.BLOCKS_ORDER], r, n,
+            op[slots.O], op[slots.D], op[slots.USED], op[slots.X], op[slots.X_ROW], at,
+        )  # fmt: skip
+        if like.itemsize == 2:
+            codes_bf16.finish_rows(
+                like, n, op[slots.USED], op[slots.CODES_UP] + r * op[slots.CODES_UP_ROW], op[slots.CODES_UP_ROW],
+                op[slots.CODES_H], op[slots.CODES_H_ROW], op[slots.CODES_PIECES], at,
+                op[slots.BIAS] + 4 * r if op[slots.BIAS] != 0 else 0, op[slots.ADD], op[slots.OUT] + 4 * r,
+                4 * op[slots.OUT_ROW],
+            )  # fmt: skip
+        else:
+            _finish_int16(op, like, sums, op[slots.USED], r, n)
 
 
 @inlined
@@ -263,7 +309,7 @@ def _gate(op, like, item):  # type: ignore[no-untyped-def]
             z = np.float32(1.5957691216) * (v + np.float32(0.044715) * v * v * v)  # 2 sqrt(2 / pi)
             to[j] = v * sigmoid(z) * u[j]
     vectors = op[slots.GATE_VECTORS]
-    _order(out, like, op[slots.GATE_ORDERED], m, vectors, inner, first, min(width, first + GATE_ELEMENTS))
+    _order(op, out, like, m, vectors, inner, first, min(width, first + GATE_ELEMENTS))
 
 
 @inlined
@@ -299,6 +345,8 @@ def _do(op, number, like, lookups, s, sums, scratch, item):  # type: ignore[no-u
         _codes(op, number, like, lookups, scratch, item)
     elif kind == slots.DENSE:
         _dense(op, number, like, sums, scratch, item)
+    elif kind == slots.BLOCKS:
+        _blocks(op, like, scratch, item)
     elif kind == slots.NORM:
         _norm(op, number, like, item)
     elif kind == slots.ROTATE or kind == slots.ATTEND:

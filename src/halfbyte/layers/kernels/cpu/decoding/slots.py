@@ -18,7 +18,7 @@ of a head, T max_tokens, R rotary width.
 
 WIDTH = 32
 # What an operation does.
-NORM, CODES, DENSE, ROTATE, ATTEND, GATE, HEAD_ROUGH, HEAD_EXACT = range(8)
+NORM, CODES, DENSE, ROTATE, ATTEND, GATE, HEAD_ROUGH, HEAD_EXACT, BLOCKS = range(9)
 
 # Every operation.
 KIND = 0
@@ -28,10 +28,13 @@ USED = 27  # how many of the M vectors there are now
 NEXT_W = 28  # the next matrix from this operation on, itself included
 NEXT_ITEMS, NEXT_ITEM_BYTES = 29, 30
 
-# Products with a matrix: CODES, DENSE, HEAD_*.
+# NORM and GATE: `Vectors.orders`, five addresses: of what CODES reads, then by BLOCKS' orders; 0 where nothing asks.
+ORDERS = 18
+
+# Products with a matrix: CODES, BLOCKS, DENSE, HEAD_*.
 W = 4  # (O, D): 4-bit codes, numbers of the tape's type, or 8-bit numbers
 D, O = 5, 6  # noqa: E741
-X = 7  # (M, ..): CODES as `Vectors.ordered`, else fp32
+X = 7  # (M, ..): CODES and BLOCKS one of `Vectors.orders`, else fp32
 X_ROW = 8  # bytes
 OUT, OUT_ROW = 9, 10  # (M, ..) fp32; DENSE with a scale: of the tape's type
 ADD = 11  # whether it is added to what is in OUT
@@ -45,9 +48,13 @@ CODES_IN_PLANES = 17
 CODES_OUTER = 18  # fp32, of each 256 blocks
 CODES_OFFSET = 19  # float
 CODES_LEVELS = 20  # the 16 levels as the kernel looks them up
-CODES_UP, CODES_UP_ROW = 21, 22  # LoRA's B; bytes
+CODES_UP, CODES_UP_ROW = 21, 22  # LoRA's B; bytes; BLOCKS too
 CODES_H, CODES_H_ROW = 23, 24  # x times LoRA's A; bytes
 CODES_PIECES = 25  # of H's row: of 32 bytes in bf16, of one rank in fp32
+
+BLOCKS_TYPE = 15  # of a file's blocks, ggml's number
+BLOCKS_ROW_BYTES = 16
+BLOCKS_ORDER = 17  # (O,) int32: which row of W each one is, or 0
 
 DENSE_SCALED, DENSE_SCALE = 15, 16  # float
 DENSE_USES = 17  # (M,) fp32: a vector whose number is 0.0 gives zeros
@@ -67,7 +74,7 @@ NORM_WEIGHT = 6  # (D,) of the tape's type; 0: no norm, only the order
 NORM_D = 7
 NORM_EPS = 8  # float
 NORM_ONE_PLUS = 9  # whether the factor is 1 + weight
-NORM_PLAIN, NORM_ORDERED, NORM_WIDTH = 10, 11, 12  # `Vectors`; D'
+NORM_PLAIN, NORM_WIDTH = 10, 12  # `Vectors`; D'
 NORM_ADD_TO = 13  # (M, D) fp32 that the norm is added to, instead of writing vectors
 NORM_LENGTHS = 14  # (M,) fp32 or 0
 NORM_INTS, NORM_STEPS = 15, 16  # as HEAD_INTS, or 0
@@ -94,7 +101,7 @@ GATE_G, GATE_U, GATE_ROW = 4, 5, 6  # (M, ..) fp32
 GATE_INNER = 7  # numbers of both
 GATE_ACTIVATION = 8
 GATE_VECTORS = 9
-GATE_PLAIN, GATE_ORDERED, GATE_WIDTH = 10, 11, 12  # `Vectors` of the product
+GATE_PLAIN, GATE_WIDTH = 10, 12  # `Vectors` of the product
 
 # A run of a tape.
 TAPE_OPERATIONS, TAPE_COUNT = 0, 1
