@@ -99,7 +99,9 @@ class Linear:
         self.codes = number_format.codes(parts.base)
         rows = number_format.block_rows(parts.base) if self.codes is None else None
         # what its product adds LoRA to itself
-        self.is_codes = self.codes is not None or (rows is not None and tape.multiplies(rows))
+        self.is_codes = self.codes is not None or (
+            rows is not None and tape.block_rows.multiplies(rows.kind, rows.shape[1], tape.isa)
+        )
         if self.codes is not None:
             self.shape = self.codes.shape
             if self.codes.block != _BLOCK or self.shape[1] % _BLOCK:

@@ -137,15 +137,9 @@ class Tape:
         name = isa(dtype)
         if name is None:
             raise ValueError(f"no kernels for {dtype} here")
-        from halfbyte.layers.kernels.cpu.decoding import (
-            attend,
-            block_rows,
-            block_vectors,
-            code_tables,
-            codes_bf16,
-            codes_int16,
-            interpreter,
-        )
+        from halfbyte.layers.kernels.cpu.decoding import (  # isort: skip
+            attend, block_rows, block_vectors, code_tables, codes_bf16, codes_int16, interpreter,
+        )  # fmt: skip
 
         self.kernels, self.attention, self.code_tables = interpreter, attend, code_tables
         self.bf16, self.int16 = codes_bf16, codes_int16
@@ -329,10 +323,6 @@ class Tape:
             s.CODES_H_ROW: row_bytes, s.CODES_PIECES: h.shape[1] if self.isa == "avx2" else row_bytes // 32,
         }  # fmt: skip
 
-    def multiplies(self, w: BlockRows) -> bool:
-        """Whether `blocks` takes this matrix."""
-        return self.block_rows.multiplies(w.kind, w.shape[1], self.isa)
-
     def blocks(
         self, w: BlockRows, x: Vectors, out: Tensor, *, add: bool = False, bias: Tensor | None = None,
         up: Tensor | None = None, h: Tensor | None = None,
@@ -444,10 +434,9 @@ class Tape:
         for row in self._operations.reshape(-1, s.WIDTH)[::-1]:
             if row[s.KIND] in itemsizes:
                 item_bytes = int(row[s.ITEM_ROWS] * row[s.D] * itemsizes[int(row[s.KIND])])
-                if row[s.KIND] == s.DENSE and row[s.DENSE_TYPE]:
-                    item_bytes = int(row[s.ITEM_ROWS] * row[s.DENSE_ROW_BYTES])
-                if row[s.KIND] == s.BLOCKS:
-                    item_bytes = int(row[s.ITEM_ROWS] * row[s.BLOCKS_ROW_BYTES])
+                if row[s.KIND] == s.BLOCKS or (row[s.KIND] == s.DENSE and row[s.DENSE_TYPE]):
+                    row_bytes = s.BLOCKS_ROW_BYTES if row[s.KIND] == s.BLOCKS else s.DENSE_ROW_BYTES
+                    item_bytes = int(row[s.ITEM_ROWS] * row[row_bytes])
                 following[:] = row[s.W], row[s.ITEMS], item_bytes
             row[s.NEXT_W], row[s.NEXT_ITEMS], row[s.NEXT_ITEM_BYTES] = following
 
