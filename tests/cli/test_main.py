@@ -314,11 +314,12 @@ def test_eval_puts_base_and_adapter_side_by_side(halfbyte: Cli) -> None:
     ended = halfbyte("eval", "done", "--base", "--max-new-tokens", "4", "--samples", "1")
     assert ended.code == 0 and ended.err == ""
     for line in (
-        r"┃ +┃ +base ┃ +adapter ┃ +difference ┃ +p ┃",
-        r"│ loss +│ +\d+\.\d{4} \[.*\] │ +\d+\.\d{4} \[.*\] │ +[-+]\d+\.\d{4} \[.*\] │ +│",
-        r"│ perplexity +│ +[\d.]+.* │ +[\d.]+.* │ +[-+][\d.]+.* │ +│",
-        r"│ exact_match +│ +0\.0%.* │ +0\.0%.* │ +\+0\.0%.* │.*│",
+        r"┃ +┃ +source ┃ +base ┃ +adapter ┃ +difference ┃ +p ┃",
+        r"│ loss +(│ +\d+\.\d{4} \[.*\] ){3}│ +[-+]\d+\.\d{4} \[.*\] │ +│",
+        r"│ perplexity +(│ +[\d.]+.* ){3}│ +[-+][\d.]+.* │ +│",
+        r"│ exact_match +│ +│ +0\.0%.* │ +0\.0%.* │ +\+0\.0%.* │.*│",
         r"5 rows in 0:\d\d.*",
+        r"the source model has \d\.\d{4}, so quantising costs [-+].*\]; the run is .*than it, [-+].*\]",
         r"test\.jsonl:1",
         r" expected: .*",
         r"     base: .*not exact_match",
