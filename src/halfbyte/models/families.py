@@ -65,6 +65,7 @@ class Family:
             for its values.
         parallel: attention and MLP read one normed input.
         shared_gate: what shared experts give is multiplied by a gate of its own, which keeps it.
+        stock_gate: what stands between an expert's two stacks is the model's own code.
     """
 
     layout: Layout | None = None
@@ -77,6 +78,7 @@ class Family:
     fused_qkv: bool = False
     parallel: bool = False
     shared_gate: bool = False
+    stock_gate: bool = False
 
     def fused_classes(self) -> dict[str, FusedPart]:
         """Class -> which part of a layer it is, of those whose forward is: attention: project, (norm q and k,) rotate
@@ -122,7 +124,7 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": Family(_GEMMA, "Gemma3", norms=4, qk_norms=True),
     **dict.fromkeys(("granite", "smollm3"), Family(LLAMA, mlp="gated_stock")),
     "mixtral": UNKNOWN_MIXTURE,
-    "gpt_oss": Family(mlp="experts", attention="eager"),  # sinks: one score more, and none in fp32 (13% less than this)
+    "gpt_oss": Family(mlp="experts", attention="eager", stock_gate=True),  # sinks: a score more, none in fp32
     "qwen2_moe": Family(mlp="experts", shared_gate=True),
     **dict.fromkeys(("qwen3_moe", "olmoe"), Family(mlp="experts", qk_norms=True)),
     "phi3": Family(

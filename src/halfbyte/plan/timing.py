@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from halfbyte.models.families import FAMILIES, UNKNOWN
 from halfbyte.plan.job import Job
 from halfbyte.plan.memory import optimizer_bytes
 from halfbyte.plan.result import Placement, Recompute, Time
@@ -24,10 +25,13 @@ SPREAD_ASSUMED = 0.6
 # What a layer of a micro-batch takes besides arithmetic: some hundred calls from Python, forward and backward; and more
 # for each linear layer with an adapter: its eight products and what is around them.
 LAYER_OVERHEAD_S, SITE_OVERHEAD_S = 0.004, 0.001
-EXPERT_OVERHEAD_S = 0.002  # for each expert that is sent tokens, whose products are its own
+EXPERT_OVERHEAD_S = 0.0005  # for each expert that is sent tokens, whose products are its own
+# Bytes moved for each number between an expert's stacks by a gate of stock code (gpt-oss: clamps, a sigmoid, slices).
+STOCK_GATE_BYTES = 136
 # Once a step: what the optimiser, the clipping and the norm of gradients move for each trained number, and what their
 # calls take for each tensor. Measured: AdamW, 420 tensors of 4.9 and 19.5 million numbers (docs/log).
 UPDATE_BYTES, TENSOR_OVERHEAD_S = 60, 1e-4
+EIGHT_BIT_UPDATE_S = 9e-9  # more for each trained number, where bitsandbytes keeps the optimiser's state in 8 bits
 # A micro-batch of so many tokens multiplies at half the rate of a large one.
 HALF_RATE_TOKENS = 48
 # layers/kernels/cpu/attention/: rows of queries whose scores are made at once, up to the last one's own
@@ -38,8 +42,10 @@ TRAFFIC = 10.0
 TRAFFIC_AGAIN = {"none": 1.0, "selective": 1.2, "full": 1.4}
 FORWARD_TRAFFIC = 0.4  # of a forward alone: what full recomputation does again
 # From the plan to the first step (a base is opened, adapters are put on it, proofs), and from the last step to the
-# report (checkpoint, adapter, logits to prove it with). Measured on two cores at 2.4 GHz.
-OPENING_S, OPENING_LAYER_S, OPENING_SITE_S, OPENING_EXPERT_S = 1.0, 0.01, 0.002, 0.02
+# report (checkpoint, adapter, logits to prove it with); and what the first step takes more than the others, as memory
+# is touched. Measured on two cores at 2.4 GHz.
+OPENING_S, OPENING_LAYER_S, OPENING_SITE_S, FIRST_STEP_S = 1.0, 0.003, 0.002, 0.3
+OPENING_PASSES = 30  # the proofs' over the weights of all experts, twice as many where a gate is stock code
 SAVING_S, SAVED_BYTES = 0.2, 400e6
 PROOF_ROWS = 3  # proofs/adapter.py
 PROOF_TOKENS, PROOF_PASSES = 512, {"int8": 2, "auto": 3}  # proofs/integers.py: of a forward and a backward
@@ -116,8 +122,8 @@ def _waiting(placement: Placement, reading: float, computing: float) -> float:
 
 def around_the_steps(job: Job, rates: Rates, tokens: int) -> dict[str, float]:
     """Seconds of a run beside its steps, but for what is proven of them."""
-    opening = OPENING_S + (OPENING_LAYER_S + OPENING_EXPERT_S * job.facts.experts) * job.facts.layers
-    opening += OPENING_SITE_S * len(job.sites)
+    opening = OPENING_S + FIRST_STEP_S + OPENING_LAYER_S * job.facts.layers + OPENING_SITE_S * len(job.sites)
+    opening += OPENING_PASSES * (1 + _stock_gate(job)) * job.expert_numel / rates.dequant_elements
     # the last checkpoint, and the adapter; what this and its base say of some rows, one at a time
     saving = SAVING_S + (8 + optimizer_bytes(job)) * job.trainable / SAVED_BYTES
     proof = _parts(job, rates, 2 * PROOF_ROWS * job.rows.mean, 2 * PROOF_ROWS, "none", trains=False)
@@ -161,9 +167,11 @@ def _parts(
     dequantised = rates.dequant_elements * formats.of(job.recipe.quant).speed
     # scores that are made in memory (ALiBi, softcap, dropout) go through it as what is kept does
     moved = TRAFFIC * (job.layer.kept + job.layer.pair * rows.mean_of_a_token) * facts.layers
+    moved += STOCK_GATE_BYTES * _stock_gate(job) * facts.experts_per_token * facts.intermediate * facts.layers
     full_rate = 1 / (1 + HALF_RATE_TOKENS * micro_batches / step_tokens)
     scores = rows.mean_of_a_token * facts.heads if facts.attention_dropout else 0.0
     masks = facts.layers * backward * (scores + (2 * facts.hidden if facts.residual_dropout else 0))
+    update = UPDATE_BYTES / rates.memory_bytes + EIGHT_BIT_UPDATE_S * ("8bit" in job.recipe.train.optim)
     eight, rounding = integer_products(job, rates, again) if trains else (0.0, 0.0)
     products, ops = products - eight, eight / rates.integer_ops if eight else 0.0
     parts = {
@@ -184,10 +192,13 @@ def _parts(
         "overhead": (0.4 + 0.6 * backward)
         * micro_batches
         * ((LAYER_OVERHEAD_S + EXPERT_OVERHEAD_S * experts) * facts.layers + SITE_OVERHEAD_S * len(job.sites)),
-        "optimiser": backward
-        * (UPDATE_BYTES * job.trainable / rates.memory_bytes + TENSOR_OVERHEAD_S * 2 * len(job.sites)),
+        "optimiser": backward * (update * job.trainable + TENSOR_OVERHEAD_S * 2 * len(job.sites)),
     }
     return {name: seconds * rates.correction for name, seconds in parts.items()}
+
+
+def _stock_gate(job: Job) -> bool:
+    return FAMILIES.get(job.facts.model_type, UNKNOWN).stock_gate
 
 
 def integer_products(job: Job, rates: Rates, again: float) -> tuple[float, float]:
