@@ -1,6 +1,6 @@
 """A LoRA linear's forward and backward on a GGUF file's blocks beside NF4's, exact and in 8-bit integers, in turns.
 
-    python benchmarks/gguf_training.py [--threads 2]
+python benchmarks/gguf_training.py [--threads 2]
 """
 
 from __future__ import annotations
