@@ -35,6 +35,8 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import halfbyte
+from halfbyte.recipe.file import recipe_from
+from halfbyte.recipe.schema import Recipe
 
 TEXT = Path(halfbyte.__file__).parent / "inference" / "quality.txt"
 BASES = {"nf4": "nf4", "16": "none"}  # halfbyte's quant.type
@@ -249,7 +251,7 @@ class Comparison:
         from halfbyte.models.sources.lookup import find_model
 
         if base == "16":
-            return str(find_model(self.options.model).path)
+            return str(find_model(self.recipe()).path)
         folder = self.folder / "base"
         if not (folder / "config.json").is_file():
             shutil.rmtree(folder, ignore_errors=True)
@@ -257,21 +259,22 @@ class Comparison:
             subprocess.run([*command, "--set", f"quant.type={BASES[base]}"], check=True, stdout=subprocess.DEVNULL)
         return str(folder)
 
+    def recipe(self) -> Recipe:
+        return recipe_from(self.options.model, str(self.train), ["data.eval=none", "output=unused"]).recipe
+
     def tokens(self) -> Path:
         """The rows of training as halfbyte encodes them."""
-        from halfbyte.recipe.file import recipe_from
         from halfbyte.training.prepare import prepare
 
         target = self.folder / "tokens.json"
         if not target.is_file():
-            values = ["data.eval=none", "output=unused"]
-            examples = prepare(recipe_from(self.options.model, str(self.train), values).recipe).train.examples
+            examples = prepare(self.recipe()).train.examples
             rows = [{"input_ids": list(e.input_ids), "labels": list(e.labels)} for e in examples]
             target.write_text(json.dumps(rows))
         return target
 
     def run(self) -> None:
-        """Every arm that is asked for and not there yet; the bases alone first."""
+        """Every arm of `--arms` that is not there yet; the bases alone first."""
         there = {(line["arm"], line["base"], line["seed"]) for line in self.lines()}
         for base in BASES:
             if ("base", base, 0) not in there:
@@ -370,7 +373,7 @@ def main() -> None:
         print(json.dumps(score(json.loads(sys.argv[2]))))
     else:
         comparison = Comparison(argument_parser().parse_args())
-        if not comparison.asked.show:
+        if not comparison.options.show:
             comparison.run()
         print("\n".join(comparison.table()))
 
