@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from halfbyte.system import files
 from tests import in_process
 from tests.report import made
 
@@ -24,6 +25,32 @@ def test_a_page_is_made_anew(cli: in_process.Cli, tmp_path: Path) -> None:
     assert cli("report", "runs/a", "--out", "x.html").code == 0 and (tmp_path / "x.html").is_file()
     ended = cli("report", "runs/none")
     assert ended.code == 2 and "there is no run folder runs/none" in ended.err
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(
+    cli: in_process.Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made.finished(tmp_path / "runs/a", made.metrics(5))
+    made.run(tmp_path / "runs/b", made.metrics(5))
+    allowed = tmp_path / "pages"
+    monkeypatch.setattr(files, "why_unwritable", lambda folder: "" if folder == allowed else "Read-only file system")
+    page, folder = "name another file: --out FILE.html", "name another one: --out DIR"
+    refusals = {
+        "report runs/a": f"error: runs/a cannot be written: Read-only file system.\n  fix: {page}\n",
+        "compare runs/a runs/b": f"error: TMP/runs cannot be written: Read-only file system.\n  fix: {page}\n",
+        "eval runs/a --data rows.jsonl": (
+            f"error: runs/a/eval/rows cannot be written: Read-only file system.\n  fix: {folder}\n"
+        ),
+        "train runs/b --resume": (
+            "error: runs/b cannot be written: Read-only file system.\n"
+            "  fix: copy the run into a folder that can be written, and resume it there\n"
+        ),
+    }
+    for command, line in refusals.items():
+        ended = cli(*command.split())
+        assert (ended.code, ended.out) == (2, "") and line in ended.err, ended
+    allowed.mkdir()
+    assert cli("report", "runs/a", "--out", "pages/x.html").code == 0
 
 
 def test_runs_are_listed(cli: in_process.Cli, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def test_without_intervals_there_are_values_alone() -> None:
     sides = {"base": side([0, 1], [2, 2]), "adapter": side([1, 1], [1, 1])}
     made = sheet.score("exact_match", sides, Eval(), yes_no=True, sure=False)
     assert made.to_json() == {
-        "name": "exact_match", "rows": 2, "adapter": {"value": 1, "interval": None},
+        "name": "exact_match", "rows": 2, "source": None, "adapter": {"value": 1, "interval": None},
         "base": {"value": 0.5, "interval": None}, "difference": {"value": 0.5, "interval": None, "p_value": None},
     }  # fmt: skip
     assert sheet.EvalOptions.of(Eval()).sure, "what nobody has asked for is there"

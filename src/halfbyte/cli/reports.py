@@ -27,7 +27,10 @@ def report(
 ) -> None:
     """Make the page of a run anew: report.html in its folder, one file that opens without network."""
     from halfbyte.report import page
+    from halfbyte.runs.folder import RunFolder, check_writable
 
+    RunFolder.open(run, need_adapter=False)
+    check_writable(out.parent if out else run, "name another file: --out FILE.html")
     written = page.write(run, out)
     show.text(f"{written}  ({written.stat().st_size / 1e3:.0f} kB)")
 
@@ -39,9 +42,12 @@ def compare(
 ) -> None:
     """Runs side by side: figures, scores with intervals, what differs in their recipes; and a page of their curves."""
     from halfbyte.report import compare as comparing
+    from halfbyte.runs.folder import check_writable
 
     value = comparing.compare(runs)
-    written = comparing.write(value, out or runs[0].resolve().parent / "compare.html")
+    out = out or runs[0].resolve().parent / "compare.html"
+    check_writable(out.parent, "name another file: --out FILE.html")
+    written = comparing.write(value, out)
     if json_:
         show.document({**value.to_json(), "page": str(written)})
     else:

@@ -52,10 +52,14 @@ def evaluate(
 ) -> None:
     """Loss, perplexity and what answers are worth, on held-out rows; with --base beside base and source model."""
     from halfbyte.inference import target
+    from halfbyte.runs.folder import check_writable
     from halfbyte.scoring import sheet
 
     overrides = [*set_, *([f"eval.max_new_tokens={max_new_tokens}"] if max_new_tokens is not None else [])]
     subject = target.find(run, overrides)
+    folder = to or (sheet.folder_of(run, None if task else data) if subject.run is not None else None)
+    if folder is not None:
+        check_writable(folder, "name another one: --out DIR")
     if task:
         sheet.need_harness()
         ready = open_run(run, overrides, silent=json_, force=force)
@@ -63,13 +67,11 @@ def evaluate(
 
         with progress.scoring(silent=json_) as tell:
             results = harness.run(ready, task, task_path, limit=limit, with_base=base, progress=tell)
-        folder = to or (sheet.folder_of(run, None) if subject.run is not None else None)
         sheet.write_harness(results, folder)
         show.document(results) if json_ else tasks(results)
         return
     target.held_out(subject.recipe, run, data)
     wanted = sheet.EvalOptions.of(subject.recipe.eval, metric, limit=limit, with_base=base, sure=sure)
-    folder = to or (sheet.folder_of(run, data) if subject.run is not None else None)
     ready = open_run(run, overrides, silent=json_, force=force)
     from halfbyte.inference import evaluate as scoring
 

@@ -27,9 +27,16 @@ from halfbyte.types import Document
 
 T = TypeVar("T")
 ANOTHER = "give another output: (--output)"
+
 EXPORT = "export.json"  # of a folder that `merge` or `export` has added
 RETRY_FOR_S = 600.0
 RETRY_EVERY_S = 1.0
+
+
+def check_writable(folder: Path, fix: str) -> None:
+    """Raise a RunError if nothing can be written into a folder that is there or would be made."""
+    if why := files.why_unwritable(folder.absolute()):
+        raise RunError(f"{folder} cannot be written: {why}.", fix=fix)
 
 
 @dataclass

@@ -16,7 +16,7 @@ from halfbyte.recipe import adapter
 from halfbyte.recipe.fields import shown
 from halfbyte.recipe.schema import Recipe
 from halfbyte.runs import points
-from halfbyte.runs.folder import RunFolder
+from halfbyte.runs.folder import RunFolder, check_writable
 from halfbyte.training.events import Listener
 from halfbyte.types import Document
 
@@ -81,6 +81,8 @@ def check(recipe: Recipe, *, resume: bool = False, writes: bool = True) -> None:
     """
     if resume:
         _newest(recipe)
+        if writes and points.complete(recipe) is None:
+            check_writable(Path(recipe.output), "copy the run into a folder that can be written, and resume it there")
     elif writes or not Path(recipe.output).exists():  # a dry run of a run that is there already shows what it did
         RunFolder.check_free(Path(recipe.output))
     if recipe.lora.adapter is not None and not resume:
