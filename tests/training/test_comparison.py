@@ -166,7 +166,7 @@ def test_a_source_that_is_too_large_is_left_out_with_the_reason(
     monkeypatch.setattr("halfbyte.training.source.SHARE", 0.0)
     tell = Notes()
     verdict = finetune.train(tiny_run.recipe(tmp_path, **held_out(tmp_path)), listener=tell).report["verdict"]
-    assert verdict["source"] is None and "GB in 16 bits, and" in tell.source[-1]
+    assert verdict["source"] is None and "to open it takes 0.00 GB, and" in tell.source[-1]
 
 
 def test_blocks_are_read_by_the_source_text_by_text(tmp_path: Path) -> None:

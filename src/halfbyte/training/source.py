@@ -57,8 +57,9 @@ def sums(
     quant = recipe.quant.in_type("none")
     itemsize = load.DTYPES[compute_dtype(machine, quant.compute_dtype)[0]].itemsize
     specs = tensors.read_checkpoint(checkpoint.path)
-    if (nbytes := sum(policy.encoded_bytes(spec, quant, itemsize) for spec in specs)) > SHARE * most_bytes:
-        return f"it takes {nbytes / 1e9:.2f} GB in 16 bits, and {max(0, most_bytes) / 1e9:.2f} GB are free for it"
+    # its weights, and the pages of the files that they are read from
+    if (nbytes := 2 * sum(policy.encoded_bytes(spec, quant, itemsize) for spec in specs)) > SHARE * most_bytes:
+        return f"to open it takes {nbytes / 1e9:.2f} GB, and {max(0, most_bytes) / 1e9:.2f} GB are free for it"
     model = load.open_base(checkpoint, quant, machine, trust_remote_code=recipe.trust_remote_code).model
     texts = [(row, text) for row, example in enumerate(examples) for text in _texts(example)]
     batches = (objective.collate([text]) for _, text in texts)
