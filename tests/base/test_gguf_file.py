@@ -157,9 +157,13 @@ def test_an_architecture_trains_on_its_files_blocks(tmp_path: Path, name: str) -
     assert len(losses) == 4 and losses[-1] < losses[0]
 
 
-def test_a_run_is_opened_verified_and_knows_its_file(tmp_path: Path) -> None:
+def test_a_run_is_opened_verified_and_knows_its_file(tmp_path: Path, cache: Path) -> None:
     file, _ = written(tmp_path, "llama", Type.Q4_0)
     run = run_of(tmp_path, file)
+    assert not (cache / "bases").exists()  # no store
+    (folder,) = (path for path in (cache / "gguf").iterdir() if path.is_dir())
+    left = {path.name for path in folder.iterdir()}
+    assert blocks.MANIFEST in left and not any(name.endswith((".safetensors", ".bin", ".gguf")) for name in left)
     checked = verify(run)
     assert checked.ok and any(str(file) in check.seen for check in checked.checks if check.what == "base")
     found = target.find(run)
