@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from halfbyte.data.encoding.examples import IGNORED, Example
 from halfbyte.models import structure
-from halfbyte.proofs.adapter import logits_at
+from halfbyte.proofs.adapter import compare_logits, keep_logits, logits_at
 from tests import tiny
 
 
@@ -20,3 +25,19 @@ def test_no_key_and_value_is_kept(kind: str) -> None:
     )
     assert logits_at(model, [1, 2, 3, 4], [1, 3]).shape[0] == 2
     assert caches == [None]
+
+
+def test_of_a_long_row_a_part_is_kept_and_read_again(tmp_path: Path) -> None:
+    """A forward of whole rows of 8,192 tokens, six of them at the end of a run, took longer than its steps."""
+    model, kept = tiny.model("llama").requires_grad_(False), tmp_path / "proof.json"
+    ids = tuple(number % 50 for number in range(3000))
+    labels = tuple(IGNORED if number < 2000 else ids[number] for number in range(3000))
+    keep_logits(kept, model, [Example(ids, labels, "rows.jsonl:1", (), "")], nullcontext(), torch.float32)
+    (row,) = json.loads(kept.read_text())["rows"]
+    assert tuple(row["ids"]) == ids[2000 - 512 : 2000 + 512]
+    assert [row["ids"][at + 1] for at in row["at"]] == [tokens[0] for tokens in row["tokens"]]
+    assert min(row["at"]) == 511
+    assert compare_logits(kept, model).difference == 0
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "down_proj" in name).mul_(2)
+    assert compare_logits(kept, model).difference > 0

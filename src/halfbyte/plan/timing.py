@@ -47,7 +47,7 @@ FORWARD_TRAFFIC = 0.4  # of a forward alone: what full recomputation does again
 OPENING_S, OPENING_LAYER_S, OPENING_SITE_S, FIRST_STEP_S = 1.0, 0.003, 0.002, 0.3
 OPENING_PASSES = 30  # the proofs' over the weights of all experts, twice as many where a gate is stock code
 SAVING_S, SAVED_BYTES = 0.2, 400e6
-PROOF_ROWS = 3  # proofs/adapter.py
+PROOF_ROWS, PROOF_ROW_TOKENS = 3, 1024  # proofs/adapter.py
 PROOF_TOKENS, PROOF_PASSES = 512, {"int8": 2, "auto": 3}  # proofs/integers.py: of a forward and a backward
 # Compiling the kernels of a training, once on a machine: one thread, same cores.
 COMPILING_S = {"fp32": 17.0, "bf16": 26.0, "integers": 8.0}
@@ -126,7 +126,8 @@ def around_the_steps(job: Job, rates: Rates, tokens: int) -> dict[str, float]:
     opening += OPENING_PASSES * (1 + _stock_gate(job)) * job.expert_numel / rates.dequant_elements
     # the last checkpoint, and the adapter; what this and its base say of some rows, one at a time
     saving = SAVING_S + (8 + optimizer_bytes(job)) * job.trainable / SAVED_BYTES
-    proof = _parts(job, rates, 2 * PROOF_ROWS * job.rows.mean, 2 * PROOF_ROWS, "none", trains=False)
+    tokens_proven = 2 * PROOF_ROWS * min(job.rows.mean, PROOF_ROW_TOKENS)
+    proof = _parts(job, rates, tokens_proven, 2 * PROOF_ROWS, "none", trains=False)
     parts = {"opening": opening, "saving": saving + sum(proof.values())}
     if job.uncompiled:
         parts["compiling"] = sum(COMPILING_S[kernels] for kernels in job.uncompiled)

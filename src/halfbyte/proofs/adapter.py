@@ -2,8 +2,9 @@
 
 Why: an adapter that loads zero tensors, or onto another base, answers fluently. PEFT tells of neither.
 What: of three rows, the logits at some labelled tokens, each of the token itself and of the likeliest others; and how
-far the adapter has moved them, so that a small difference can be told from an adapter that is not there.
-Cost: two forwards of three rows, once at the end of a run, and again at each `halfbyte verify`.
+far the adapter has moved them, so that a small difference can be told from an adapter that is not there. Of a long row
+a part, around its first labelled token.
+Cost: two forwards of three rows of up to 1,024 tokens, once at the end of a run, and again at each `halfbyte verify`.
 """
 
 import json
@@ -23,6 +24,7 @@ from halfbyte.system import files
 from halfbyte.types import Document, Model
 
 ROWS, TOKENS = 3, 16
+REACH = 512  # tokens of a row before its first labelled one, and from there on
 LIKELIEST = 5
 # What another order of the same sums may do, in units of the dtype's rounding and relative to the largest logit. In
 # fp32 each sum has thousands of terms; in 16 bits sums are in fp32, and what is rounded is a few results in a row.
@@ -54,14 +56,17 @@ def keep_logits(
     samples: list[Document] = []
     chosen = [row for row in rows[: 4 * ROWS] if any(label != IGNORED for label in row.labels)][:ROWS]
     for row in chosen:
-        positions = [i - 1 for i, label in enumerate(row.labels) if label != IGNORED]
+        first = next(i for i, label in enumerate(row.labels) if label != IGNORED)
+        part = slice(max(0, first - REACH), first + REACH)
+        ids, labels = row.input_ids[part], row.labels[part]
+        positions = [i - 1 for i, label in enumerate(labels) if label != IGNORED]
         positions = positions[:: -(-len(positions) // TOKENS)]
-        logits = logits_at(model, row.input_ids, positions)
-        following = torch.tensor([[row.input_ids[i + 1]] for i in positions], device=logits.device)
+        logits = logits_at(model, ids, positions)
+        following = torch.tensor([[ids[i + 1]] for i in positions], device=logits.device)
         tokens = torch.cat([following, logits.topk(min(LIKELIEST, logits.shape[1])).indices], 1)
         samples.append(
             {
-                "where": row.where, "ids": row.input_ids, "at": positions, "tokens": tokens.tolist(),
+                "where": row.where, "ids": ids, "at": positions, "tokens": tokens.tolist(),
                 "logits": logits.gather(1, tokens).tolist(),
             }
         )  # fmt: skip
