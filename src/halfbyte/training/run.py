@@ -157,7 +157,8 @@ def _measure_source(setup: Setup) -> str:
         compared.source = np.array(kept)
         return ""
     machine = device.detect()
-    most = setup.run.plan.peak_bytes - usage.now().total if not machine.on_card else machine.cards[0].free_bytes
+    most = machine.cards[0].free_bytes if machine.on_card else setup.run.plan.peak_bytes + setup.run.foreign_bytes
+    most -= 0 if machine.on_card else usage.now().total
     rows = [compared.batches.examples[number] for number in compared.chosen.tolist()]
     sums = source.sums(prepared.recipe, prepared.checkpoint, prepared.objective, rows, machine=machine, most_bytes=most)
     if isinstance(sums, str):

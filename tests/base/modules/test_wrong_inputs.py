@@ -54,7 +54,7 @@ def test_settings_that_exclude_each_other(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("quant", "said"),
     [
-        ("nf5", "quant.type must be nf4, fp4, int8, gguf or none, got 'nf5'"),
+        ("nf5", "quant.type must be nf4, fp4, int8, gguf, none or auto, got 'nf5'"),
         ({"typ": "nf4"}, "quant.typ is not a field; did you mean quant.type?"),
         ({"block_size": 128}, "quant.block_size must be 64, got 128"),
         (3, "quant must be a type .* got int"),

@@ -44,7 +44,7 @@ def isa(dtype: torch.dtype) -> str | None:
 @dataclass(frozen=True)
 class Vectors:
     """What products read: M vectors (M, width), in fp32, zeros up to `width`; and in the kernels' types and orders, by
-    their place among the `slots.ORDERS`, those that products have asked for."""
+    their place among the `slots.NORM_ORDERS`, those that products have asked for."""
 
     plain: Tensor
     width: int
@@ -411,7 +411,7 @@ class Tape:
         line = self.kernels.LINE
         for number, to in self._written_to.items():
             for place, ordered in to.orders.items():
-                self._rows[number][s.ORDERS + place] = ordered.data_ptr()
+                self._rows[number][s.NORM_ORDERS + place] = ordered.data_ptr()
         self._operations = np.concatenate(self._rows)
         self._counters = np.zeros((threads + 1) * len(self._rows) * line, np.int64)
         self._arrived = np.zeros(line, np.int64)

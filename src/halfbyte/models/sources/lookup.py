@@ -7,7 +7,7 @@ import difflib
 import os
 from pathlib import Path
 
-from halfbyte.errors import SourceError
+from halfbyte.errors import SourceError, typed
 from halfbyte.models.gguf.header import parts_of
 from halfbyte.models.sources import gguf_file, hub, pypi
 from halfbyte.models.sources.checkpoint import Checkpoint
@@ -60,7 +60,7 @@ def blocks_at_hand(model: str) -> Path:
     if path is None:
         raise SourceError(
             f"the file of {model} is not on this machine, and its header tells which blocks it has.",
-            fix=f"halfbyte train {model} ROWS.jsonl --set quant.type=gguf --dry-run, which fetches it",
+            fix=f"halfbyte train {typed(model)} ROWS.jsonl --set quant.type=gguf --dry-run, which fetches it",
         )
     if path.suffix != ".gguf":
         raise _no_blocks(model)

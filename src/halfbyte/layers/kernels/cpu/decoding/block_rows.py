@@ -37,6 +37,7 @@ from halfbyte.layers.kernels.cpu.decoding.emit import (  # isort: skip
     AHEAD_BYTES, F32, F32X8, F32X16, I8, I16X16, I16X32, I32, I64, Code, emitted, mask, zeros,
 )  # fmt: skip
 from halfbyte.layers.kernels.cpu.scalar import Value
+from halfbyte.models.gguf.blocks import BLOCKS
 from halfbyte.quant.kernels.gguf_cpu import IQ4_NL
 
 HALF = ir.HalfType()
@@ -58,18 +59,19 @@ class Kind:
     least: bool = False
 
 
-KINDS = {
-    2: Kind(OF_32, 32, 18, 2, first=-8),
-    3: Kind(OF_32, 32, 20, 4, least=True),
-    6: Kind(OF_32, 32, 22, 6, fifth=2, first=-16),
-    7: Kind(OF_32, 32, 24, 8, fifth=4, least=True),
-    8: Kind(OF_BYTES, 32, 34, 2),
-    12: Kind(OF_K, 256, 144, 16, least=True),
-    13: Kind(OF_K, 256, 176, 48, fifth=16, least=True),
-    14: Kind(OF_Q6_K, 256, 210, 0, first=-32),
-    20: Kind(OF_32, 32, 18, 2, levels=IQ4_NL),
+_BY_NAME = {
+    "Q4_0": Kind(OF_32, *BLOCKS["Q4_0"][1:], 2, first=-8),
+    "Q4_1": Kind(OF_32, *BLOCKS["Q4_1"][1:], 4, least=True),
+    "Q5_0": Kind(OF_32, *BLOCKS["Q5_0"][1:], 6, fifth=2, first=-16),
+    "Q5_1": Kind(OF_32, *BLOCKS["Q5_1"][1:], 8, fifth=4, least=True),
+    "Q8_0": Kind(OF_BYTES, *BLOCKS["Q8_0"][1:], 2),
+    "Q4_K": Kind(OF_K, *BLOCKS["Q4_K"][1:], 16, least=True),
+    "Q5_K": Kind(OF_K, *BLOCKS["Q5_K"][1:], 48, fifth=16, least=True),
+    "Q6_K": Kind(OF_Q6_K, *BLOCKS["Q6_K"][1:], 0, first=-32),
+    "IQ4_NL": Kind(OF_32, *BLOCKS["IQ4_NL"][1:], 2, levels=IQ4_NL),
 }
-_AVX2 = (2, 3, 8, 12, 14)
+KINDS = {BLOCKS[name][0]: kind for name, kind in _BY_NAME.items()}  # by ggml's number
+_AVX2 = tuple(BLOCKS[name][0] for name in ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K"))
 
 
 def multiplies(kind: int, width: int, isa: str) -> bool:

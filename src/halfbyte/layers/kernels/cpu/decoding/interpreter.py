@@ -48,9 +48,9 @@ def _order(op, x, like, m, vectors, d, first, last):  # type: ignore[no-untyped-
     """Vector m's x[first:last] in fp32 -> as products read it, in the orders that are asked for; `first` and `last` are
     whole chunks. For CODES, bf16: (M, D') by `order_vector`; of one vector of an odd number of blocks also (D'), from
     its last block on. fp32: as `ordered_parts` says."""
-    width, out = len(x), op[slots.ORDERS]
+    width, out = len(x), op[slots.NORM_ORDERS]
     for order in range(block_vectors.ORDERS):
-        to = op[slots.ORDERS + 1 + order]
+        to = op[slots.NORM_ORDERS + 1 + order]
         if to != 0:
             to += m * block_vectors.ordered_row(width) + block_vectors.ordered_row(first)
             block_vectors.order_blocks(like, x.ctypes.data + 4 * first, order, (last - first) // CHUNK, to)

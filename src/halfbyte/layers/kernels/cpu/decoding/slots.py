@@ -28,9 +28,6 @@ USED = 27  # how many of the M vectors there are now
 NEXT_W = 28  # the next matrix from this operation on, itself included
 NEXT_ITEMS, NEXT_ITEM_BYTES = 29, 30
 
-# NORM and GATE: `Vectors.orders`, five addresses: of what CODES reads, then by BLOCKS' orders; 0 where nothing asks.
-ORDERS = 18
-
 # Products with a matrix: CODES, BLOCKS, DENSE, HEAD_*.
 W = 4  # (O, D): 4-bit codes, numbers of the tape's type, or 8-bit numbers
 D, O = 5, 6  # noqa: E741
@@ -79,6 +76,7 @@ NORM_ADD_TO = 13  # (M, D) fp32 that the norm is added to, instead of writing ve
 NORM_LENGTHS = 14  # (M,) fp32 or 0
 NORM_INTS, NORM_STEPS = 15, 16  # as HEAD_INTS, or 0
 NORM_MAX_INT = 17  # float
+NORM_ORDERS = 18  # `Vectors.orders`, five addresses: of what CODES reads, then by BLOCKS' orders; 0 where nothing asks
 
 # ROTATE and ATTEND; ATTEND rotates itself where it has ATTEND_COS.
 ATTEND_QKV = 4  # (M, (H + 2 K) d) fp32
@@ -102,6 +100,7 @@ GATE_INNER = 7  # numbers of both
 GATE_ACTIVATION = 8
 GATE_VECTORS = 9
 GATE_PLAIN, GATE_WIDTH = 10, 12  # `Vectors` of the product
+GATE_ORDERS = NORM_ORDERS
 
 # A run of a tape.
 TAPE_OPERATIONS, TAPE_COUNT = 0, 1
