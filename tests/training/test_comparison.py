@@ -156,7 +156,7 @@ def test_a_base_in_16_bits_is_its_source(tmp_path: Path) -> None:
     tell = Notes()
     loaded = tiny_run.recipe(tmp_path, **held_out(tmp_path), quant__type="none")
     verdict = finetune.train(loaded, listener=tell).report["verdict"]
-    assert verdict["source"]["loss"] == verdict["base"] and verdict["source"]["cost"] == (0.0, (0.0, 0.0))
+    assert verdict["source"]["loss"] == verdict["base"] and verdict["source"]["cost"] == [0.0, [0.0, 0.0]]
     assert tell.source == [] and "source" not in verdict["text"]
 
 

@@ -7,6 +7,7 @@ Cost: 4.127 bits with double quantisation, 4.5 without; encoding `kernels/nf4_cp
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -137,6 +138,8 @@ class FourBit(NumberFormat):
     def settle(self, model: nn.Module) -> None:
         """Keep an eval forward from repacking weights in place; what an earlier one has repacked is unpacked by reading
         the layer's state dict once (bitsandbytes' own inverse, `Linear4bit._save_to_state_dict`)."""
+        if "bitsandbytes" not in sys.modules:  # seconds; who made such a layer has imported it
+            return
         import bitsandbytes as bnb
 
         for module in model.modules():

@@ -14,6 +14,7 @@ Cost: 8.0 bits a weight and 32 a row; dequantising takes about 1.5 times as long
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -128,6 +129,8 @@ class RowWise8(NumberFormat):
 
     def settle(self, model: nn.Module) -> None:
         """Make every 8-bit layer one that dequantises always, with its scales where its weight is."""
+        if "bitsandbytes" not in sys.modules:  # seconds; who made such a layer has imported it
+            return
         import bitsandbytes as bnb
 
         for module in model.modules():

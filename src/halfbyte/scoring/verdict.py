@@ -52,6 +52,11 @@ class SourceLoss:
         """Whether there is nothing between them."""
         return self.cost == (0.0, (0.0, 0.0))
 
+    def to_json(self) -> Document:
+        """`cost` and `won` as [value, [low, high]]."""
+        cost, won = (None if pair is None else [pair[0], list(pair[1])] for pair in (self.cost, self.won))
+        return {"loss": self.loss, "cost": cost, "won": won, "text": self.text}
+
     @property
     def lost(self) -> bool:
         """Whether the run is measured to be worse than the model that was there before."""
@@ -87,7 +92,7 @@ class Verdict:
 
     def to_json(self) -> Document:
         interval = None if self.interval is None else list(self.interval)
-        source = None if self.source is None else {**vars(self.source), "text": self.source.text}
+        source = None if self.source is None else self.source.to_json()
         return {**vars(self), "interval": interval, "source": source, "text": self.text, "useless": self.useless}
 
 
