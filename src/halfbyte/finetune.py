@@ -259,8 +259,7 @@ def _verdict(setup: Setup, run: RunFolder, ended: Ended, callback: RunCallback, 
     if verdict.useless:
         callback.listener.warn(f"{verdict.text}; lower train.learning_rate")
     elif verdict.source is not None and verdict.source.lost:
-        prepared = setup.run.prepared
-        more = source.cheaper(prepared.recipe, prepared.checkpoint)
+        more = source.costs_nothing(setup.run.prepared.checkpoint)
         callback.listener.warn(f"the run is worse than the model that was there before: {verdict.source.text}; {more}")
     return {**verdict.to_json(), "adapter_sha256": files.sha256(run.adapter / ADAPTER_FILES[0])}
 

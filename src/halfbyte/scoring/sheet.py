@@ -143,7 +143,7 @@ class Sheet:
         """What `scores.json` holds."""
         beside = self.beside_source
         return {
-            "source": self.why or None if beside is None else {**vars(beside), "text": beside.text},
+            "source": self.why or None if beside is None else beside.to_json(),
             "data": self.data,
             "adapter": self.adapter,
             "rows": self.rows,

@@ -141,7 +141,7 @@ def _measure_base(setup: Setup, trainer: StepTrainer, tell: Listener) -> None:
     if beside is not None and not beside.is_base:
         why = f"{beside.text[0].upper()}{beside.text[1:]}"
         if beside.cost[1][0] > 0:
-            why += f"; {source.cheaper(setup.run.prepared.recipe, setup.run.prepared.checkpoint)}"
+            why += f"; {source.costs_nothing(setup.run.prepared.checkpoint)}"
     if why:
         tell.note("source", why)
 
@@ -157,8 +157,8 @@ def _measure_source(setup: Setup) -> str:
         compared.source = np.array(kept)
         return ""
     machine = device.detect()
-    most = machine.cards[0].free_bytes if machine.on_card else setup.run.plan.peak_bytes + setup.run.foreign_bytes
-    most -= 0 if machine.on_card else usage.now().total
+    planned = setup.run.plan.peak_bytes + setup.run.foreign_bytes
+    most = machine.cards[0].free_bytes if machine.on_card else planned - usage.now().total
     rows = [compared.batches.examples[number] for number in compared.chosen.tolist()]
     sums = source.sums(prepared.recipe, prepared.checkpoint, prepared.objective, rows, machine=machine, most_bytes=most)
     if isinstance(sums, str):

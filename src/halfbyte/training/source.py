@@ -39,11 +39,9 @@ def is_the_base(recipe: Recipe, checkpoint: Checkpoint) -> bool:
     return is_quantised_already(config, checkpoint.path) or tensors.is_quantised(config.to_dict())
 
 
-def cheaper(recipe: Recipe, checkpoint: Checkpoint) -> str:
-    """The number formats that would cost less, in words."""
-    if checkpoint.kind in ("gguf", "packaged"):
-        return "quant.type: gguf would cost nothing"
-    return "quant.type: none would cost nothing" + (", int8 little" if recipe.quant.type != "int8" else "")
+def costs_nothing(checkpoint: Checkpoint) -> str:
+    """The number format whose base is the model as it came, in words."""
+    return f"quant.type: {'gguf' if checkpoint.kind in ('gguf', 'packaged') else 'none'} would cost nothing"
 
 
 def sums(

@@ -17,6 +17,7 @@ from halfbyte.layers.kernels.cpu.decoding import block_rows
 from halfbyte.models.gguf.blocks import BLOCKS
 from halfbyte.quant import gguf_blocks
 from halfbyte.recipe.schema import Quant
+from tests.layers.decoding.test_tape import multiplied
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 # fp32 sums in another order: 2^-24 times the root of their number (4,096 at most), with room.
@@ -48,16 +49,6 @@ def seen_by(x: Tensor, dtype: torch.dtype) -> np.ndarray:
     peak = np.abs(padded).max(1, keepdims=True)
     whole = np.rint(padded * (np.float32(32767) / peak))
     return (whole * (peak / 32767.0)).astype(np.float64).reshape(len(x), -1)[:, : x.shape[1]]
-
-
-def multiplied(layer: nn.Module, x: Tensor, dtype: torch.dtype) -> np.ndarray:
-    tape = Tape(dtype, len(x))
-    to, out = tape.vectors(x.shape[1]), tape.buffer(len(x), linears.Linear(tape, layer).shape[0])
-    tape.norm(x, to, None)
-    tape.then()
-    linears.write(tape, to, [(layer, out)])
-    tape.run()
-    return out.double().numpy()
 
 
 @DTYPES
