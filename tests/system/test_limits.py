@@ -93,6 +93,12 @@ def test_another_thread_is_ended_alone() -> None:
     assert seen == ["ended"]
 
 
+def test_a_machine_that_does_not_run_the_work_ends_nothing() -> None:
+    """As when it is stopped, or other programs take its cores: time goes on, the work's own does not."""
+    with limited("too long", seconds=0.2):
+        time.sleep(1.0)
+
+
 def test_memory_past_the_limit_is_refused_and_the_limit_is_taken_back() -> None:
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_AS)

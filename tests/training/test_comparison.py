@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import pytest
 
 from halfbyte import finetune
 from halfbyte.runs.folder import RunFolder
-from halfbyte.training.comparison import KEPT
+from halfbyte.system import device
+from halfbyte.training import fit
+from halfbyte.training.comparison import BESIDE, BYTE_S, FORWARDS, KEPT, OPENING_S, verdict_s
 from halfbyte.training.events import Listener
 from tests import scored, tiny_run
 
@@ -268,3 +271,20 @@ def test_a_hard_row_in_the_last_step_is_no_verdict(tmp_path: Path) -> None:
     rose = losses(2e-3, tmp_path / "run")
     assert rose[-1] > 1.2 * rose[0], rose
     assert outcomes[1] == ("better", 0)
+
+
+@pytest.mark.parametrize("quant", ["nf4", "none"])
+def test_a_plan_counts_the_source_where_a_run_measures_it(quant: str, tmp_path: Path) -> None:
+    """Its opening and its forward; nothing where the base is the source, where memory is short, or after a resume."""
+    loaded = tiny_run.recipe(tmp_path, quant__type=quant, train__eval_strategy="no", **held_out(tmp_path))
+    machine = device.detect()
+    run = fit.plan_run(loaded.recipe, machine, Listener())
+    lines = tuple(line for line in run.plan.lines if line.name in BESIDE)
+    small = replace(run.plan, lines=lines, building=(), loading_bytes=0, evaluating_bytes=0)
+    later = replace(run.plan, time=replace(run.plan.time, done=1))
+    with_source, without, resumed = (verdict_s(run.prepared, plan, machine) for plan in (run.plan, small, later))
+    rows = run.plan.time.forward_s * int(run.prepared.evaluation.lengths.sum())
+    assert without == pytest.approx(2 * rows) and resumed == pytest.approx(rows)
+    weights = 2 * 4 * run.plan.parameters
+    asked = OPENING_S + BYTE_S * weights + FORWARDS * rows if quant == "nf4" else 0.0
+    assert with_source - without == pytest.approx(asked, rel=1e-3)

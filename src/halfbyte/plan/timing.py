@@ -45,12 +45,13 @@ FORWARD_TRAFFIC = 0.4  # of a forward alone: what full recomputation does again
 # report (checkpoint, adapter, logits to prove it with); and what the first step takes more than the others, as memory
 # is touched. Measured on two cores at 2.4 GHz.
 OPENING_S, OPENING_LAYER_S, OPENING_SITE_S, FIRST_STEP_S = 1.0, 0.003, 0.002, 0.3
+RESUMING_S = 1.2  # more, where a run goes on: its checkpoint, and memory that no evaluation has touched before
 OPENING_PASSES = 30  # the proofs' over the weights of all experts, twice as many where a gate is stock code
 SAVING_S, SAVED_BYTES = 0.2, 400e6
 PROOF_ROWS, PROOF_ROW_TOKENS = 3, 1024  # proofs/adapter.py
 PROOF_TOKENS, PROOF_PASSES = 512, {"int8": 2, "auto": 3}  # proofs/integers.py: of a forward and a backward
 # Compiling the kernels of a training, once on a machine: one thread, same cores.
-COMPILING_S = {"fp32": 17.0, "bf16": 26.0, "integers": 8.0}
+COMPILING_S = {"fp32": 17.0, "bf16": 21.0, "integers": 8.0}
 # layers/kernels/cpu/integer/products.py: int8 is taken from so many times the rate of the compute dtype on.
 INTEGERS_PAY = 1.3
 # Bytes that an int8 product moves more: of a number of its input (read, written in 8 bits) and one of its output (sums
@@ -128,7 +129,7 @@ def around_the_steps(job: Job, rates: Rates, tokens: int) -> dict[str, float]:
     saving = SAVING_S + (8 + optimizer_bytes(job)) * job.trainable / SAVED_BYTES
     tokens_proven = 2 * PROOF_ROWS * min(job.rows.mean, PROOF_ROW_TOKENS)
     proof = _parts(job, rates, tokens_proven, 2 * PROOF_ROWS, "none", trains=False)
-    parts = {"opening": opening, "saving": saving + sum(proof.values())}
+    parts = {"opening": opening + RESUMING_S * bool(job.done), "saving": saving + sum(proof.values())}
     if job.uncompiled:
         parts["compiling"] = sum(COMPILING_S[kernels] for kernels in job.uncompiled)
     if job.evaluations:

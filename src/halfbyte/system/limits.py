@@ -148,17 +148,19 @@ class Watch:
 
     def __init__(self) -> None:
         self._lock, self._wake = threading.Lock(), threading.Event()
-        self._deadlines: dict[int, float] = {}  # by thread
+        self._deadlines: dict[int, tuple[int | None, float]] = {}  # by thread: on which clock, when
         self._fired: set[int] = set()
         self._thread: threading.Thread | None = None
 
     @contextmanager
     def limit(self, message: str, seconds: float) -> Iterator[None]:
-        """Do a piece of work of this thread in at most so many seconds. Raises TooMuch: with this message."""
-        number = threading.get_ident()
+        """Do a piece of work of this thread in at most so many seconds of a core, so that a busy or a stopped machine
+        ends nothing. Raises TooMuch: with this message."""
+        number, clock = threading.get_ident(), _clock()
         with self._lock:
             outer = self._deadlines.get(number)
-            self._deadlines[number] = min(outer or float("inf"), time.monotonic() + seconds)
+            ends = _now(clock) + seconds
+            self._deadlines[number] = (clock, ends if outer is None else min(outer[1], ends))
             if self._thread is None or not self._thread.is_alive():  # none yet, or this process is a fork
                 self._thread = threading.Thread(target=self._run, name="limits", daemon=True)
                 self._thread.start()
@@ -182,13 +184,28 @@ class Watch:
             self._wake.wait()
             time.sleep(_TICK_S)
             with self._lock:
-                now = time.monotonic()
-                for number, deadline in list(self._deadlines.items()):
-                    if now > deadline and number not in self._fired:
+                for number, (clock, deadline) in list(self._deadlines.items()):
+                    if number not in self._fired and _is_over(clock, deadline):
                         self._fired.add(number)
                         _raise_in(number, _Late)
                 if not self._deadlines:
                     self._wake.clear()
+
+
+def _clock() -> int | None:
+    """The clock of the CPU time of this thread; None where a system has none (Windows)."""
+    return time.pthread_getcpuclockid(threading.get_ident()) if hasattr(time, "pthread_getcpuclockid") else None
+
+
+def _now(clock: int | None) -> float:
+    return time.monotonic() if clock is None else time.clock_gettime(clock)
+
+
+def _is_over(clock: int | None, deadline: float) -> bool:
+    try:
+        return _now(clock) > deadline
+    except OSError:  # a thread of the process that this one is a fork of
+        return False
 
 
 def _raise_in(thread: int, error: type[BaseException] | None) -> None:

@@ -21,10 +21,15 @@ from numpy.typing import NDArray
 from halfbyte.data import collate, pack
 from halfbyte.data.encoding.encoder import EncodedRows
 from halfbyte.distributed.world import World
-from halfbyte.plan import Plan
+from halfbyte.models import tensors
+from halfbyte.models.sources.checkpoint import Checkpoint
+from halfbyte.plan import ITEMSIZE, Plan
+from halfbyte.quant import policy
+from halfbyte.recipe.schema import Recipe
 from halfbyte.runs.folder import read_json
 from halfbyte.scoring.verdict import Verdict, judge
 from halfbyte.system import files
+from halfbyte.system.device import Device
 from halfbyte.system.libraries import versions
 from halfbyte.training.prepare import Prepared
 from halfbyte.training.schedule import eval_batches, eval_every, plan_steps
@@ -36,6 +41,12 @@ MOST_HELD_OUT = 200
 SHARE, SHORT_S = 0.1, 5.0  # of a run's seconds, and seconds that are always given
 KEPT, SOURCE = "scores.json", "source "
 MOST_KEPT = 20_000  # rows
+SOURCE_SHARE = 0.8  # of the memory that a source may take; the rest is for a text's forward
+# Seconds to open a source, and for each byte of its weights and of their files; a text's forward is the model's own,
+# beside one of rows laid end to end. From 16 runs on two cores (docs/log).
+OPENING_S, BYTE_S, FORWARDS = 0.5, 1e-9, 1.3
+# Lines of a plan: what memory holds before the first step.
+BESIDE = ("libraries", "libraries, mapped", "base", "adapters")
 
 
 @dataclass
@@ -127,18 +138,38 @@ def choose(prepared: Prepared, steps: pack.Steps, plan: Plan) -> tuple[EncodedRo
     return rows, np.sort(numbers[order[:count]]), which
 
 
-def verdict_s(prepared: Prepared, plan: Plan) -> float:
+def verdict_s(prepared: Prepared, plan: Plan, machine: Device) -> float:
     """Seconds of a run's verdict, as planned: of the rows that base and adapter are compared on, and of an evaluation
     after the last step that is not there anyway."""
     steps = plan_steps(prepared, plan.max_tokens_per_micro_batch, None)
     rows, chosen, _ = choose(prepared, steps, plan)
     every, ends = eval_every(prepared), ends_with_evaluation(prepared, steps, plan)
     # those of base and source are kept by the process before this one, the adapter's are known after an evaluation
-    alone = 1 + (prepared.recipe.quant.quantises and not prepared.recipe.quant.in_file)
-    tokens = (alone * (not plan.time.done) + (not ends)) * int(rows.lengths[chosen].sum())
+    one = int(rows.lengths[chosen].sum())
+    tokens = ((not plan.time.done) + (not ends)) * one
     if prepared.evaluation is not None and ends and not (every and len(steps) % every == 0):
         tokens += int(prepared.evaluation.lengths.sum())
-    return plan.time.forward_s * tokens
+    return plan.time.forward_s * tokens + (0.0 if plan.time.done else _source_s(prepared, plan, machine, one))
+
+
+def _source_s(prepared: Prepared, plan: Plan, machine: Device, tokens: int) -> float:
+    """Seconds to measure the source on rows of so many tokens; 0 where it is the base, or where a run has no room."""
+    recipe, checkpoint = prepared.recipe, prepared.checkpoint
+    if not recipe.quant.quantises or recipe.quant.in_file or checkpoint.pickle:
+        return 0.0
+    if tensors.is_quantised(tensors.read_config(checkpoint.path)):
+        return 0.0
+    nbytes = source_bytes(recipe, checkpoint, ITEMSIZE[plan.compute_dtype])
+    room = plan.peak_bytes - sum(line.bytes for line in plan.lines if line.name in BESIDE)
+    if nbytes > SOURCE_SHARE * room and not machine.on_card:
+        return 0.0
+    return OPENING_S + BYTE_S * nbytes + FORWARDS * plan.time.forward_s * tokens
+
+
+def source_bytes(recipe: Recipe, checkpoint: Checkpoint, itemsize: int) -> int:
+    """What a source takes in memory: its weights, and the pages of the files that they are read from."""
+    quant, specs = recipe.quant.in_type("none"), tensors.read_checkpoint(checkpoint.path)
+    return 2 * sum(policy.encoded_bytes(spec, quant, itemsize) for spec in specs)
 
 
 def ends_with_evaluation(prepared: Prepared, steps: pack.Steps, plan: Plan) -> bool:

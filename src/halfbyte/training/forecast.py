@@ -69,7 +69,7 @@ def job_of(
 def plan_of(prepared: Prepared, job: Job, machine: Device, rates: Rates | None) -> Plan:
     """The plan of a job, the seconds of its verdict included."""
     plan = plan_training(job, machine, rates)
-    around = {**plan.time.around, "verdict": verdict_s(prepared, plan)}
+    around = {**plan.time.around, "verdict": verdict_s(prepared, plan, machine)}
     return replace(plan, time=replace(plan.time, around=around))
 
 

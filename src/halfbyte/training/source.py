@@ -23,12 +23,10 @@ from halfbyte.models import tensors
 from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.objectives import objective as objectives
 from halfbyte.objectives.objective import Objective
-from halfbyte.quant import policy
 from halfbyte.recipe.schema import Recipe
 from halfbyte.system import accelerator, usage
 from halfbyte.system.device import Device, compute_dtype
-
-SHARE = 0.8  # of the memory that may be taken; the rest is for a text's forward
+from halfbyte.training.comparison import SOURCE_SHARE, source_bytes
 
 
 def is_the_base(recipe: Recipe, checkpoint: Checkpoint) -> bool:
@@ -54,9 +52,7 @@ def sums(
         return "its weights are not in safetensors"
     quant = recipe.quant.in_type("none")
     itemsize = load.DTYPES[compute_dtype(machine, quant.compute_dtype)[0]].itemsize
-    specs = tensors.read_checkpoint(checkpoint.path)
-    # its weights, and the pages of the files that they are read from
-    if (nbytes := 2 * sum(policy.encoded_bytes(spec, quant, itemsize) for spec in specs)) > SHARE * most_bytes:
+    if (nbytes := source_bytes(recipe, checkpoint, itemsize)) > SOURCE_SHARE * most_bytes:
         return f"to open it takes {nbytes / 1e9:.2f} GB, and {max(0, most_bytes) / 1e9:.2f} GB are free for it"
     model = load.open_base(checkpoint, quant, machine, trust_remote_code=recipe.trust_remote_code).model
     texts = [(row, text) for row, example in enumerate(examples) for text in _texts(example)]
