@@ -340,11 +340,11 @@ def not_plain(layer: nn.Module, names: list[str]) -> str:
 
 def _become(module: nn.Module, mixin: type) -> None:
     if not isinstance(module, _Fast):
-        module.__class__ = _subclass(mixin, type(module))
+        module.__class__ = subclass(mixin, type(module))
 
 
 @_cached
-def _subclass(mixin: type, cls: type) -> type:
+def subclass(mixin: type, cls: type) -> type:
     """`cls` with the mixin's forward. Named alike, since PEFT and transformers look for words in class names."""
     return type(cls.__name__, (mixin, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
 

@@ -1,10 +1,11 @@
 """How each architecture takes examples laid end to end.
 
 What: three layouts, tried in this order; the first that is proven (`proofs/packing.py`) is used.
-    cu_seq_lens   our attention runs per example. Needs transformers' attention interface and the promise
-                  (`_supports_flash_attn`) that lengths and `sliding_window` say all that a mask would.
+    cu_seq_lens   our attention runs per example, and so do recurrent layers of known kinds (`recurrent.py`). Needs
+                  transformers' attention interface and the promise (`_supports_flash_attn`) that lengths and
+                  `sliding_window` say all that a mask would.
     rows          the body runs on padded rows (`PaddedRows`): ALiBi, an attention outside the interface, recurrent
-                  layers, chunks.
+                  layers of other kinds, chunks.
     single        nothing proven: one example a micro-batch, plain input.
 Tried and dropped: transformers' own block mask where positions restart. It is dense over the whole pack, T^2 a head; by
 it Falcon ran at a third of the plain stack's speed (docs/log).
@@ -19,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.errors import BaseModelError
-from halfbyte.layers import sight
+from halfbyte.layers import recurrent, sight
 from halfbyte.layers.kernels import card
+from halfbyte.layers.kernels.cpu import enabled
 from halfbyte.layers.packed_attention import LENGTHS, NAME, no_mask, register
 from halfbyte.models import structure
 from halfbyte.types import Batch, Document, Model
@@ -56,6 +58,8 @@ def install(model: Model, layout: Layout | None = None) -> Layout:
         PaddedRows(structure.body(lm))
     elif chosen != "rows" and hooks is not None:
         hooks.remove()
+    by_lengths = chosen == "cu_seq_lens" and lm.device.type == "cpu" and enabled()
+    (recurrent.install if by_lengths else recurrent.remove)(structure.body(lm))
     before = lm.config._attn_implementation
     if before is not None and before.startswith("flash_attention"):  # its kernel is used on packs, where it can be
         _ASKED[structure.body(lm)] = before

@@ -14,7 +14,7 @@ import torch
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 
-from halfbyte.layers import sight
+from halfbyte.layers import recurrent, sight
 from halfbyte.layers.loss import micro_batch_loss
 from halfbyte.layers.packed_attention import NAME
 from halfbyte.layers.packing import forward_inputs
@@ -115,6 +115,7 @@ def long_row(lm: Model, longest: int | None) -> tuple[int, str]:
     layers = structure.decoder_layers(body)
     sights = [sight.of(layer) for layer in layers]
     windows = [s.causal for s in sights if s is not None and 0 < s.causal < longest]
+    windows += [chunk] if 1 < (chunk := recurrent.chunk_of(body)) < longest else []
     if not windows:
         return 0, ""
     tokens = min(longest, max(windows) + PAST_WINDOW)

@@ -1,0 +1,1 @@
+"""Recurrent layers on examples laid end to end, forward and backward: each example begins anew."""

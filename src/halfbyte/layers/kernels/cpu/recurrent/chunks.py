@@ -1,0 +1,39 @@
+"""How many tokens the kernels of this room take at once, and the memory of a thread in which they do it."""
+
+import numpy as np
+
+from halfbyte.layers.kernels.cpu.parallel import array
+from halfbyte.layers.kernels.cpu.scalar import inlined, take
+from halfbyte.layers.kernels.cpu.tiles import COLUMNS32 as COLUMNS
+from halfbyte.layers.kernels.cpu.tiles import ROWS32 as ROWS
+
+CHUNK = 96  # tokens: whole tiles of rows, and of columns
+_PAGE, _LINE = 4096, 64
+
+
+def up_to(n: int, step: int) -> int:
+    """The next multiple of `step`."""
+    return -(-n // step) * step
+
+
+def memory_bytes(numbers: int) -> int:
+    """Of a thread, for so many fp32 numbers: a line more than whole pages, so threads compete for no lines."""
+    return up_to(4 * (numbers + ROWS * COLUMNS), _PAGE) + _LINE
+
+
+@inlined
+def thread_memory(slot, memory, size):  # type: ignore[no-untyped-def]
+    """The address of a thread's own memory, of `size` bytes each from `memory` on; asked for once by each thread."""
+    return memory + take(array(slot[0], (8,), np.int64)[1:]) * size
+
+
+@inlined
+def numbers(at, count):  # type: ignore[no-untyped-def]
+    """So many fp32 numbers at an address, and the address behind them."""
+    return array(at, (count,), np.float32), at + 4 * count
+
+
+@inlined
+def matrices(at, count, size):  # type: ignore[no-untyped-def]
+    """So many matrices of `size` fp32 numbers each, one after the other, and the address behind them."""
+    return array(at, (count, size), np.float32), at + 4 * count * size

@@ -1,0 +1,374 @@
+"""The gated delta rule of examples laid end to end, forward and backward, a chunk of tokens at a time.
+
+What: S_t = e^g_t S_{t-1} + k_t u_t^T with u_t = beta_t (v_t - e^g_t S_{t-1}^T k_t), and o_t = S_t^T q_t, for unit keys
+and queries, the queries times D^-1/2. In a chunk, with G_i the sum of g up to i: (I + L) u = beta (v - e^G_i S^T k_i),
+where L_ij = beta_i k_i k_j e^(G_i - G_j) for j < i; o = e^G_i S^T q_i + sum_j q_i k_j e^(G_i - G_j) u_j for j <= i.
+A task is an example and a key head; it keeps the state in fp32. Backward makes the states again, and the u.
+Source: Gated DeltaNet, arXiv:2412.06464, section 3.3; `torch_chunk_gated_delta_rule` in transformers. How g's gradient
+follows from those of q and k: gated linear attention, arXiv:2312.06635, appendix C.
+Cost: forward 6 D O + C (2 D + 2 O) FLOP a token and value head, backward 2.4 times that; q, k, v, g and beta are kept.
+
+Letters: T tokens, K key heads, H value heads, D a key's width, O a value's, C tokens of a chunk, L of an example.
+"""
+
+import numpy as np
+import torch
+from numba import carray
+from torch import Tensor
+
+from halfbyte.layers.kernels import pool
+from halfbyte.layers.kernels.cpu.parallel import array, each_block, kernel, per_dtype, run
+from halfbyte.layers.kernels.cpu.recurrent import chunks
+from halfbyte.layers.kernels.cpu.recurrent.chunks import CHUNK, COLUMNS, ROWS, matrices, numbers, up_to
+from halfbyte.layers.kernels.cpu.recurrent.products import decayed, lower, multiply, scores, turned, upper
+from halfbyte.layers.kernels.cpu.recurrent.rows import dot, read_rows, scaled, summed, write_rows
+from halfbyte.layers.kernels.cpu.scalar import inlined, load, store, up
+from halfbyte.layers.kernels.cpu.tiles import tile32
+
+# A thread's matrices, all of one size: of a chunk of q, k, k turned, -L / beta and the triangle of q k; x = u / beta,
+# u, the state; and in backward gradients and what their products read.
+Q, K, KT, N, P, X, U, S, T, Y, DU, DX, Z, UT, ST, DP, DN, DQ, DK, DK_ADDED, MATRICES = range(21)
+# Numbers of each token: the sum of g in the chunk, its e^; e^ of what is left of it; beta; and gradients.
+SUM, GROWN, LEFT, BETA, DSUM, DBETA, VECTORS = range(7)
+_EPS = np.float32(1e-6)
+_ZERO, _ONE = np.float32(0.0), np.float32(1.0)
+
+
+@inlined
+def _inverse_norm(x):  # type: ignore[no-untyped-def]
+    total = _EPS
+    for c in range(len(x)):
+        total += load(x[c]) * load(x[c])
+    return _ONE / np.sqrt(total)
+
+
+@inlined
+def _unit_rows(x, row, rows, d, scale, out, wide):  # type: ignore[no-untyped-def]
+    for i in range(rows):
+        a, to = x[i * row : i * row + d], out[i * wide : i * wide + d]
+        r = _inverse_norm(a) * scale
+        for c in range(d):
+            to[c] = load(a[c]) * r
+
+
+@inlined
+def _unit_gradient(x, dx, scale, out):  # type: ignore[no-untyped-def]
+    """The gradient of a row x from that of scale x / |x|."""
+    r = _inverse_norm(x)
+    along = _ZERO
+    for c in range(len(dx)):
+        along += load(x[c]) * dx[c]
+    along *= r * r
+    for c in range(len(dx)):
+        out[c] = store(scale * r * (dx[c] - load(x[c]) * along), out)
+
+
+@inlined
+def _solve(n, x, u, beta, rows, wide):  # type: ignore[no-untyped-def]
+    """x_i += sum_{j < i} n_ij u_j with u_i = beta_i x_i, rows in their order."""
+    for i in range(0, rows, ROWS):
+        if i:
+            for j in range(0, wide, COLUMNS):
+                tile32(x[i * wide + j :], wide, n[i * CHUNK :], CHUNK, 1, u[j:], wide, i, 1)
+        for r in range(i, min(rows, i + ROWS)):
+            a, to = x[r * wide : (r + 1) * wide], u[r * wide : (r + 1) * wide]
+            for s in range(i, r):
+                f, b = n[r * CHUNK + s], u[s * wide : (s + 1) * wide]
+                for c in range(wide):
+                    a[c] += f * b[c]
+            f = beta[r]
+            for c in range(wide):
+                to[c] = f * a[c]
+
+
+@inlined
+def _solve_back(n, du, dx, beta, rows, wide):  # type: ignore[no-untyped-def]
+    """The gradients of u and x in `_solve`: du_i += sum_{j > i} n_ji dx_j with dx_i = beta_i du_i."""
+    for i in range(up(rows, ROWS) - ROWS, -1, -ROWS):
+        below = i + ROWS
+        if below < rows:
+            for j in range(0, wide, COLUMNS):
+                a, b = n[below * CHUNK + i :], dx[below * wide + j :]
+                tile32(du[i * wide + j :], wide, a, 1, CHUNK, b, wide, rows - below, 1)
+        for r in range(min(rows, below) - 1, i - 1, -1):
+            a, to = du[r * wide : (r + 1) * wide], dx[r * wide : (r + 1) * wide]
+            for s in range(r + 1, min(rows, below)):
+                f, b = n[s * CHUNK + r], dx[s * wide : (s + 1) * wide]
+                for c in range(wide):
+                    a[c] += f * b[c]
+            f = beta[r]
+            for c in range(wide):
+                to[c] = f * a[c]
+
+
+@inlined
+def _chunk(given, sizes, place, work, each):  # type: ignore[no-untyped-def]
+    """Of a chunk: unit q and k, decays, beta, and both triangles."""
+    qkv, g, betas = given
+    keys, heads, d, _, wd, _, row = sizes
+    at, rows, key_head, head = place
+    x = qkv[at * row + key_head * d :]
+    _unit_rows(x, row, rows, d, _ONE / np.sqrt(np.float32(d)), work[Q], wd)
+    _unit_rows(x[keys * d :], row, rows, d, _ONE, work[K], wd)
+    turned(work[K], wd, rows, d, work[KT], CHUNK)
+    summed(g, heads, head, at, rows, each[SUM], each[GROWN], each[LEFT])
+    for i in range(rows):
+        each[BETA, i] = betas[(at + i) * heads + head]
+    scores(work[N], work[K], wd, work[KT], rows, d)
+    decayed(work[N], each[SUM], rows, 1, -_ONE, work[N])
+    scores(work[P], work[Q], wd, work[KT], rows, d)
+    decayed(work[P], each[SUM], rows, 0, _ONE, work[P])
+
+
+@inlined
+def _updates(qkv, sizes, place, work, each, state, more, x):  # type: ignore[no-untyped-def]
+    """x = u / beta and u of a chunk, from its values and the state before it, if there is one (`more`)."""
+    keys, _, d, o, wd, wo, row = sizes
+    at, rows, _, head = place
+    v = qkv[at * row + 2 * keys * d + head * o :]
+    if more:
+        multiply(x, wo, work[K], wd, 1, state, wo, rows, wo, d, 0)
+        for i in range(rows):
+            a, to = v[i * row : i * row + o], x[i * wo : i * wo + o]
+            for c in range(o):
+                to[c] = load(a[c]) - each[GROWN, i] * to[c]
+    else:
+        read_rows(v, row, rows, o, x, wo)
+    _solve(work[N], x, work[U], each[BETA], rows, wo)
+
+
+@inlined
+def _next_state(sizes, rows, work, each, before, more, state):  # type: ignore[no-untyped-def]
+    """The state behind a chunk: e^G_last before + sum_i k_i (e^(G_last - G_i) u_i)^T."""
+    d, o = sizes[2], sizes[3]
+    wd, wo = sizes[4], sizes[5]
+    scaled(work[U], wo, rows, o, each[LEFT], work[T])
+    if more:
+        f = each[GROWN, rows - 1]
+        for j in range(d * wo):
+            state[j] = f * before[j]
+    multiply(state, wo, work[K], 1, wd, work[T], wo, d, wo, rows, more)
+
+
+@inlined
+def _place(task, starts, keys):  # type: ignore[no-untyped-def]
+    """Of a task: its example's first token and the one behind its last, and its key head."""
+    return starts[task // keys], starts[task // keys + 1], task % keys
+
+
+@inlined
+def _forward_task(given, starts, out, sizes, work, each, task, _):  # type: ignore[no-untyped-def]
+    keys, heads, d, o, wd, wo, _ = sizes
+    start, end, key_head = _place(task, starts, keys)
+    state, y = work[S], work[Y]
+    for head in range(key_head * (heads // keys), (key_head + 1) * (heads // keys)):
+        for at in range(start, end, CHUNK):
+            rows, more = min(CHUNK, end - at), 1 if at > start else 0
+            place = (at, rows, key_head, head)
+            _chunk(given, sizes, place, work, each)
+            _updates(given[0], sizes, place, work, each, state, more, work[X])
+            if more:
+                multiply(y, wo, work[Q], wd, 1, state, wo, rows, wo, d, 0)
+                scaled(y, wo, rows, o, each[GROWN], y)
+            lower(y, wo, work[P], work[U], rows, wo, more)
+            write_rows(y, wo, rows, o, out[(at * heads + head) * o :], heads * o)
+            if at + rows < end:
+                _next_state(sizes, rows, work, each, state, more, state)
+
+
+@inlined
+def _states_again(given, start, end, key_head, head, sizes, work, each, states, xs):  # type: ignore[no-untyped-def]
+    """The state before each chunk but the first, and x of each."""
+    size = up(sizes[2], ROWS) * sizes[5]
+    for at in range(start, end, CHUNK):
+        rows, more = min(CHUNK, end - at), 1 if at > start else 0
+        before, place = states[(at - start) // CHUNK * size :], (at, rows, key_head, head)
+        _chunk(given, sizes, place, work, each)
+        _updates(given[0], sizes, place, work, each, before, more, xs[(at - start) * sizes[5] :])
+        if at + rows < end:
+            _next_state(sizes, rows, work, each, before, more, before[size:])
+
+
+@inlined
+def _values_back(sizes, rows, work, each, x, later):  # type: ignore[no-untyped-def]
+    """Of a chunk's output and of the state behind it (S, if `later`): the gradients of u, v, beta and both triangles;
+    and the part of k's that is taken off g's."""
+    d, o = sizes[2], sizes[3]
+    wd, wo = sizes[4], sizes[5]
+    du, u = work[DU], work[U]
+    scaled(x, wo, rows, o, each[BETA], u)
+    if later:
+        multiply(du, wo, work[K], wd, 1, work[S], wo, rows, wo, d, 0)
+        scaled(du, wo, rows, o, each[LEFT], du)
+    upper(du, wo, work[P], work[Y], rows, wo, later)
+    _solve_back(work[N], du, work[DX], each[BETA], rows, wo)
+    for i in range(rows):
+        each[DBETA, i] = dot(du[i * wo : i * wo + o], x[i * wo : i * wo + o])
+    turned(u, wo, rows, o, work[UT], CHUNK)
+    scores(work[DP], work[Y], wo, work[UT], rows, o)
+    decayed(work[DP], each[SUM], rows, 0, _ONE, work[DP])
+    scores(work[DN], work[DX], wo, work[UT], rows, o)
+    decayed(work[DN], each[SUM], rows, 1, -_ONE, work[DN])
+    upper(work[DK], wd, work[DP], work[Q], rows, wd, 0)
+    upper(work[DK], wd, work[DN], work[K], rows, wd, 1)
+    if later:
+        turned(work[S], wo, d, o, work[ST], wd)
+        scaled(u, wo, rows, o, each[LEFT], work[T])
+        multiply(work[DK], wd, work[T], wo, 1, work[ST], wd, rows, wd, o, 1)
+
+
+@inlined
+def _keys_back(sizes, rows, work, each, state, more, later):  # type: ignore[no-untyped-def]
+    """The gradients of q, of the other part of k, and of g's sums; and that of the state before, in place of that
+    behind."""
+    d, o = sizes[2], sizes[3]
+    wd, wo = sizes[4], sizes[5]
+    ds = work[S]
+    t, z = work[T], work[Z]
+    if more:
+        turned(state, wo, d, o, work[ST], wd)
+        scaled(work[Y], wo, rows, o, each[GROWN], t)
+        scaled(work[DX], wo, rows, o, each[GROWN], z)
+        for j in range(rows * wo):
+            z[j] = -z[j]
+        multiply(work[DQ], wd, t, wo, 1, work[ST], wd, rows, wd, o, 0)
+        multiply(work[DK_ADDED], wd, z, wo, 1, work[ST], wd, rows, wd, o, 0)
+        if later:
+            f = each[GROWN, rows - 1]
+            for j in range(d * wo):
+                ds[j] *= f
+        multiply(ds, wo, work[Q], 1, wd, t, wo, d, wo, rows, later)
+        multiply(ds, wo, work[K], 1, wd, z, wo, d, wo, rows, 1)
+    lower(work[DQ], wd, work[DP], work[K], rows, wd, more)
+    lower(work[DK_ADDED], wd, work[DN], work[K], rows, wd, more)
+    for i in range(rows):
+        first, last = i * wd, i * wd + d
+        k, added = work[K, first:last], work[DK_ADDED, first:last]
+        off = work[DK, first:last]
+        each[DSUM, i] += dot(work[DQ, first:last], work[Q, first:last]) + dot(added, k) - dot(off, k)
+        for c in range(d):
+            off[c] += added[c]
+
+
+@inlined
+def _backward_task(given, starts, grads, sizes, work, each, memory, task, _):  # type: ignore[no-untyped-def]
+    dout, dqkv, dg, dbetas = grads
+    keys, heads, d, o, wd, wo, row = sizes
+    states, xs, dqs, dks = memory
+    start, end, key_head = _place(task, starts, keys)
+    size = up(d, ROWS) * wo
+    dqs[: (end - start) * wd] = _ZERO
+    dks[: (end - start) * wd] = _ZERO
+    for head in range(key_head * (heads // keys), (key_head + 1) * (heads // keys)):
+        _states_again(given, start, end, key_head, head, sizes, work, each, states, xs)
+        for chunk in range((end - start - 1) // CHUNK, -1, -1):
+            at = start + chunk * CHUNK
+            rows, more = min(CHUNK, end - at), 1 if chunk else 0
+            later, before = 1 if at + rows < end else 0, states[chunk * size :]
+            _chunk(given, sizes, (at, rows, key_head, head), work, each)
+            read_rows(dout[(at * heads + head) * o :], heads * o, rows, o, work[Y], wo)
+            each[DSUM, :rows] = _ZERO
+            if later:
+                for i in range(d):
+                    behind = before[size + i * wo : size + i * wo + o]
+                    each[DSUM, rows - 1] += dot(work[S, i * wo : i * wo + o], behind)
+            _values_back(sizes, rows, work, each, xs[chunk * CHUNK * wo :], later)
+            _keys_back(sizes, rows, work, each, before, more, later)
+            write_rows(work[DX], wo, rows, o, dqkv[at * row + 2 * keys * d + head * o :], row)
+            total = _ZERO
+            for i in range(rows - 1, -1, -1):
+                total += each[DSUM, i]
+                dg[(at + i) * heads + head], dbetas[(at + i) * heads + head] = total, each[DBETA, i]
+            for j in range(rows * wd):
+                dqs[chunk * CHUNK * wd + j] += work[DQ, j]
+                dks[chunk * CHUNK * wd + j] += work[DK, j]
+    for i in range(end - start):
+        place = (start + i) * row + key_head * d
+        x, to = given[0][place : place + d], dqkv[place : place + d]
+        _unit_gradient(x, dqs[i * wd : i * wd + d], _ONE / np.sqrt(np.float32(d)), to)
+        place += keys * d
+        x, to = given[0][place : place + d], dqkv[place : place + d]
+        _unit_gradient(x, dks[i * wd : i * wd + d], _ONE, to)
+
+
+@inlined
+def _given(s, element):  # type: ignore[no-untyped-def]
+    """Sizes (keys, heads, widths, widths in whole tiles, from a row of q, k and v to the next), how many numbers q, k
+    and v have, and what forward and backward read."""
+    keys, heads = s[9], s[10]
+    d, o = s[11], s[12]
+    count, width = s[14] * heads, 2 * keys * d + heads * o
+    qkv, starts = array(s[3], (s[14] * width,), element), array(s[6], (s[15] + 1,), np.int64)
+    g, beta = array(s[4], (count,), np.float32), array(s[5], (count,), np.float32)
+    sizes = (keys, heads, d, o, up(d, COLUMNS), up(o, COLUMNS), width)
+    return sizes, (qkv, g, beta), starts, array(s[7], (count * o,), element)
+
+
+@per_dtype
+def _forward_kernel(element: type) -> object:
+    @kernel
+    def delta_rule(pointer):  # type: ignore[no-untyped-def]
+        s = carray(pointer, (32,), np.int64)
+        sizes, given, starts, out = _given(s, element)
+        work, _ = matrices(chunks.thread_memory(s, s[8], s[13]), MATRICES, s[16])
+        each_block(s, _forward_task, (given, starts, out, sizes, work, np.empty((VECTORS, CHUNK), np.float32)))
+
+    return delta_rule
+
+
+@per_dtype
+def _backward_kernel(element: type) -> object:
+    @kernel
+    def delta_rule_backward(pointer):  # type: ignore[no-untyped-def]
+        s = carray(pointer, (32,), np.int64)
+        sizes, given, starts, dout = _given(s, element)
+        longest = up(s[17], CHUNK)
+        dqkv, dg = array(s[18], (len(given[0]),), element), array(s[19], (len(given[1]),), np.float32)
+        grads = (dout, dqkv, dg, array(s[20], (len(given[1]),), np.float32))
+        work, at = matrices(chunks.thread_memory(s, s[8], s[13]), MATRICES, s[16])
+        states, at = numbers(at, longest // CHUNK * up(sizes[2], ROWS) * sizes[5])
+        xs, at = numbers(at, longest * sizes[5])
+        dqs, at = numbers(at, longest * sizes[4])
+        dks, at = numbers(at, longest * sizes[4])
+        each = np.empty((VECTORS, CHUNK), np.float32)
+        each_block(s, _backward_task, (given, starts, grads, sizes, work, each, (states, xs, dqs, dks)))
+
+    return delta_rule_backward
+
+
+def matrix_numbers(d: int, o: int) -> int:
+    """Of each of a thread's matrices."""
+    return max(CHUNK, up_to(d, ROWS), o) * max(CHUNK, up_to(d, COLUMNS), up_to(o, COLUMNS)) + COLUMNS
+
+
+def thread_bytes(d: int, o: int, longest: int) -> int:
+    """A thread's memory in backward, where the longest example has so many tokens."""
+    wd, wo = up_to(d, COLUMNS), up_to(o, COLUMNS)
+    behind = -(-longest // CHUNK) * (up_to(d, ROWS) * wo + CHUNK * (wo + 2 * wd))
+    return chunks.memory_bytes(MATRICES * matrix_numbers(d, o) + behind)
+
+
+def forward(qkv: Tensor, g: Tensor, beta: Tensor, starts: Tensor, keys: int, d: int) -> Tensor:
+    """(T, H O). qkv: (T, 2 K D + H O) of bf16 or fp32, contiguous; g, beta: (T, H) fp32; starts: (examples + 1,)."""
+    out = pool.empty((qkv.shape[0], qkv.shape[1] - 2 * keys * d), qkv)
+    _run(_forward_kernel(qkv.dtype), (qkv, g, beta, starts, out), keys, d)
+    return out
+
+
+def backward(
+    dout: Tensor, qkv: Tensor, g: Tensor, beta: Tensor, starts: Tensor, keys: int, d: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of qkv, g and beta, from that of the output (T, H O), contiguous."""
+    grads = pool.empty(qkv.shape, qkv), torch.empty_like(g), torch.empty_like(beta)
+    _run(_backward_kernel(qkv.dtype), (qkv, g, beta, starts, dout), keys, d, *grads)
+    return grads
+
+
+def _run(compiled: object, given: tuple[Tensor, ...], keys: int, d: int, *grads: Tensor) -> None:
+    _, g, _, starts, out = given
+    (tokens, heads), longest = g.shape, int(starts.diff().max())
+    o, examples = out.shape[1] // heads, len(starts) - 1
+    size = thread_bytes(d, o, longest)
+    memory = pool.empty((size * torch.get_num_threads(),), g, torch.uint8)
+    sizes = keys, heads, d, o, size, tokens, examples, matrix_numbers(d, o), longest
+    run(compiled, examples * keys, 1, *given, memory, *sizes, *grads)

@@ -1,0 +1,247 @@
+"""Recurrent layers that keep examples laid end to end apart: short convolutions, delta rule, state-space scan.
+
+Why: transformers' own forward of these layers carries state and convolution from one example into the next, and its
+torch code for a CPU holds every chunk's scores in memory.
+What: on a model that is packed by lengths (`packing.install`) an instance gets a subclass of its own class. With
+`cu_seq_lens_q` that runs the kernels of `kernels/cpu/recurrent` between the layer's own projections, which have LoRA or
+none. What these do not compute (a weight of the layer trains, another activation, another dtype) the class's own
+forward does, one example after another. Without lengths, and on a cache, the class's own forward runs.
+Source: `Lfm2ShortConv`, `Qwen3NextGatedDeltaNet`, `GraniteMoeHybridMambaLayer` and their like, in transformers.
+
+Letters: T tokens, W channels, H heads.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+from torch.nn import functional as F
+
+from halfbyte.layers import norm_gate
+from halfbyte.layers.fuse import subclass
+from halfbyte.layers.kernels import pool
+from halfbyte.layers.kernels.cpu import available
+from halfbyte.layers.packed_attention import LENGTHS
+from halfbyte.upstream.transformers import CACHE_ARGUMENTS
+
+_OF_A_PACK = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "position_ids", LENGTHS}
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where examples begin (N + 1,), and each token's number in its example (T,): int64, on the CPU."""
+
+    starts: Tensor
+    places: Tensor
+
+
+@lru_cache(maxsize=8)
+def places_of(lengths: tuple[int, ...]) -> Places:
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    return Places(starts, torch.arange(int(starts[-1])) - starts[:-1].repeat_interleave(starts.diff()))
+
+
+class Kernel(torch.autograd.Function):
+    """A kernel of `kernels/cpu/recurrent` by its name: of its tensors the first ones get a gradient."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, name: str, options: Mapping[str, Any], *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        ctx.name, ctx.options = name, options
+        y: Tensor = _kernel(name).forward(*tensors, **options)
+        return y
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        given = _kernel(ctx.name).backward(grads[0].contiguous(), *tensors, **ctx.options)
+        return None, None, *given, *[None] * (len(tensors) - len(given))
+
+
+def _kernel(name: str) -> Any:
+    """Compiled when it is first asked for."""
+    return import_module(f"halfbyte.layers.kernels.cpu.recurrent.{name}")
+
+
+class GatedConv(torch.autograd.Function):
+    """C conv(B x) of each example, of B, C and x side by side: (T, 3 W) -> (T, W). Only these are kept."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, bcx: Tensor, w: Tensor, bias: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(bcx, w, bias, places)
+        b, c, x = bcx.chunk(3, 1)
+        y: Tensor = _kernel("conv").forward(b * x, w, bias, places, silu=False)
+        return y.mul_(c)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (bcx, *taps), (dy,) = ctx.saved_tensors, grads
+        b, c, x = bcx.chunk(3, 1)
+        inner, out = b * x, pool.empty_like(bcx)
+        db, dc, dx = out.chunk(3, 1)
+        torch.mul(dy, _kernel("conv").forward(inner, *taps, silu=False), out=dc)
+        (inside,) = _kernel("conv").backward(dy * c, inner, *taps, silu=False)
+        torch.mul(inside, x, out=db)
+        torch.mul(inside, b, out=dx)
+        return out, None, None, None
+
+
+class _Mixer:
+    """Marks an instance whose class was put here; its own class is the second base."""
+
+    chunk = 1  # tokens at once
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: Any) -> Any:
+        starts = kwargs.get("cu_seq_lens_q")
+        if args or starts is None or any(kwargs.get(name) is not None for name in CACHE_ARGUMENTS):
+            return super().forward(hidden_states, *args, **kwargs)
+        lengths = tuple(starts.diff().tolist())
+        if available(hidden_states) and not _trains_itself(self) and self.takes():
+            return self.mix(hidden_states, places_of(lengths))
+        stock = partial(super().forward, **{name: x for name, x in kwargs.items() if name not in _OF_A_PACK})
+        return torch.cat([stock(x) for x in hidden_states.split(lengths, 1)], 1)
+
+    def takes(self) -> bool:
+        """Whether the kernels compute what this layer does."""
+        raise NotImplementedError
+
+    def mix(self, x: Tensor, examples: Places) -> Tensor:
+        """(1, T, D) -> (1, T, D)."""
+        raise NotImplementedError
+
+
+def _trains_itself(mixer: nn.Module) -> bool:
+    """Whether a parameter trains that is in no projection: the layer's own, its convolution's, its norm's."""
+    inner = [m for m in mixer.children() if isinstance(m, nn.Conv1d) or "Norm" in type(m).__name__]
+    return any(p.requires_grad for m in (mixer, *inner) for p in m.parameters(recurse=m is not mixer))
+
+
+def _taps(conv: nn.Conv1d) -> tuple[Tensor, Tensor]:
+    """(weight (J, W), the newest tap first; bias (W,)) of a depthwise convolution, fp32."""
+    w = conv.weight[:, 0].float().T.flip(0).contiguous()
+    return w, w.new_zeros(w.shape[1]) if conv.bias is None else conv.bias.float()
+
+
+def _conv_silu(x: Tensor, conv: nn.Conv1d, examples: Places) -> Tensor:
+    """(T, W) -> (T, W)."""
+    y: Tensor = Kernel.apply("conv", {"silu": True}, x, *_taps(conv), examples.places)
+    return y
+
+
+def _gated_norm(y: Tensor, gate: Tensor, norm: nn.Module, groups: int, *, gate_first: bool) -> Tensor:
+    """(T, W) of y, in groups of equal width; as many of these have weights of their own as the norm's weight holds."""
+    width = y.shape[1] // groups
+    w = norm.weight.float().view(-1, width)
+    options = {"eps": norm.variance_epsilon, "gate_first": gate_first}
+    out: Tensor = Kernel.apply("gated_norm", options, y.view(-1, width), gate.reshape(-1, width), w)
+    return out.view(y.shape)
+
+
+class _ShortConvMixer(_Mixer):
+    """LFM2's: out(C conv(B x)), with B, C and x of one projection."""
+
+    def takes(self) -> bool:
+        return isinstance(self.conv, nn.Conv1d)
+
+    def mix(self, x: Tensor, examples: Places) -> Tensor:
+        y = GatedConv.apply(self.in_proj(x)[0], *_taps(self.conv), examples.places)
+        return self.out_proj(y[None])  # type: ignore[no-any-return]
+
+
+class _ChunkMixer(_Mixer):
+    """A recurrence that is computed a chunk of tokens at a time, with a convolution and SiLU before it."""
+
+    chunk = 96  # as in `kernels/cpu/recurrent/chunks.py`
+
+    def takes(self) -> bool:
+        from halfbyte.layers.kernels.cpu import tiles
+
+        return isinstance(self.conv1d, nn.Conv1d) and self.activation == "silu" and tiles.available32()
+
+
+class _DeltaMixer(_ChunkMixer):
+    """The gated delta rule of Qwen3-Next, Qwen3.5 and OLMo hybrid, which differ in their projections."""
+
+    def mix(self, x: Tensor, examples: Places) -> Tensor:
+        qkv, gate, b, a = self._projected(x)
+        qkv = _conv_silu(qkv, self.conv1d, examples)
+        g = -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias.float())  # (T, H)
+        beta = b.float().sigmoid() * (2.0 if getattr(self, "allow_neg_eigval", False) else 1.0)
+        options = {"keys": self.num_k_heads, "d": self.head_k_dim}
+        y = Kernel.apply("delta_rule", options, qkv, g.contiguous(), beta.contiguous(), examples.starts)
+        norm, out = (self.o_norm, self.o_proj) if hasattr(self, "o_proj") else (self.norm, self.out_proj)
+        y = _gated_norm(y, gate, norm, self.num_v_heads, gate_first=False)
+        return out(y[None])  # type: ignore[no-any-return]
+
+    def _projected(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values side by side (T, W), the gate (T, H O), and what beta and g are made of (T, H)."""
+        if hasattr(self, "in_proj_qkv"):
+            return tuple(p(x)[0] for p in (self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a))
+        if hasattr(self, "in_proj_qkvz"):
+            mixed = self.fix_query_key_value_ordering(self.in_proj_qkvz(x), self.in_proj_ba(x))
+            q, k, v, gate, b, a = (part[0].flatten(1) for part in mixed)
+        else:
+            projections = self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.b_proj, self.a_proj
+            q, k, v, gate, b, a = (p(x)[0] for p in projections)
+        return torch.cat((q, k, v), 1), gate, b, a
+
+
+class _StateSpaceMixer(_ChunkMixer):
+    """Mamba-2 as Granite 4, Bamba, Nemotron-H, Zamba2 and Falcon-H1 have it."""
+
+    def mix(self, x: Tensor, examples: Places) -> Tensor:
+        if hasattr(self, "mup_vector"):  # Falcon-H1's multipliers
+            mixed = self.in_proj(x * self.ssm_in_multiplier) * self.mup_vector
+        else:
+            mixed = self.in_proj(x)
+        gate, xbc, dt = mixed[0].split([self.intermediate_size, self.conv_dim, self.num_heads], 1)
+        xbc, gate = _conv_silu(xbc.contiguous(), self.conv1d, examples), gate.contiguous()
+        dt = F.softplus(dt.float() + self.dt_bias.float()).clamp(*self.time_step_limit)  # (T, H)
+        options = {"groups": self.n_groups, "n": self.ssm_state_size}
+        a, skip = -self.A_log.float().exp() * dt, self.D.float()
+        y = Kernel.apply("state_space", options, xbc, a, dt, skip, examples.starts)
+        if isinstance(self.norm, nn.Identity):
+            y = norm_gate.glu(gate, y, norm_gate.SILU)
+        else:
+            gate_first = not getattr(self.norm, "norm_before_gate", False)
+            y = _gated_norm(y, gate, self.norm, self.n_groups, gate_first=gate_first)
+        return self.out_proj(y[None])  # type: ignore[no-any-return]
+
+
+def _kind(module: nn.Module) -> type[_Mixer] | None:
+    """What takes the place of a module's forward, by its class's name and what it holds."""
+    name = type(module).__name__
+    if name.endswith("ShortConv"):
+        return _ShortConvMixer
+    if name.endswith("GatedDeltaNet"):
+        return _DeltaMixer
+    return _StateSpaceMixer if hasattr(module, "ssm_state_size") and hasattr(module, "n_groups") else None
+
+
+def install(body: nn.Module) -> None:
+    """Make every recurrent layer of a known kind keep examples apart."""
+    for module in body.modules():
+        if not isinstance(module, _Mixer) and (kind := _kind(module)) is not None:
+            module.__class__ = subclass(kind, type(module))
+
+
+def remove(body: nn.Module) -> None:
+    """Give every recurrent layer its own class back."""
+    for module in body.modules():
+        if isinstance(module, _Mixer):
+            module.__class__ = type(module).__bases__[1]
+
+
+def chunk_of(body: nn.Module) -> int:
+    """Tokens that the recurrent layers take at once; 0 where none is installed."""
+    return max((m.chunk for m in body.modules() if isinstance(m, _Mixer)), default=0)

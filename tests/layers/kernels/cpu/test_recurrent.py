@@ -1,0 +1,153 @@
+"""Recurrent kernels on examples laid end to end, forward and backward: as the recurrence token by token in fp64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from halfbyte.layers import recurrent
+from halfbyte.layers.kernels import cpu
+from halfbyte.layers.kernels.cpu import tiles
+
+pytestmark = pytest.mark.skipif(not cpu.enabled() or not tiles.available32(), reason="these kernels do not run here")
+CHUNK = 96
+LENGTHS = {
+    "around a chunk": (1, CHUNK - 1, CHUNK, CHUNK + 1, 3),
+    "three chunks": (2, 2 * CHUNK + 7, 1),
+    "one": (1,),
+    "whole chunks": (2 * CHUNK, 2 * CHUNK),
+}
+DTYPES = [torch.float32, torch.bfloat16]
+# In bf16 the inputs, the output and the gradients are rounded (2^-9 each, seen 3e-3); the recurrence is computed in
+# fp32, with sums of some hundred terms (seen 4e-7).
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3}
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def apart(got: Tensor, wanted: Tensor) -> float:
+    return float((got.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-12))
+
+
+def check(
+    name: str, options: dict[str, Any], given: Sequence[Tensor], others: Sequence[Tensor],
+    by_token: Callable[..., Tensor], dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """The kernel of this name on `given` and `others`; all of `given` have a gradient."""
+    ours = [x.clone().requires_grad_() for x in given]
+    y = recurrent.Kernel.apply(name, options, *ours, *others)
+    dy = draw(*y.shape, dtype=dtype, seed=9)
+    y.backward(dy)
+    wide = [x.double().requires_grad_() for x in given]
+    wanted = by_token(*wide)
+    wanted.backward(dy.double())
+    assert apart(y.detach(), wanted.detach()) <= TOLERANCE[dtype]
+    for number, (a, b) in enumerate(zip(ours, wide, strict=True)):
+        assert a.grad is not None and b.grad is not None
+        if float(b.grad.norm()) > 1e-9:  # of one token alone, the decay has none
+            assert apart(a.grad, b.grad) <= TOLERANCE[dtype], f"gradient {number}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize(("width", "taps", "silu"), [(64, 4, True), (37, 3, False)])
+def test_conv(width: int, taps: int, silu: bool, lengths: tuple[int, ...], dtype: torch.dtype) -> None:
+    w, bias = draw(taps, width, seed=1), draw(width, seed=2)
+
+    def by_token(x: Tensor) -> Tensor:
+        rows = []
+        for example in x.split(list(lengths)):
+            for t in range(len(example)):
+                row = bias.double()
+                for j in range(min(taps, t + 1)):
+                    row = row + w[j].double() * example[t - j]
+                rows.append(F.silu(row) if silu else row)
+        return torch.stack(rows)
+
+    x = draw(sum(lengths), width, dtype=dtype)
+    check("conv", {"silu": silu}, [x], [w, bias, recurrent.places_of(lengths).places], by_token, dtype)
+
+
+# key heads, heads, a key's width, a value's
+DELTA = [(2, 2, 32, 32), (1, 2, 24, 40), (1, 1, 128, 64)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize(("keys", "heads", "d", "o"), DELTA)
+def test_delta_rule(keys: int, heads: int, d: int, o: int, lengths: tuple[int, ...], dtype: torch.dtype) -> None:
+    tokens = sum(lengths)
+    qkv = draw(tokens, 2 * keys * d + heads * o, dtype=dtype)
+    g, beta = -F.softplus(draw(tokens, heads, seed=1)) * 0.3, draw(tokens, heads, seed=2).sigmoid()
+
+    def unit(x: Tensor) -> Tensor:
+        return (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)).repeat_interleave(heads // keys, 1)
+
+    def by_token(qkv: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+        q, k, v = qkv.split([keys * d, keys * d, heads * o], 1)
+        q, k = unit(q.view(tokens, keys, d)) * d**-0.5, unit(k.view(tokens, keys, d))
+        v, out, t = v.view(tokens, heads, o), [], 0
+        for length in lengths:
+            state = qkv.new_zeros(heads, d, o)
+            for _ in range(length):
+                state = state * g[t].exp()[:, None, None]
+                error = v[t] - (state * k[t][..., None]).sum(1)  # (H, O)
+                state = state + k[t][..., None] * (beta[t][:, None] * error)[:, None]
+                out.append((state * q[t][..., None]).sum(1).flatten())
+                t += 1
+        return torch.stack(out)
+
+    starts = recurrent.places_of(lengths).starts
+    check("delta_rule", {"keys": keys, "d": d}, [qkv, g, beta], [starts], by_token, dtype)
+
+
+# heads, groups, a state's rows, a head's width
+STATE_SPACE = [(4, 2, 16, 16), (2, 1, 40, 24), (17, 1, 8, 32), (1, 1, 128, 64)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize(("heads", "groups", "n", "p"), STATE_SPACE)
+def test_state_space(heads: int, groups: int, n: int, p: int, lengths: tuple[int, ...], dtype: torch.dtype) -> None:
+    tokens = sum(lengths)
+    xbc = draw(tokens, heads * p + 2 * groups * n, dtype=dtype)
+    dt, skip = F.softplus(draw(tokens, heads, seed=1)), draw(heads, seed=2)
+    a = -dt * torch.linspace(0.02, 0.5, heads)
+
+    def by_token(xbc: Tensor, a: Tensor, dt: Tensor) -> Tensor:
+        x, b, c = xbc.split([heads * p, groups * n, groups * n], 1)
+        x = x.view(tokens, heads, p)
+        b, c = (part.view(tokens, groups, n).repeat_interleave(heads // groups, 1) for part in (b, c))
+        out, t = [], 0
+        for length in lengths:
+            state = xbc.new_zeros(heads, n, p)
+            for _ in range(length):
+                new = b[t][..., None] * (dt[t][:, None] * x[t])[:, None]
+                state = state * a[t].exp()[:, None, None] + new
+                out.append(((state * c[t][..., None]).sum(1) + skip.double()[:, None] * x[t]).flatten())
+                t += 1
+        return torch.stack(out)
+
+    starts = recurrent.places_of(lengths).starts
+    check("state_space", {"groups": groups, "n": n}, [xbc, a, dt], [skip, starts], by_token, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gate_first", [True, False])
+def test_gated_norm(gate_first: bool, dtype: torch.dtype) -> None:
+    w, eps = draw(3, 40, seed=1), 1e-5
+
+    def by_definition(x: Tensor, z: Tensor) -> Tensor:
+        h = x * F.silu(z) if gate_first else x
+        y = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps) * w.double().repeat(len(x) // 3, 1)
+        return y if gate_first else y * F.silu(z)
+
+    given = [draw(150, 40, dtype=dtype, seed=s) for s in (2, 3)]
+    check("gated_norm", {"eps": eps, "gate_first": gate_first}, given, [w], by_definition, dtype)
