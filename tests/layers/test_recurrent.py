@@ -68,8 +68,8 @@ def one_example(patch: pytest.MonkeyPatch) -> None:
 def conv_over_the_boundary(patch: pytest.MonkeyPatch) -> None:
     real = recurrent.places_of
 
-    def faulty(lengths: tuple[int, ...]) -> recurrent.Places:
-        return recurrent.Places(real(lengths).starts, real((sum(lengths),)).places)
+    def faulty(lengths: tuple[int, ...]) -> recurrent.PackPlaces:
+        return recurrent.PackPlaces(real(lengths).starts, real((sum(lengths),)).places)
 
     patch.setattr(recurrent, "places_of", faulty)
 

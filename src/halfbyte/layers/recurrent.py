@@ -11,11 +11,12 @@ Source: `Lfm2ShortConv`, `Qwen3NextGatedDeltaNet`, `GraniteMoeHybridMambaLayer` 
 Letters: T tokens, W channels, H heads.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ _OF_A_PACK = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", 
 
 
 @dataclass(frozen=True)
-class Places:
+class PackPlaces:
     """Where examples begin (N + 1,), and each token's number in its example (T,): int64, on the CPU."""
 
     starts: Tensor
@@ -41,16 +42,20 @@ class Places:
 
 
 @lru_cache(maxsize=8)
-def places_of(lengths: tuple[int, ...]) -> Places:
+def places_of(lengths: tuple[int, ...]) -> PackPlaces:
     starts = torch.tensor([0, *lengths]).cumsum(0)
-    return Places(starts, torch.arange(int(starts[-1])) - starts[:-1].repeat_interleave(starts.diff()))
+    return PackPlaces(starts, torch.arange(int(starts[-1])) - starts[:-1].repeat_interleave(starts.diff()))
+
+
+# Of a kernel, by name: numbers of heads and widths, switches.
+Options: TypeAlias = dict[str, float]
 
 
 class Kernel(torch.autograd.Function):
     """A kernel of `kernels/cpu/recurrent` by its name: of its tensors the first ones get a gradient."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, name: str, options: Mapping[str, Any], *tensors: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, name: str, options: Options, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors)
         ctx.name, ctx.options = name, options
         y: Tensor = _kernel(name).forward(*tensors, **options)
@@ -63,7 +68,7 @@ class Kernel(torch.autograd.Function):
         return None, None, *given, *[None] * (len(tensors) - len(given))
 
 
-def _kernel(name: str) -> Any:
+def _kernel(name: str) -> ModuleType:
     """Compiled when it is first asked for."""
     return import_module(f"halfbyte.layers.kernels.cpu.recurrent.{name}")
 
@@ -99,23 +104,23 @@ class _Mixer:
 
         def __getattr__(self, name: str) -> Any: ...
 
-        def forward(self, *args: Any, **kwargs: Any) -> Any: ...
-
-    def forward(self, hidden_states: Tensor, *args: object, **kwargs: Any) -> Any:
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+        stock: Callable[..., Tensor] = super().forward  # type: ignore[misc]
         starts = kwargs.get("cu_seq_lens_q")
-        if args or starts is None or any(kwargs.get(name) is not None for name in CACHE_ARGUMENTS):
-            return super().forward(hidden_states, *args, **kwargs)
+        on_cache = any(kwargs.get(name) is not None for name in CACHE_ARGUMENTS)
+        if args or on_cache or not isinstance(starts, Tensor):
+            return stock(hidden_states, *args, **kwargs)
         lengths = tuple(starts.diff().tolist())
         if available(hidden_states) and not _trains_itself(self) and self.takes():
             return self.mix(hidden_states, places_of(lengths))
-        stock = partial(super().forward, **{name: x for name, x in kwargs.items() if name not in _OF_A_PACK})
-        return torch.cat([stock(x) for x in hidden_states.split(lengths, 1)], 1)
+        alone = {name: x for name, x in kwargs.items() if name not in _OF_A_PACK}
+        return torch.cat([stock(x, **alone) for x in hidden_states.split(lengths, 1)], 1)
 
     def takes(self) -> bool:
         """Whether the kernels compute what this layer does."""
         raise NotImplementedError
 
-    def mix(self, x: Tensor, examples: Places) -> Tensor:
+    def mix(self, x: Tensor, examples: PackPlaces) -> Tensor:
         """(1, T, D) -> (1, T, D)."""
         raise NotImplementedError
 
@@ -132,7 +137,7 @@ def _taps(conv: nn.Conv1d) -> tuple[Tensor, Tensor]:
     return w, w.new_zeros(w.shape[1]) if conv.bias is None else conv.bias.float()
 
 
-def _conv_silu(x: Tensor, conv: nn.Conv1d, examples: Places) -> Tensor:
+def _conv_silu(x: Tensor, conv: nn.Conv1d, examples: PackPlaces) -> Tensor:
     """(T, W) -> (T, W)."""
     y: Tensor = Kernel.apply("conv", {"silu": True}, x, *_taps(conv), examples.places)
     return y
@@ -153,7 +158,7 @@ class _ShortConvMixer(_Mixer):
     def takes(self) -> bool:
         return isinstance(self.conv, nn.Conv1d)
 
-    def mix(self, x: Tensor, examples: Places) -> Tensor:
+    def mix(self, x: Tensor, examples: PackPlaces) -> Tensor:
         y = GatedConv.apply(self.in_proj(x)[0], *_taps(self.conv), examples.places)
         return self.out_proj(y[None])  # type: ignore[no-any-return]
 
@@ -172,7 +177,7 @@ class _ChunkMixer(_Mixer):
 class _DeltaMixer(_ChunkMixer):
     """The gated delta rule of Qwen3-Next, Qwen3.5 and OLMo hybrid, which differ in their projections."""
 
-    def mix(self, x: Tensor, examples: Places) -> Tensor:
+    def mix(self, x: Tensor, examples: PackPlaces) -> Tensor:
         qkv, gate, b, a = self._projected(x)
         qkv = _conv_silu(qkv, self.conv1d, examples)
         g = -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias.float())  # (T, H)
@@ -199,7 +204,7 @@ class _DeltaMixer(_ChunkMixer):
 class _StateSpaceMixer(_ChunkMixer):
     """Mamba-2 as Granite 4, Bamba, Nemotron-H, Zamba2 and Falcon-H1 have it."""
 
-    def mix(self, x: Tensor, examples: Places) -> Tensor:
+    def mix(self, x: Tensor, examples: PackPlaces) -> Tensor:
         if hasattr(self, "mup_vector"):  # Falcon-H1's multipliers
             mixed = self.in_proj(x * self.ssm_in_multiplier) * self.mup_vector
         else:

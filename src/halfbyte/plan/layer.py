@@ -88,7 +88,8 @@ def layer_of(
         fused: LoRA linears are the engine's; else PEFT's own, whose inputs are kept in fp32, twice with dropout.
         longest: tokens of the longest row; a layer whose window is shorter keeps more.
     """
-    c, layers, heads = itemsize, max(1, facts.layers), facts.heads
+    c, layers = itemsize, max(1, facts.layers)
+    heads = facts.heads
     family = FAMILIES.get(facts.model_type, UNKNOWN_MIXTURE if facts.experts else UNKNOWN)
     attention = family.attention
     sliding = {n: window for n, window in enumerate(facts.windows) if 0 < window < longest}
