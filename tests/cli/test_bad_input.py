@@ -1041,7 +1041,7 @@ def test_a_loss_that_is_not_finite(halfbyte: Cli) -> None:
     ended = halfbyte(*train("train.learning_rate=1e30"))
     assert ended.code == 1
     assert re.fullmatch(
-        r"warning: train\.learning_rate 1e\+30 is outside the usual 1e-05 to 0\.001\n"
+        r"warning: train\.learning_rate 1e\+30 is outside the usual 1e-05 to 0\.003\n"
         r"error: the loss is nan at step 2 \(rows (train\.jsonl:\d+(, )?){4}\)\. "
         r"The batch is in [^;]+; nothing of this step was saved\.\n"
         r"  fix: lower train\.learning_rate, set train\.max_grad_norm, or look at those rows\n",

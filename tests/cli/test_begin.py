@@ -58,7 +58,7 @@ def test_the_columns_and_the_held_out_rows_are_found(halfbyte: Cli) -> None:
     assert (recipe.data.fields.prompt, recipe.data.fields.completion) == ("question", "answer")
     assert (recipe.data.eval, recipe.output) == ("data/my test.jsonl", "runs/my train")
     text = Path("recipe.yaml").read_text()
-    assert "# planned for this machine: " in text and "learning_rate: 0.0002    # the highest learning rate" in text
+    assert "# planned for this machine: " in text and "learning_rate: auto    # the highest learning rate" in text
     passes(halfbyte)
 
 

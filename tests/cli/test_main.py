@@ -175,8 +175,11 @@ def test_a_model_and_rows_print_the_recipe_that_is_used(halfbyte: Cli) -> None:
     assert rest.partition("\n\n")[2].startswith("the whole recipe: runs/model-train/recipe.yaml\n\n")
     kept = yaml.safe_load(Path("runs/model-train/recipe.yaml").read_text())
     assert (kept["model"], kept["data"]["train"]) == ("../../model", "../../train.jsonl"), "as seen from the run"
-    given = {"quant": {"compute_dtype": "fp32"}, "data": {"train": "train.jsonl"}, "train": {"max_steps": 1}}
+    given: dict[str, Any] = {"data": {"train": "train.jsonl"}, "lora": {"target_modules": "all-linear"}}
+    given["quant"] = {"type": "auto", "double_quant": False, "compute_dtype": "fp32", "block_size": None}
+    given["train"] = {"gradient_accumulation_steps": 1, "max_steps": 1, "learning_rate": "auto"}
     assert printed == {"model": "model", **given, "output": "runs/model-train"}
+    assert (kept["train"]["learning_rate"], kept["quant"]["type"]) == (0.003, "none"), "what auto became"
     quiet = halfbyte("train", "model", "train.jsonl", "-q", "--set", "train.max_steps=1", "-o", "two")
     assert quiet.code == 0 and "No recipe given" not in quiet.out
 
@@ -196,7 +199,7 @@ def test_an_unusual_value_is_a_warning(halfbyte: Cli) -> None:
 def test_a_run_that_diverges_is_no_success(halfbyte: Cli) -> None:
     changes = ("train.learning_rate=5", "train.max_steps=6", "train.eval_steps=3", "lora.modules_to_save=[lm_head]")
     wild = [part for value in (*changes, "train.lr_scheduler_type=constant") for part in ("--set", value)]
-    warned = "warning: train.learning_rate 5 is outside the usual 1e-05 to 0.001\n"
+    warned = "warning: train.learning_rate 5 is outside the usual 1e-05 to 0.003\n"
     dry = halfbyte("train", "recipe.yaml", "--dry-run", *wild)
     assert dry.code == 0 and warned.removeprefix("warning: ").strip() in dry.out + dry.err
     ended = halfbyte("train", "recipe.yaml", *wild)

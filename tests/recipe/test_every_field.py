@@ -264,6 +264,7 @@ CASES: dict[str, tuple[Case, ...]] = {
     "train.max_steps": (Case({"train__max_steps": 2}, steps, want=2),),
     "train.learning_rate": (
         Case({"train__learning_rate": 4e-3}, column("learning_rate"), want=[0.004, 0.003, 0.002, 0.001]),
+        Case({"train__learning_rate": "auto"}, column("learning_rate"), want=[0.003, 0.00225, 0.0015, 0.00075]),
     ),
     "train.lr_scheduler_type": (
         Case({"train__lr_scheduler_type": "constant"}, column("learning_rate"), want=[0.01] * 4),

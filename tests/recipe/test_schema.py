@@ -575,8 +575,8 @@ def test_two_that_the_command_line_contradicts_are_refused(load: Load) -> None:
         ("lora: {lora_dropout: 0}", []),
         ("lora: {lora_dropout: 0.01}", ["lora.lora_dropout 0.01 is outside the usual 0.05 to 0.1"]),
         ("lora: {lora_dropout: 0.2}", ["lora.lora_dropout 0.2 is outside the usual 0.05 to 0.1"]),
-        ("train: {learning_rate: 1}", ["train.learning_rate 1 is outside the usual 1e-05 to 0.001"]),
-        ("train: {learning_rate: 2.0e-6}", ["train.learning_rate 2e-06 is outside the usual 1e-05 to 0.001"]),
+        ("train: {learning_rate: 1}", ["train.learning_rate 1 is outside the usual 1e-05 to 0.003"]),
+        ("train: {learning_rate: 2.0e-6}", ["train.learning_rate 2e-06 is outside the usual 1e-05 to 0.003"]),
         ("train: {learning_rate: 1, optim: sgd}", []),
         ("train: {max_steps: 5, num_train_epochs: 1}", ["train.num_train_epochs is not read with max_steps 5"]),
         (

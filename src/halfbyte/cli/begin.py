@@ -17,6 +17,7 @@ import yaml
 
 from halfbyte.cli import show
 from halfbyte.errors import DataError, HalfbyteError, RecipeError, typed
+from halfbyte.recipe.start import START
 from halfbyte.types import Document
 
 MODEL, ROWS = "smollm2-135m", "train.jsonl"
@@ -31,7 +32,7 @@ class Draft:
 
     model: str
     data: str
-    values: dict[str, object] = field(default_factory=dict)
+    values: dict[str, object] = field(default_factory=lambda: {name: start.value for name, start in START.items()})
     remarks: list[str] = field(default_factory=list)
 
     @property
@@ -94,7 +95,8 @@ def asked(model: str | None, data: str | None, machine: str | None) -> Draft:
         look_at_model(answer)
 
     def rows_are(answer: str) -> None:
-        draft.data, draft.values, draft.remarks = answer, {}, []
+        draft.values, draft.remarks = Draft("", "").values, []
+        draft.data = answer
         look_at_rows(draft, _agrees)
 
     here = sorted(str(p) for pattern in ("*.jsonl", "*.csv", "*.parquet") for p in Path().glob(pattern))
@@ -213,8 +215,12 @@ def fit(draft: Draft, machine: str | None) -> None:
     """
     from halfbyte.models import describe
     from halfbyte.models.context import context_in
-    from halfbyte.plan import estimate
+    from halfbyte.plan import estimate, number_format
     from halfbyte.recipe.file import recipe_from
+
+    def planned() -> estimate.Estimate:
+        loaded = recipe_from(trial.model, trial.data, trial.sets)
+        return estimate.plan_model(number_format.settle(loaded, device=machine), device=machine)
 
     trial = Draft(draft.model, draft.data, dict(draft.values), list(draft.remarks))
     recipe = recipe_from(trial.model, trial.data, trial.sets).recipe
@@ -223,14 +229,14 @@ def fit(draft: Draft, machine: str | None) -> None:
     if longest > recipe.data.max_length:
         room = 1 << (longest - 1).bit_length()
         trial.values["data.max_length"] = min(room, context.tokens) if context is not None else room
-    estimated = estimate.plan_model(recipe_from(trial.model, trial.data, trial.sets), device=machine)
+    estimated = planned()
     # rows that are longer than the limit would be refused
     fixes = [fix for fix in estimated.plan.fixes if not fix.setting.startswith("data.")]
     for fix in fixes[:MOST_FIXES]:
         name, _, value = fix.setting.partition("=")
         trial.values[name] = yaml.safe_load(value)
         trial.remarks.append(f"{fix.setting}, as memory is short: {fix.change}")
-        estimated = estimate.plan_model(recipe_from(trial.model, trial.data, trial.sets), device=machine)
+        estimated = planned()
         if not estimated.plan.short_bytes:
             break
     plan = estimated.plan
@@ -240,5 +246,5 @@ def fit(draft: Draft, machine: str | None) -> None:
             fix=f"a smaller model, or another machine; `halfbyte plan {typed(draft.model)}` says what would help",
         )
     needs = plan.memory_line
-    trial.remarks.append("; ".join([f"planned for {machine or 'this machine'}: {needs}", *estimated.notes[:1]]))
+    trial.remarks.append("; ".join([f"planned for {machine or 'this machine'}: {needs}", *estimated.notes[:2]]))
     draft.values, draft.remarks = trial.values, trial.remarks

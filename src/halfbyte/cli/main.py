@@ -186,8 +186,9 @@ def plan(
     from halfbyte.models.sources.lookup import at_hand
     from halfbyte.plan import estimate, number_format
     from halfbyte.recipe.command import NO_ROWS, recipe_or_model
+    from halfbyte.recipe.start import START
 
-    loaded = number_format.settle(recipe_or_model(target, set_), device=device, length=length)
+    loaded = number_format.settle(recipe_or_model(target, set_, START), device=device, length=length)
     if device is None and length is None and loaded.recipe.data.train != NO_ROWS and at_hand(loaded.recipe):
         with libraries.loading():
             from halfbyte.training import preview

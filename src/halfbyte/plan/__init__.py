@@ -8,7 +8,7 @@ How a plan comes about, module by module, each standing on those before:
 - `choose`: every choice the recipe leaves open, counted and timed; of those that fit, the fastest.
 - `alternatives`: what would help where nothing fits; full fine-tuning, LoRA and QLoRA side by side.
 - `inference`: the same of a finished run's use. `estimate`: `halfbyte plan`, from headers and names alone.
-- `number_format`: what `quant.type: auto` becomes.
+- `number_format`: what `quant.type: auto` becomes. `rate`: what `train.learning_rate: auto` does.
 Cost: a few milliseconds; no torch.
 """
 

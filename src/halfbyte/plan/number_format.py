@@ -16,7 +16,7 @@ from halfbyte.models import describe
 from halfbyte.models.gguf.blocks import BLOCKS, PLAIN_TYPES
 from halfbyte.models.gguf.header import read_header
 from halfbyte.models.sources import lookup, pypi
-from halfbyte.plan import Plan, calibrate, plan_training
+from halfbyte.plan import Plan, calibrate, plan_training, rate
 from halfbyte.plan.choose import MARGIN
 from halfbyte.plan.estimate import job_of, parse_device, rows_of
 from halfbyte.plan.result import GB
@@ -39,13 +39,15 @@ def settle(
     resume: bool = False,
     agreed: Callable[[Callable[[], Document]], Document] = lambda decide: decide(),
 ) -> Loaded:
-    """A recipe whose number format is chosen, with the reason as its origin; one that names its format stays as it is.
+    """A recipe whose learning rate and number format are chosen, each with the reason as its origin; what it names
+    stays as it is.
 
     Args:
         machine: None for this one. device, length: as of `plan_model`.
         resume: take the format that the run has begun with.
         agreed: what makes all processes of a run take the first one's choice.
     """
+    loaded = rate.settle(loaded)
     if loaded.recipe.quant.type != AUTO:
         return loaded
 

@@ -6,21 +6,29 @@ cannot be meant is an error that shows the command to type instead.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Literal
 
 from halfbyte.errors import RecipeError, typed
 from halfbyte.recipe.file import init_template, load_recipe, recipe_from
 from halfbyte.recipe.number_formats import AUTO, UNSET
 from halfbyte.recipe.schema import Loaded, Origin, Recipe
+from halfbyte.recipe.start import START, StartValue
 
 ROW_SUFFIXES = frozenset({".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md", ".gz"})
 NO_ROWS = "-"  # what stands for the rows in the recipe of a model alone
 
 
-def recipe_or_model(target: str, overrides: Sequence[str]) -> Loaded:
-    """A recipe file, that of a run, or the default recipe of a model, for commands that read no rows."""
+def recipe_or_model(
+    target: str, overrides: Sequence[str], start: Mapping[str, StartValue] = MappingProxyType({})
+) -> Loaded:
+    """A recipe file, that of a run, or a recipe of defaults (and of `start`) for a model, for commands that read no
+    rows."""
     if (Path(target) / "recipe.yaml").is_file():
         target = str(Path(target) / "recipe.yaml")
-    return load_recipe(Path(target), overrides) if is_recipe(target) else recipe_from(target, NO_ROWS, overrides)
+    if is_recipe(target):
+        return load_recipe(Path(target), overrides)
+    return recipe_from(target, NO_ROWS, overrides, start)
 
 
 def recipe_or_rows(target: str, model: str | None, overrides: Sequence[str]) -> Loaded:
@@ -37,8 +45,8 @@ def recipe_or_rows(target: str, model: str | None, overrides: Sequence[str]) -> 
 
 
 def to_train(target: str, data: str | None, overrides: Sequence[str]) -> Loaded:
-    """A recipe file; or the default recipe of a model, with a file of rows. Raises RecipeError: a run folder, a recipe
-    with rows beside it, a model without rows; what the recipe holds."""
+    """A recipe file; or that of a model with a file of rows, as it is measured to be best. Raises RecipeError: a run
+    folder, a recipe with rows beside it, a model without rows; what the recipe holds."""
     path = Path(target)
     if path.is_file() and path.suffix in ROW_SUFFIXES:
         model = data or "MODEL"
@@ -48,7 +56,7 @@ def to_train(target: str, data: str | None, overrides: Sequence[str]) -> Loaded:
     if data is not None:
         if is_recipe(target):
             raise RecipeError(f"{target} is a recipe and names its own data; {data} is one argument too many.")
-        return recipe_from(target, data, overrides)
+        return recipe_from(target, data, overrides, START)
     if path.is_dir() and (path / "recipe.yaml").is_file():
         raise RecipeError(f"{path} is a run folder.", fix=f"halfbyte train {typed(path)} --resume")
     if not is_recipe(target) and not path.is_file():
@@ -79,11 +87,22 @@ def to_resume(target: str, overrides: Sequence[str] = ()) -> Loaded:
 
 
 def as_begun(loaded: Loaded) -> Loaded:
-    """A recipe that leaves its number format open, with the one that its run has begun with, if there is a run."""
-    file = Path(loaded.recipe.output) / "recipe.yaml"
-    if loaded.recipe.quant.type != AUTO or not file.is_file():
+    """A recipe that leaves its number format or its rate open, with those that its run has begun with, if there is a
+    run."""
+    recipe, file = loaded.recipe, Path(loaded.recipe.output) / "recipe.yaml"
+    if AUTO not in (recipe.quant.type, recipe.train.learning_rate) or not file.is_file():
         return loaded
-    return with_type(loaded, load_recipe(file, of_run=True).recipe.quant.type, "the run has begun with it")
+    begun, why = load_recipe(file, of_run=True).recipe, "the run has begun with it"
+    if recipe.train.learning_rate == AUTO:
+        loaded = with_rate(loaded, begun.train.learning_rate, why)
+    return with_type(loaded, begun.quant.type, why) if recipe.quant.type == AUTO else loaded
+
+
+def with_rate(loaded: Loaded, rate: float | Literal["auto"], why: str) -> Loaded:
+    """A recipe with another learning rate. `why`: who chose it."""
+    train = loaded.recipe.train.model_copy(update={"learning_rate": rate})
+    origins = {**loaded.origins, "train.learning_rate": Origin("auto", why)}
+    return loaded._replace(recipe=loaded.recipe.model_copy(update={"train": train}), origins=origins)
 
 
 def with_type(loaded: Loaded, name: str, why: str) -> Loaded:

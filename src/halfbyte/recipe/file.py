@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import yaml
 from pydantic import ValidationError
@@ -17,7 +18,9 @@ from halfbyte.recipe import adapter
 from halfbyte.recipe.data import DataEntry
 from halfbyte.recipe.fields import shown
 from halfbyte.recipe.messages import Problem, field_of, fields_in, first_of_each, sentences, unusual
+from halfbyte.recipe.number_formats import AUTO, UNSET
 from halfbyte.recipe.schema import SECTIONS, Loaded, Origin, Recipe, is_path, leaves
+from halfbyte.recipe.start import StartValue
 from halfbyte.system import files
 from halfbyte.types import Document
 
@@ -69,12 +72,15 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, of_run: bool = Fal
     return _build(values, lines, overrides, path, of_run=of_run)
 
 
-def recipe_from(model: str, data: str, overrides: Sequence[str] = ()) -> Loaded:
-    """A recipe of defaults for a model and a file of rows, as `halfbyte train MODEL DATA.jsonl` uses it."""
+def recipe_from(
+    model: str, data: str, overrides: Sequence[str] = (), start: Mapping[str, StartValue] = MappingProxyType({})
+) -> Loaded:
+    """A recipe of defaults for a model and a file of rows. `start`: values that are stronger than the defaults, by
+    field; with `START` it is the one of `halfbyte train MODEL DATA.jsonl`."""
     rows = re.sub(r"[^\w.-]+", "-", Path(data).stem).strip("-")  # a glob or a hub dataset is no name of a folder
     name = f"{Path(model.partition('@')[0]).name.removesuffix('.gguf') or 'model'}-{rows}"
     values = {"model": model, "data": {"train": data}, "output": f"runs/{name}"}
-    loaded = _build(values, {}, overrides, None)
+    loaded = _build(values, {}, overrides, None, start=start)
     given = {"model", "data.train", "output"}
     origins = {
         field: Origin("command", "") if field in given and origin.kind == "recipe" else origin
@@ -148,7 +154,8 @@ def init_template(model: str, data: str, values: Mapping[str, object], remarks: 
             field = SECTIONS[section].model_fields[name]
             value = _scalar(data) if name == "train" else _EXAMPLES.get(name) or shown(field.default)
             usual = f"; usual: {', '.join(field.examples)}" if field.examples else ""
-            off = "# " * (name in _EXAMPLES and name not in given)
+            open_format = given.get("type") == AUTO and name in UNSET  # it sets those of the format that it chooses
+            off = "# " * (name not in given and (name in _EXAMPLES or open_format))
             lines.append(f"  {off}{name}: {given.get(name, value)}    # {field.description}{usual}")
     lines.append(f"output: {_scalar(str(values.get('output', f'runs/{Path(data).stem}')))}    # {about['output']}")
     return "\n".join(lines) + "\n"
@@ -219,8 +226,9 @@ def _walk(node: yaml.MappingNode, prefix: str, lines: dict[str, int], outer: tup
 
 
 def _build(
-    values: Document, lines: dict[str, int], overrides: Sequence[str], path: Path | None, *, of_run: bool = False
-) -> Loaded:
+    values: Document, lines: dict[str, int], overrides: Sequence[str], path: Path | None, *, of_run: bool = False,
+    start: Mapping[str, StartValue] = MappingProxyType({}),
+) -> Loaded:  # fmt: skip
     problems: list[str] = []
     given = {dotted: Origin("recipe", f"line {lines[dotted]}" if dotted in lines else "") for dotted in _dotted(values)}
     merged = _copy(values)
@@ -229,6 +237,11 @@ def _build(
             given[dotted] = Origin("set", "")
             lines = {k: v for k, v in lines.items() if k != dotted}
     _give_way(merged, given)
+    open_fields = {field: one for field, one in start.items() if not given.keys() & {field, *one.others}}
+    for field, one in open_fields.items():
+        outer, _, name = field.rpartition(".")
+        if (section := _inside(merged, [outer])) is not None:
+            section[name] = one.value
     if _split_revision(merged):
         given["revision"] = given["model"]
     recipe, mistakes = _validate(merged)
@@ -240,7 +253,8 @@ def _build(
             where=str(path) if path is not None else None,
             fix="`halfbyte init NAME.yaml` writes a recipe with every required field" if required else None,
         )
-    origins = {field: given.get(field, Origin("default", "")) for field, _ in leaves(recipe)}
+    why = {field: one.why for field, one in open_fields.items()}
+    origins = {field: given.get(field, Origin("default", why.get(field, ""))) for field, _ in leaves(recipe)}
     recipe, origins = adapter.apply(*_feed_dtype(recipe, origins))
     if path is not None:
         recipe = _beside(recipe, origins, path.parent, first=of_run)

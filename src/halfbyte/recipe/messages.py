@@ -127,8 +127,9 @@ def unusual(recipe: Recipe) -> tuple[str, ...]:
     if lora.lora_dropout and not 0.05 <= lora.lora_dropout <= 0.1:
         warnings.append(f"lora.lora_dropout {lora.lora_dropout:g} is outside the usual 0.05 to 0.1")
     train = recipe.train
-    if "adam" in train.optim and not 1e-5 <= train.learning_rate <= 1e-3:
-        warnings.append(f"train.learning_rate {train.learning_rate:g} is outside the usual 1e-05 to 0.001")
+    rate = train.learning_rate
+    if "adam" in train.optim and isinstance(rate, float) and not 1e-5 <= rate <= 3e-3:
+        warnings.append(f"train.learning_rate {rate:g} is outside the usual 1e-05 to 0.003")
     unread = {
         "num_train_epochs": train.max_steps > 0 and f"max_steps {train.max_steps}",
         "warmup_steps": train.lr_scheduler_type == "constant" and "lr_scheduler_type constant",

@@ -169,7 +169,12 @@ class Train(Section):
     max_steps: Annotated[Int, must("-1 (by epochs) or >= 1", lambda v: v != 0, AfterValidator)] = field(
         -1, "optimiser steps; above 0 it overrides num_train_epochs", ge=-1
     )
-    learning_rate: Float = field(2e-4, "the highest learning rate", "1e-4 to 1e-3, of large models 1e-5", gt=0)
+    learning_rate: Annotated[Float, Field(gt=0)] | Literal["auto"] = field(
+        2e-4,
+        "the highest learning rate; auto: AdamW's by a law of the model's width, the adapter's scale and the rows of a "
+        "step",
+        "auto; 1e-4 to 3e-3, the lower the larger the model",
+    )
     lr_scheduler_type: Annotated[str, one_of(fields.SCHEDULES, fields.SCHEDULES_REFUSED)] = field(
         "linear", "how the rate falls: linear, cosine, constant, ...", "linear or cosine"
     )
@@ -365,6 +370,9 @@ def _in_train(recipe: Recipe) -> Iterator[str]:
     for name in ("bf16", "fp16"):
         if getattr(train, name) and dtype not in ("auto", name):
             yield f"train.{name} is true, but quant.compute_dtype is {dtype}; give one of them"
+    for name, reads in (("optim", "adam" in train.optim), ("loraplus_lr_ratio", train.loraplus_lr_ratio is None)):
+        if train.learning_rate == number_formats.AUTO and not reads:
+            yield f"train.learning_rate auto is AdamW's, not that of train.{name} {getattr(train, name)}; give a number"
     schedule, given = train.lr_scheduler_type, set(train.lr_scheduler_kwargs or {})
     yield from _unread("lr_scheduler_kwargs", f"lr_scheduler_type {schedule}", fields.SCHEDULES[schedule], given)
     needed = fields.SCHEDULES_NEED.get(schedule, ())
