@@ -6,12 +6,16 @@ Use: `from tests import small_models`.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 WINDOW = 8
@@ -35,6 +39,8 @@ _SIZES: dict[str, Any] = {
     **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "chunk_size", "mamba_chunk_size"), 8),
     **dict.fromkeys(("mamba_n_groups", "mamba_ngroups"), 1),
     "mamba_d_ssm": 128,
+    "depth": 2,
+    "out_hidden_size": 64,  # of towers
     "max_window_layers": 1,
     "use_sliding_window": True,
     "initializer_range": 0.1,
@@ -53,8 +59,15 @@ NEEDS: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "nemotron": {"num_key_value_heads": 2},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 16},
+    "gemma4": {"vision_config": {}, "audio_config": {}},
     "recurrent_gemma": {"num_hidden_layers": 3},  # recurrent, recurrent, attention
 }
+
+
+_SECTIONED = ("qwen2_vl_text", "qwen2_5_vl_text", "glm4v_text")  # whose sections must fill a head
+# Types with towers, and those of them that are looked at one by one.
+WHOLE_TYPES = tuple(dict.fromkeys(MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES))
+WHOLE = ("gemma3", "gemma4", "mistral3", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "smolvlm", "lfm2_vl", "glm4v")
 
 
 def config(kind: str, **changes: Any) -> Any:
@@ -71,6 +84,8 @@ def _shrunk(full: Any) -> dict[str, Any]:
             small[name] = _shrunk(getattr(full, name))
         elif name in _SIZES and (value is not None or name in ("sliding_window", "attention_chunk_size")):
             small[name] = _SIZES[name]
+        elif name == "rope_parameters" and full.model_type in _SECTIONED:
+            small[name] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
         elif ("drop" in name or "jitter" in name) and isinstance(value, float):
             small[name] = 0.0
         elif name.endswith("token_id") and isinstance(value, int):
@@ -86,9 +101,27 @@ def _shrunk(full: Any) -> dict[str, Any]:
 
 def build(kind: str, **changes: Any) -> Any:
     """The model, in fp32. An error of any kind says why a type cannot be built."""
+    return _built(AutoModelForCausalLM, config(kind, **changes))
+
+
+def whole(kind: str, most: int | None = None, vocab_size: int = VOCAB) -> Any:
+    """The same of a type with towers, with them; None where it has more than `most` parameters."""
+    small = config(kind)
+    for name in ("vocab_size", "vocab_size_per_layer_input"):
+        if hasattr(small.get_text_config(), name):
+            setattr(small.get_text_config(), name, vocab_size)
+    if most is not None:
+        with torch.device("meta"):
+            empty = AutoModelForMultimodalLM.from_config(copy.deepcopy(small))
+        if sum(p.numel() for p in empty.parameters()) > most:
+            return None
+    return _built(AutoModelForMultimodalLM, small)
+
+
+def _built(auto: Any, small: Any) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config(kind, **changes), dtype=torch.float32)
+        model = auto.from_config(small, dtype=torch.float32)
         for parameter in model.parameters():
             if parameter.dim() == 1:  # biases and norms off their 0 and 1: a lost one must show
                 parameter.data.add_(torch.randn_like(parameter) * 0.05)

@@ -8,7 +8,7 @@ import pytest
 
 from halfbyte.errors import BaseModelError
 from halfbyte.models import describe, tensors
-from halfbyte.plan import Job, Rows, layer, memory, timing
+from halfbyte.plan import Job, Rows, base_memory, layer, timing
 from halfbyte.quant import policy
 from halfbyte.recipe.schema import Quant, Recipe
 from halfbyte.system import device
@@ -42,7 +42,7 @@ def test_products_of_experts_are_of_few_sizes(tokens: int, sizes: int) -> None:
 def test_of_streamed_layers_ahead_experts_are_not_there() -> None:
     made = job("mixtral-8x7b")
     assert made.dense_layer_bytes < 0.04 * made.layer_bytes
-    assert memory.busy_file_bytes(made) <= made.layer_bytes + made.outer_bytes  # three layers would be more
+    assert base_memory.busy_file_bytes(made) <= made.layer_bytes + made.outer_bytes  # three layers would be more
 
 
 def test_an_expert_a_tensor_is_planned_as_the_stack_that_it_becomes() -> None:

@@ -23,6 +23,7 @@ from halfbyte.errors import AdapterError
 from halfbyte.models.lora_sites import (  # isort: skip
     ALL_LINEAR, AUTO, endings_of, is_aside, is_mixer_projection, leaf_of, split_at_layer,
 )  # fmt: skip
+from halfbyte.models.text_half import is_half
 from halfbyte.recipe.schema import Lora
 from halfbyte.upstream import peft as upstream
 
@@ -88,8 +89,16 @@ def all_linear(model: nn.Module) -> Targets:
 
 
 def resolve_targets(model: nn.Module, asked: str | Sequence[str]) -> Targets:
-    """`lora.target_modules` as the recipe has it -> what PEFT is given. Every entry must match something. Raises
-    AdapterError: nothing matches; names near to what was asked and the linear layers that exist are listed."""
+    """`lora.target_modules` as the recipe has it -> what PEFT is given. Every entry must match something. For a text
+    half a regex over full names, as towers have layers of the same endings. Raises AdapterError: nothing matches; names
+    near to what was asked and the linear layers that exist are listed."""
+    targets = _resolved(model, asked)
+    if is_half(model) and not isinstance(targets.names, str):
+        return Targets(_regex(set(matched(model, targets))), targets.reason)
+    return targets
+
+
+def _resolved(model: nn.Module, asked: str | Sequence[str]) -> Targets:
     if isinstance(asked, str):
         if asked.lower() == AUTO:
             return auto_targets(model)

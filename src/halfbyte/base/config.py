@@ -4,13 +4,14 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import BaseModelError, first_line
+from halfbyte.models import text_half
 from halfbyte.system import limits
 from halfbyte.types import Config
 
 
 def open_config(folder: Path, *, trust_remote_code: bool = False) -> Config:
-    """The checkpoint's config as transformers reads it. Raises BaseModelError: the architecture is unknown, is not a
-    causal LM, or comes as code that is not trusted."""
+    """The checkpoint's config as transformers reads it; of one with towers that of its text half. Raises
+    BaseModelError: the architecture is unknown, is no causal LM and has none, or comes as code that is not trusted."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -29,9 +30,11 @@ def open_config(folder: Path, *, trust_remote_code: bool = False) -> Config:
             f"{folder / 'config.json'} is not a config that transformers knows: {first_line(error)}"
         ) from error
     own_code = trust_remote_code and hasattr(config, "auto_map")
+    config = config if own_code else text_half.half_of(config) or config
     if type(config) not in AutoModelForCausalLM._model_mapping and not own_code:
         raise BaseModelError(
-            f"{folder}: model type {config.model_type!r} is not a causal language model.",
+            f"{folder}: model type {config.model_type!r} is not a causal language model, and has none that is opened "
+            "alone.",
             fix="choose a model with a causal-LM head, such as a Llama, Qwen, Gemma, Mistral, GPT-2 or BLOOM",
         )
     # gpt-oss's experts are decoded when the store is built (`store/mxfp4.py`)

@@ -19,7 +19,7 @@ from halfbyte.base.store import reading, shelf, supply
 from halfbyte.base.tokenizer import open_tokenizer
 from halfbyte.errors import BaseModelError, first_line
 from halfbyte.layers.experts import interface
-from halfbyte.models import structure, tensors
+from halfbyte.models import structure, tensors, text_half
 from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.sources.lookup import resolve
 from halfbyte.models.structure import meta_model
@@ -125,7 +125,8 @@ class _Opening:
             opened = gguf_file.open_blocks(self.checkpoint, self.config, self.quant, self.dtype)
             return self._settled(self._from_pretrained(config=opened.config, state_dict=opened.state, **how))
         from_store = self.folder != self.checkpoint.path
-        config = loader.opening_config(open_config(self.folder) if from_store else self.config)
+        opened = open_config(self.folder) if from_store else self.config
+        config = loader.opening_config(opened) or (opened if text_half.is_half(opened) else None)
         bits = None
         if self.quant.quantises and not self.quantised and not from_store:
             heads = residency.heads_to_skip(self.config, self.quant)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from halfbyte.errors import BaseModelError
 from halfbyte.layers.experts.layout import experts_of, stacks_of
 from halfbyte.models import structure
+from halfbyte.models.tensors import PER_LAYER
 from halfbyte.quant import bnb, formats
 from halfbyte.quant.experts import stacks
 from halfbyte.quant.stack import ExpertStack
@@ -274,7 +275,8 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 
 
 def _into_memory(model: nn.Module, maps: pages.FileMaps, arena: pages.Arena) -> None:
-    """Copy every mapped tensor into private memory; the file's pages are let go tensor by tensor."""
+    """Copy every mapped tensor into private memory; the file's pages are let go tensor by tensor. A table of per-layer
+    embeddings stays where it is: gigabytes, of which a batch reads some rows."""
     copies: dict[int, Tensor] = {}
 
     def copied(tensor: Tensor) -> Tensor:
@@ -286,8 +288,9 @@ def _into_memory(model: nn.Module, maps: pages.FileMaps, arena: pages.Arena) -> 
             pages.let_go([tensor], maps)
         return copies[address]
 
-    for parameter in model.parameters():
-        parameter.data = copied(parameter.data)
+    for name, parameter in model.named_parameters():
+        if PER_LAYER not in name:
+            parameter.data = copied(parameter.data)
     for owner, name in bnb.state_tensors(model):
         setattr(owner, name, copied(getattr(owner, name)))
     for buffer in model.buffers():

@@ -29,6 +29,12 @@ class BaseOption(StrEnum):
     trained = "4bit"
 
 
+class ProgramOption(StrEnum):
+    transformers = "transformers"
+    vllm = "vllm"
+    mlx = "mlx"
+
+
 def merge(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or an adapter's.")],
     base: Annotated[
@@ -73,6 +79,10 @@ def export(
         bool, typer.Option("--repair", help="With --gguf: round its matrices anew, on the run's own rows.")
     ] = False,
     peft: Annotated[bool, typer.Option("--peft", help="The adapter alone, within the limits of vLLM.")] = False,
+    program: Annotated[
+        ProgramOption | None,
+        typer.Option("--for", help="With --peft: under this program's names for layers; default: the checkpoint's."),
+    ] = None,
     base: Annotated[BaseOption, typer.Option("--base", help="As of merge.")] = BaseOption.auto,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Default: a folder in RUN.")] = None,
     data: Compared = None,
@@ -88,6 +98,8 @@ def export(
         raise RecipeError("--repair is of a GGUF file that is merged: an adapter is not rounded.", fix="leave it out")
     if sum((gguf is not None, gguf_lora, peft)) > 1 or not (gguf or gguf_lora or peft or ollama) or (peft and ollama):
         raise RecipeError("what is wanted?", fix="one of --gguf FORMAT, --gguf-lora, --peft; --ollama with one of GGUF")
+    if program is not None and not peft:
+        raise RecipeError("--for names the program that reads an adapter.", fix=f"--peft --for {program.value}")
     with progress.quantizing(silent=json_ or quiet) as tell:
         with libraries.loading():
             from halfbyte.export import export as exporting
@@ -95,7 +107,7 @@ def export(
 
         job = ExportJob(run, out, tuple(set_), force, data, proof, prompts, tell)
         if peft:
-            result = exporting.to_peft(job)
+            result = exporting.to_peft(job, program and program.value)
         elif gguf_lora:
             result = exporting.to_gguf_lora(job, modelfile=ollama)
         else:

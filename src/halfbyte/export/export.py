@@ -17,6 +17,7 @@ from halfbyte.data.encoding.chatml import chat_template
 from halfbyte.errors import ExportError, HalfbyteError, RecipeError
 from halfbyte.export import folder, gguf, gguf_tokenizer, llama_cpp, lora, ollama
 from halfbyte.export.job import BaseChoice, DraftExport, ExportJob, bases, better, describe, notes
+from halfbyte.export.names import Program
 from halfbyte.export.weights import BaseKind, MergedModel
 from halfbyte.export.witness import training_rows
 from halfbyte.inference.load import tokenizer_of
@@ -259,10 +260,11 @@ def file_name(run: Target) -> str:
 
 
 # ------------------------------------------------------------------ PEFT
-def to_peft(job: ExportJob) -> Exported:
-    """A PEFT folder of one rank and one scaling, as vLLM reads them. Raises ExportError: vLLM could not hold it."""
+def to_peft(job: ExportJob, program: Program | None = None) -> Exported:
+    """A PEFT folder of one rank and one scaling, as vLLM reads them. Raises ExportError: vLLM could not hold it, or
+    `program`, whose names it gets, has no such layers."""
     out = job.out_folder("peft")
     run = job.checked_target()
     with job.draft(run, out, prove=False) as draft:
-        remarks = lora.write_peft(MergedModel(run, "16bit", job.tell), draft.folder)
+        remarks = lora.write_peft(MergedModel(run, "16bit", job.tell), draft.folder, program)
         return draft.finish(draft.result("PEFT adapter", "16bit", remarks))

@@ -20,9 +20,12 @@ from safetensors.torch import save_file
 from halfbyte.base.store.in_file import FileSource
 from halfbyte.errors import ExportError
 from halfbyte.export import gguf, hub
+from halfbyte.export.names import Program, names_for
 from halfbyte.export.weights import Item, MergedModel
+from halfbyte.models import tensors as tensors_of
 from halfbyte.models.gguf.layouts import transform_of
 from halfbyte.models.gguf.reader import FileNumbers, Transform
+from halfbyte.models.lora_sites import split_at_layer
 from halfbyte.recipe.adapter import ADAPTER_FILES, read_config
 from halfbyte.system import files
 
@@ -105,21 +108,31 @@ def _file_of(merged: MergedModel, items: list[Item]) -> tuple[str, FileNumbers, 
     return there.file.header.architecture, there.file, names
 
 
-def write_peft(merged: MergedModel, folder: Path) -> list[str]:
-    """A PEFT folder of one rank and one alpha, which plain PEFT and vLLM read alike; returns notes on its use. Raises
-    ExportError: vLLM could not hold it."""
+def write_peft(merged: MergedModel, folder: Path, program: Program | None = None) -> list[str]:
+    """A PEFT folder of one rank and one alpha, which plain PEFT and vLLM read alike; for mlx one of mlx-lm's. Returns
+    notes on its use. `program`: whose names the layers get; None: those of the source checkpoint, as transformers has
+    them. Raises ExportError: vLLM could not hold it, or `program` has no such layers."""
     adapter = merged.run.adapter
     assert adapter is not None
-    every = factors(merged, "vLLM")
+    every = factors(merged, "mlx" if program == "mlx" else "vLLM")
     rank = max(each.a.shape[0] for each in every)
     if rank > VLLM_RANKS[-1]:
         raise ExportError(f"the adapter's rank is {rank}, and vLLM holds {VLLM_RANKS[-1]} at most.", fix=MERGED)
+    modules = {each.parameter.removesuffix(".weight") for each in every}
+    names, whole = {each: each for each in modules}, tensors_of.read_config(merged.checkpoint.path).get("text_half_of")
+    if program in ("vllm", "mlx"):
+        names = names_for(program, merged.config.model_type, whole, sorted(modules))
     tensors = dict[str, torch.Tensor]()
     for each in every:
-        name = f"base_model.model.{each.parameter.removesuffix('.weight')}"
+        name = names[each.parameter.removesuffix(".weight")]
         a, b = each.a.new_zeros(rank, each.a.shape[1]), each.b.new_zeros(each.b.shape[0], rank)
         a[: len(each.a)], b[:, : each.b.shape[1]] = each.a, each.b  # alpha = r: B has the scaling
-        tensors |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+        if program == "mlx":
+            tensors |= {f"{name}.lora_a": a.T.contiguous(), f"{name}.lora_b": b.T.contiguous()}
+        else:
+            tensors |= {f"base_model.model.{name}.lora_{x}.weight": value for x, value in (("A", a), ("B", b))}
+    if program == "mlx":
+        return _write_mlx(tensors, folder, rank, merged.config.num_hidden_layers)
     config = read_config(adapter) | {
         "r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {},
         "init_lora_weights": True, "base_model_name_or_path": hub.shipped(merged.checkpoint.id),
@@ -127,17 +140,30 @@ def write_peft(merged: MergedModel, folder: Path) -> list[str]:
         "layers_to_transform": None, "layers_pattern": None, "exclude_modules": None, "lora_bias": False,
         "bias": "none",
     }  # fmt: skip
-    modules = {each.parameter.removesuffix(".weight") for each in every}
     weights = {item.parameter.removesuffix(".weight") for item in merged.items if item.parameter.endswith(".weight")}
-    if {each for each in weights - modules if each.rpartition(".")[2] in config["target_modules"]}:  # PEFT's way
-        config["target_modules"] = sorted(modules)
+    if whole or {
+        each for each in weights - modules if each.rpartition(".")[2] in config["target_modules"]
+    }:  # PEFT's way
+        config["target_modules"] = sorted(names.values())
     save_file(tensors, folder / ADAPTER_FILES[0], metadata={"format": "pt"})
     files.write(folder / ADAPTER_FILES[1], json.dumps(config, indent=2).encode() + b"\n")
     for path in adapter.iterdir():
         if path.name.startswith(("tokenizer", "special_tokens", "added_tokens", "chat_template")):
             shutil.copyfile(path, folder / path.name)
+    if program == "transformers":
+        return ["PeftModel.from_pretrained(BASE, FOLDER)"]
     max_rank = next(each for each in VLLM_RANKS if each >= rank)
     notes = [f"vLLM: --enable-lora --max-lora-rank {max_rank} --lora-modules NAME=FOLDER"]
     if merged.run.recipe.quant.quantises:
         notes += ["it was trained on 4-bit weights: on the 16-bit base of vLLM it says what `merge --base 16bit` says"]
     return notes
+
+
+def _write_mlx(tensors: dict[str, torch.Tensor], folder: Path, rank: int, layers: int) -> list[str]:
+    """An adapter of mlx-lm (`tuner/utils.py`, `load_adapters`): every layer of a model has the same modules."""
+    keys = {".".join(split_at_layer(name)[1][:-1]) for name in tensors}
+    settings = {"rank": rank, "scale": 1.0, "dropout": 0.0, "keys": sorted(keys)}
+    config = {"fine_tune_type": "lora", "num_layers": layers, "lora_parameters": settings}
+    save_file(tensors, folder / "adapters.safetensors", metadata={"format": "mlx"})
+    files.write(folder / ADAPTER_FILES[1], files.as_json(config))
+    return ["mlx-lm: mlx_lm.generate --model BASE --adapter-path FOLDER; it was not run here"]

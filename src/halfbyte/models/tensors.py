@@ -15,13 +15,15 @@ from typing import Any, Literal
 
 from halfbyte.errors import SourceError
 from halfbyte.models.sources.safetensors import DTYPE_BITS, read_header, weight_files
+from halfbyte.models.text_half import text_config, text_tensors
 from halfbyte.system import limits
-from halfbyte.types import ConfigFile, Document
+from halfbyte.types import ConfigFile
 
 Role = Literal["linear", "embedding", "head", "norm", "bias", "expert", "router", "other"]
 
+PER_LAYER = "embed_tokens_per_layer"
 # The last dotted part before `.weight` decides; these are the names met in transformers' causal-LM checkpoints.
-_EMBEDDINGS = re.compile(r"embed(ding)?s?$|^embed_(tokens|in|positions)$|^w[tp]e$|^shared$")
+_EMBEDDINGS = re.compile(r"embed(ding)?s?$|^embed_(tokens|tokens_per_layer|in|positions)$|^w[tp]e$|^shared$")
 HEADS = frozenset(("lm_head", "embed_out", "output_projection"))
 _ROUTERS = frozenset(("gate", "router", "shared_expert_gate", "wg"))
 # One expert's own matrix, as most checkpoints have it, and what it is.
@@ -47,10 +49,11 @@ _CONV1D_TYPES = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transform
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of a checkpoint, under the checkpoint's own name. `role` "linear" is what the policy may quantise as a
-    matrix, "expert" the same for fused or unnamed expert tensors; `transposed`: stored (in, out), as GPT-2's Conv1D
-    does, where nn.Linear stores (out, in). `blocks`: the types of the GGUF blocks in which its file has it, in parts of
-    one size; empty where it has none that could be computed with as they are."""
+    """One tensor of a checkpoint, under the checkpoint's own name; beside towers under the one that the whole class has
+    for it. `role` "linear" is what the policy may quantise as a matrix, "expert" the same for fused or unnamed expert
+    tensors; `transposed`: stored (in, out), as GPT-2's Conv1D does, where nn.Linear stores (out, in). `blocks`: the
+    types of the GGUF blocks in which its file has it, in parts of one size; empty where it has none that could be
+    computed with as they are."""
 
     name: str
     shape: tuple[int, ...]
@@ -63,6 +66,11 @@ class TensorSpec:
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether it is a table with a row of each token for every layer, such as Gemma 3n's: rows are read alone."""
+        return self.name.endswith(f"{PER_LAYER}.weight")
 
     @property
     def out_in(self) -> tuple[int, ...]:
@@ -120,13 +128,14 @@ def specs_of(
     config: ConfigFile,
     blocks: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
 ) -> list[TensorSpec]:
-    """The tensors of all files of one checkpoint; a tied head once, buffers that loading passes over left out.
+    """The tensors of all files of one checkpoint; a tied head once, without what loading passes over (buffers, towers).
     `blocks`: by a tensor's name, as in `TensorSpec`."""
+    entries = {name: entry for header in headers for name, entry in header.items()}
+    read = text_tensors(entries, config)
     specs = [
-        replace(spec_of(name, tuple(entry["shape"]), entry["dtype"], config), blocks=blocks.get(name, ()))
-        for header in headers
-        for name, entry in header.items()
-        if _PASSED_OVER.search(name) is None
+        replace(spec_of(read[name], tuple(entry["shape"]), entry["dtype"], config), blocks=blocks.get(name, ()))
+        for name, entry in entries.items()
+        if name in read and _PASSED_OVER.search(name) is None
     ]
     if _experts(config) and config.get("auto_map") is None:
         specs = _stacked(specs)
@@ -172,7 +181,8 @@ def is_quantised(config: ConfigFile) -> bool:
     return settings is not None and not (isinstance(settings, Mapping) and settings.get("quant_method") == "mxfp4")
 
 
-def read_config(folder: Path) -> Document:
+def read_config(folder: Path) -> ConfigFile:
+    """What its config.json says of the language model."""
     path = folder / "config.json"
     if not path.is_file():
         raise SourceError(
@@ -185,7 +195,7 @@ def read_config(folder: Path) -> Document:
         raise SourceError(f"{path} cannot be read as JSON: {error}.") from error
     if not isinstance(value, dict):
         raise SourceError(f"{path} holds a JSON {type(value).__name__}, not an object.")
-    return value
+    return text_config(value)
 
 
 def spec_of(name: str, shape: tuple[int, ...], dtype: str, config: ConfigFile) -> TensorSpec:
@@ -201,7 +211,7 @@ def facts_of(config: ConfigFile, specs: Iterable[TensorSpec]) -> Facts:
     specs = list(specs)
     kind = str(config.get("model_type", ""))
     heads = _first(config, "num_attention_heads", "n_head", "n_heads", "num_heads")
-    embedding = max((s.shape for s in specs if s.role == "embedding"), default=(0, 0))
+    embedding = max((s.shape for s in specs if s.role == "embedding" and not s.per_layer), default=(0, 0))
     hidden = _first(config, "hidden_size", "n_embd", "d_model", "model_dim", "dim") or embedding[-1]
     deepest = max((s.layer for s in specs if s.layer is not None), default=-1) + 1
     layers = _first(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers") or deepest

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from halfbyte.errors import RecipeError
-from halfbyte.plan import memory
+from halfbyte.plan import base_memory, memory
 from halfbyte.plan.job import Job
 from halfbyte.plan.result import GB, POOL_RESERVE, Line, Placement, Plan, Recompute, Where
 from halfbyte.plan.timing import Rates, assumed, mean_micro_batches, step_time
@@ -62,7 +62,7 @@ def plan_with(
         later = _during(job, smaller, recompute, where, cards, before=True)
         during = max(first, later, key=_bytes)
     cache = page_cache_bytes((*around, *trained, *during), available)
-    fixed = (*around, *memory.base_lines(job, placement, cards, where, cache), *trained)
+    fixed = (*around, *base_memory.base_lines(job, placement, cards, where, cache), *trained)
     fixed_bytes = sum(line.bytes for line in fixed)
     in_files = placement in ("mapped", "streamed")
     read = 2 * mean_micro_batches(job, tokens) * max(0, job.base_bytes - int(cache)) if in_files else 0
@@ -85,7 +85,7 @@ def plan_with(
         time=step_time(job, rates, tokens=tokens, recompute=recompute, placement=placement, read_bytes=read),
         reasons={},
         warnings=(),
-        busy_file_bytes=memory.busy_file_bytes(job) if in_files else 0,
+        busy_file_bytes=base_memory.busy_file_bytes(job) if in_files else 0,
         read_bytes=read,
         building=job.store_build.lines(device.cores) if job.stored else (),
     )

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
-from halfbyte.plan import choose, memory
+from halfbyte.plan import base_memory, choose, memory
 from halfbyte.plan.job import Job
 from halfbyte.plan.result import Line, Placement
 from halfbyte.system.device import Device
@@ -127,8 +127,8 @@ def _static_lines(job: Job, device: Device, placement: Placement) -> tuple[tuple
     adapters = [line for line in memory.training_lines(job, where, "none") if line.name.startswith("adapters")]
     cache = choose.page_cache_bytes((*around, *adapters), choose.available_bytes(device))
     in_files = placement in ("mapped", "streamed")
-    base = memory.base_lines(job, placement, cards, where, cache)
-    return (*around, *base, *adapters), memory.busy_file_bytes(job) if in_files else 0
+    base = base_memory.base_lines(job, placement, cards, where, cache)
+    return (*around, *base, *adapters), base_memory.busy_file_bytes(job) if in_files else 0
 
 
 def _largest(sizes: Sequence[tuple[int, int]], budget: int) -> tuple[int, int]:
@@ -145,5 +145,5 @@ def _stays(plan: InferencePlan, job: Job) -> bool:
     """Whether all of a mapped base stays in memory at the peak; another placement does not need it."""
     if plan.placement != "mapped" or job.recipe.quant.placement == "mapped":
         return True
-    droppable = job.base_bytes - memory.busy_file_bytes(job)
+    droppable = job.base_bytes - base_memory.busy_file_bytes(job)
     return plan.needed_bytes + droppable <= choose.CACHE_SHARE * plan.available_bytes

@@ -239,10 +239,10 @@ class Job:
         return sum(sum(s.shape) for s in self.specs if s.role == "linear")
 
     def _bytes_by_layer(self, *, experts: bool) -> Counter[int | None]:
-        """Bytes of each decoder layer of the base, and of what is around them (None)."""
+        """Bytes of each decoder layer of the base, and of what is around them (None); without `table_bytes`."""
         sizes = Counter[int | None]()
         for s in self.specs:
-            if experts or s.role != "expert":
+            if (experts or s.role != "expert") and not (s.per_layer and self.mappable):
                 sizes[s.layer] += policy.encoded_bytes(s, self.recipe.quant, self.itemsize)
         return sizes
 
@@ -253,6 +253,12 @@ class Job:
     @property
     def base_bytes(self) -> int:
         return self._layers_bytes.total()
+
+    @cached_property
+    def table_bytes(self) -> int:
+        """Of a base that can be mapped, the table of per-layer embeddings, which stays in its file wherever the rest
+        lies."""
+        return sum(self.itemsize * s.numel for s in self.specs if s.per_layer and self.mappable)
 
     @cached_property
     def values_bytes(self) -> int:
@@ -328,7 +334,7 @@ class Job:
     @cached_property
     def embedding_numel(self) -> int:
         """Numbers of the largest embedding."""
-        return max((s.numel for s in self.specs if s.role == "embedding"), default=0)
+        return max((s.numel for s in self.specs if s.role == "embedding" and not s.per_layer), default=0)
 
     @cached_property
     def steps(self) -> int:

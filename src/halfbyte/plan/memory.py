@@ -33,7 +33,7 @@ from halfbyte.plan.result import (
     Where,
     library_lines,
 )  # fmt: skip
-from halfbyte.quant import formats, policy
+from halfbyte.quant import policy
 from halfbyte.system import pages
 from halfbyte.system.device import Device
 from halfbyte.system.threads import PRODUCTS_KEPT
@@ -64,8 +64,6 @@ PRODUCTS_OF_A_SIZE, PRODUCTS_OF_AN_EVALUATION = 25, 8
 # vocabulary (985 and 290).
 TOKENIZER_SHARE, TOKENIZER_BYTES_PER_ENTRY = 8, 1000
 ROW_BYTES = 60  # a row's length, labels and place in the order; its tokens lie in a mapped file
-TOUCHED_BYTES_PER_TOKEN = 65536  # the kernel maps sixteen pages around each one that is touched
-AHEAD = 2  # layers that are read ahead of a streamed one
 
 # Bytes of optimiser state for each trained parameter; AdamW's 8 for a name that is not here.
 OPTIMIZER_BYTES = {
@@ -130,49 +128,6 @@ def _products_bytes(job: Job) -> int:
         adapted = any(site.reads == "experts" for site in job.sites)
         products += expert_products(job.facts, job.step_tokens, adapted=adapted)
     return PRODUCT_BYTES * (min(PRODUCTS_KEPT, products) - PRODUCTS_OF_A_SIZE)
-
-
-def base_lines(job: Job, placement: Placement, cards: int, where: Where, cache_bytes: float) -> tuple[Line, ...]:
-    """The frozen base, where it computes. `cache_bytes`: for pages of a mapped base; what does not stay is read from
-    disk again."""
-    quant = job.recipe.quant
-    kind = f"{len(job.specs)} tensors, {job.parameters / 1e6:.1f} M weights, quant.type {quant.type}"
-    source, inner = formats.of(quant).source, job.base_bytes - (job.values_bytes or job.outer_bytes)
-    values = Line("base's values", job.values_bytes, "embeddings, head, norms: not in blocks", source, where)
-    beside = (values,) if quant.in_file else ()
-    if placement == "streamed":
-        how = f"streamed: {1 + AHEAD} layers of {job.facts.layers}, or one and the head"
-        return (Line("base", busy_file_bytes(job), how, source, "file"), *beside)
-    if placement == "split":
-        share = -(-inner // cards) + job.outer_bytes
-        return (Line("base", share, f"a card's share of {cards}: {kind}", source, where),)
-    if placement == "sharded":
-        scales = inner // 32 if quant.quantises else 0
-        share = job.outer_bytes + scales + -(-(inner - scales) // job.ranks) + 2 * job.layer_bytes
-        return (Line("base", share, f"a share of {job.ranks} of the layers, and one whole: {kind}", source, where),)
-    if placement == "mapped":
-        mapped = inner + _touched_outer_bytes(job)
-        resident = min(mapped, max(busy_file_bytes(job), int(cache_bytes)))
-        part = "" if resident == mapped else f"{resident / mapped:.0%} of "
-        return (Line("base", resident, f"mapped: {part}{kind}", source, "file"), *beside)
-    return (Line("base", job.base_bytes, kind, source, where),)
-
-
-def busy_file_bytes(job: Job) -> int:
-    """Pages of a mapped or streamed base that are in use at once.
-
-    The layer that computes, with all its experts, and those that are read ahead; or the head beside the last layer.
-    """
-    return min(job.base_bytes, job.layer_bytes + max(AHEAD * job.dense_layer_bytes, _touched_outer_bytes(job)))
-
-
-def _touched_outer_bytes(job: Job) -> int:
-    """Of an embedding that is not the head too, only the rows of the data's tokens are read."""
-    if job.recipe.quant.in_file or job.facts.tied_head:
-        return job.outer_bytes * (not job.recipe.quant.in_file)
-    embedding = job.itemsize * job.embedding_numel
-    distinct = min(job.facts.vocab, max(1, round(0.2 * job.rows.tokens)))
-    return job.outer_bytes - embedding + min(embedding, distinct * TOUCHED_BYTES_PER_TOKEN)
 
 
 def optimizer_bytes(job: Job) -> int:

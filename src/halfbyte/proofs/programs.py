@@ -31,10 +31,12 @@ class Transformers:
 
     def __init__(self, path: str) -> None:
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoTokenizer
 
         self.torch = torch
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
+        whole = type(AutoConfig.from_pretrained(path)) in AutoModelForMultimodalLM._model_mapping
+        auto = AutoModelForMultimodalLM if whole else AutoModelForCausalLM
+        self.model = auto.from_pretrained(path, dtype="auto").eval()
         self.tokenizer = AutoTokenizer.from_pretrained(path)
 
     def tokens(self, text: str) -> list[int]:
