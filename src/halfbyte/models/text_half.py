@@ -21,12 +21,9 @@ from halfbyte.types import Config, ConfigFile, Document
 _Class: TypeAlias = Any  # a class of transformers, or what one of its functions takes and gives
 # A text config without a causal LM of its own -> a type that computes the same, and what that one calls its settings.
 _SAME_AS: dict[str, tuple[str, Document]] = {
-    "qwen2_vl_text": ("qwen2", {}),
-    "qwen2_5_vl_text": ("qwen2", {}),
-    "qwen3_vl_text": ("qwen3", {}),
-    "qwen3_vl_moe_text": ("qwen3_moe", {}),
-    "glm4v_text": ("glm4", {"attention_bias": True}),
-}
+    "qwen2_vl_text": ("qwen2", {}), "qwen2_5_vl_text": ("qwen2", {}), "qwen3_vl_text": ("qwen3", {}),
+    "qwen3_vl_moe_text": ("qwen3_moe", {}), "glm4v_text": ("glm4", {"attention_bias": True}),
+}  # fmt: skip
 # Files of before 5.0 have the text config's fields beside the tower's.
 _FLAT = {"qwen2_vl": "qwen2_vl_text", "qwen2_5_vl": "qwen2_5_vl_text"}
 # What a file leaves out because it is the config class's default, and a plan needs.
@@ -45,16 +42,10 @@ def text_config(config: ConfigFile) -> ConfigFile:
     inner = config.get("text_config")
     if not isinstance(inner, Mapping):
         return config | {"model_type": _SAME_AS[_FLAT[kind]][0], "text_half_of": kind} if kind in _FLAT else config
-    values = {**config, **inner, **_beside(config)}
-    kind = inner.get("model_type", kind)
-    name, more = _SAME_AS.get(str(kind), (kind, {}))
-    del values["text_config"]
-    return _DEFAULTS.get(str(name), {}) | values | more | {"model_type": name, "text_half_of": config.get("model_type")}
-
-
-def _beside(config: ConfigFile) -> Document:
-    """What the whole model's own fields decide."""
-    return {k: config[k] for k in ("tie_word_embeddings", "quantization_config") if config.get(k) is not None}
+    beside = {k: config[k] for k in ("tie_word_embeddings", "quantization_config") if config.get(k) is not None}
+    name, more = _SAME_AS.get(str(inner.get("model_type", kind)), (inner.get("model_type", kind), {}))
+    values = {**_DEFAULTS.get(str(name), {}), **config, **inner, **beside, **more}
+    return values | {"model_type": name, "text_half_of": kind, "text_config": None}
 
 
 def text_tensors(names: Iterable[str], config: ConfigFile) -> dict[str, str]:
@@ -85,11 +76,8 @@ def half_of(config: Config) -> Config | None:
     if cls not in AutoModelForCausalLM._model_mapping or _place(whole) is None:
         return None
     half = _registered(type(config), whole, cls)
-    values = (
-        text.to_dict()
-        | more
-        | {"model_type": kind, "tie_word_embeddings": getattr(config, "tie_word_embeddings", False)}
-    )
+    values = text.to_dict() | more | {"model_type": kind}
+    values["tie_word_embeddings"] = getattr(config, "tie_word_embeddings", False)
     if more and "head_dim" not in values:
         values["head_dim"] = text.hidden_size // text.num_attention_heads
     if kind != text.model_type:
@@ -129,7 +117,7 @@ def _registered(config_class: _Class, whole: _Class, text_class: _Class) -> _Cla
     half = type(f"{config_class.__name__}TextHalf", (text_class,), {"__module__": __name__})
     model = _model_class(AutoModelForCausalLM._model_mapping[text_class], half, whole)
     AutoModelForCausalLM.register(half, model)
-    register_checkpoint_conversion_mapping(model.__name__, _renamings(config_class, whole))
+    register_checkpoint_conversion_mapping(model.__name__, _renamings(config_class, whole), overwrite=True)
     return half
 
 
@@ -168,9 +156,8 @@ def _model_class(lm: _Class, half: _Class, whole: _Class) -> _Class:
         def set_input_embeddings(self, value: nn.Module) -> None:
             self.get_decoder().set_input_embeddings(value)
 
-    TextHalf.__name__ = TextHalf.__qualname__ = (
-        f"{whole.__name__.removesuffix('ForConditionalGeneration')}TextHalfForCausalLM"
-    )
+    name = whole.__name__.removesuffix("ForConditionalGeneration")
+    TextHalf.__name__ = TextHalf.__qualname__ = f"{name}TextHalfForCausalLM"
     return TextHalf
 
 
