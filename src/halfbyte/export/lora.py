@@ -160,7 +160,7 @@ def write_peft(merged: MergedModel, folder: Path, program: Program | None = None
 
 
 def _write_mlx(tensors: dict[str, torch.Tensor], folder: Path, rank: int, layers: int) -> list[str]:
-    """An adapter of mlx-lm (`tuner/utils.py`, `load_adapters`): every layer of a model has the same modules."""
+    """An adapter that mlx-lm's `load_adapters` reads: every layer of a model has the same modules."""
     keys = {".".join(split_at_layer(name)[1][:-1]) for name in tensors}
     settings = {"rank": rank, "scale": 1.0, "dropout": 0.0, "keys": sorted(keys)}
     config = {"fine_tune_type": "lora", "num_layers": layers, "lora_parameters": settings}

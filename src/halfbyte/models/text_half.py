@@ -14,11 +14,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from functools import cache
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-from halfbyte.types import Config, ConfigFile, Document
+from halfbyte.types import Config, ConfigFile, Document, Model
 
-_Class: TypeAlias = Any  # a class of transformers, or what one of its functions takes and gives
+_Class: TypeAlias = Model  # a class of transformers, or what one of its functions takes and gives
 # A text config without a causal LM of its own -> a type that computes the same, and what that one calls its settings.
 _SAME_AS: dict[str, tuple[str, Document]] = {
     "qwen2_vl_text": ("qwen2", {}), "qwen2_5_vl_text": ("qwen2", {}), "qwen3_vl_text": ("qwen3", {}),
