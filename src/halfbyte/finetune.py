@@ -137,16 +137,16 @@ def set_up(
     assembled = model.assembled
     if line := agree.join(world, model.belongs_to, assembled.model, process.threads):
         tell.note("world", line)
+    prepared = (run := fit.decide_sharing(run, assembled.model, tell)).prepared
     pace.recompute_as(assembled.model, plan.recompute)
     speed = fit.make_pace(run, assembled.model, lambda text: tell.note("memory", text), packed=assembled.packed.ok)
     limits = speed.tokens, speed.examples_per_micro_batch
     steps, held_out = schedule.micro_batches(prepared, *limits, rank=world.rank, ranks=world.size)
     compute = fit.decide_compute(run, assembled, schedule.plan_steps(prepared, *limits)[0], tell)
-    agree.check(world, {"compute": {"products": str(compute.products)}})
+    agree.check(world, {"shares": prepared.shares, "compute": {"products": str(compute.products)}})
     exact = prepared.recipe.quant.compute == "exact" or compute.products == integers.BOTH
     notices += [*prepare.notices(prepared), *(str(f) for f in prepared.findings if f.level != "ok"), *plan.warnings]
-    notices += [*model.notices, *([] if exact else [f"compute: {compute}"])]
-    for notice in notices:
+    for notice in (notices := [*notices, *model.notices, *([] if exact else [f"compute: {compute}"])]):
         tell.note("note", notice)
 
     accelerator.reset_peaks()  # of a calibration and the proofs
@@ -216,7 +216,8 @@ def _write_start(setup: Setup, loaded: Loaded, run: RunFolder) -> None:
             beside["recipe.yaml"] = _recipe_text(setup, loaded).encode()
         for name, content in beside.items():
             files.write(run.path / name, content)
-    write_json(run.plan, {**planned.plan.to_json(), "steps": len(setup.steps), "tokens": setup.steps.tokens})
+    tokens = {"tokens": setup.steps.tokens, "computed_tokens": planned.computed_tokens(setup.steps)}
+    write_json(run.plan, {**planned.plan.to_json(), "steps": len(setup.steps), **tokens})
     with space_for(run.held_out):
         split.keep(planned.prepared.held_out, run.held_out)
     known = partial(beginning.facts, run, loaded, planned, setup.model.assembled, setup.compute, setup.notices, step)
@@ -283,6 +284,7 @@ def _finish(
         rows,
         planned={
             "tokens": setup.steps.tokens,
+            "computed_tokens": setup.run.computed_tokens(setup.steps),
             "steps": len(setup.steps),
             "train_seconds": plan.time.run_s,
             "seconds": plan.time.seconds,

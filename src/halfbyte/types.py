@@ -45,3 +45,12 @@ class Batch(TypedDict, total=False):
     max_length_k: int
     keep: Tensor  # (K,) positions whose next token is labelled
     targets: Tensor  # (K,) the labels
+    beginnings: Tensor  # (T,) int64: a hash of a text's tokens up to each one
+    # where texts share their beginnings (`data.prefixes`): S segments, each before what follows it; `cu_seq_lens_q` is
+    # (S + 1,), the lengths are those of the longest text still
+    levels: Tensor  # (S,) how many segments each one follows
+    counts: Tensor  # (K,) fp32: how many texts have this label
+    label_of: Tensor  # the labels of each text by their place among the K, one text after another
+    label_starts: Tensor  # (n + 1,) where each text's begin in `label_of`
+    text_lengths: Tensor  # (n,) tokens of each text
+    sharers: Tensor  # (T,) how many texts have this token

@@ -56,7 +56,7 @@ def test_a_micro_batch_without_labels_has_no_targets() -> None:
 
 
 def test_step_dataset() -> None:
-    steps = [Step(0, ((0, 2), (1,)), 4, 8, 4), Step(1, ((2,),), 2, 3, 2)]
+    steps = [Step(0, ((0, 2), (1,)), 4, 8, 4, 8), Step(1, ((2,),), 2, 3, 2, 3)]
     data = StepDataset([A, B, C], steps)
     assert len(data) == 2
     item = data[0]

@@ -33,8 +33,8 @@ def around_attention(patch: Patch, change: Callable[..., dict[str, Any]]) -> Non
     """The fused attention, with some of its arguments changed."""
     real = attention.attention
 
-    def faulty(q: Any, k: Any, v: Any, lengths: Any, scale: Any, cos: Any, sin: Any) -> Any:
-        given = {"q": q, "k": k, "v": v, "lengths": lengths, "scale": scale, "cos": cos, "sin": sin}
+    def faulty(q: Any, k: Any, v: Any, lengths: Any, scale: Any, cos: Any, sin: Any, levels: Any = ()) -> Any:
+        given = {"q": q, "k": k, "v": v, "lengths": lengths, "scale": scale, "cos": cos, "sin": sin, "levels": levels}
         return real(**given | change(given))
 
     patch.setattr(attention, "attention", faulty)

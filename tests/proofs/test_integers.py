@@ -141,7 +141,7 @@ def test_the_same_bits_wherever_the_base_lies(model: Model) -> None:
 
 
 def test_rows_for_the_proof() -> None:
-    step = pack.Step(0, ((3, 0), (1, 2)), 1, 1, 1.0)
+    step = pack.Step(0, ((3, 0), (1, 2)), 1, 1, 1.0, 1)
     assert integers.rows_for_proof(step, [300, 200, 900, 100], packed=True) == [3, 1]
     assert integers.rows_for_proof(step, [300, 200, 900, 100], packed=False) == [3]
     assert integers.rows_for_proof(step, [5000] * 4, packed=True) == [3]

@@ -16,9 +16,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from halfbyte.data.collate import collate, collate_tree
+from halfbyte.data.encoding.examples import Example
 from halfbyte.layers import loss, packing
 from halfbyte.layers.packing import BodyHooks
 from halfbyte.models import structure
+from halfbyte.proofs import sharing
 from halfbyte.proofs.packing import prove_packing
 from halfbyte.types import Batch, Document, Model
 
@@ -146,22 +149,22 @@ def training_batch(model: Model, inputs: dict[str, Tensor]) -> tuple[Batch | Non
     if ids is None or labels is None or ids.dim() != 2 or labels.shape != ids.shape:
         return None, "no labels (B, L) beside input_ids (B, L)"
     rows, width = ids.shape
-    mask = given.get("attention_mask")
-    if mask is not None and mask.shape == labels.shape and mask.device == labels.device:
-        mask, labels = torch.stack([mask.to(labels.dtype), labels]).cpu().unbind()  # a card is waited for once
-    lengths, labels = lengths_of(mask, rows, width), labels.cpu()
+    mask = given.get("attention_mask", torch.ones_like(labels))
+    if mask.shape != labels.shape:
+        return None, NOT_RIGHT
+    numbers = (x.to(labels.device, labels.dtype) for x in (mask, labels, ids))
+    mask, labels, ids = torch.stack([*numbers]).cpu().unbind()  # a card is waited for once
+    lengths = lengths_of(mask, rows, width)
     if lengths is None:
         return None, NOT_RIGHT
     if not packs(model):
         return None, NOT_PROVEN
     if loss.head_of(model) is None:
         return None, "this model's logits are not its head's alone"
-    tokens, flat = real_tokens(lengths, width), labels.flatten()
-    if int((flat != -100).sum()) != int((flat[tokens] != -100).sum()):
+    real = torch.arange(width) < lengths[:, None]  # (B, L)
+    if bool((labels[~real] != -100).any()):
         return None, "padding has labels"
-    packed = pack(lengths, width)
-    packed_labels = flat[tokens].clone()  # (T,)
-    packed_labels[packed["cu_seq_lens_q"][:-1].long()] = -100  # the first token of an example is nobody's next token
-    keep = (packed_labels[1:] != -100).nonzero().squeeze(1)
-    packed_ids = ids.flatten()[tokens.to(ids.device)][None]  # (1, T)
-    return {**packed, "input_ids": packed_ids, "keep": keep, "targets": packed_labels[keep + 1]}, ""
+    pairs = zip(ids.tolist(), labels.tolist(), lengths.tolist(), strict=True)
+    examples = [Example(tuple(row[:n]), tuple(of_row[:n]), "", (), "") for row, of_row, n in pairs]
+    are_ids = all(label in (-100, token) for e in examples for token, label in zip(e.input_ids, e.labels, strict=True))
+    return (collate_tree if are_ids and sharing.shares(model, examples) else collate)(examples), ""

@@ -222,6 +222,7 @@ def data_check(value: DataCheck) -> None:
         f"{about['micro_batches_per_step']:.1f} micro-batches a step, {about['rows_per_micro_batch']:.1f} rows in each "
         f"(at most {about['max_tokens_per_micro_batch']:,} tokens)",
     )
+    show.field("", value.sharing["shared"])
     show.field("time", time.line)
     for row in value.shown:
         show.text("")

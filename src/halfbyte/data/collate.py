@@ -9,11 +9,13 @@ that makes logits only where there is a label.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
-from typing import TypedDict
+from typing import Self, TypedDict
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from halfbyte.data import pack, prefixes
 from halfbyte.data.encoding.examples import IGNORED, Example
 from halfbyte.data.pack import MicroBatch, Step, Steps
 from halfbyte.types import Batch
@@ -28,6 +30,7 @@ def collate(examples: Sequence[Example]) -> Batch:
         max_length_q, max_length_k: the longest text, as an int.
         keep: (K,) int64, the positions p whose next token is labelled.
         targets: (K,) int64, `labels[0, keep + 1]`.
+        beginnings: (T,) int64, see `prefixes.beginnings`.
     """
     lengths = [n for e in examples for n in e.pieces]
     starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)  # (n + 1,)
@@ -46,6 +49,52 @@ def collate(examples: Sequence[Example]) -> Batch:
         "max_length_k": max(lengths),
         "keep": keep,
         "targets": labels[keep + 1],  # (K,)
+        "beginnings": torch.from_numpy(prefixes.beginnings(input_ids.numpy(), position_ids.numpy())),
+    }
+
+
+def collate_tree(examples: Sequence[Example]) -> Batch:
+    """The same with what texts have in common at their beginnings once (`prefixes.Tree`), as `types.Batch` has it; a
+    plain batch where nothing is, or where a row is several texts."""
+    rows = [np.array(e.input_ids, np.uint32) for e in examples]
+    tree = prefixes.Tree.of(rows)
+    if not any(tree.shared) or any(len(e.starts) > 1 for e in examples):
+        return collate(examples)
+    segments, tokens = tree.segments(), 0
+    places = [np.empty(length, np.int64) for length in tree.lengths]  # of each row's tokens in the pack
+    for row, start, stop, _ in segments:
+        if start == tree.shared[row]:  # its first one
+            places[row][:start] = places[row - 1][:start]
+        places[row][start:stop] = np.arange(tokens, tokens + stop - start)
+        tokens += stop - start
+    of_texts = [places[row] for row in np.argsort(tree.order)]  # in the order of the examples
+    labels = [np.array(e.labels) for e in examples]
+    labelled = [np.flatnonzero(row[1:] != IGNORED) for row in labels]  # the token before each label
+    every = np.concatenate([place[at] for place, at in zip(of_texts, labelled, strict=True)])
+    tokens_of = np.concatenate([row[1:][at] for row, at in zip(labels, labelled, strict=True)])
+    keep, first, label_of, counts = np.unique(every, return_index=True, return_inverse=True, return_counts=True)
+    positions = np.concatenate([np.arange(len(row)) for row in rows])
+    everywhere, ids = np.concatenate(of_texts), np.concatenate(rows).astype(np.int64)
+    packed = np.empty((3, tokens), np.int64)
+    packed[:, everywhere] = ids, positions, prefixes.beginnings(ids, positions)
+    starts = torch.tensor([0, *accumulate(stop - start for _, start, stop, _ in segments)], dtype=torch.int32)
+    input_ids, position_ids, beginnings = torch.from_numpy(packed)
+    return {
+        "input_ids": input_ids[None],
+        "position_ids": position_ids[None],
+        "cu_seq_lens_q": starts,
+        "cu_seq_lens_k": starts,
+        "max_length_q": max(tree.lengths),
+        "max_length_k": max(tree.lengths),
+        "keep": torch.from_numpy(keep),
+        "targets": torch.from_numpy(tokens_of[first]),
+        "beginnings": beginnings,
+        "levels": torch.tensor([level for *_, level in segments]),
+        "counts": torch.from_numpy(counts).float(),
+        "label_of": torch.from_numpy(label_of),
+        "label_starts": torch.tensor([0, *accumulate(map(len, labelled))]),
+        "text_lengths": torch.tensor([*map(len, rows)]),
+        "sharers": torch.from_numpy(np.bincount(everywhere)),
     }
 
 
@@ -62,6 +111,15 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         return map(self.of, self.micro_batches)
+
+    @classmethod
+    def of_rows(cls, examples: Sequence[Example], tokens: int, most: int, *, shares: bool = False) -> Self:
+        """All rows once, for an evaluation, in micro-batches of at most `tokens` and `most` rows. `shares`: what rows
+        have in common at their beginnings is computed once."""
+        rows = [np.array(e.input_ids, np.uint32) for e in examples]
+        ids = rows.__getitem__ if shares else None
+        planned = pack.eval_micro_batches([*map(len, rows)], tokens, most, ids)
+        return cls(examples, planned, collate_tree if shares else collate)
 
     @property
     def text_rows(self) -> list[int]:

@@ -4,7 +4,9 @@ Why: the item of the data set is one whole step, so the budget of a micro-batch 
 step, without changing what a step learns from. Rows are grouped as transformers.Trainer groups them (the last step of
 an epoch may be short); first-fit decreasing then puts them into micro-batches (at most 11/9 of the fewest possible,
 plus one: Johnson 1973).
-Cost: a few microseconds a row; an epoch's order, made with its first step, a second for two million rows. No torch.
+Where rows share their beginnings (`prefixes.py`) a family of them is packed as one, in parts where it is too long.
+Cost: a few microseconds a row, some twenty where its tokens are looked at; an epoch's order, made with its first step,
+a second for two million rows. No torch.
 """
 
 import math
@@ -15,6 +17,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
+
+from halfbyte.data.prefixes import IdsOf, Tree, computed
 
 MicroBatch = tuple[int, ...]
 """Numbers of the rows that share a forward pass."""
@@ -28,6 +32,7 @@ EVAL_WINDOW_ROWS = 512
 # At most so many steps, those with the most tokens, are searched for the longest micro-batch of a run.
 LOOKED_AT_STEPS = 4096
 LOOKED_AT_ROWS = 200_000  # a tenth of a second
+LOOKED_AT_TREES = 512  # of these steps, where rows share their beginnings: a quarter of a second
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,8 @@ class Step:
     tokens: int
     weight: float
     """What the sum of its rows' losses is divided by."""
+    computed: int
+    """Of its tokens those that are computed, by all processes; all, where rows share no beginnings."""
 
 
 @dataclass(eq=False)
@@ -67,6 +74,8 @@ class Steps:
     ranks: int = 1
     weights: Weights | None = None
     """What each row counts for; None: as many as it has labelled tokens."""
+    ids: IdsOf | None = None
+    """The tokens of a row, where rows share their beginnings."""
     _orders: dict[int, NDArray[np.uint32]] = field(default_factory=dict, init=False)
 
     @property
@@ -82,16 +91,18 @@ class Steps:
     def __getitem__(self, index: int) -> Step:
         if not 0 <= index < self.total:
             raise IndexError(f"step {index} of {self.total}")
-        epoch, place = divmod(index, self.per_epoch)
-        rows = self._order(epoch)[place * self.rows_per_step : (place + 1) * self.rows_per_step].tolist()
-        share_of_rank = rows if self.ranks == 1 else share(rows, self.lengths, self.ranks)[self.rank]
-        limits = self.max_tokens_per_micro_batch, self.examples_per_micro_batch
+        rows = self.rows(index)
+        shares = share(rows, self.lengths, self.ranks, self.ids) if self.ranks > 1 else [rows]
+        limits = self.max_tokens_per_micro_batch, self.examples_per_micro_batch, self.ids
+        tokens = int(self.lengths[rows].sum())
+        parts = [arrange(part, self.lengths, *limits) for part in (shares if self.ids else shares[self.rank :][:1])]
         return Step(
             index=index,
-            micro_batches=arrange(share_of_rank, self.lengths, *limits),
+            micro_batches=parts[self.rank if self.ids else 0],
             labelled_tokens=int(self.labelled[rows].sum()),
-            tokens=int(self.lengths[rows].sum()),
+            tokens=tokens,
             weight=(self.labelled if self.weights is None else self.weights)[rows].sum().item(),
+            computed=sum(computed(m, self.lengths, self.ids) for part in parts for m in part) if self.ids else tokens,
         )
 
     def passes(self, step: int) -> float:
@@ -114,18 +125,36 @@ class Steps:
     def longest_micro_batch(self) -> MicroBatch:
         """The rows of the micro-batch with the most tokens, of the first epoch's steps with the most tokens."""
         looked_at: Sequence[int] = range(min(self.total, self.per_epoch))
-        if len(looked_at) > LOOKED_AT_STEPS:
+        most = LOOKED_AT_TREES if self.ids else LOOKED_AT_STEPS
+        if len(looked_at) > most:
             lengths, sums = self.lengths[self._order(0)], self.sums(0)
-            fullest = np.argpartition(sums, -LOOKED_AT_STEPS)[-LOOKED_AT_STEPS:]
+            fullest = np.argpartition(sums, -most)[-most:]
             with_longest = int(np.argmax(lengths[: self.total * self.rows_per_step])) // self.rows_per_step
             looked_at = [*fullest.tolist(), with_longest]
         micro_batches = (rows for i in looked_at for rows in self[i].micro_batches)
-        return max(micro_batches, key=lambda rows: int(self.lengths[list(rows)].sum()), default=())
+        return max(micro_batches, key=lambda rows: computed(rows, self.lengths, self.ids), default=())
 
     def most_tokens(self) -> int:
         """Tokens of the largest step of the first epochs: as many as have `LOOKED_AT_ROWS` rows together, or one."""
         epochs = min(-(-self.total // self.per_epoch), max(1, LOOKED_AT_ROWS // len(self.lengths)))
         return int(max(self.sums(epoch).max() for epoch in range(epochs)))
+
+    def rows(self, index: int) -> list[int]:
+        """The rows of a step, in their order."""
+        epoch, place = divmod(index, self.per_epoch)
+        rows: list[int] = self._order(epoch)[place * self.rows_per_step : (place + 1) * self.rows_per_step].tolist()
+        return rows
+
+    def tree(self, index: int) -> Tree:
+        """What the rows of a step have in common."""
+        if self.ids is None:
+            raise ValueError("rows share nothing")
+        return Tree.of([self.ids(row) for row in self.rows(index)])
+
+    def trees(self, most: int) -> list[Tree]:
+        """The same of so many steps of the first epoch, at even distances."""
+        count = min(self.total, self.per_epoch)
+        return [self.tree(int(i)) for i in np.unique(np.linspace(0, count - 1, min(most, count)).astype(int))]
 
     def sums(self, epoch: int) -> NDArray[np.int64]:
         """Tokens of each step of an epoch, as far as the run goes: (steps,) int64."""
@@ -142,35 +171,58 @@ class Steps:
         return self._orders[epoch]
 
 
-def share(rows: Sequence[int], lengths: Sizes, ranks: int) -> list[list[int]]:
+def share(rows: Sequence[int], lengths: Sizes, ranks: int, ids: IdsOf | None = None) -> list[list[int]]:
     """Rows over processes, about as many tokens to each: the longest first, to whoever has least (at most 4/3 of the
-    best possible, Graham 1969). In the order of `rows` for each; some may get none."""
+    best possible, Graham 1969). In the order of `rows` for each; some may get none. `ids`: rows that share a beginning
+    go to one process, but for families that are too long for it."""
     parts: list[list[int]] = [[] for _ in range(ranks)]
     tokens = [0] * ranks
-    sizes = [int(lengths[r]) for r in rows]
-    for position in sorted(range(len(rows)), key=lambda p: -sizes[p]):
+    groups = [([position], int(lengths[row])) for position, row in enumerate(rows)]
+    if ids is not None and rows:
+        tree = Tree.of([*map(ids, rows)])
+        low, high = max(-(-tree.tokens // ranks), *tree.lengths) - 1, tree.tokens
+        while high - low > 1:  # the least limit by which neighbours go into as many parts as there are processes
+            limit = (low + high) // 2
+            low, high = (low, limit) if _fits(tree, limit, ranks) else (limit, high)
+        groups = tree.groups(high, len(rows))
+    for positions, size in sorted(groups, key=lambda group: -group[1]):
         least = min(range(ranks), key=lambda rank: (tokens[rank], rank))
-        parts[least].append(position)
-        tokens[least] += sizes[position]
+        parts[least] += positions
+        tokens[least] += size
     return [[rows[p] for p in sorted(part)] for part in parts]
+
+
+def _fits(tree: Tree, limit: int, parts: int) -> bool:
+    """Whether neighbours go into so many parts of at most `limit` tokens, and families of no more stay whole."""
+    left = 0
+    for _, size in tree.groups(limit, len(tree.order)):
+        parts, left = (parts, left - size) if size <= left else (parts - 1, limit - size)
+    return parts >= 0
 
 
 def count_steps(rows: int, *, rows_per_step: int, epochs: float, max_steps: int) -> int:
     return max_steps if max_steps > 0 else math.ceil(epochs * math.ceil(rows / rows_per_step))
 
 
-def eval_micro_batches(lengths: Sizes, budget: int, examples_per_micro_batch: int | None) -> list[MicroBatch]:
+def eval_micro_batches(
+    lengths: Sizes, budget: int, examples_per_micro_batch: int | None, ids: IdsOf | None = None
+) -> list[MicroBatch]:
     """All rows once, in micro-batches of at most `budget` tokens and `examples_per_micro_batch` rows."""
     rows = range(len(lengths))
     windows = (rows[start : start + EVAL_WINDOW_ROWS] for start in rows[::EVAL_WINDOW_ROWS])
-    return [rows for window in windows for rows in arrange(window, lengths, budget, examples_per_micro_batch)]
+    return [rows for window in windows for rows in arrange(window, lengths, budget, examples_per_micro_batch, ids)]
 
 
 def arrange(
-    rows: Sequence[int], lengths: Sizes, max_tokens_per_micro_batch: int, examples_per_micro_batch: int | None
+    rows: Sequence[int],
+    lengths: Sizes,
+    max_tokens_per_micro_batch: int,
+    examples_per_micro_batch: int | None,
+    ids: IdsOf | None = None,
 ) -> tuple[MicroBatch, ...]:
     """Rows into few micro-batches, first-fit decreasing; within one, and among equals, in the order of `rows`. No rows,
-    as a process may have of a step, are no micro-batches."""
+    as a process may have of a step, are no micro-batches. `ids`: rows that share a beginning stay together where they
+    fit, and its tokens count once."""
     max_rows = max(1, len(rows)) if examples_per_micro_batch is None else examples_per_micro_batch
     if max_tokens_per_micro_batch < 1 or max_rows < 1:
         raise ValueError(
@@ -181,15 +233,16 @@ def arrange(
         return tuple((r,) for r in rows)
     bins: list[list[int]] = []
     free: list[int] = []
-    sizes = [int(lengths[r]) for r in rows]
-    for position in sorted(range(len(rows)), key=lambda p: -sizes[p]):
-        need = sizes[position]
+    groups = [([position], int(lengths[row])) for position, row in enumerate(rows)]
+    if ids is not None:
+        groups = Tree.of([*map(ids, rows)]).groups(max_tokens_per_micro_batch, max_rows)
+    for positions, need in sorted(groups, key=lambda group: -group[1]):
         for number, left in enumerate(free):
-            if need <= left and len(bins[number]) < max_rows:
-                bins[number].append(position)
+            if need <= left and len(bins[number]) + len(positions) <= max_rows:
+                bins[number] += positions
                 free[number] -= need
                 break
         else:
-            bins.append([position])
+            bins.append(positions)
             free.append(max_tokens_per_micro_batch - need)
     return tuple(tuple(rows[p] for p in sorted(positions)) for positions in bins)

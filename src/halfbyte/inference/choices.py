@@ -4,17 +4,18 @@ Why: a small model that writes around the answer still knows which one it is; an
 What: each choice takes the place of the answer, with the token that ends the turn, as training has it; the sum of its
 tokens' log-likelihoods counts.
 Source: lm-evaluation-harness calls it `acc` of a multiple-choice task; there the turn's end does not count.
-Cost: a forward of the row for each choice.
+Cost: a forward of the row for each choice, of its prompt once where that is proven.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from halfbyte.data import collate, pack
+from halfbyte.data import collate
 from halfbyte.data.encoding.examples import IGNORED, Example
 from halfbyte.errors import DataError
 from halfbyte.inference.generate import evaluating, stop_ids
 from halfbyte.layers import loss, packing
+from halfbyte.proofs import sharing
 from halfbyte.recipe.evaluation import Eval
 from halfbyte.scoring.metrics import choices
 from halfbyte.types import Model, Tokenizer
@@ -25,9 +26,10 @@ TOGETHER = 512
 
 
 def choose(
-    model: Model, tokenizer: Tokenizer, asking: Sequence[Example], settings: Eval, tell: Callable[[str, int, int], None]
-) -> list[str]:
-    """For each row the choice that is the most likely answer."""
+    model: Model, tokenizer: Tokenizer, asking: Sequence[Example], settings: Eval,
+    tell: Callable[[str, int, int], None], *, shares: bool = False,
+) -> list[str]:  # fmt: skip
+    """For each row the choice that is the most likely answer. `shares`: its prompt may be computed once for all."""
     named = choices(settings, [e.completion for e in asking])
     stops = set(stop_ids(model, tokenizer))
     ids = {name: tokenizer(name, add_special_tokens=False)["input_ids"] for name in named}
@@ -42,8 +44,8 @@ def choose(
                 "as this tokenizer reads it in one piece with what stands before it.",
                 fix="--metric exact_match",
             )
-        lengths = [len(row.input_ids) for row in rows]
-        batches = collate.Batches(rows, pack.eval_micro_batches(lengths, TOGETHER, len(rows) if packed else 1))
+        once = shares and packed and sharing.shares(model, rows)
+        batches = collate.Batches.of_rows(rows, TOGETHER, len(rows) if packed else 1, shares=once)
         losses = dict[int, float]()
         with evaluating(model):
             for together in batches.micro_batches:

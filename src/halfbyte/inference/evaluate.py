@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from halfbyte.data import blocks, collate, pack, split
+from halfbyte.data import blocks, collate, split
 from halfbyte.data.encoding import encode
 from halfbyte.data.encoding.examples import IGNORED, Example
 from halfbyte.errors import DataError
@@ -26,6 +26,7 @@ from halfbyte.models.context import context_of
 from halfbyte.models.sources.lookup import find_model
 from halfbyte.objectives.causal_lm import CausalLM
 from halfbyte.plan import InferencePlan, Rows, plan_inference, sequences_beside
+from halfbyte.proofs import sharing
 from halfbyte.recipe.adapter import folder_of
 from halfbyte.recipe.evaluation import Eval
 from halfbyte.runs.folder import RunFolder
@@ -57,7 +58,8 @@ def evaluate(
     names = options.names
     if names is None:
         names = ("exact_match",) if any(e.completion for e in examples) else ()
-    scoring = Scoring.of(opened.model, opened.tokenizer, settings, names, examples)
+    shares = opened.recipe.data.share_prefixes == "auto"
+    scoring = Scoring.of(opened.model, opened.tokenizer, settings, names, examples, shares=shares)
     asking = scoring.asking
     longest = max((len(e.prompt_ids) for e in asking), default=0)
     batches, plan = micro_batches(opened, examples, generated_tokens=longest + settings.max_new_tokens)
@@ -111,7 +113,7 @@ def answer_scores(run: PlannedRun, model: Model, tokens: int) -> Callable[[], di
     examples = prepared.evaluation.examples[: settings.rows]
     longest = max(len(e.prompt_ids) for e in examples) + settings.max_new_tokens
     at_once = sequences_beside(run.job, plan.micro_batch_bytes, longest)
-    scoring = Scoring.of(model, prepared.tokenizer, settings, settings.metrics, examples)
+    scoring = Scoring.of(model, prepared.tokenizer, settings, settings.metrics, examples, shares=prepared.shares)
 
     def scores() -> dict[str, float]:
         POOL.give_back()  # what a micro-batch had is for answers now
@@ -144,7 +146,7 @@ def _rows(opened: Opened, data: Path | None, limit: int | None) -> tuple[list[Ex
 @dataclass(frozen=True)
 class Scoring:
     """Metrics with the model that is scored, and the rows that ask for an answer. `chooses`: the choice by likelihood
-    is among the metrics."""
+    is among the metrics. `shares`: choices may share their prompts."""
 
     model: Model
     tokenizer: Tokenizer
@@ -152,15 +154,17 @@ class Scoring:
     metrics: Sequence[metrics.Metric]
     chooses: bool
     asking: Sequence[Example]
+    shares: bool
 
     @classmethod
     def of(
-        cls, model: Model, tokenizer: Tokenizer, settings: Eval, names: Sequence[str], examples: Sequence[Example]
-    ) -> Scoring:
+        cls, model: Model, tokenizer: Tokenizer, settings: Eval, names: Sequence[str], examples: Sequence[Example],
+        *, shares: bool,
+    ) -> Scoring:  # fmt: skip
         """By the metrics of these names; a DataError where one has nothing to compare with in the rows."""
         asking = [e for e in examples if e.completion]  # a plain text asks nothing
         expected = [e.completion for e in asking]
-        return cls(model, tokenizer, settings, metrics.of(settings, names, expected), "choice" in names, asking)
+        return cls(model, tokenizer, settings, metrics.of(settings, names, expected), "choice" in names, asking, shares)
 
     @property
     def names(self) -> list[tuple[str, bool]]:
@@ -198,7 +202,7 @@ class Scoring:
                 progress=lambda done, of: tell("answers", done, of),
             )
         if self.chooses:
-            chosen = choices.choose(self.model, self.tokenizer, self.asking, self.settings, tell)
+            chosen = choices.choose(self.model, self.tokenizer, self.asking, self.settings, tell, shares=self.shares)
         answers = []
         for number, (example, text) in enumerate(zip(self.asking, texts, strict=True)):
             scores: metrics.Scores = {"choice": float(chosen[number] == example.completion)} if chosen else {}
@@ -245,4 +249,6 @@ def micro_batches(
         generated_tokens=generated_tokens,
     )
     max_rows = opened.recipe.train.per_device_eval_batch_size if opened.job.packed else 1
-    return collate.Batches(examples, pack.eval_micro_batches(lengths, plan.max_tokens_per_micro_batch, max_rows)), plan
+    asked = opened.job.packed and opened.recipe.data.share_prefixes == "auto"
+    shares = asked and sharing.shares(opened.model, examples)
+    return collate.Batches.of_rows(examples, plan.max_tokens_per_micro_batch, max_rows, shares=shares), plan

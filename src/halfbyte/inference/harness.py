@@ -19,7 +19,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from halfbyte.data import collate, pack
+from halfbyte.data import collate
 from halfbyte.data.encoding.examples import IGNORED, Example
 from halfbyte.errors import RecipeError, first_line
 from halfbyte.inference import batch
@@ -27,6 +27,7 @@ from halfbyte.inference.evaluate import Progress
 from halfbyte.inference.generate import eos_ids
 from halfbyte.layers import loss, packing
 from halfbyte.models.context import context_of
+from halfbyte.proofs import sharing
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -82,6 +83,7 @@ class HalfbyteLM(TemplateLM):
     def __init__(self, opened: Opened, progress: Progress = lambda what, done, of: None) -> None:
         super().__init__()
         self.model, self.tokenizer, self.plan = opened.model, opened.tokenizer, opened.plan
+        self.shares = opened.recipe.data.share_prefixes == "auto"
         self.progress = progress
         context = context_of(opened.model.config)
         self.max_length = _NO_CONTEXT if context is None else context.tokens
@@ -119,9 +121,9 @@ class HalfbyteLM(TemplateLM):
     def _loglikelihood_tokens(self, requests: list[Pair], **_: object) -> list[tuple[float, bool]]:
         rows = [_example(context, wanted, self.max_length) for _, context, wanted in requests]
         most = 1 if packing.installed(self.model) == "single" else len(rows)
-        lengths = [len(row.input_ids) for row in rows]
-        planned = pack.eval_micro_batches(lengths, self.plan.max_tokens_per_micro_batch, most)
-        batches, done = collate.Batches(rows, planned), 0
+        shares = self.shares and most > 1 and sharing.shares(self.model, rows)
+        batches = collate.Batches.of_rows(rows, self.plan.max_tokens_per_micro_batch, most, shares=shares)
+        done = 0
         likelihoods: dict[int, tuple[float, bool]] = {}
         for numbers in batches.micro_batches:
             likelihoods.update(zip(numbers, loss.text_likelihoods(self.model, batches.of(numbers)), strict=True))

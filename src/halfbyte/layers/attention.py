@@ -16,7 +16,7 @@ examples of one length.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -28,7 +28,7 @@ from halfbyte.layers.kernels import pool
 from halfbyte.layers.kernels.cpu import available, whole_attention
 
 if TYPE_CHECKING:
-    from halfbyte.layers.kernels.cpu.attention.tasks import Attention
+    from halfbyte.layers.kernels.cpu.attention.tasks import Attention, Segments
 
 ROWS = 512  # rows of queries whose scores are computed at once in the backward of a long example
 SCORES_BYTES = 24_000_000  # fp32 scores at once; as many again for dP
@@ -37,25 +37,31 @@ SCORES_BYTES = 24_000_000  # fp32 scores at once; as many again for dP
 @dataclass(frozen=True, eq=False)
 class HeadBlocks:
     """Where each token of a pack goes. `runs` are (first token, n, L) for neighbours of equal length. The blocks of an
-    example begin at row H * start of H * T rows, head after head, L rows each."""
+    example, or of a segment of a tree, begin at row H * start of H * T rows, head after head, L rows each."""
 
+    lengths: tuple[int, ...]
+    levels: tuple[int, ...]
     runs: tuple[tuple[int, int, int], ...]
-    starts: Tensor  # (examples + 1,) int64: tokens before each example, and all of them
     start: Tensor  # (T,) int64: tokens before the example of token t
     length: Tensor  # (T,) int64: tokens of its example
 
+    @cached_property
+    def tree(self) -> "Segments":
+        from halfbyte.layers.kernels.cpu.attention.tasks import Segments
+
+        return Segments.of(self.lengths, self.levels)
+
 
 @lru_cache(maxsize=16)
-def blocks_of(lengths: tuple[int, ...]) -> HeadBlocks:
+def blocks_of(lengths: tuple[int, ...], levels: tuple[int, ...] = ()) -> HeadBlocks:
     runs, first = [], 0
     for length, same in groupby(lengths):
         n = sum(1 for _ in same)
         runs.append((first, n, length))
         first += n * length
     sizes = torch.tensor(lengths)
-    before = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
-    start = torch.repeat_interleave(before[:-1], sizes)
-    return HeadBlocks(tuple(runs), before, start, torch.repeat_interleave(sizes, sizes))
+    start = torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)
+    return HeadBlocks(lengths, levels, tuple(runs), start, torch.repeat_interleave(sizes, sizes))
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -65,13 +71,22 @@ def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float, cos: Tensor | None, sin: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: tuple[int, ...],
+    scale: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    levels: tuple[int, ...] = (),
 ) -> Tensor:
-    """Causal attention of each example to itself.
+    """Causal attention of each example to itself, or of each segment of a tree to its path (`kernels.card.PackLengths`;
+    only where `whole_attention` is one kernel).
 
     Args:
-        q: (T, H, D). k, v: (T, K, D). lengths: of the examples; they sum to T.
+        q: (T, H, D). k, v: (T, K, D). lengths: of the examples or segments; they sum to T.
         cos, sin: (T, R), rotary tables for q and k; None for none.
+        levels: how many segments each follows; none where nothing is shared.
 
     Returns:
         (T, H, D).
@@ -79,7 +94,7 @@ def attention(
     if cos is None or sin is None:
         cos = sin = q.new_empty((q.shape[0], 0))
     rotary = cos.to(q.dtype).contiguous(), sin.to(q.dtype).contiguous()
-    out: Tensor = BlockAttention.apply(q, k, v, *rotary, blocks_of(lengths), scale)
+    out: Tensor = BlockAttention.apply(q, k, v, *rotary, blocks_of(lengths, levels), scale)
     return out
 
 
@@ -94,7 +109,7 @@ class BlockAttention(torch.autograd.Function):
         qb, kb = _to_blocks(q, cos, sin, blocks), _to_blocks(k, cos, sin, blocks)
         vb = _to_blocks(v, none, none, blocks)
         if whole_attention(q):
-            out, lse = _kernels(q).forward(qb, kb, vb, blocks.starts, scale)
+            out, lse = _kernels(q).forward(qb, kb, vb, blocks.tree, scale)
         else:
             out, lse = _forward_by_torch(qb, kb, vb, blocks, scale)
         ctx.blocks, ctx.scale = blocks, scale
@@ -109,7 +124,7 @@ class BlockAttention(torch.autograd.Function):
         blocks, none = ctx.blocks, cos[:, :0]
         dout = grads[0].contiguous()
         if whole_attention(out):
-            dqb, dkb, dvb = _kernels(out).backward(qb, kb, vb, out, dout, lse, blocks.starts, ctx.scale)
+            dqb, dkb, dvb = _kernels(out).backward(qb, kb, vb, out, dout, lse, blocks.tree, ctx.scale)
         else:
             dob = _to_blocks(dout, none, none, blocks)
             delta = kernels.row_dots(dout, out, blocks.start, blocks.length)

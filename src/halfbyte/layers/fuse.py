@@ -25,8 +25,10 @@ from halfbyte.layers import attention, norm_gate, sight
 from halfbyte.layers.experts import interface
 from halfbyte.layers.experts.layout import is_quantised
 from halfbyte.layers.kernels import dropout, last_layer
-from halfbyte.layers.kernels.cpu import available
+from halfbyte.layers.kernels.card import PackLengths
+from halfbyte.layers.kernels.cpu import available, whole_attention
 from halfbyte.layers.lora_linear import REMAKE, Remake, frozen_linear, lora_linear
+from halfbyte.layers.packed_attention import LENGTHS
 from halfbyte.models import families
 from halfbyte.quant import formats
 from halfbyte.upstream.peft import LORA_LAYER
@@ -190,15 +192,15 @@ class _FastAttention(_Fast):
         *args: object,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        lengths = None if args else _pack_lengths(self, hidden_states, position_embeddings, kwargs)
-        if lengths is None:
+        pack = None if args else _pack_lengths(self, hidden_states, position_embeddings, kwargs)
+        if pack is None:
             return super().forward(hidden_states, position_embeddings, attention_mask, *args, **kwargs)
         tokens, d = hidden_states.shape[1], self.head_dim
         q, k, v = (p(hidden_states).view(tokens, -1, d) for p in (self.q_proj, self.k_proj, self.v_proj))
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = (x[0] for x in position_embeddings)  # (T, R)
-        out = attention.attention(q, k, v, lengths, self.scaling, cos, sin).view(1, tokens, -1)
+        out = attention.attention(q, k, v, pack.lengths, self.scaling, cos, sin, pack.levels).view(1, tokens, -1)
         some = last_layer.rows_for(self)
         if some is None:
             return self.o_proj(out), None
@@ -418,7 +420,7 @@ def _part(module: nn.Module) -> tuple[str, type[_Fast]] | None:
     return ("attentions", _FastAttention) if part == "attention" else ("layers", DecoderLayer)
 
 
-def _pack_lengths(module: nn.Module, x: Tensor, positions: Any, kwargs: dict[str, Any]) -> tuple[int, ...] | None:
+def _pack_lengths(module: nn.Module, x: Tensor, positions: Any, kwargs: dict[str, Any]) -> PackLengths | None:
     """The lengths of the examples in x (1, T, D) if the fused attention may take them; None if not."""
     cu = kwargs.get("cu_seq_lens_q")
     if x.dim() != 3 or x.shape[0] != 1 or positions is None or not available(x):
@@ -427,10 +429,10 @@ def _pack_lengths(module: nn.Module, x: Tensor, positions: Any, kwargs: dict[str
         return None
     if not _trains(module) or (module.training and module.attention_dropout):
         return None
-    lengths: tuple[int, ...] = tuple(cu.diff().tolist())
+    pack: PackLengths = kwargs.get(LENGTHS) or PackLengths(tuple(cu.diff().tolist()))
     seen = sight.of(module)
-    if seen is None or not seen.is_causal(max(lengths)):
+    if seen is None or not seen.is_causal(pack.longest) or (pack.levels and not whole_attention(x)):
         return None
     if getattr(module, "attn_logit_softcapping", None) is not None or module.head_dim % 2:
         return None
-    return lengths
+    return pack

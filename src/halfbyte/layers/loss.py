@@ -13,7 +13,7 @@ Cost: 2 x K D V x 2 FLOP, `CHUNK` logits, (K, D) kept.
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, starmap
 from weakref import WeakKeyDictionary
 
 import torch
@@ -56,11 +56,12 @@ def micro_batch_loss(model: Model, batch: Batch, *, label_smoothing: float = 0.0
         label_smoothing: as `TrainingArguments.label_smoothing_factor`.
         fused: False for the model's own forward and torch's cross-entropy, the reference.
     """
-    head = head_of(model) if fused else None
+    head, counts = head_of(model) if fused else None, batch.get("counts")
     if head is not None:
-        return head_loss(*_labelled_hidden(model, batch), head, smoothing=label_smoothing)
+        return head_loss(*_labelled_hidden(model, batch), head, smoothing=label_smoothing, counts=counts)
     logits, targets = labelled_logits(model, batch)
-    return F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=label_smoothing)
+    losses = F.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=label_smoothing)
+    return losses.sum() if counts is None else losses @ counts.to(losses.device)
 
 
 def text_losses(model: Model, batch: Batch) -> list[float]:
@@ -68,7 +69,7 @@ def text_losses(model: Model, batch: Batch) -> list[float]:
     head = head_of(model)
     with torch.no_grad():
         states, targets = labelled_logits(model, batch) if head is None else _labelled_hidden(model, batch)
-        texts = [(states[first:end], targets[first:end]) for first, end in labels_of_texts(batch)]
+        texts = [(states[labels], targets[labels]) for labels in labels_of_texts(batch)]
         if head is not None:
             return [float(head_loss(hidden, labels, head)) for hidden, labels in texts]
         return [float(F.cross_entropy(logits.float(), labels, reduction="sum")) for logits, labels in texts]
@@ -80,17 +81,19 @@ def text_likelihoods(model: Model, batch: Batch) -> list[tuple[float, bool]]:
     likelihoods = []
     with torch.no_grad():
         logits, targets = labelled_logits(model, batch)
-        for first, end in labels_of_texts(batch):
-            log_p, labels = torch.log_softmax(logits[first:end].float(), -1), targets[first:end]
-            of_labels = log_p.gather(1, labels[:, None])
-            likelihoods.append((float(of_labels.sum()), bool((log_p.argmax(-1) == labels).all())))
+        for labels in labels_of_texts(batch):
+            log_p, wanted = torch.log_softmax(logits[labels].float(), -1), targets[labels]
+            of_labels = log_p.gather(1, wanted[:, None])
+            likelihoods.append((float(of_labels.sum()), bool((log_p.argmax(-1) == wanted).all())))
     return likelihoods
 
 
-def labels_of_texts(batch: Batch) -> Iterator[tuple[int, int]]:
-    """Where each text's labelled tokens are among the K of a micro-batch: [first, end)."""
+def labels_of_texts(batch: Batch) -> Iterator[slice | Tensor]:
+    """Where each text's labelled tokens are among the K of a micro-batch; in a tree texts share some."""
+    if "label_of" in batch:
+        return iter(batch["label_of"].split(batch["label_starts"].diff().tolist()))
     ends = torch.searchsorted(batch["keep"], batch["cu_seq_lens_q"][1:].to(batch["keep"].dtype)).tolist()
-    return pairwise([0, *ends])
+    return starmap(slice, pairwise([0, *ends]))
 
 
 def labelled_logits(model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -272,11 +275,15 @@ def head_logits(hidden: Tensor, head: Head) -> Tensor:
     return logits if head.softcap is None else torch.tanh(logits / head.softcap) * head.softcap
 
 
-def head_loss(hidden: Tensor, targets: Tensor, head: Head, *, smoothing: float = 0.0) -> Tensor:
-    """Summed cross-entropy of `targets` (K,) under the head's logits of `hidden` (K, D), in chunks. Scalar, fp32."""
+def head_loss(
+    hidden: Tensor, targets: Tensor, head: Head, *, smoothing: float = 0.0, counts: Tensor | None = None
+) -> Tensor:
+    """Summed cross-entropy of `targets` (K,) under the head's logits of `hidden` (K, D), in chunks; each as often as
+    `counts` (K,) says, None: once. Scalar, fp32."""
     where = head.weight.device  # over several cards, a tied head lies beside its embedding
     hidden, targets = hidden.to(where, head.dtype or head.weight.dtype), targets.to(where)
-    loss: Tensor = _HeadLoss.apply(hidden, head.weight, head.bias, head.values, targets, head, smoothing)
+    counts = None if counts is None else counts.to(where)
+    loss: Tensor = _HeadLoss.apply(hidden, head.weight, head.bias, head.values, targets, head, smoothing, counts)
     return loss
 
 
@@ -294,6 +301,7 @@ class _HeadLoss(torch.autograd.Function):
         targets: Tensor,
         head: Head,
         smoothing: float,
+        counts: Tensor | None,
     ) -> Tensor:
         head_gradients = [
             torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) if x is not None and needed else None
@@ -319,6 +327,9 @@ class _HeadLoss(torch.autograd.Function):
                 losses[part], gradient = _part(hidden[part], targets[part], cast, smoothing, gradient=grad is not None)
                 if grad is not None:
                     gradient[max(0, labelled - first) :] = 0
+                    if counts is not None:
+                        several = (counts[first : part.stop] != 1).nonzero()[:, 0]
+                        gradient[several] *= counts[first + several, None].to(gradient.dtype)
                     if cast.rows is not None and cast.values is not None:
                         columns = gradient[:, cast.rows]  # (C, R)
                         gradient[:, cast.rows] = 0
@@ -334,7 +345,7 @@ class _HeadLoss(torch.autograd.Function):
                 del gradient
         ctx.gradients = (None if grad is None else grad[:labelled], *head_gradients)
         ctx.dtypes = hidden.dtype, weight.dtype, *(None if x is None else x.dtype for x in (bias, values))
-        return losses[:labelled].sum()
+        return losses[:labelled].sum() if counts is None else losses[:labelled] @ counts
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -343,7 +354,7 @@ class _HeadLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         scaled = (None if g is None else g.mul_(grads[0].to(g.dtype)) for g in gradients)
         cast = (None if g is None else g.to(dtype) for g, dtype in zip(scaled, ctx.dtypes, strict=True))
-        return *cast, None, None, None
+        return *cast, None, None, None, None
 
 
 def _part(hidden: Tensor, targets: Tensor, head: Head, smoothing: float, *, gradient: bool) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,8 @@
 
 Why: transformers' own path builds a dense block mask over the whole pack (16 examples of 128 tokens: 140 ms a layer,
 against 36 here), and builds none when a cache is asked for, so examples then see each other silently.
+Where examples share their beginnings, a segment sees its path (`kernels.card.PackLengths`), by our kernel or, one at a
+time, by torch.
 What: a function registered under `NAME` in transformers' AttentionInterface, with stock SDPA's mask under the same
 name in AttentionMaskInterface. Given `cu_seq_lens_q` it runs torch SDPA on each example; equal neighbours go as one
 batch; a card's flash kernel takes all of them in one call (`kernels/card.py`). Without it (padding, generation with a
@@ -162,16 +164,18 @@ def _check_packed(
 def _packed(query: Tensor, key: Tensor, value: Tensor, pack: card.PackLengths, asked: Formula) -> Tensor:
     """Causal attention; on a card all examples at once where its kernel can, else each run of neighbours of equal
     length L as one batch. Returns (1, T, H, D)."""
-    lengths = pack.lengths
+    lengths, levels = pack.lengths, pack.levels
     slides = asked.sliding_window is not None and pack.longest > asked.sliding_window
     if asked.is_plain and not asked.dropout:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
-        if query.device.type != "cpu" and card.takes(q, k, v, pack.kernel):
+        if query.device.type != "cpu" and not levels and card.takes(q, k, v, pack.kernel):
             return card.attention(q, k, v, pack, asked.scale(query), asked.sliding_window if slides else None)[None]
         # without gradients torch's own kernel is as good as blocks
-        blocks = not slides and (query.requires_grad or whole_attention(query))
+        blocks = not slides and (whole_attention(query) or (query.requires_grad and not levels))
         if blocks and block_attention.takes(q, k, v):
-            return block_attention.attention(q, k, v, lengths, asked.scale(query), None, None)[None]
+            return block_attention.attention(q, k, v, lengths, asked.scale(query), None, None, levels)[None]
+    if levels:
+        return _paths(query, key, value, pack, asked)
     runs = [(length, sum(1 for _ in same)) for length, same in groupby(lengths)]  # (L, how many)
     # split, not slices: its backward is one concatenation, where each slice would add a zero-filled (T, D) tensor
     sizes = [length * count for length, count in runs]
@@ -184,13 +188,27 @@ def _packed(query: Tensor, key: Tensor, value: Tensor, pack: card.PackLengths, a
     return torch.cat(outputs)[None]
 
 
+def _paths(query: Tensor, key: Tensor, value: Tensor, pack: card.PackLengths, asked: Formula) -> Tensor:
+    """Attention of each segment of a tree to its path, one at a time. Returns (1, T, H, D)."""
+    outputs, path = [], list[tuple[Tensor, Tensor]]()
+    pieces = (x.split(pack.lengths, 2) for x in (query, key, value))  # each (1, heads, L, D)
+    for level, q, k, v in zip(pack.levels, *pieces, strict=True):
+        path[level:] = [(k, v)]
+        keys, values = (torch.cat(parts, 2) for parts in zip(*path, strict=True))
+        outputs.append(_one_length(q, keys, values, asked).transpose(1, 2))
+    return torch.cat(outputs, 1)
+
+
 def _one_length(query: Tensor, key: Tensor, value: Tensor, asked: Formula) -> Tensor:
-    """Causal attention of n examples of one length: (n, H, L, D), (n, K, L, D) -> (n, H, L, D)."""
-    length, window = query.shape[2], asked.sliding_window
-    slides = window is not None and length > window
+    """Causal attention of n examples of one length, or of their last tokens: (n, H, L, D), (n, K, S, D) ->
+    (n, H, L, D), S at least L."""
+    length, seen = query.shape[2], key.shape[2]
+    window = asked.sliding_window
+    slides = window is not None and seen > window
+    visible = _visible(length, window if slides else None, query.device, seen)
     if not asked.is_plain:
-        return _eager(query, key, value, _visible(length, window if slides else None, query.device), asked)
-    mask = _visible(length, window, query.device) if slides else None
+        return _eager(query, key, value, visible, asked)
+    mask = visible if slides or seen > length else None
     grouped = query.shape[1] != key.shape[1]
     on_card = query.device.type != "cpu"
     # enable_gqa saves 10% on a CPU. On a card only the flash kernel knows it: without that one, with a mask, or with
@@ -223,10 +241,10 @@ def _eager(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, asked
     return F.dropout(weights, asked.dropout) @ _repeat(value, query)
 
 
-def _visible(length: int, sliding_window: int | None, device: torch.device) -> Tensor:
-    """(L, L) bool: which key (column) a query (row) sees."""
-    positions = torch.arange(length, device=device)
-    back = positions[:, None] - positions[None, :]
+def _visible(length: int, sliding_window: int | None, device: torch.device, seen: int = 0) -> Tensor:
+    """(L, S) bool: which key (column) a query (row) sees, of the last L of S tokens; 0: of L."""
+    positions = torch.arange(max(length, seen), device=device)
+    back = positions[-length:, None] - positions[None, :]
     return back >= 0 if sliding_window is None else (back >= 0) & (back < sliding_window)
 
 

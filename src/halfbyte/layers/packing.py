@@ -123,7 +123,7 @@ def forward_inputs(model: Model, batch: Batch) -> dict[str, Tensor]:
     layout = installed(lm)
     if layout == "cu_seq_lens":
         inputs |= packed_inputs(structure.body(lm), batch)
-    elif layout == "rows":
+    elif layout == "rows" and "levels" not in batch:
         numbers = torch.arange(1, len(starts), device=starts.device)  # of the examples: this mask asks for rows
         inputs["attention_mask"] = numbers.repeat_interleave(starts.diff())[None].to(device)
     else:
@@ -150,15 +150,14 @@ def aligned(batch: Batch) -> Batch:
     ids, positions = batch["input_ids"], batch["position_ids"]
     starts = batch["cu_seq_lens_q"]
     ends = torch.cat([starts, starts.new_tensor([tokens + more])])
-    longest = int(ends.diff().max())
     longer: Batch = {
         "input_ids": torch.cat([ids, ids[:, :1].expand(1, more)], 1),
         "position_ids": torch.cat([positions, torch.arange(more, device=positions.device)[None]], 1),
         "cu_seq_lens_q": ends,
         "cu_seq_lens_k": ends,
-        "max_length_q": longest,
-        "max_length_k": longest,
     }
+    if "levels" in batch:
+        longer["levels"] = torch.cat([batch["levels"], batch["levels"].new_zeros(1)])
     return {**batch, **longer}
 
 
@@ -171,7 +170,8 @@ def packed_inputs(body: nn.Module, batch: Batch) -> dict[str, Tensor]:
     not wait for a card each time, nor where something moves a layer's tensors to the layer's own card.
     """
     starts = batch["cu_seq_lens_q"].cpu()
-    known = card.PackLengths(tuple(starts.diff().tolist()), card.kernel_name(_ASKED.get(body)))
+    levels = tuple(batch["levels"].tolist()) if "levels" in batch else ()
+    known = card.PackLengths(tuple(starts.diff().tolist()), card.kernel_name(_ASKED.get(body)), levels)
     longest = known.longest
     sight.look(body, longest)
     device = body.device

@@ -38,19 +38,22 @@ class CausalLM:
     def collate(self, examples: Sequence[Example]) -> Batch:
         return collate.collate(examples)
 
+    def collate_tree(self, examples: Sequence[Example]) -> Batch:
+        return collate.collate_tree(examples)
+
     def loss(self, model: Model, batch: Batch) -> Tensor:
         from halfbyte.layers import loss
 
         return loss.micro_batch_loss(model, batch, label_smoothing=self.label_smoothing)
 
     def weight(self, batch: Batch) -> float:
-        return len(batch["targets"])
+        return float(batch["counts"].sum()) if "counts" in batch else len(batch["targets"])
 
     def text_sums(self, model: Model, batch: Batch) -> list[Sums]:
         from halfbyte.layers import loss
 
-        lengths = batch["cu_seq_lens_q"].diff().tolist()
-        labelled = [end - first for first, end in loss.labels_of_texts(batch)]
+        lengths = batch.get("text_lengths", batch["cu_seq_lens_q"].diff()).tolist()
+        labelled = [len(batch["targets"][labels]) for labels in loss.labels_of_texts(batch)]
         texts = zip(loss.text_losses(model, batch), labelled, lengths, strict=True)
         return [{"loss": a, "labelled_tokens": b, "tokens": c} for a, b, c in texts]
 

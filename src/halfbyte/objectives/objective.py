@@ -51,6 +51,8 @@ class Objective(Protocol):
     def collate(self, examples: Sequence[Example]) -> Batch:
         """The batch of some rows: `data.collate.collate`, and whatever else the loss reads of them."""
 
+    # An objective that also has `collate_tree`, as `data.collate.collate_tree`, lets rows share their beginnings.
+
     def loss(self, model: Model, batch: Batch) -> Tensor:
         """The loss of a micro-batch in training, summed and not yet divided: a scalar, fp32, with its graph."""
 
@@ -94,8 +96,9 @@ def micro_batch_loss(objective: Objective, model: Model, batch: Batch) -> Tensor
     logits = tuple(each for each in routed[-1] if each is not None)
     tokens = batch["input_ids"].shape[1]
     mask = None
-    if logits[0].shape[0] > tokens:  # filled up by `packing.aligned`
-        mask = (torch.arange(logits[0].shape[0], device=logits[0].device) < tokens).long()[None]
+    if logits[0].shape[0] > tokens or "sharers" in batch:  # filled up by `packing.aligned`; counts of tokens
+        sharers = batch.get("sharers", torch.ones(tokens, dtype=torch.int64))
+        mask = torch.nn.functional.pad(sharers, (0, logits[0].shape[0] - tokens))[None].to(logits[0].device)
     config = lm.config.get_text_config()
     coefficient = next(getattr(config, name) for name in _COEFFICIENTS if hasattr(config, name))
     auxiliary: Tensor = function(logits, logits[0].shape[-1], config.num_experts_per_tok, mask)

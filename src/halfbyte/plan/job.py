@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.data import pack
+from halfbyte.data.prefixes import Tree
 from halfbyte.errors import AdapterError
 from halfbyte.models import tensors
 from halfbyte.models.lora_sites import Site, leaf_of, saved_tensors, sites, trainable
@@ -123,6 +124,7 @@ class Job:
     objective: ObjectiveCost = ObjectiveCost()  # what the loss takes beside a forward and a backward
     evaluations: int = 0  # of the held-out rows in this process's part of the run
     done: int = 0  # steps that others have made
+    trees: tuple[Tree, ...] = ()  # what the rows of some steps have in common, where it is computed once
 
     @classmethod
     def of(
@@ -349,8 +351,38 @@ class Job:
         that one of them gets."""
         if self.order is None:
             return 1
-        step = max(1, self.order.most_tokens())
+        # a step that shares less than those that were looked at is split
+        step = max((tree.tokens for tree in self.trees), default=0) or max(1, self.order.most_tokens())
         return step if self.ranks == 1 else min(step, -(-step // self.ranks) + self.rows.longest)
+
+    def computed_share(self, tokens: int) -> float:
+        """The share of the rows' tokens that is computed, in micro-batches of at most so many."""
+        parts = [size for tree in self.trees for size in self._sizes(tree, tokens)]
+        return sum(parts) / sum(sum(tree.lengths) for tree in self.trees) if self.trees else 1.0
+
+    def labelled_share(self, tokens: int) -> float:
+        """The share of the computed tokens that is labelled, in micro-batches of at most so many."""
+        return min(1.0, self.rows.labelled_share / self.computed_share(tokens))
+
+    def _sizes(self, tree: Tree, tokens: int) -> list[int]:
+        """Computed tokens of the families of a step, in parts that go into a micro-batch of one process."""
+        limit = min(tokens, -(-tree.tokens // self.ranks) + self.rows.longest) if self.ranks > 1 else tokens
+        return [size for _, size in tree.groups(limit, len(tree.order))]
+
+    def shared_micro_batches(self, tokens: int) -> float:
+        """How many micro-batches of at most `tokens` a step of one process has, where rows share their beginnings."""
+        counts = [math.ceil(sum(self._sizes(tree, tokens)) / self.ranks / tokens) for tree in self.trees]
+        return sum(counts) / len(counts)
+
+    @cached_property
+    def mean_of_a_token(self) -> float:
+        """The mean length of the row that a computed token lies in, as attention counts it."""
+        pairs = [(n, s) for tree in self.trees for n, s in zip(tree.lengths, tree.shared, strict=True)]
+        return (
+            sum(n * n - s * s for n, s in pairs) / sum(n - s for n, s in pairs)
+            if pairs
+            else (self.rows.mean_of_a_token)
+        )
 
     @cached_property
     def micro_batch_sizes(self) -> int:

@@ -86,9 +86,7 @@ SLACK, HEAP_SLACK = 0.02, 0.08
 MIXED, MIXED_SIZES = 0.15, 10
 MOMENT_SLACK = 0.15  # share of what comes and goes in between
 HEAP_BYTES = 32 << 20  # glibc's largest moving threshold: a larger block has pages of its own, a smaller one a hole
-HEAP_TOP_BYTES = (
-    2 * HEAP_BYTES
-)  # free at the end of the heap, before glibc gives it back (mallopt(3), M_TRIM_THRESHOLD)
+HEAP_TOP_BYTES = 2 * HEAP_BYTES  # free at its end, before glibc gives it back (mallopt(3), M_TRIM_THRESHOLD)
 KEPT_SHARE = 0.1  # layers/kernels/pool.py: free blocks that are kept, of the most that was lent at once
 CARD_SLACK = 0.05  # PyTorch's caching allocator rounds and splits; a round figure, not measured here
 
@@ -224,6 +222,8 @@ def largest_micro_batch(job: Job, tokens: int) -> MicroBatch:
     rows = rows[np.searchsorted(-rows, -job.step_tokens) :]  # a longer one is in no step of this run
     max_rows = job.rows_per_step if job.packed else 1
     lengths = _longest_first(rows, max_rows, tokens)
+    if job.trees and (longest := job.rows.longest) < tokens:  # rests of any lengths fill it
+        return MicroBatch((longest, tokens - longest), round(tokens * job.labelled_share(tokens)))
     if lengths and job.packed and sum(lengths) < tokens:  # shorter rows fill what is left of it
         left, position = tokens - sum(lengths), len(lengths)
         while len(lengths) < max_rows:

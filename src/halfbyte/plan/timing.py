@@ -100,7 +100,8 @@ def step_time(
     job: Job, rates: Rates, *, tokens: int, recompute: Recompute, placement: Placement, read_bytes: float
 ) -> Time:
     """Seconds of a mean step. `tokens`: of a micro-batch. `read_bytes`: of the base, read from disk in a step."""
-    step_tokens, micro_batches = max(1.0, job.rows.mean * job.mean_rows_per_step), mean_micro_batches(job, tokens)
+    step_tokens = max(1.0, job.rows.mean * job.mean_rows_per_step * job.computed_share(tokens))
+    micro_batches = mean_micro_batches(job, tokens)
     parts = _parts(job, rates, step_tokens, micro_batches, recompute)
     forward = sum(_parts(job, rates, step_tokens, micro_batches, "none", trains=False).values())
     reading = read_bytes / rates.disk_bytes  # half of it in the forward
@@ -143,21 +144,23 @@ def evaluation_time(job: Job, rates: Rates, tokens: int) -> float:
     rows = replace(job.rows, lengths=lengths, labelled=np.rint(lengths * job.rows.labelled_share).astype(int))
     many = rows.tokens / max(1, len(rows.lengths)) * (job.recipe.train.per_device_eval_batch_size if job.packed else 1)
     micro_batches = math.ceil(rows.tokens / max(1.0, min(tokens, many)))
-    return sum(_parts(replace(job, rows=rows), rates, rows.tokens, micro_batches, "none", trains=False).values())
+    alone = replace(job, rows=rows, trees=())
+    return sum(_parts(alone, rates, rows.tokens, micro_batches, "none", trains=False).values())
 
 
 def _parts(
     job: Job, rates: Rates, tokens: float, micro_batches: int, recompute: Recompute, *, trains: bool = True
 ) -> dict[str, float]:
     """Seconds of `tokens` in so many micro-batches, by what they go to: forward and backward, or forwards alone."""
-    rows, facts, backward, step_tokens = job.rows, job.facts, int(trains), max(1.0, tokens)
-    micro_batches = max(1, micro_batches)
+    facts, backward, step_tokens = job.facts, int(trains), max(1.0, tokens)
+    micro_batches, length = max(1, micro_batches), job.mean_of_a_token
+    labelled = job.labelled_share(math.ceil(step_tokens / micro_batches))
     forwards = 1 + job.objective.forwards + (recompute == "full") * backward
     again = forwards + backward
     products = 2 * again * job.linear_numel + (2 + 4 * backward) * job.lora_parameters_per_token
-    head = 2 * (1 + job.objective.forwards + backward) * facts.vocab * facts.hidden * rows.labelled_share
+    head = 2 * (1 + job.objective.forwards + backward) * facts.vocab * facts.hidden * labelled
     width = facts.heads * facts.head_size or facts.hidden
-    attention = (4 * forwards + 10 * backward) * pairs_of_a_token(rows.mean_of_a_token) * width * facts.layers
+    attention = (4 * forwards + 10 * backward) * pairs_of_a_token(length) * width * facts.layers
     weights = job.dequantised_weights(step_tokens / micro_batches)
     experts = facts.experts * job.met_share(step_tokens / micro_batches)
     operands = again * (1.5 * step_tokens * job.linear_widths + micro_batches * weights)
@@ -168,10 +171,10 @@ def _parts(
     dropped *= backward
     dequantised = rates.dequant_elements * formats.of(job.recipe.quant).speed
     # scores that are made in memory (ALiBi, softcap, dropout) go through it as what is kept does
-    moved = TRAFFIC * (job.layer.kept + job.layer.pair * rows.mean_of_a_token) * facts.layers
+    moved = TRAFFIC * (job.layer.kept + job.layer.pair * length) * facts.layers
     moved += STOCK_GATE_BYTES * _stock_gate(job) * facts.experts_per_token * facts.intermediate * facts.layers
     full_rate = 1 / (1 + HALF_RATE_TOKENS * micro_batches / step_tokens)
-    scores = rows.mean_of_a_token * facts.heads if facts.attention_dropout else 0.0
+    scores = length * facts.heads if facts.attention_dropout else 0.0
     masks = facts.layers * backward * (scores + (2 * facts.hidden if facts.residual_dropout else 0))
     update = UPDATE_BYTES / rates.memory_bytes + EIGHT_BIT_UPDATE_S * ("8bit" in job.recipe.train.optim)
     eight, rounding = integer_products(job, rates, again) if trains else (0.0, 0.0)
@@ -223,5 +226,7 @@ def pairs_of_a_token(length: float) -> float:
 
 def mean_micro_batches(job: Job, tokens: int) -> int:
     """How many micro-batches of at most `tokens` a mean step has."""
+    if job.trees:
+        return math.ceil(job.shared_micro_batches(tokens))
     at_once = math.floor(tokens / max(1.0, job.rows.mean)) if job.packed else 1
     return math.ceil(job.mean_rows_per_step / max(1, at_once))

@@ -59,7 +59,7 @@ def prove_fused(model: Model, *, packed: bool, longest: int | None = None) -> Fu
     if not any(p.requires_grad for p in model.parameters()):
         return FusedProof(True, "nothing trains", 0.0)
     try:
-        with setting.as_given(model), _random_b(model):
+        with setting.as_given(model), random_b(model):
             problem, difference = _compare(model, packed=packed, longest=longest)
     except Exception as error:  # of any kind, from the model's code or ours; the repair: the model's own forward
         problem, difference = f"{type(error).__name__}: {first_line(error)}", math.inf
@@ -73,7 +73,7 @@ def prove_fused(model: Model, *, packed: bool, longest: int | None = None) -> Fu
 def sample_gradients(model: Model, *, packed: bool) -> Gradients:
     """The gradients of every adapter on the proof's examples, with dropout off; the model is as before afterwards. For
     comparing two ways to run one model, to the bit."""
-    with setting.as_given(model), _random_b(model):
+    with setting.as_given(model), random_b(model):
         lengths = setting.short_lengths(packed=packed)
         batch = labelled(setting.random_examples(structure.causal_lm(model), lengths))
         return loss_and_gradients(model, [batch])[1]
@@ -122,7 +122,7 @@ def _compare(model: Model, *, packed: bool, longest: int | None) -> tuple[str, f
 
 
 @contextmanager
-def _random_b(model: Model) -> Iterator[None]:
+def random_b(model: Model) -> Iterator[None]:
     """LoRA's B is 0 at first, and then A's gradient is 0 whatever the code does: give B numbers for the moment."""
     generator = torch.Generator().manual_seed(1)
     parts = [b.weight for m in model.modules() if isinstance(m, LoraLayer) for b in m.lora_B.values()]

@@ -119,11 +119,16 @@ def long_row(lm: Model, longest: int | None) -> tuple[int, str]:
     if not windows:
         return 0, ""
     tokens = min(longest, max(windows) + PAST_WINDOW)
-    modules = [m for layer in layers for m in layer.modules()]
-    weights = sum(p.numel() * (1 + formats.is_quantised(m)) for m in modules for p in m.parameters(recurse=False))
-    if tokens * weights <= LONG_ROW_PRODUCTS:
+    if tokens <= affordable_tokens(lm):
         return tokens, ""
     return 0, f" (rows longer than the window of {max(windows)} were not tried: too slow; it is read off the mask)"
+
+
+def affordable_tokens(model: Model) -> int:
+    """How many tokens a proof may run through a model's layers."""
+    modules = [m for layer in structure.decoder_layers(model) for m in layer.modules()]
+    weights = sum(p.numel() * (1 + formats.is_quantised(m)) for m in modules for p in m.parameters(recurse=False))
+    return int(LONG_ROW_PRODUCTS / max(1, weights))
 
 
 @contextmanager

@@ -161,6 +161,9 @@ class Data(Section):
     packing: Literal["rows", "stream"] = field(
         "rows", "rows as they are; or stream: plain texts end to end, in blocks of max_length tokens"
     )
+    share_prefixes: Literal["auto", "off"] = field(
+        "auto", "compute once what rows of a step have in common at their beginnings; the same is learned"
+    )
     chat_template: str | None = field(
         None, "not the model's own: a Jinja template, its file, or chatml, chatml-tools, qwen-tools, llama3-tools"
     )

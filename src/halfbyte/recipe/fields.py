@@ -18,7 +18,8 @@ OURS = frozenset(
 
 # What may change when a run is resumed, as nothing that it learns depends on it. Rows are compared by their tokens.
 MAY_CHANGE = frozenset(
-    {"output", "allow_pickle", "trust_remote_code", "quant.placement", "lora.save_dtype", "data.train", "data.eval"}
+    {"output", "allow_pickle", "trust_remote_code", "quant.placement", "lora.save_dtype", "data.train", "data.eval",
+     "data.share_prefixes"}
 ) | {
     f"train.{name}"
     for name in (

@@ -35,7 +35,8 @@ def build(
     lines: Iterable[MeasuredLine] = (),
     adapter_step: int | None = None,
 ) -> Document:
-    """The figures of a run from its metrics, as `report.json` has them; `tokens` are real ones, never padding.
+    """The figures of a run from its metrics, as `report.json` has them; `tokens` are real ones, never padding, and
+    `computed_tokens` those of them that were computed, where rows share their beginnings.
 
     Args:
         rows: of `metrics.jsonl`. A step's row has `loss`, `tokens` and `seconds`, and may have `rss_bytes`; an
@@ -57,6 +58,7 @@ def build(
     peak = max([peak_rss_bytes, *(int(row["rss_bytes"]) for row in rows if row.get("rss_bytes"))])
     measured = {
         "tokens": tokens,
+        "computed_tokens": sum(int(row.get("computed_tokens", row["tokens"])) for row in steps),
         "steps": len(steps),
         "train_seconds": train_seconds,
         "seconds": seconds,

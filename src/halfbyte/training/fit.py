@@ -24,6 +24,7 @@ from halfbyte.objectives.objective import Objective
 from halfbyte.plan import Job, Plan, calibrate, choose, memory
 from halfbyte.plan.result import POOL_RESERVE, RESERVE, Recompute
 from halfbyte.proofs import integers
+from halfbyte.proofs.sharing import prove_sharing
 from halfbyte.recipe.adapter import PASSPORT
 from halfbyte.recipe.schema import Recipe
 from halfbyte.runs.folder import ANOTHER
@@ -32,10 +33,10 @@ from halfbyte.system import files, usage
 from halfbyte.system.device import Device
 from halfbyte.system.usage import Usage
 from halfbyte.training.events import Listener
-from halfbyte.training.forecast import asks_theirs, check_steps, job_of, plan_of
+from halfbyte.training.forecast import LOOKED_AT, asks_theirs, check_steps, job_of, plan_of, sharing_note
 from halfbyte.training.pace import Pace, give_back, recompute_as, rehearse
 from halfbyte.training.prepare import Prepared, data_note, prepare
-from halfbyte.training.schedule import count_steps
+from halfbyte.training.schedule import count_steps, plan_steps
 from halfbyte.types import Document, Model
 
 # A run that is thought to be shorter is not worth the seconds of a calibration.
@@ -56,6 +57,11 @@ class PlannedRun:
     plan: Plan
     foreign_bytes: int = 0
     """What this process held before, beyond what libraries take: of a program that halfbyte is a part of."""
+
+    def computed_tokens(self, steps: pack.Steps) -> int:
+        """Of the tokens of all steps those that are computed, as planned."""
+        share = self.job.computed_share(steps.max_tokens_per_micro_batch) if self.prepared.shares else 1.0
+        return round(steps.tokens * share)
 
 
 def plan_run(
@@ -93,10 +99,12 @@ def with_plan(
     meta = meta_model(prepared.config, trust_remote_code=recipe.trust_remote_code)
     targets, modules = lora.choose_targets(meta, recipe.lora)
     job = job_of(prepared, machine, model=meta, targets=targets.names, ranks=ranks, done=done)
+    prepared = replace(prepared, shares=bool(job.trees))
     rates = calibrate.cached(machine, job.dtype)
     if rates is None and listener is not None and choose.best_plan(job, machine).time.run_s >= CALIBRATE_FROM_S:
         rates = calibrate.ensure(machine, job.dtype, say=partial(tell.note, "machine"))
     plan = plan_of(prepared, job, machine, rates)
+    tell.note("data", sharing_note(prepared, job, plan, machine))
     foreign = max(0, usage.now().private - plan.line("libraries"))
     return PlannedRun(prepared, machine, targets, modules, job, plan, foreign)
 
@@ -110,6 +118,7 @@ def decisions(run: PlannedRun) -> Document:
         "trained": run.job.trainable,
         "adapters": len(run.modules),
         "sharded": run.plan.placement == shard.PLACEMENT,
+        "shares": run.prepared.shares,
     }
 
 
@@ -157,6 +166,7 @@ def make_pace(run: PlannedRun, model: Model, tell: Callable[[str], None], *, pac
         tell=tell,
         ram_bytes=machine.ram_bytes,
         on_card=machine.on_card,
+        ids=run.prepared.ids_of(run.prepared.train),
         limit=None if plan.host_lines else usage.Usage(plan.private_bytes + run.foreign_bytes, plan.file_bytes),
     )
 
@@ -170,7 +180,7 @@ def memory_before_steps(
         tell.note("rehearsed", f"nothing: {plan.needed_bytes / 1e9:.2f} GB are planned, a small part of what is free")
         return usage.now()
     objective = run.prepared.objective
-    batches = collate.Batches(run.prepared.train.examples, (), objective.collate)
+    batches = collate.Batches(run.prepared.train.examples, (), run.prepared.lay_out)
     rehearsal = rehearse(objective, model, pace, longest, batches.of, held_out)
     before = rehearsal.memory_before
     took = f"{rehearsal.micro_batch_bytes / 1e9:.2f} GB above {before.private / 1e9:.2f} GB held"
@@ -216,6 +226,19 @@ def compare(
     if step_s is not None:
         lines.append(MeasuredLine("seconds a step", plan.time.step_s, step_s))
     return lines
+
+
+def decide_sharing(run: PlannedRun, model: Model, tell: Listener) -> PlannedRun:
+    """The run as it is after the proof on its own rows, those of a step that have the most in common."""
+    prepared = run.prepared
+    if not prepared.shares:
+        return run
+    steps = plan_steps(prepared, 1, 1)
+    index = max(range(min(len(steps), LOOKED_AT)), key=lambda i: max(steps.tree(i).shared))
+    rows = steps.rows(index)
+    proof = prove_sharing(model, [prepared.train.examples[rows[place]] for place in steps.tree(index).alike()])
+    tell.note("shared", proof.reason)
+    return run if proof.ok else replace(run, prepared=replace(prepared, shares=False))
 
 
 def decide_compute(run: PlannedRun, base: AdaptedBase, step: pack.Step, tell: Listener) -> integers.Decision:

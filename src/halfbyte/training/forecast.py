@@ -10,19 +10,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from halfbyte.data.prefixes import Tree
 from halfbyte.errors import RecipeError
 from halfbyte.models import tensors
 from halfbyte.plan import FAMILIES, Job, Plan, Rows, calibrate, plan_training
+from halfbyte.plan.layer import PADDED
 from halfbyte.plan.timing import Rates
 from halfbyte.recipe.schema import Lora, Recipe, Train
 from halfbyte.system.device import Device
 from halfbyte.training.comparison import verdict_s
-from halfbyte.training.prepare import Prepared
-from halfbyte.training.schedule import count_evaluations, count_steps
+from halfbyte.training.prepare import Prepared, why_not_shared
+from halfbyte.training.schedule import count_evaluations, count_steps, plan_steps
 from halfbyte.types import Model
 
 # Each has a row in metrics.jsonl, and the report reads all of them.
 MAX_STEPS = 1_000_000
+LOOKED_AT = 64  # steps, for what their rows have in common
 # Under `train:`, what transformers and torch may refuse; under `lora:`, what asks nothing of a built model.
 _THEIRS = ("optim", "optim_args", "lr_scheduler_type", "lr_scheduler_kwargs", "report_to")
 _PLAIN = ("r", "lora_alpha", "lora_dropout", "use_rslora", "save_dtype")
@@ -63,7 +66,36 @@ def job_of(
     job = Job.of_checkpoint(prepared.recipe, prepared.checkpoint, model, rows, machine, targets=targets)
     written = job.tokenizer_json_bytes if prepared.chatml is not None else None
     job = replace(job, tokenizer_bytes=written or 0, ranks=ranks, objective=prepared.objective.cost, done=done)
-    return replace(job, evaluations=count_evaluations(prepared, done))
+    return replace(job, evaluations=count_evaluations(prepared, done), trees=trees(prepared, job, machine))
+
+
+def _why_not_shared(prepared: Prepared, job: Job, machine: Device) -> str:
+    """As `prepare.why_not_shared`, with what is known of model and machine before a weight is loaded."""
+    if machine.kind != "cpu":
+        return "it is for CPUs"
+    if job.layer.pairs in PADDED:
+        return "this architecture's layers take rows, not segments (ALiBi, or a state)"
+    return why_not_shared(prepared.recipe, prepared.objective)
+
+
+def trees(prepared: Prepared, job: Job, machine: Device) -> tuple[Tree, ...]:
+    """What the rows of some steps have in common; empty where that is nothing, or is not shared."""
+    if not prepared.shares or _why_not_shared(prepared, job, machine) or not job.steps:
+        return ()
+    looked_at = plan_steps(prepared, 1, 1).trees(LOOKED_AT)
+    return tuple(looked_at) if any(any(tree.shared) for tree in looked_at) else ()
+
+
+def sharing_note(prepared: Prepared, job: Job, plan: Plan, machine: Device) -> str:
+    """What rows have in common, in words."""
+    if not job.trees:
+        why = _why_not_shared(prepared, job, machine) or "rows of a step begin differently"
+        return f"no beginnings are shared: {why}"
+    share, rows = job.computed_share(plan.max_tokens_per_micro_batch), job.rows.mean * job.mean_rows_per_step
+    return (
+        f"rows of a step begin alike: of {rows:,.0f} tokens {rows * share:,.0f} are computed, {1 - share:.0%} less "
+        "(data.share_prefixes: auto)"
+    )
 
 
 def plan_of(prepared: Prepared, job: Job, machine: Device, rates: Rates | None) -> Plan:
@@ -73,8 +105,8 @@ def plan_of(prepared: Prepared, job: Job, machine: Device, rates: Rates | None) 
     return replace(plan, time=replace(plan.time, around=around))
 
 
-def plan_by_names(prepared: Prepared, machine: Device) -> Plan | None:
-    """The plan that a run will make, without building its model; None where only a built one tells."""
+def plan_by_names(prepared: Prepared, machine: Device) -> tuple[Job, Plan] | None:
+    """The job and the plan that a run will make, without building its model; None where only a built one tells."""
     check_steps(count_steps(prepared))
     config = tensors.read_config(prepared.checkpoint.path)
     if not _is_plain(prepared.recipe) or config.get("model_type") not in FAMILIES:
@@ -82,7 +114,7 @@ def plan_by_names(prepared: Prepared, machine: Device) -> Plan | None:
     if prepared.checkpoint.pickle or tensors.is_quantised(config):
         return None
     job = job_of(prepared, machine)
-    return plan_of(prepared, job, machine, calibrate.cached(machine, job.dtype))
+    return job, plan_of(prepared, job, machine, calibrate.cached(machine, job.dtype))
 
 
 def _is_plain(recipe: Recipe) -> bool:

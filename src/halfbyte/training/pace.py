@@ -16,7 +16,7 @@ from itertools import islice
 import numpy as np
 from torch import Tensor
 
-from halfbyte.data import pack
+from halfbyte.data import pack, prefixes
 from halfbyte.errors import TrainError, first_line
 from halfbyte.layers import fuse
 from halfbyte.layers.kernels import pool
@@ -51,6 +51,7 @@ class Pace:
     on_card: bool = False  # on a card an allocation that fails is an error; RAM is looked at before it runs out
     limit: usage.Usage | None = None  # the plan's upper figures of this process's memory; None for none
     peak: usage.Peak | None = None  # samples it all the while
+    ids: prefixes.IdsOf | None = None  # the tokens of a row, where rows share their beginnings
     downs: list[str] = field(default_factory=list)
     _tight: bool = False
     _near: bool = False
@@ -62,10 +63,10 @@ class Pace:
 
     def split(self, micro_batches: Sequence[pack.MicroBatch]) -> list[pack.MicroBatch]:
         """A step's micro-batches as they were planned, or arranged anew since the budget was lowered."""
-        if all(sum(self.lengths[r] for r in rows) <= self.tokens or len(rows) == 1 for rows in micro_batches):
+        if all(self.largest([rows]) <= self.tokens or len(rows) == 1 for rows in micro_batches):
             return list(micro_batches)
         rows = [r for part in micro_batches for r in part]
-        return list(pack.arrange(rows, self.lengths, self.tokens, self.examples_per_micro_batch))
+        return list(pack.arrange(rows, self.lengths, self.tokens, self.examples_per_micro_batch, self.ids))
 
     def between(self, waiting: Sequence[pack.MicroBatch]) -> list[pack.MicroBatch]:
         """The micro-batches that are still to come, after a look at what is free."""
@@ -157,7 +158,8 @@ class Pace:
         return self.split(waiting)
 
     def largest(self, micro_batches: Sequence[pack.MicroBatch]) -> int:
-        return max((int(sum(self.lengths[r] for r in rows)) for rows in micro_batches), default=0)
+        """Tokens that the largest one computes."""
+        return max((prefixes.computed(rows, self.lengths, self.ids) for rows in micro_batches), default=0)
 
 
 def give_back() -> None:

@@ -7,6 +7,7 @@ Cost: tokenising, about 3,000 rows of 200 tokens a second a core; once, then the
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -16,7 +17,8 @@ from halfbyte.base.tokenizer import open_tokenizer
 from halfbyte.data import blocks, gates, split
 from halfbyte.data.encoding import chatml, encode
 from halfbyte.data.encoding.encoder import EncodedRows
-from halfbyte.data.encoding.examples import Examples
+from halfbyte.data.encoding.examples import Example, Examples
+from halfbyte.data.prefixes import IdsOf
 from halfbyte.data.reading import read
 from halfbyte.errors import HalfbyteError
 from halfbyte.models.context import context_of
@@ -29,7 +31,9 @@ from halfbyte.recipe.schema import Recipe
 from halfbyte.scoring import metrics
 from halfbyte.system import device
 from halfbyte.training import preflight
-from halfbyte.types import Config, Document, Tokenizer
+from halfbyte.types import Batch, Config, Document, Tokenizer
+
+COLLATE_TREE = "collate_tree"  # of an objective that counts a label as often as rows share it
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,17 @@ class Prepared:
     """Where the model has no chat template of its own; then `recipe` trains the rows of its new tokens."""
     held_out: Examples | None = None
     """The rows (texts, not blocks of them) that were taken out of the training rows."""
+    shares: bool = False
+    """Whether rows share their beginnings (`data/prefixes.py`), as far as is known."""
+
+    def ids_of(self, rows: EncodedRows) -> IdsOf | None:
+        """The tokens of a row, where rows share their beginnings."""
+        return rows.examples.ids if self.shares else None
+
+    @property
+    def lay_out(self) -> Callable[[Sequence[Example]], Batch]:
+        """A micro-batch of some rows."""
+        return getattr(self.objective, COLLATE_TREE) if self.shares else self.objective.collate
 
 
 def prepare(recipe: Recipe, objective: Objective | None = None) -> Prepared:
@@ -83,7 +98,19 @@ def look(recipe: Recipe, objective: Objective | None = None) -> Prepared:
         train = blocks.stream(train, data.max_length)
         evaluation = blocks.stream(evaluation, data.max_length) if evaluation is not None else None
     objective = objective or CausalLM(recipe.train.label_smoothing_factor)
-    return Prepared(recipe, objective, checkpoint, config, tokenizer, train, evaluation, findings, settled, held_out)
+    shares = not why_not_shared(recipe, objective)
+    return Prepared(
+        recipe, objective, checkpoint, config, tokenizer, train, evaluation, findings, settled, held_out, shares
+    )
+
+
+def why_not_shared(recipe: Recipe, objective: Objective) -> str:
+    """Why rows do not share their beginnings, by what is asked for; empty if they may."""
+    if recipe.data.share_prefixes == "off":
+        return "as the recipe says"
+    if recipe.data.packing != "rows":
+        return "a block of several texts is one row (data.packing: stream)"
+    return "" if hasattr(objective, COLLATE_TREE) else f"the objective {objective.name} counts each label once"
 
 
 def _held_out(

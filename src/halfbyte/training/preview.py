@@ -6,7 +6,7 @@ Cost: tokenising, and the shapes of the model; no weight is read.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby, islice
 from typing import TYPE_CHECKING
 
@@ -147,6 +147,7 @@ class DataCheck:
     steps: int
     micro_batches: int
     tokens: int
+    sharing: Document
     histogram: tuple[Bin, ...]
     shown: tuple[ShownRow, ...]
 
@@ -168,6 +169,7 @@ class DataCheck:
                 "rows_per_micro_batch": min(rows, recipe.train.rows_per_step) * self.steps / max(1, self.micro_batches),
                 "max_tokens_per_micro_batch": self.plan.max_tokens_per_micro_batch,
                 "tokens": self.tokens,
+                **self.sharing,
                 "seconds": self.plan.time.run_s,
                 "seconds_from": self.plan.time.source,
             },
@@ -186,11 +188,14 @@ def check(loaded: Loaded, *, row: int | None = None) -> DataCheck:
     if row is not None and not 1 <= row <= count:
         raise DataError(f"there is no row {row}: {count:,} rows are trained on.", fix=f"--row 1 to --row {count}")
     machine = device.detect()
-    plan = forecast.plan_by_names(prepared, machine)
-    if plan is None:
+    planned = forecast.plan_by_names(prepared, machine)
+    if planned is None:
         from halfbyte.training.fit import with_plan
 
-        plan = with_plan(prepared, machine).plan
+        run = with_plan(prepared, machine)
+        planned = run.job, run.plan
+    job, plan = planned
+    prepared = replace(prepared, shares=bool(job.trees))
     steps = plan_steps(prepared, plan.max_tokens_per_micro_batch, None)
     counted = [len(step.micro_batches) for step in islice(steps, COUNTED_STEPS)]
     numbers = [row - 1] if row is not None else range(min(SHOWN_ROWS, count))
@@ -201,6 +206,10 @@ def check(loaded: Loaded, *, row: int | None = None) -> DataCheck:
         # of more than `COUNTED_STEPS`, as many a step as the first ones have
         round(sum(counted) * len(steps) / max(1, len(counted))),
         steps.tokens,
+        {
+            "computed_tokens": round(steps.tokens * job.computed_share(plan.max_tokens_per_micro_batch)),
+            "shared": forecast.sharing_note(prepared, job, plan, machine),
+        },
         histogram(prepared.train.lengths),
         tuple(show_row(prepared.train.examples[n], n + 1, prepared.tokenizer) for n in numbers),
     )

@@ -189,7 +189,7 @@ def _trainer(setup: Setup, folder: RunFolder, hooks: RunHooks) -> StepTrainer:
             use_cpu=assembled.base.model.device.type == "cpu",
             eval_steps=eval_every(prepared),
         ),
-        train_dataset=collate.StepDataset(prepared.train.examples, setup.steps, prepared.objective.collate),
+        train_dataset=collate.StepDataset(prepared.train.examples, setup.steps, prepared.lay_out),
         eval_batches=setup.held_out,
         objective=prepared.objective,
         loraplus_lr_ratio=train.loraplus_lr_ratio,

@@ -36,6 +36,7 @@ def plan_steps(prepared: Prepared, tokens: int, examples: int | None, *, rank: i
         rank=rank,
         ranks=ranks,
         weights=prepared.objective.weights(prepared.train),
+        ids=prepared.ids_of(prepared.train),
     )
 
 
@@ -63,12 +64,14 @@ def eval_batches(
     """Rows in micro-batches for an evaluation, all or the `chosen` ones; of several processes those of one."""
     numbers = np.arange(len(rows.examples)) if chosen is None else chosen
     lengths = rows.lengths[numbers]
-    parts = pack.eval_micro_batches(lengths, tokens, examples or prepared.recipe.train.per_device_eval_batch_size)
+    ids, most = prepared.ids_of(rows), examples or prepared.recipe.train.per_device_eval_batch_size
+    of_chosen = None if ids is None else lambda place: ids(int(numbers[place]))
+    parts = pack.eval_micro_batches(lengths, tokens, most, of_chosen)
     if ranks > 1:
         sizes = [int(lengths[list(part)].sum()) for part in parts]
         parts = [parts[number] for number in pack.share(range(len(parts)), sizes, ranks)[rank]]
     in_rows = [tuple(numbers[list(part)].tolist()) for part in parts]
-    return collate.Batches(rows.examples, in_rows, prepared.objective.collate)
+    return collate.Batches(rows.examples, in_rows, prepared.lay_out)
 
 
 @dataclass(frozen=True)

@@ -236,8 +236,9 @@ class StepTrainer(Trainer):
                 continue
             before = self.pace.gradients_to_restore(model)
             try:
-                with self._dropout_of(step, waiting[0]), self._sharded_pass():
-                    part = self._run_micro_batch(model, micro_batches.of(waiting[0]), step.weight)
+                batch = micro_batches.of(waiting[0])
+                with self._dropout_of(step, waiting[0], batch), self._sharded_pass():
+                    part = self._run_micro_batch(model, batch, step.weight)
             except (RuntimeError, MemoryError) as error:
                 waiting = self.pace.after_failure(error, model, before, waiting)
                 continue
@@ -271,13 +272,12 @@ class StepTrainer(Trainer):
             self.accelerator.backward(0.0 * objectives.micro_batch_loss(self.objective, model, row))
 
     @contextlib.contextmanager
-    def _dropout_of(self, step: pack.Step, rows: pack.MicroBatch) -> Iterator[None]:
+    def _dropout_of(self, step: pack.Step, rows: pack.MicroBatch, batch: Batch) -> Iterator[None]:
         """What is random in a micro-batch depends on the seed, the step and its rows, not on what ran before it."""
         seed = self.args.seed
         torch.manual_seed(dropout.number(seed, step.index, rows[0]))
-        lengths = [int(self.pace.lengths[row]) for row in rows]
         where = {"seed": seed, "step": step.index, "anywhere": not self.world.alone}
-        with dropout.row_masks(self._sites, rows, lengths, **where):
+        with dropout.row_masks(self._sites, batch["beginnings"], **where):
             yield
 
     def _over_all(self, total: torch.Tensor, *, interrupted: bool) -> tuple[torch.Tensor, tuple[int, ...]]:
@@ -377,6 +377,7 @@ class StepTrainer(Trainer):
             "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
             "grad_norm": norm,
             "tokens": step.tokens,
+            **({"computed_tokens": step.computed} if step.computed != step.tokens else {}),
             "labelled_tokens": step.labelled_tokens,
             "micro_batches": micro_batches,
             "seconds": self._ended - began,

@@ -198,8 +198,8 @@ class Writer(TextWriter):
         """Losses of rows from the body's hidden states (T, D), and what is likeliest after their prompts."""
         assert head is not None
         starts = batch["cu_seq_lens_q"].tolist()[:-1]
-        for i, (text, start, (first, end)) in enumerate(zip(texts, starts, loss.labels_of_texts(batch), strict=True)):
-            keep, targets = batch["keep"][first:end], batch["targets"][first:end]
+        for i, (text, start, labels) in enumerate(zip(texts, starts, loss.labels_of_texts(batch), strict=True)):
+            keep, targets = batch["keep"][labels], batch["targets"][labels]
             text.loss = float(loss.head_loss(hidden[keep], targets, head))
             if hidden.dtype == torch.float32 and text.row is not None:  # rounded logits tie
                 states = hidden[start + len(text.prompt) - 1 : start + len(text.row.input_ids)]

@@ -1,13 +1,15 @@
-"""A row meets the same mask wherever it is computed: the kernel is the definition, and the definition is of the row."""
+"""A text meets the same mask wherever it is computed: the kernel is the definition, of the text up to each token."""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from halfbyte.data import prefixes
 from halfbyte.layers import lora_linear as room
 from halfbyte.layers.kernels import dropout
 
@@ -15,10 +17,16 @@ LAYER = nn.Linear(2, 2)
 SITES = {id(LAYER): 5}
 
 
+def of_texts(first: list[int], lengths: list[int]) -> torch.Tensor:
+    """Texts whose tokens are a number and those after it."""
+    ids = np.concatenate([np.arange(a, a + n) for a, n in zip(first, lengths, strict=True)])
+    return torch.from_numpy(prefixes.beginnings(ids, np.concatenate([np.arange(n) for n in lengths])))
+
+
 def mask(
-    rows: list[int], lengths: list[int], d: int, p: float = 0.3, *, seed: int = 1, step: int = 0, site: int = 5
+    first: list[int], lengths: list[int], d: int, p: float = 0.3, *, seed: int = 1, step: int = 0, site: int = 5
 ) -> torch.Tensor:
-    with dropout.row_masks({id(LAYER): site}, rows, lengths, seed=seed, step=step, anywhere=True):
+    with dropout.row_masks({id(LAYER): site}, of_texts(first, lengths), seed=seed, step=step, anywhere=True):
         key = dropout.token_seed(LAYER, torch.ones(sum(lengths), d), by_kernel=True)
     assert key is not None
     return dropout.keep_mask(key, (sum(lengths), d), p, torch.device("cpu"))
@@ -33,7 +41,7 @@ def lowbias32(x: int) -> int:
 
 
 def test_the_mask_by_hand() -> None:
-    keys = dropout.token_keys([9], [3], seed=1, step=2)
+    keys = dropout.token_keys(np.array([9, -4, 2**60]), seed=1, step=2)
     key = dropout.TokenSeed(torch.from_numpy(keys), 5)
     got = dropout.keep_mask(key, (3, 5), 0.25, torch.device("cpu"))
     for t in range(3):
@@ -47,7 +55,7 @@ def test_the_mask_by_hand() -> None:
 @pytest.mark.parametrize("d", [64, 7])
 def test_the_kernel_is_the_definition(dtype: torch.dtype, d: int) -> None:
     x = torch.randn(12, d).to(dtype)
-    with dropout.row_masks(SITES, [3, 8], [5, 6], seed=1, step=2):
+    with dropout.row_masks(SITES, of_texts([3, 8], [5, 6]), seed=1, step=2):
         key = dropout.token_seed(LAYER, x, by_kernel=True)  # a row of no text behind the others
         assert key is not None and dropout.token_seed(nn.Linear(2, 2), x, by_kernel=True) is None
         assert dropout.token_seed(LAYER, x[:10], by_kernel=True) is None
@@ -60,6 +68,16 @@ def test_the_kernel_is_the_definition(dtype: torch.dtype, d: int) -> None:
     again = x.clone()
     room.drop_(again, 0.3, key, made)
     assert torch.equal(again, dropped)
+
+
+def test_what_begins_alike_has_one_mask_until_it_parts() -> None:
+    long, short = mask([7], [9], 64), mask([7], [4], 64)
+    assert torch.equal(long[:4], short)
+    other = mask([1, 7], [3, 9], 64)
+    assert torch.equal(other[3:], long)
+    ids = torch.tensor([7, 8, 9, 3, 11]), torch.arange(5)
+    parted = torch.from_numpy(prefixes.beginnings(*(x.numpy() for x in ids)))
+    assert [bool(a == b) for a, b in zip(parted, of_texts([7], [5]), strict=True)] == [True] * 3 + [False] * 2
 
 
 def test_a_row_has_its_mask_in_any_company() -> None:
@@ -75,9 +93,14 @@ def test_a_row_has_its_mask_in_any_company() -> None:
 
 
 def test_its_share_and_independence() -> None:
-    p, one = 0.1, mask(list(range(20)), [50] * 20, 512, 0.1)
+    p, one = 0.1, mask(list(range(0, 2000, 100)), [50] * 20, 512, 0.1)
     n = one.numel()
     assert abs(float((~one).float().mean()) - p) < 5 * math.sqrt(p * (1 - p) / n)
-    for other in (mask(list(range(20)), [50] * 20, 512, 0.1, step=1), one.roll(1, 0), one.roll(1, 1), one.roll(50, 0)):
+    for other in (
+        mask(list(range(0, 2000, 100)), [50] * 20, 512, 0.1, step=1),
+        one.roll(1, 0),
+        one.roll(1, 1),
+        one.roll(50, 0),
+    ):
         both = float((~one & ~other).float().mean())
         assert abs(both - p * p) < 5 * math.sqrt(p * p / n)

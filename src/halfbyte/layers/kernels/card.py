@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -33,15 +33,22 @@ LARGEST_HEAD, HEAD_STEP = 256, 8  # what the flash kernels take
 @dataclass(frozen=True, eq=False)
 class PackLengths:
     """The lengths of a pack's examples as numbers, so that no layer has to wait for a card to read them. `kernel`: by
-    what attention is computed on a card."""
+    what attention is computed on a card. `levels`: where examples share their beginnings (`data/prefixes.py`), how many
+    segments each one of the lengths follows; these are the last ones of the levels 0, 1, ... before it."""
 
     lengths: tuple[int, ...]
     kernel: str = VARLEN
+    levels: tuple[int, ...] = ()
     _starts: dict[torch.device, Tensor] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def longest(self) -> int:
-        return max(self.lengths, default=0)
+        """Tokens of the longest example."""
+        path, longest = [0], 0
+        for length, level in zip(self.lengths, self.levels or (0,) * len(self.lengths), strict=True):
+            path[level + 1 :] = [path[level] + length]
+            longest = max(longest, path[-1])
+        return longest
 
     def starts(self, device: torch.device) -> Tensor:
         """(examples + 1,) int32 on a card, copied there once."""

@@ -1,12 +1,12 @@
-"""Masks of LoRA's dropout that depend on the row, not on its micro-batch or process: with kernels on a CPU, and always
+"""Masks of LoRA's dropout that depend on the text, not on its micro-batch or process: with kernels on a CPU, and always
 where several processes train. One process on a card, or without kernels, draws its masks instead (`lora_linear.py`).
 
 Why: with a mask drawn for a whole micro-batch, what a step learns depends on how its rows share micro-batches, and on
-which process computes them. Here it is a hash of (seed, step, row, position in the row; layer, feature), so any split
-of a step, on any number of processes, drops the same numbers.
+which process computes them. Here it is a hash of (seed, step, the text up to the token; layer, feature), so any split
+of a step, on any number of processes, drops the same numbers, whether what rows have in common is computed once or not.
 Source: counter-based random numbers (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011); the hash
 is `kernels.cpu.scalar.hash_u32`.
-Cost: a hash for each row of a micro-batch, and one for each of its tokens in every layer, beside those for the pairs.
+Cost: a hash for each token of a micro-batch, and one in every layer, beside those for the pairs.
 """
 
 import hashlib
@@ -18,8 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from halfbyte.data import prefixes
+
 _WORD = 0xFFFFFFFF
-_GOLDEN, _MIX = 0x9E3779B97F4A7C15, (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # splitmix64
+_GOLDEN = 0x9E3779B97F4A7C15  # splitmix64
 
 
 @dataclass(frozen=True)
@@ -60,16 +62,17 @@ _now: RowMasks | None = None
 
 @contextmanager
 def row_masks(
-    sites: dict[int, int], rows: Sequence[int], lengths: Sequence[int], *, seed: int, step: int, anywhere: bool = False
+    sites: dict[int, int], beginnings: Tensor, *, seed: int, step: int, anywhere: bool = False
 ) -> Iterator[None]:
-    """While it lasts (forward and backward), masks are those of these rows, laid end to end.
+    """While it lasts (forward and backward), masks are those of these tokens.
 
     Args:
-        sites: as `sites_of` makes them. rows: their numbers in the data. lengths: tokens of each.
+        sites: as `sites_of` makes them. beginnings: (T,) int64, a batch's.
         anywhere: also on cards and without kernels, where drawing one mask for all is faster.
     """
     global _now
-    before, _now = _now, RowMasks(torch.from_numpy(token_keys(rows, lengths, seed=seed, step=step)), sites, anywhere)
+    keys = torch.from_numpy(token_keys(beginnings.numpy(), seed=seed, step=step))
+    before, _now = _now, RowMasks(keys, sites, anywhere)
     try:
         yield
     finally:
@@ -110,15 +113,11 @@ def token_seed(layer: nn.Module, x: Tensor, *, by_kernel: bool) -> TokenSeed | N
     return TokenSeed(torch.cat([keys, keys.new_zeros(more)]) if more else keys, _now.sites[id(layer)])
 
 
-def token_keys(rows: Sequence[int], lengths: Sequence[int], *, seed: int, step: int) -> np.ndarray:
-    """(T,) int32: the key of each token of these rows, by its row and its place there."""
+def token_keys(beginnings: np.ndarray, *, seed: int, step: int) -> np.ndarray:
+    """(T,) int32: the key of each token, by its text up to it."""
     with np.errstate(over="ignore"):
-        first = [np.uint64(_number(seed, step, row)) for row in rows]
-        parts = [np.arange(n, dtype=np.uint64) + number for number, n in zip(first, lengths, strict=True)]
-        z = np.concatenate(parts) * np.uint64(_GOLDEN)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(_MIX[0])
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(_MIX[1])
-    return (z ^ (z >> np.uint64(31))).astype(np.uint32).view(np.int32)
+        keys = prefixes.mix(beginnings.view(np.uint64) + np.uint64(_number(seed, step)))
+    return keys.astype(np.uint32).view(np.int32)
 
 
 def number(*parts: int) -> int:

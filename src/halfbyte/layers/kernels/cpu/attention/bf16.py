@@ -1,12 +1,13 @@
 """Causal attention of whole examples as one kernel, forward and backward, on bf16 tiles that stay in cache.
 
-What: a task is one example, one key head and some of the query heads that it serves. Keys and values are laid out once
-in pairs (`tiles.py`); then a few rows of queries at a time go through scores, softmax and product, and no score ever
-leaves the core's own cache. Only the columns that a row sees are computed, in steps of a tile.
+What: a task is one family of segments (`tasks.py`), one key head and some of the query heads that it serves. Keys and
+values are laid out once in pairs (`tiles.py`); then a few rows of queries at a time go through scores, softmax and
+product, and no score ever leaves the core's own cache. Only the columns that a row sees are computed, in steps of a
+tile.
 Source: FlashAttention-2, arXiv:2307.08691, section 3.1 (formulas); the layout is ours.
 Cost: 2 and 5 products of L x L x D / 2; scratch of some hundred kB a thread.
 
-Letters: T tokens, H query heads, K key heads, G = H / K, D head size (even), L tokens in an example.
+Letters: T tokens, H query heads, K key heads, G = H / K, D head size (even), L tokens of a segment.
 """
 
 import math
@@ -27,11 +28,12 @@ _HIGH = np.uint32(16)
 
 
 @inlined
-def _columns_in_pairs(x, rows, d, out, padded):  # type: ignore[no-untyped-def]
-    """x (rows, d) of 16 bits -> out (d / 2, padded) of 32: the transpose, for products over D."""
+def _columns_in_pairs(x, rows, d, out, place, padded, reach):  # type: ignore[no-untyped-def]
+    """x (rows, d) of 16 bits -> columns from `place` on of out (d / 2, reach) of 32: the transpose, for products over
+    D."""
     x, pairs = x.view(np.uint32), d // 2
     for c in range(pairs):
-        to = out[c * padded : (c + 1) * padded]
+        to = out[c * reach + place : c * reach + place + padded]
         for i in range(rows):
             to[i] = x[i * pairs + c]
         for i in range(rows, padded):
@@ -67,14 +69,15 @@ def _copy_rows(x, row, rows, pairs, out, padded):  # type: ignore[no-untyped-def
 
 
 @inlined
-def _softmax_rows(s, p, o_sums, first, length, padded, until, scale, lse):  # type: ignore[no-untyped-def]
-    """Rows of scores s (ROWS, padded) -> p in bf16, unnormalised; zeros where a row does not see, up to `until`."""
+def _softmax_rows(s, p, o_sums, first, before, length, reach, until, scale, lse):  # type: ignore[no-untyped-def]
+    """Rows of scores s (ROWS, reach) -> p in bf16, unnormalised; zeros where a row does not see, up to `until`.
+    `before`: tokens above the segment."""
     for r in range(ROWS):
         i = first + r
-        q = p[r * padded : r * padded + until]
-        seen = i + 1 if i < length else 0
+        q = p[r * reach : r * reach + until]
+        seen = before + i + 1 if i < length else 0
         if seen:
-            a = s[r * padded : r * padded + seen]
+            a = s[r * reach : r * reach + seen]
             m = largest(a) * scale
             total = np.float32(0.0)
             for j in range(seen):
@@ -88,23 +91,28 @@ def _softmax_rows(s, p, o_sums, first, length, padded, until, scale, lse):  # ty
 
 
 @inlined
-def _forward_head(head, keys, sizes, work):  # type: ignore[no-untyped-def]
-    """One query head of one example: q (L, D) of 16 bits -> out (L, D), `row` apart, and lse (L)."""
+def _forward_head(head, keys, sizes, path, work):  # type: ignore[no-untyped-def]
+    """One query head of one segment: q (L, D) of 16 bits -> out (L, D), `row` apart, and lse (L)."""
     q, out, lse = head
     kt, vp = keys
-    length, padded, d, wide, row, scale = sizes
+    length, reach, d, wide, row, scale = sizes
+    before, places, level = path
     s, p, o, qp, sums = work
     pairs, q = d // 2, q.view(np.uint32)
     for i in range(0, length, ROWS):
         rows = min(ROWS, length - i)
-        columns = i + rows
         _copy_rows(q[i * pairs :], pairs, rows, pairs, qp, ROWS)
-        for j in range(0, columns, COLUMNS):
-            tile(s[j:], padded, qp, pairs, 1, kt[j:], padded, pairs, 0)
-        until = up(columns, 2)
-        _softmax_rows(s, p, sums, i, length, padded, until, scale, lse)
+        for above in range(level + 1):  # a tile's last columns may be of the next segment, which comes later
+            columns = i + rows if above == level else before[above + 1] - before[above]
+            for j in range(0, columns, COLUMNS):
+                tile(s[before[above] + j :], reach, qp, pairs, 1, kt[places[above] + j :], reach, pairs, 0)
+        until = up(before[level] + i + rows, 2)
+        _softmax_rows(s, p, sums, i, before[level], length, reach, until, scale, lse)
         for c in range(0, wide, COLUMNS):
-            tile(o[c:], wide, p, padded // 2, 1, vp[c:], wide, until // 2, 0)
+            for above in range(level + 1):
+                columns = i + rows if above == level else before[above + 1] - before[above]
+                values = vp[places[above] // 2 * wide + c :]
+                tile(o[c:], wide, p[before[above] :], reach // 2, 1, values, wide, up(columns, 2) // 2, above)
         for r in range(rows):
             a, to = o[r * wide : r * wide + d], out[(i + r) * row : (i + r) * row + d]
             share = np.float32(1.0) / sums[r]
@@ -124,7 +132,7 @@ def _forward(address):  # type: ignore[no-untyped-def]
     o, at = scratch(at, ROWS * wide, np.float32)
     qp, at = scratch(at, ROWS * d // 2, np.uint32)
     work = (s, p, o, qp, np.empty(ROWS, np.float32))
-    tasks.forward_tasks(address, np.uint16, _columns_in_pairs, _rows_in_pairs, _forward_head, wide, (kt, vp), work)
+    tasks.forward_tasks(address, np.uint16, _columns_in_pairs, _rows_in_pairs, _forward_head, wide, 2, (kt, vp), work)
 
 
 @inlined
@@ -161,52 +169,64 @@ def _probabilities(s, dp, i0, j0, rows, width, until, scale, lse, delta, ds, dsp
 
 
 @inlined
-def _backward_head(head, keys, sizes, work):  # type: ignore[no-untyped-def]
-    """One query head of one example: fills dq (L, D) of 16 bits, adds to dk and dv (padded, wide) in fp32."""
+def _backward_head(head, keys, sizes, path, work):  # type: ignore[no-untyped-def]
+    """One query head of one segment: fills dq (L, D) of 16 bits, adds to dk and dv (padded, wide) of its path, fp32."""
     q, do, o, lse, dq = head
-    kt, kp, vt, dk, dv = keys
-    length, padded, d, wide, row, scale = sizes
-    s, dp, ds, dsp, pp, qn, qp, don, dop, dqa, delta, sums = work
+    length, reach, d, wide, row, scale = sizes
+    before, places, level = path
+    qn, qp, don, dop, dqa, delta, sums = work[5:]
     pairs = d // 2
     q32, do32 = q.view(np.uint32), do.view(np.uint32)
-    for i0 in range(0, length, TALL):
-        rows = min(TALL, length - i0)
+    for i in range(0, length, TALL):
+        rows = min(TALL, length - i)
         tall = up(rows, ROWS)
-        _copy_rows(q32[i0 * pairs :], pairs, rows, pairs, qn, tall)
-        _rows_in_pairs(q[i0 * d :], d, rows, d, qp, wide, TALL)
-        _copy_rows(do32[i0 * row // 2 :], row // 2, rows, pairs, don, tall)
-        _rows_in_pairs(do[i0 * row :], row, rows, d, dop, wide, TALL)
+        _copy_rows(q32[i * pairs :], pairs, rows, pairs, qn, tall)
+        _rows_in_pairs(q[i * d :], d, rows, d, qp, wide, TALL)
+        _copy_rows(do32[i * row // 2 :], row // 2, rows, pairs, don, tall)
+        _rows_in_pairs(do[i * row :], row, rows, d, dop, wide, TALL)
         for r in range(TALL):
             total = np.float32(0.0)
             if r < rows:
-                a, b = do[(i0 + r) * row : (i0 + r) * row + d], o[(i0 + r) * row : (i0 + r) * row + d]
+                a, b = do[(i + r) * row : (i + r) * row + d], o[(i + r) * row : (i + r) * row + d]
                 for c in range(d):
                     total += load(a[c]) * load(b[c])
             delta[r] = total
-            sums[r] = lse[i0 + r] if r < rows else np.float32(0.0)
-        end = i0 + rows  # columns that the last row sees
-        for j0 in range(0, end, WIDE):
-            width = min(WIDE, end - j0)
-            for r in range(0, tall, ROWS):
-                for j in range(0, min(width, i0 + r + ROWS - j0), COLUMNS):
-                    to = r * WIDE + j
-                    tile(s[to:], WIDE, qn[r * pairs :], pairs, 1, kt[j0 + j :], padded, pairs, 0)
-                    tile(dp[to:], WIDE, don[r * pairs :], pairs, 1, vt[j0 + j :], padded, pairs, 0)
-            until = up(up(width, ROWS), 2)
-            _probabilities(s, dp, i0, j0, rows, width, until, scale, sums, delta, ds, dsp, pp)
-            for r in range(0, tall, ROWS):
-                steps = up(max(0, min(width, i0 + r + ROWS - j0)), 2) // 2
-                for c in range(0, wide, COLUMNS):
-                    k_at = j0 // 2 * wide + c
-                    tile(dqa[r * wide + c :], wide, ds[r * WIDE :], WIDE // 2, 1, kp[k_at:], wide, steps, j0)
-            for j in range(0, width, ROWS):
-                skip = max(0, j0 + j - i0) // 2  # rows of queries before the first that sees column j
-                for c in range(0, wide, COLUMNS):
-                    to = (j0 + j) * wide + c
-                    a, b = skip * WIDE + j, skip * wide + c
-                    tile(dv[to:], wide, pp[a:], 1, WIDE, dop[b:], wide, TALL // 2 - skip, 1)
-                    tile(dk[to:], wide, dsp[a:], 1, WIDE, qp[b:], wide, TALL // 2 - skip, 1)
-        store_rows(dqa, wide, rows, d, dq[i0 * d :])
+            sums[r] = lse[i + r] if r < rows else np.float32(0.0)
+        for above in range(level + 1):
+            end = i + rows if above == level else before[above + 1] - before[above]
+            i0 = i if above == level else end  # all of what is above is seen
+            for j0 in range(0, end, WIDE):
+                block = (i0, j0, min(WIDE, end - j0), rows, places[above] + j0, above + j0)
+                _backward_block(block, keys, (reach, d, wide, scale), work)
+        store_rows(dqa, wide, rows, d, dq[i * d :])
+
+
+@inlined
+def _backward_block(block, keys, sizes, work):  # type: ignore[no-untyped-def]
+    """Some rows of queries, the first of which sees column i0, and columns from j0 on, whose keys lie at `place`."""
+    kt, kp, vt, dk, dv = keys
+    i0, j0, width, rows, place, add = block
+    reach, d, wide, scale = sizes
+    s, dp, ds, dsp, pp, qn, qp, don, dop, dqa, delta, sums = work
+    tall, pairs = up(rows, ROWS), d // 2
+    for r in range(0, tall, ROWS):
+        for j in range(0, min(width, i0 + r + ROWS - j0), COLUMNS):
+            to = r * WIDE + j
+            tile(s[to:], WIDE, qn[r * pairs :], pairs, 1, kt[place + j :], reach, pairs, 0)
+            tile(dp[to:], WIDE, don[r * pairs :], pairs, 1, vt[place + j :], reach, pairs, 0)
+    until = up(up(width, ROWS), 2)
+    _probabilities(s, dp, i0, j0, rows, width, until, scale, sums, delta, ds, dsp, pp)
+    for r in range(0, tall, ROWS):
+        steps = up(max(0, min(width, i0 + r + ROWS - j0)), 2) // 2
+        for c in range(0, wide, COLUMNS):
+            tile(dqa[r * wide + c :], wide, ds[r * WIDE :], WIDE // 2, 1, kp[place // 2 * wide + c :], wide, steps, add)
+    for j in range(0, width, ROWS):
+        skip = max(0, j0 + j - i0) // 2  # rows of queries before the first that sees column j
+        for c in range(0, wide, COLUMNS):
+            to = (place + j) * wide + c
+            a, b = skip * WIDE + j, skip * wide + c
+            tile(dv[to:], wide, pp[a:], 1, WIDE, dop[b:], wide, TALL // 2 - skip, 1)
+            tile(dk[to:], wide, dsp[a:], 1, WIDE, qp[b:], wide, TALL // 2 - skip, 1)
 
 
 @kernel
@@ -232,7 +252,7 @@ def _backward(address):  # type: ignore[no-untyped-def]
     delta, sums = np.empty(TALL, np.float32), np.empty(TALL, np.float32)
     work = (s, dp, ds, dsp, pp, qn, qp, don, dop, dqa, delta, sums)
     keys = (kt, kp, vt, dka, dva)
-    tasks.backward_tasks(address, np.uint16, _columns_in_pairs, _rows_in_pairs, _backward_head, wide, keys, work)
+    tasks.backward_tasks(address, np.uint16, _columns_in_pairs, _rows_in_pairs, _backward_head, wide, 2, keys, work)
 
 
 KERNELS = tasks.Attention(

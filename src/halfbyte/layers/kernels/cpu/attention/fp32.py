@@ -2,13 +2,13 @@
 
 Why: the matmul library makes all scores of an example, half of which no row sees, and one call for each product costs
 as much as its arithmetic: a third of the processor's rate (docs/log).
-What: as `bf16.py`, without pairs: a task is one example, one key head and some of the query heads that it serves. Some
-rows of queries at a time go through scores, softmax and product; only columns that a row sees are computed, in steps
-of a tile. Keys and values are laid out once, in panels as wide as a tile.
+What: as `bf16.py`, without pairs: a task is one family of segments, one key head and some of the query heads that it
+serves. Some rows of queries at a time go through scores, softmax and product; only columns that a row sees are
+computed, in steps of a tile. Keys and values are laid out once, in panels as wide as a tile.
 Source: FlashAttention-2, arXiv:2307.08691, section 3.1 (formulas).
 Cost: 2 and 5 products of L x L x D / 2; scratch of some hundred kB a thread.
 
-Letters: T tokens, H query heads, K key heads, G = H / K, D head size, L tokens in an example.
+Letters: T tokens, H query heads, K key heads, G = H / K, D head size, L tokens of a segment.
 """
 
 import math
@@ -28,11 +28,12 @@ _ZERO = np.float32(0.0)
 
 
 @inlined
-def _panels(x, rows, d, out, padded):  # type: ignore[no-untyped-def]
-    """x (rows, d) -> its transpose, a panel of COLUMNS after the other: out (padded / COLUMNS, d, COLUMNS)."""
+def _panels(x, rows, d, out, place, padded, reach):  # type: ignore[no-untyped-def]
+    """x (rows, d) -> its transpose, a panel of COLUMNS after the other: (padded / COLUMNS, d, COLUMNS) at `place`."""
     for j in range(0, padded, COLUMNS):
         for c in range(d):
-            to = out[j * d + c * COLUMNS : j * d + (c + 1) * COLUMNS]
+            at = (place + j) * d + c * COLUMNS
+            to = out[at : at + COLUMNS]
             for n in range(COLUMNS):
                 to[n] = x[(j + n) * d + c] if j + n < rows else _ZERO
 
@@ -51,11 +52,12 @@ def _rows(x, row, rows, d, out, wide, padded):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _softmax(s, sums, first, rows, padded, scale, lse):  # type: ignore[no-untyped-def]
-    """Rows of scores s (TALL, padded) -> exp(scale s - max), zeros where a row does not see, up to its tile's end."""
+def _softmax(s, sums, first, before, rows, reach, scale, lse):  # type: ignore[no-untyped-def]
+    """Rows of scores s (TALL, reach) -> exp(scale s - max), zeros where a row does not see, up to its tile's end.
+    `before`: tokens above the segment."""
     for r in range(up(rows, ROWS)):
-        seen = first + r + 1 if r < rows else 0
-        row = s[r * padded : r * padded + first + up(r + 1, ROWS)]
+        seen = before + first + r + 1 if r < rows else 0
+        row = s[r * reach : r * reach + before + first + up(r + 1, ROWS)]
         if seen:
             m = largest(row[:seen]) * scale
             total = _ZERO
@@ -70,23 +72,30 @@ def _softmax(s, sums, first, rows, padded, scale, lse):  # type: ignore[no-untyp
 
 
 @inlined
-def _forward_head(head, keys, sizes, work):  # type: ignore[no-untyped-def]
-    """One query head of one example: q (L, D) -> out (L, D), `row` apart, and lse (L)."""
+def _forward_head(head, keys, sizes, path, work):  # type: ignore[no-untyped-def]
+    """One query head of one segment: q (L, D) -> out (L, D), `row` apart, and lse (L)."""
     q, out, lse = head
     kt, vp = keys
-    length, padded, d, wide, row, scale = sizes
+    length, reach, d, wide, row, scale = sizes
+    before, places, level = path
     s, o, qp, sums = work
     for i in range(0, length, TALL):
         rows = min(TALL, length - i)
         tall = up(rows, ROWS)
         _rows(q[i * d :], d, rows, d, qp, d, tall)
-        for j in range(0, i + rows, COLUMNS):
-            for r in range(max(0, j - i) // ROWS * ROWS, tall, ROWS):
-                tile32(s[r * padded + j :], padded, qp[r * d :], d, 1, kt[j * d :], COLUMNS, d, 0)
-        _softmax(s, sums, i, rows, padded, scale, lse[:length])
+        for above in range(level + 1):  # a tile's last columns may be of the next segment, which comes later
+            columns = i + rows if above == level else before[above + 1] - before[above]
+            for j in range(0, columns, COLUMNS):
+                panel = kt[(places[above] + j) * d :]
+                for r in range(max(0, j - i) // ROWS * ROWS if above == level else 0, tall, ROWS):
+                    tile32(s[r * reach + before[above] + j :], reach, qp[r * d :], d, 1, panel, COLUMNS, d, 0)
+        _softmax(s, sums, i, before[level], rows, reach, scale, lse[:length])
         for r in range(0, tall, ROWS):
             for c in range(0, wide, COLUMNS):
-                tile32(o[r * wide + c :], wide, s[r * padded :], padded, 1, vp[c:], wide, i + r + ROWS, 0)
+                for above in range(level + 1):
+                    columns = i + r + ROWS if above == level else before[above + 1] - before[above]
+                    values, at = vp[places[above] * wide + c :], r * reach + before[above]
+                    tile32(o[r * wide + c :], wide, s[at:], reach, 1, values, wide, columns, above)
         for r in range(rows):
             a, to = o[r * wide : r * wide + d], out[(i + r) * row : (i + r) * row + d]
             share = np.float32(1.0) / sums[r]
@@ -105,7 +114,7 @@ def _forward(address):  # type: ignore[no-untyped-def]
     o, at = scratch(at, TALL * wide, np.float32)
     qp, at = scratch(at, TALL * d, np.float32)
     work = (s, o, qp, np.empty(TALL, np.float32))
-    tasks.forward_tasks(address, np.float32, _panels, _rows, _forward_head, wide, (kt, vp), work)
+    tasks.forward_tasks(address, np.float32, _panels, _rows, _forward_head, wide, 1, (kt, vp), work)
 
 
 @inlined
@@ -126,44 +135,58 @@ def _probabilities(s, dp, i0, j0, rows, width, scale, lse, delta):  # type: igno
 
 
 @inlined
-def _backward_head(head, keys, sizes, work):  # type: ignore[no-untyped-def]
-    """One query head of one example: fills dq (L, D), adds to dk and dv (padded, wide)."""
+def _backward_head(head, keys, sizes, path, work):  # type: ignore[no-untyped-def]
+    """One query head of one segment: fills dq (L, D), adds to dk and dv (padded, wide) of its path."""
     q, do, o, lse, dq = head
-    kt, kp, vt, dk, dv = keys
     length, _, d, wide, row, scale = sizes
+    before, places, level = path
     s, dp, qp, dop, dqa, delta, sums = work
-    for i0 in range(0, length, TALL):
-        rows = min(TALL, length - i0)
+    for i in range(0, length, TALL):
+        rows = min(TALL, length - i)
         tall = up(rows, ROWS)
-        _rows(q[i0 * d :], d, rows, d, qp, wide, tall)
-        _rows(do[i0 * row :], row, rows, d, dop, wide, tall)
+        _rows(q[i * d :], d, rows, d, qp, wide, tall)
+        _rows(do[i * row :], row, rows, d, dop, wide, tall)
         for r in range(rows):
             total = _ZERO
-            a, b = dop[r * wide : r * wide + d], o[(i0 + r) * row : (i0 + r) * row + d]
+            a, b = dop[r * wide : r * wide + d], o[(i + r) * row : (i + r) * row + d]
             for c in range(d):
                 total += a[c] * b[c]
             delta[r] = total
-            sums[r] = lse[i0 + r]
-        for j0 in range(0, i0 + rows, WIDE):
-            width = min(WIDE, i0 + rows - j0)
-            for j in range(0, width, COLUMNS):
-                for r in range(max(0, j0 + j - i0) // ROWS * ROWS, tall, ROWS):
-                    to, panel = r * WIDE + j, (j0 + j) * d
-                    tile32(s[to:], WIDE, qp[r * wide :], wide, 1, kt[panel:], COLUMNS, d, 0)
-                    tile32(dp[to:], WIDE, dop[r * wide :], wide, 1, vt[panel:], COLUMNS, d, 0)
-            _probabilities(s, dp, i0, j0, rows, width, scale, sums, delta)
-            for r in range(0, tall, ROWS):
-                steps = max(0, min(width, i0 + r + ROWS - j0))
-                for c in range(0, wide, COLUMNS):
-                    tile32(dqa[r * wide + c :], wide, dp[r * WIDE :], WIDE, 1, kp[j0 * wide + c :], wide, steps, j0)
-            for j in range(0, width, ROWS):
-                skip = max(0, j0 + j - i0)  # rows of queries before the first that sees column j
-                for c in range(0, wide, COLUMNS):
-                    to = (j0 + j) * wide + c
-                    a, b = skip * WIDE + j, skip * wide + c
-                    tile32(dv[to:], wide, s[a:], 1, WIDE, dop[b:], wide, rows - skip, 1)
-                    tile32(dk[to:], wide, dp[a:], 1, WIDE, qp[b:], wide, rows - skip, 1)
-        store_rows(dqa, wide, rows, d, dq[i0 * d :])
+            sums[r] = lse[i + r]
+        for above in range(level + 1):
+            end = i + rows if above == level else before[above + 1] - before[above]
+            i0 = i if above == level else end  # all of what is above is seen
+            for j0 in range(0, end, WIDE):
+                block = (i0, j0, min(WIDE, end - j0), rows, places[above] + j0, above + j0)
+                _backward_block(block, keys, (d, wide, scale), (s, dp, qp, dop, dqa, delta, sums))
+        store_rows(dqa, wide, rows, d, dq[i * d :])
+
+
+@inlined
+def _backward_block(block, keys, sizes, work):  # type: ignore[no-untyped-def]
+    """Some rows of queries, the first of which sees column i0, and columns from j0 on, whose keys lie at `place`."""
+    kt, kp, vt, dk, dv = keys
+    i0, j0, width, rows, place, add = block
+    d, wide, scale = sizes
+    s, dp, qp, dop, dqa, delta, sums = work
+    tall = up(rows, ROWS)
+    for j in range(0, width, COLUMNS):
+        for r in range(max(0, j0 + j - i0) // ROWS * ROWS, tall, ROWS):
+            to, panel = r * WIDE + j, (place + j) * d
+            tile32(s[to:], WIDE, qp[r * wide :], wide, 1, kt[panel:], COLUMNS, d, 0)
+            tile32(dp[to:], WIDE, dop[r * wide :], wide, 1, vt[panel:], COLUMNS, d, 0)
+    _probabilities(s, dp, i0, j0, rows, width, scale, sums, delta)
+    for r in range(0, tall, ROWS):
+        steps = max(0, min(width, i0 + r + ROWS - j0))
+        for c in range(0, wide, COLUMNS):
+            tile32(dqa[r * wide + c :], wide, dp[r * WIDE :], WIDE, 1, kp[place * wide + c :], wide, steps, add)
+    for j in range(0, width, ROWS):
+        skip = max(0, j0 + j - i0)  # rows of queries before the first that sees column j
+        for c in range(0, wide, COLUMNS):
+            to = (place + j) * wide + c
+            a, b = skip * WIDE + j, skip * wide + c
+            tile32(dv[to:], wide, s[a:], 1, WIDE, dop[b:], wide, rows - skip, 1)
+            tile32(dk[to:], wide, dp[a:], 1, WIDE, qp[b:], wide, rows - skip, 1)
 
 
 @kernel
@@ -183,7 +206,7 @@ def _backward(address):  # type: ignore[no-untyped-def]
     dqa, at = scratch(at, TALL * wide, np.float32)
     work = (s, dp, qp, dop, dqa, np.empty(TALL, np.float32), np.empty(TALL, np.float32))
     keys = (kt, kp, vt, dka, dva)
-    tasks.backward_tasks(address, np.float32, _panels, _rows, _backward_head, wide, keys, work)
+    tasks.backward_tasks(address, np.float32, _panels, _rows, _backward_head, wide, 1, keys, work)
 
 
 KERNELS = tasks.Attention(

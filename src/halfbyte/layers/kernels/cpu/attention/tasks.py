@@ -1,9 +1,15 @@
 """What the kernels of attention share: their tasks, memory of a thread, and how they are called.
 
-A task is one example, one key head and some of the query heads that it serves. Letters as in `bf16.py`.
+A task is one family, one key head and some of the query heads that it serves. A family is one example, or segments of
+several in a tree: what they have in common first, then what follows it, each before its own rests. `levels` says how
+many segments lie above one, and these are the last ones of the levels 0, 1, ... before it. A segment attends to them
+and to itself. Keys, values and their gradients of one path from the root are in a thread's memory at once, each segment
+at a multiple of `PAD`; a gradient is stored when nothing more follows its segment, so it is the sum over all that does,
+in one order whoever computes it. All segments with something below them have an even number of tokens.
+Letters as in `bf16.py`; L tokens of a segment.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +25,8 @@ TALL = 48  # rows of queries at once: a multiple of a tile's rows, and of 2
 WIDE = 192  # columns at once in backward: a multiple of a tile's rows and of its columns
 PAD = 96  # of an example's length: a multiple of both
 # What lies in the kernels' slots, as `Attention._run` puts it there; then what is of the forward or backward alone.
-TOKENS, HEADS, KEY_HEADS, WIDTH, PARTS, EXAMPLES, LONGEST, MEMORY, BYTES, SCALE, Q, K, V, OUT = range(3, 17)
+TOKENS, HEADS, KEY_HEADS, WIDTH, PARTS, FAMILIES, LONGEST, DEPTH, MEMORY, BYTES, SCALE = range(3, 14)
+STARTS, LEVELS, FIRSTS, Q, K, V, OUT, MORE = range(14, 22)
 
 
 @njit(forceinline=True, fastmath={*FASTMATH, "nnan"}, error_model="numpy")
@@ -62,93 +69,159 @@ def _given(slot, element):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _place(task, starts, slot):  # type: ignore[no-untyped-def]
-    """Of a task: tokens before its example, the example's tokens, key head, first and last of its query heads."""
+def _tree(slot):  # type: ignore[no-untyped-def]
+    """Of all segments: tokens before each, its level; of all families their first segment. And room for a path: tokens
+    before each level, where its keys lie, which segment it is."""
+    families, depth = slot[FAMILIES], slot[DEPTH]
+    firsts = array(slot[FIRSTS], (families + 1,), np.int64)
+    segments = firsts[families]
+    starts, levels = array(slot[STARTS], (segments + 1,), np.int64), array(slot[LEVELS], (segments,), np.int64)
+    path = (np.zeros(depth + 1, np.int64), np.zeros(depth + 1, np.int64), np.zeros(depth + 1, np.int64))
+    return starts, levels, firsts, path
+
+
+@inlined
+def _place(task, tree, slot):  # type: ignore[no-untyped-def]
+    """Of a task: the first segment of its family, the one behind its last, padded tokens of its longest path, key head,
+    first and last of its query heads."""
+    starts, levels, firsts, (_, places, _) = tree
     key_heads, parts = slot[KEY_HEADS], slot[PARTS]
-    example, rest = task // (key_heads * parts), task % (key_heads * parts)
+    family, rest = task // (key_heads * parts), task % (key_heads * parts)
     key_head, part = rest // parts, rest % parts
-    groups = slot[HEADS] // key_heads
+    groups, reach = slot[HEADS] // key_heads, 0
+    for n in range(firsts[family], firsts[family + 1]):
+        places[levels[n] + 1] = places[levels[n]] + up(starts[n + 1] - starts[n], PAD)
+        reach = max(reach, places[levels[n] + 1])
     first, last = key_head * groups + part * groups // parts, key_head * groups + (part + 1) * groups // parts
-    return starts[example], starts[example + 1] - starts[example], key_head, first, last
+    return firsts[family], firsts[family + 1], reach, key_head, first, last
 
 
 @inlined
-def _forward_task(given, slot, sizes, keys, work, turn, lay, head, task, _):  # type: ignore[no-untyped-def]
-    (q, k, v, out), lse, starts = given
-    (d, wide, scale), (kt, vp) = sizes, keys
-    start, length, key_head, first, last = _place(task, starts, slot)
-    padded, row = up(length, PAD), slot[HEADS] * d
-    block = (start * slot[KEY_HEADS] + key_head * length) * d
-    turn(k[block:], length, d, kt, padded)
-    lay(v[block:], d, length, d, vp, wide, padded)
-    for n in range(first, last):
-        at = start * slot[HEADS] + n * length
-        head((q[at * d :], out[start * row + n * d :], lse[at:]), keys, (length, padded, d, wide, row, scale), work)
+def _enter(n, tree):  # type: ignore[no-untyped-def]
+    """Segment n as the end of the path: its first token, its tokens, its level, where its keys lie."""
+    starts, levels, _, (before, places, segments) = tree
+    start, level = starts[n], levels[n]
+    length = starts[n + 1] - start
+    before[level + 1], places[level + 1] = before[level] + length, places[level] + up(length, PAD)
+    segments[level] = n
+    return start, length, level, places[level]
 
 
 @inlined
-def forward_tasks(address, element, turn, lay, head, wide, keys, work):  # type: ignore[no-untyped-def]
+def _forward_task(given, slot, sizes, keys, work, tree, turn, lay, head, task, _):  # type: ignore[no-untyped-def]
+    (q, k, v, out), lse = given
+    (d, wide, step, scale), (kt, vp) = sizes, keys
+    begin, end, reach, key_head, first, last = _place(task, tree, slot)
+    row, (before, places, _) = slot[HEADS] * d, tree[3]
+    for segment in range(begin, end):
+        start, length, level, place = _enter(segment, tree)
+        padded, block = up(length, PAD), (start * slot[KEY_HEADS] + key_head * length) * d
+        turn(k[block:], length, d, kt, place, padded, reach)
+        lay(v[block:], d, length, d, vp[place // step * wide :], wide, padded)
+        path = (before, places, level)
+        for n in range(first, last):
+            at = start * slot[HEADS] + n * length
+            given_head = (q[at * d :], out[start * row + n * d :], lse[at:])
+            head(given_head, keys, (length, reach, d, wide, row, scale), path, work)
+
+
+@inlined
+def forward_tasks(address, element, turn, lay, head, wide, step, keys, work):  # type: ignore[no-untyped-def]
     """All of a thread's tasks forward.
 
-    Args: turn(x, rows, d, to, padded): rows of keys, transposed. lay(x, row, rows, d, to, wide, padded): rows of values
-        that are `row` apart. head((q, out, lse), keys, (length, padded, d, wide, row, scale), work): a query head of an
-        example; rows of out are `row` apart.
+    Args: turn(x, rows, d, to, place, padded, reach): rows of keys, transposed, to `place` of `reach` columns.
+        lay(x, row, rows, d, to, wide, padded): rows of values that are `row` apart. step: of them in one row of `to`.
+        head((q, out, lse), keys, (length, reach, d, wide, row, scale), (before, places, level), work): a query head of
+        a segment; rows of out are `row` apart.
     """
     slot, number = carray(address, (32,), np.int64), carray(address, (32,), np.float64)
-    n, examples = slot[TOKENS] * slot[HEADS], slot[EXAMPLES]
-    lse, starts = array(slot[17], (n,), np.float32), array(slot[18], (examples + 1,), np.int64)
-    sizes = (slot[WIDTH], wide, np.float32(number[SCALE]))
-    given = (_given(slot, element), lse, starts)  # the functions last: numba warns of a tuple that begins with one
-    each_block(slot, _forward_task, (given, slot, sizes, keys, work, turn, lay, head))
+    lse = array(slot[MORE], (slot[TOKENS] * slot[HEADS],), np.float32)
+    sizes = (slot[WIDTH], wide, step, np.float32(number[SCALE]))
+    given = (_given(slot, element), lse)  # the functions last: numba warns of a tuple that begins with one
+    each_block(slot, _forward_task, (given, slot, sizes, keys, work, _tree(slot), turn, lay, head))
 
 
 @inlined
-def _backward_task(given, slot, sizes, keys, work, turn, lay, head, task, _):  # type: ignore[no-untyped-def]
-    (q, k, v, o), (do, lse, starts, dq, dk, dv) = given
-    (d, wide, scale), (kt, kp, vt, dka, dva) = sizes, keys
-    start, length, key_head, first, last = _place(task, starts, slot)
-    padded, row = up(length, PAD), slot[HEADS] * d
-    block = (start * slot[KEY_HEADS] + key_head * length) * d
-    turn(k[block:], length, d, kt, padded)
-    turn(v[block:], length, d, vt, padded)
-    lay(k[block:], d, length, d, kp, wide, padded)
-    for j in range(padded * wide):
-        dka[j] = np.float32(0.0)
-        dva[j] = np.float32(0.0)
-    for n in range(first, last):
-        at, rows = start * slot[HEADS] + n * length, start * row + n * d
-        here = (q[at * d :], do[rows:], o[rows:], lse[at:], dq[at * d :])
-        head(here, keys, (length, padded, d, wide, row, scale), work)
-    block += task % slot[PARTS] * slot[TOKENS] * slot[KEY_HEADS] * d
-    store_rows(dka, wide, length, d, dk[block:])
-    store_rows(dva, wide, length, d, dv[block:])
+def _backward_task(given, slot, sizes, keys, work, tree, turn, lay, head, task, _):  # type: ignore[no-untyped-def]
+    (q, k, v, o), (do, lse, dq, dk, dv) = given
+    (d, wide, step, scale), (kt, kp, vt, dka, dva) = sizes, keys
+    begin, end, reach, key_head, first, last = _place(task, tree, slot)
+    starts, levels, _, (before, places, segments) = tree
+    row, depth = slot[HEADS] * d, 0
+    part = task % slot[PARTS] * slot[TOKENS] * slot[KEY_HEADS] * d
+    for segment in range(begin, end + 1):
+        level = levels[segment] if segment < end else 0
+        while depth > level:  # nothing more follows these
+            depth -= 1
+            done, place = segments[depth], places[depth]
+            length = starts[done + 1] - starts[done]
+            block = part + (starts[done] * slot[KEY_HEADS] + key_head * length) * d
+            store_rows(dka[place * wide :], wide, length, d, dk[block:])
+            store_rows(dva[place * wide :], wide, length, d, dv[block:])
+        if segment < end:
+            start, length, level, place = _enter(segment, tree)
+            depth, padded = level + 1, up(length, PAD)
+            block = (start * slot[KEY_HEADS] + key_head * length) * d
+            turn(k[block:], length, d, kt, place, padded, reach)
+            turn(v[block:], length, d, vt, place, padded, reach)
+            lay(k[block:], d, length, d, kp[place // step * wide :], wide, padded)
+            for j in range(place * wide, (place + padded) * wide):
+                dka[j] = np.float32(0.0)
+                dva[j] = np.float32(0.0)
+            path = (before, places, level)
+            for n in range(first, last):
+                at, rows = start * slot[HEADS] + n * length, start * row + n * d
+                here = (q[at * d :], do[rows:], o[rows:], lse[at:], dq[at * d :])
+                head(here, keys, (length, reach, d, wide, row, scale), path, work)
 
 
 @inlined
-def backward_tasks(address, element, turn, lay, head, wide, keys, work):  # type: ignore[no-untyped-def]
+def backward_tasks(address, element, turn, lay, head, wide, step, keys, work):  # type: ignore[no-untyped-def]
     """As `forward_tasks`, with head((q, do, o, lse, dq), ...), which fills dq and adds to the last two of `keys`: the
-    gradients of keys and values, (padded, wide) fp32."""
+    gradients of keys and values, (padded tokens of a path, wide) fp32."""
     slot, number = carray(address, (32,), np.int64), carray(address, (32,), np.float64)
     n, m = slot[TOKENS] * slot[HEADS], slot[PARTS] * slot[TOKENS] * slot[KEY_HEADS] * slot[WIDTH]
-    do, lse = array(slot[17], (n * slot[WIDTH],), element), array(slot[18], (n,), np.float32)
-    starts, dq = array(slot[19], (slot[EXAMPLES] + 1,), np.int64), array(slot[20], (n * slot[WIDTH],), element)
-    others = (do, lse, starts, dq, array(slot[21], (m,), element), array(slot[22], (m,), element))
-    sizes = (slot[WIDTH], wide, np.float32(number[SCALE]))
+    do, lse = array(slot[MORE], (n * slot[WIDTH],), element), array(slot[MORE + 1], (n,), np.float32)
+    dq, dk = array(slot[MORE + 2], (n * slot[WIDTH],), element), array(slot[MORE + 3], (m,), element)
+    others = (do, lse, dq, dk, array(slot[MORE + 4], (m,), element))
+    sizes = (slot[WIDTH], wide, step, np.float32(number[SCALE]))
     given = (_given(slot, element), others)
-    each_block(slot, _backward_task, (given, slot, sizes, keys, work, turn, lay, head))
+    each_block(slot, _backward_task, (given, slot, sizes, keys, work, _tree(slot), turn, lay, head))
 
 
-def tasks_of_a_head(q: Tensor, k: Tensor, starts: Tensor) -> int:
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """Segments of a pack in families, as the kernels take them."""
+
+    starts: Tensor  # (S + 1,) int64: tokens before each segment, and all of them
+    levels: Tensor  # (S,) int64: how many segments it follows
+    firsts: Tensor  # (families + 1,) int64: the first segment of each, and S
+    longest: int  # tokens of the longest path, each segment filled up to a multiple of PAD
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], levels: Sequence[int] = ()) -> "Segments":
+        """`levels`: none where each segment is a family."""
+        path, longest = [0], 0
+        for length, level in zip(lengths, levels or [0] * len(lengths), strict=True):
+            del path[level + 1 :]
+            path.append(path[level] + -(-length // PAD) * PAD)
+            longest = max(longest, path[-1])
+        before, above = torch.tensor([0, *lengths]).cumsum(0), torch.tensor(levels or [0] * len(lengths))
+        firsts = torch.cat([(above == 0).nonzero()[:, 0], torch.tensor([len(lengths)])])
+        return cls(before, above, firsts, longest)
+
+
+def tasks_of_a_head(q: Tensor, k: Tensor, tree: Segments) -> int:
     """Into how many tasks the query heads of a key head are split, so that every thread has a few."""
     groups, wanted = q.shape[1] // k.shape[1], 4 * torch.get_num_threads()
-    tasks = (len(starts) - 1) * k.shape[1]
+    tasks = (len(tree.firsts) - 1) * k.shape[1]
     return next((n for n in range(1, groups) if groups % n == 0 and tasks * n >= wanted), groups)
 
 
 @dataclass(frozen=True)
 class Attention:
     """Two kernels as functions of tensors. `forward_bytes`, `backward_bytes`: scratch of a thread, of (D, D in whole
-    tiles, the longest example in whole pads)."""
+    tiles, the longest path in whole pads)."""
 
     forward_kernel: object
     backward_kernel: object
@@ -156,36 +229,37 @@ class Attention:
     forward_bytes: Callable[[int, int, int], int]
     backward_bytes: Callable[[int, int, int], int]
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """Causal attention of each example. `q`: (T, H, D), k, v: (T, K, D) of the kernels' dtype in blocks: example
-        after example, each (heads, L, D). `starts`: (examples + 1,) int64: tokens before each example, and T. Returns
-        the output (T, H, D) by tokens, and the log-sum-exp in blocks of (H, L), fp32."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, tree: Segments, scale: float) -> tuple[Tensor, Tensor]:
+        """Causal attention of each segment to its path. `q`: (T, H, D), k, v: (T, K, D) of the kernels' dtype in
+        blocks: segment after segment, each (heads, L, D). Returns the output (T, H, D) by tokens, and the log-sum-exp
+        in blocks of (H, L), fp32."""
         out, lse = pool.empty_like(q), torch.empty(q.shape[0] * q.shape[1], dtype=torch.float32)
-        self._run(self.forward_kernel, self.forward_bytes, q, k, starts, scale, v, out, lse, starts)
+        self._run(self.forward_kernel, self.forward_bytes, q, k, tree, scale, v, out, lse)
         return out, lse
 
     def backward(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, starts: Tensor, scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, tree: Segments, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of q, k and v, in blocks as they are, from `dout` (T, H, D) by tokens and what `forward`
         gave."""
-        parts, dq = tasks_of_a_head(q, k, starts), pool.empty_like(q)
+        parts, dq = tasks_of_a_head(q, k, tree), pool.empty_like(q)
         dk, dv = (pool.empty((parts, *x.shape), x) for x in (k, v))
-        self._run(self.backward_kernel, self.backward_bytes, q, k, starts, scale, v, out, dout, lse, starts, dq, dk, dv)
+        self._run(self.backward_kernel, self.backward_bytes, q, k, tree, scale, v, out, dout, lse, dq, dk, dv)
         if parts == 1:
             return dq, dk[0], dv[0]
         return dq, dk.sum(0, dtype=torch.float32).to(k.dtype), dv.sum(0, dtype=torch.float32).to(v.dtype)
 
     def _run(
-        self, compiled: object, needed: Callable[[int, int, int], int], q: Tensor, k: Tensor, starts: Tensor,
+        self, compiled: object, needed: Callable[[int, int, int], int], q: Tensor, k: Tensor, tree: Segments,
         scale: float, *others: Tensor,
     ) -> None:  # fmt: skip
         """Call one of the two kernels; `others` are its tensors, from v on."""
         tokens, heads, d = q.shape
-        key_heads, examples = k.shape[1], len(starts) - 1
-        longest, parts = int(starts.diff().max()), tasks_of_a_head(q, k, starts)
-        wide, padded = -(-d // self.columns) * self.columns, -(-longest // PAD) * PAD
-        each = -(-needed(d, wide, padded) // 4096) * 4096 + 4096  # bytes a thread
+        key_heads, families = k.shape[1], len(tree.firsts) - 1
+        parts = tasks_of_a_head(q, k, tree)
+        wide, depth = -(-d // self.columns) * self.columns, int(tree.levels.max()) + 1
+        each = -(-needed(d, wide, tree.longest) // 4096) * 4096 + 4096  # bytes a thread
         memory = pool.empty((each * torch.get_num_threads(),), q, torch.uint8)
-        sizes = (tokens, heads, key_heads, d, parts, examples, longest, memory, each, float(scale))
-        run(compiled, examples * key_heads * parts, 1, *sizes, q, k, *others)
+        sizes = (tokens, heads, key_heads, d, parts, families, tree.longest, depth, memory, each, float(scale))
+        where = (tree.starts, tree.levels, tree.firsts)
+        run(compiled, families * key_heads * parts, 1, *sizes, *where, q, k, *others)
