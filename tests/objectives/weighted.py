@@ -54,8 +54,8 @@ class Weighted:
         each = F.cross_entropy(logits.float(), targets, reduction="none") * batch["weights"].to(logits.device)
         spans = zip(loss.labels_of_texts(batch), batch["cu_seq_lens_q"].diff().tolist(), strict=True)
         return [
-            {"loss": float(each[a:b].sum()), "weight": float(batch["weights"][a:b].sum()), "tokens": tokens}
-            for (a, b), tokens in spans
+            {"loss": float(each[span].sum()), "weight": float(batch["weights"][span].sum()), "tokens": tokens}
+            for span, tokens in spans
         ]
 
     def scores(self, sums: dict[str, float]) -> dict[str, float]:

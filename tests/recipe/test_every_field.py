@@ -424,7 +424,7 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case({"data__packing": "stream"}, column("tokens"), {"data__train": "BOTH", "data__format": "text"}),
         Case({"data__packing": "stream"}, refused="data.packing stream is for plain text"),
     ),
-    "data.share_prefixes": (Case({"data__share_prefixes": "off"}, line("data ")),),
+    "data.share_prefixes": (Case({"data__share_prefixes": "off"}, line("shared")),),
     "data.chat_template": (
         Case({"data__chat_template": tiny_run.CHATML.replace("role'] + '\n'", "role'] + '\n\n'")}, column("tokens")),
     ),

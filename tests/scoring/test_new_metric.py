@@ -80,7 +80,7 @@ def test_a_choice_in_training_is_the_one_of_eval_and_is_named(
     original, text_losses = choices.choose, loss.text_losses
     free: list[int] = []
 
-    def choose(*args: Any) -> list[str]:
+    def choose(*args: Any, **options: Any) -> list[str]:
         free.append(sum(map(len, POOL._free)) + len(POOL._returned))
 
         def losses(model: Any, batch: Any) -> list[float]:
@@ -89,7 +89,7 @@ def test_a_choice_in_training_is_the_one_of_eval_and_is_named(
 
         with monkeypatch.context() as patched:
             patched.setattr(loss, "text_losses", losses)
-            answers = original(*args)
+            answers = original(*args, **options)
         scored.append(answers)
         return answers
 

@@ -104,7 +104,7 @@ def with_plan(
     if rates is None and listener is not None and choose.best_plan(job, machine).time.run_s >= CALIBRATE_FROM_S:
         rates = calibrate.ensure(machine, job.dtype, say=partial(tell.note, "machine"))
     plan = plan_of(prepared, job, machine, rates)
-    tell.note("data", sharing_note(prepared, job, plan, machine))
+    tell.note("shared", sharing_note(prepared, job, plan, machine))
     foreign = max(0, usage.now().private - plan.line("libraries"))
     return PlannedRun(prepared, machine, targets, modules, job, plan, foreign)
 

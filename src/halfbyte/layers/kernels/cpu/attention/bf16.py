@@ -28,12 +28,12 @@ _HIGH = np.uint32(16)
 
 
 @inlined
-def _columns_in_pairs(x, rows, d, out, place, padded, reach):  # type: ignore[no-untyped-def]
-    """x (rows, d) of 16 bits -> columns from `place` on of out (d / 2, reach) of 32: the transpose, for products over
+def _columns_in_pairs(x, rows, d, out, before, padded, reach):  # type: ignore[no-untyped-def]
+    """x (rows, d) of 16 bits -> columns from `before` on of out (d / 2, reach) of 32: the transpose, for products over
     D."""
     x, pairs = x.view(np.uint32), d // 2
     for c in range(pairs):
-        to = out[c * reach + place : c * reach + place + padded]
+        to = out[c * reach + before : c * reach + before + padded]
         for i in range(rows):
             to[i] = x[i * pairs + c]
         for i in range(rows, padded):
@@ -91,28 +91,23 @@ def _softmax_rows(s, p, o_sums, first, before, length, reach, until, scale, lse)
 
 
 @inlined
-def _forward_head(head, keys, sizes, path, work):  # type: ignore[no-untyped-def]
+def _forward_head(head, keys, sizes, work):  # type: ignore[no-untyped-def]
     """One query head of one segment: q (L, D) of 16 bits -> out (L, D), `row` apart, and lse (L)."""
     q, out, lse = head
     kt, vp = keys
-    length, reach, d, wide, row, scale = sizes
-    before, places, level = path
+    length, before, reach, d, wide, row, scale = sizes
     s, p, o, qp, sums = work
     pairs, q = d // 2, q.view(np.uint32)
     for i in range(0, length, ROWS):
         rows = min(ROWS, length - i)
+        columns = before + i + rows
         _copy_rows(q[i * pairs :], pairs, rows, pairs, qp, ROWS)
-        for above in range(level + 1):  # a tile's last columns may be of the next segment, which comes later
-            columns = i + rows if above == level else before[above + 1] - before[above]
-            for j in range(0, columns, COLUMNS):
-                tile(s[before[above] + j :], reach, qp, pairs, 1, kt[places[above] + j :], reach, pairs, 0)
-        until = up(before[level] + i + rows, 2)
-        _softmax_rows(s, p, sums, i, before[level], length, reach, until, scale, lse)
+        for j in range(0, columns, COLUMNS):
+            tile(s[j:], reach, qp, pairs, 1, kt[j:], reach, pairs, 0)
+        until = up(columns, 2)
+        _softmax_rows(s, p, sums, i, before, length, reach, until, scale, lse)
         for c in range(0, wide, COLUMNS):
-            for above in range(level + 1):
-                columns = i + rows if above == level else before[above + 1] - before[above]
-                values = vp[places[above] // 2 * wide + c :]
-                tile(o[c:], wide, p[before[above] :], reach // 2, 1, values, wide, up(columns, 2) // 2, above)
+            tile(o[c:], wide, p, reach // 2, 1, vp[c:], wide, until // 2, 0)
         for r in range(rows):
             a, to = o[r * wide : r * wide + d], out[(i + r) * row : (i + r) * row + d]
             share = np.float32(1.0) / sums[r]
@@ -138,7 +133,7 @@ def _forward(address):  # type: ignore[no-untyped-def]
 @inlined
 def _probabilities(s, dp, i0, j0, rows, width, until, scale, lse, delta, ds, dsp, pp):  # type: ignore[no-untyped-def]
     """Two rows at a time: p and ds of a block, ds by rows, both by pairs of rows; zeros up to `until`."""
-    for pair in range(TALL // 2):
+    for pair in range(up(rows, ROWS) // 2):
         a, b = 2 * pair, 2 * pair + 1
         tp, td = pp[pair * WIDE : pair * WIDE + until], dsp[pair * WIDE : pair * WIDE + until]
         da, db = ds[a * WIDE : a * WIDE + until], ds[b * WIDE : b * WIDE + until]
@@ -169,22 +164,22 @@ def _probabilities(s, dp, i0, j0, rows, width, until, scale, lse, delta, ds, dsp
 
 
 @inlined
-def _backward_head(head, keys, sizes, path, work):  # type: ignore[no-untyped-def]
-    """One query head of one segment: fills dq (L, D) of 16 bits, adds to dk and dv (padded, wide) of its path, fp32."""
+def _backward_head(head, keys, sizes, work):  # type: ignore[no-untyped-def]
+    """One query head of one segment: fills dq (L, D) of 16 bits, adds to dk and dv (reach, wide) in fp32."""
     q, do, o, lse, dq = head
-    length, reach, d, wide, row, scale = sizes
-    before, places, level = path
-    qn, qp, don, dop, dqa, delta, sums = work[5:]
+    kt, kp, vt, dk, dv = keys
+    length, before, reach, d, wide, row, scale = sizes
+    s, dp, ds, dsp, pp, qn, qp, don, dop, dqa, delta, sums = work
     pairs = d // 2
     q32, do32 = q.view(np.uint32), do.view(np.uint32)
     for i in range(0, length, TALL):
-        rows = min(TALL, length - i)
-        tall = up(rows, ROWS)
+        rows, i0 = min(TALL, length - i), before + i
+        tall, steps_down = up(rows, ROWS), up(rows, 2) // 2
         _copy_rows(q32[i * pairs :], pairs, rows, pairs, qn, tall)
-        _rows_in_pairs(q[i * d :], d, rows, d, qp, wide, TALL)
+        _rows_in_pairs(q[i * d :], d, rows, d, qp, wide, tall)
         _copy_rows(do32[i * row // 2 :], row // 2, rows, pairs, don, tall)
-        _rows_in_pairs(do[i * row :], row, rows, d, dop, wide, TALL)
-        for r in range(TALL):
+        _rows_in_pairs(do[i * row :], row, rows, d, dop, wide, tall)
+        for r in range(tall):
             total = np.float32(0.0)
             if r < rows:
                 a, b = do[(i + r) * row : (i + r) * row + d], o[(i + r) * row : (i + r) * row + d]
@@ -192,41 +187,29 @@ def _backward_head(head, keys, sizes, path, work):  # type: ignore[no-untyped-de
                     total += load(a[c]) * load(b[c])
             delta[r] = total
             sums[r] = lse[i + r] if r < rows else np.float32(0.0)
-        for above in range(level + 1):
-            end = i + rows if above == level else before[above + 1] - before[above]
-            i0 = i if above == level else end  # all of what is above is seen
-            for j0 in range(0, end, WIDE):
-                block = (i0, j0, min(WIDE, end - j0), rows, places[above] + j0, above + j0)
-                _backward_block(block, keys, (reach, d, wide, scale), work)
+        end = i0 + rows  # columns that the last row sees
+        for j0 in range(0, end, WIDE):
+            width = min(WIDE, end - j0)
+            for r in range(0, tall, ROWS):
+                for j in range(0, min(width, i0 + r + ROWS - j0), COLUMNS):
+                    to = r * WIDE + j
+                    tile(s[to:], WIDE, qn[r * pairs :], pairs, 1, kt[j0 + j :], reach, pairs, 0)
+                    tile(dp[to:], WIDE, don[r * pairs :], pairs, 1, vt[j0 + j :], reach, pairs, 0)
+            until = up(up(width, ROWS), 2)
+            _probabilities(s, dp, i0, j0, rows, width, until, scale, sums, delta, ds, dsp, pp)
+            for r in range(0, tall, ROWS):
+                steps = up(max(0, min(width, i0 + r + ROWS - j0)), 2) // 2
+                for c in range(0, wide, COLUMNS):
+                    k_at = j0 // 2 * wide + c
+                    tile(dqa[r * wide + c :], wide, ds[r * WIDE :], WIDE // 2, 1, kp[k_at:], wide, steps, j0)
+            for j in range(0, width, ROWS):
+                skip = max(0, j0 + j - i0) // 2  # rows of queries before the first that sees column j
+                for c in range(0, wide, COLUMNS):
+                    to = (j0 + j) * wide + c
+                    a, b = skip * WIDE + j, skip * wide + c
+                    tile(dv[to:], wide, pp[a:], 1, WIDE, dop[b:], wide, steps_down - skip, 1)
+                    tile(dk[to:], wide, dsp[a:], 1, WIDE, qp[b:], wide, steps_down - skip, 1)
         store_rows(dqa, wide, rows, d, dq[i * d :])
-
-
-@inlined
-def _backward_block(block, keys, sizes, work):  # type: ignore[no-untyped-def]
-    """Some rows of queries, the first of which sees column i0, and columns from j0 on, whose keys lie at `place`."""
-    kt, kp, vt, dk, dv = keys
-    i0, j0, width, rows, place, add = block
-    reach, d, wide, scale = sizes
-    s, dp, ds, dsp, pp, qn, qp, don, dop, dqa, delta, sums = work
-    tall, pairs = up(rows, ROWS), d // 2
-    for r in range(0, tall, ROWS):
-        for j in range(0, min(width, i0 + r + ROWS - j0), COLUMNS):
-            to = r * WIDE + j
-            tile(s[to:], WIDE, qn[r * pairs :], pairs, 1, kt[place + j :], reach, pairs, 0)
-            tile(dp[to:], WIDE, don[r * pairs :], pairs, 1, vt[place + j :], reach, pairs, 0)
-    until = up(up(width, ROWS), 2)
-    _probabilities(s, dp, i0, j0, rows, width, until, scale, sums, delta, ds, dsp, pp)
-    for r in range(0, tall, ROWS):
-        steps = up(max(0, min(width, i0 + r + ROWS - j0)), 2) // 2
-        for c in range(0, wide, COLUMNS):
-            tile(dqa[r * wide + c :], wide, ds[r * WIDE :], WIDE // 2, 1, kp[place // 2 * wide + c :], wide, steps, add)
-    for j in range(0, width, ROWS):
-        skip = max(0, j0 + j - i0) // 2  # rows of queries before the first that sees column j
-        for c in range(0, wide, COLUMNS):
-            to = (place + j) * wide + c
-            a, b = skip * WIDE + j, skip * wide + c
-            tile(dv[to:], wide, pp[a:], 1, WIDE, dop[b:], wide, TALL // 2 - skip, 1)
-            tile(dk[to:], wide, dsp[a:], 1, WIDE, qp[b:], wide, TALL // 2 - skip, 1)
 
 
 @kernel

@@ -28,14 +28,15 @@ _ZERO = np.float32(0.0)
 
 
 @inlined
-def _panels(x, rows, d, out, place, padded, reach):  # type: ignore[no-untyped-def]
-    """x (rows, d) -> its transpose, a panel of COLUMNS after the other: (padded / COLUMNS, d, COLUMNS) at `place`."""
-    for j in range(0, padded, COLUMNS):
+def _panels(x, rows, d, out, before, padded, reach):  # type: ignore[no-untyped-def]
+    """x (rows, d) -> columns from `before` on of its transpose, a panel of COLUMNS after the other: (.., D, COLUMNS)"""
+    for j in range(before // COLUMNS * COLUMNS, before + padded, COLUMNS):
+        skip = max(0, before - j)
         for c in range(d):
-            at = (place + j) * d + c * COLUMNS
-            to = out[at : at + COLUMNS]
-            for n in range(COLUMNS):
-                to[n] = x[(j + n) * d + c] if j + n < rows else _ZERO
+            to = out[j * d + c * COLUMNS : j * d + (c + 1) * COLUMNS]
+            for n in range(skip, COLUMNS):
+                i = j + n - before
+                to[n] = x[i * d + c] if i < rows else _ZERO
 
 
 @inlined
@@ -72,30 +73,23 @@ def _softmax(s, sums, first, before, rows, reach, scale, lse):  # type: ignore[n
 
 
 @inlined
-def _forward_head(head, keys, sizes, path, work):  # type: ignore[no-untyped-def]
+def _forward_head(head, keys, sizes, work):  # type: ignore[no-untyped-def]
     """One query head of one segment: q (L, D) -> out (L, D), `row` apart, and lse (L)."""
     q, out, lse = head
     kt, vp = keys
-    length, reach, d, wide, row, scale = sizes
-    before, places, level = path
+    length, before, reach, d, wide, row, scale = sizes
     s, o, qp, sums = work
     for i in range(0, length, TALL):
-        rows = min(TALL, length - i)
+        rows, i0 = min(TALL, length - i), before + i
         tall = up(rows, ROWS)
         _rows(q[i * d :], d, rows, d, qp, d, tall)
-        for above in range(level + 1):  # a tile's last columns may be of the next segment, which comes later
-            columns = i + rows if above == level else before[above + 1] - before[above]
-            for j in range(0, columns, COLUMNS):
-                panel = kt[(places[above] + j) * d :]
-                for r in range(max(0, j - i) // ROWS * ROWS if above == level else 0, tall, ROWS):
-                    tile32(s[r * reach + before[above] + j :], reach, qp[r * d :], d, 1, panel, COLUMNS, d, 0)
-        _softmax(s, sums, i, before[level], rows, reach, scale, lse[:length])
+        for j in range(0, i0 + rows, COLUMNS):
+            for r in range(max(0, j - i0) // ROWS * ROWS, tall, ROWS):
+                tile32(s[r * reach + j :], reach, qp[r * d :], d, 1, kt[j * d :], COLUMNS, d, 0)
+        _softmax(s, sums, i, before, rows, reach, scale, lse[:length])
         for r in range(0, tall, ROWS):
             for c in range(0, wide, COLUMNS):
-                for above in range(level + 1):
-                    columns = i + r + ROWS if above == level else before[above + 1] - before[above]
-                    values, at = vp[places[above] * wide + c :], r * reach + before[above]
-                    tile32(o[r * wide + c :], wide, s[at:], reach, 1, values, wide, columns, above)
+                tile32(o[r * wide + c :], wide, s[r * reach :], reach, 1, vp[c:], wide, i0 + r + ROWS, 0)
         for r in range(rows):
             a, to = o[r * wide : r * wide + d], out[(i + r) * row : (i + r) * row + d]
             share = np.float32(1.0) / sums[r]
@@ -135,14 +129,14 @@ def _probabilities(s, dp, i0, j0, rows, width, scale, lse, delta):  # type: igno
 
 
 @inlined
-def _backward_head(head, keys, sizes, path, work):  # type: ignore[no-untyped-def]
-    """One query head of one segment: fills dq (L, D), adds to dk and dv (padded, wide) of its path."""
+def _backward_head(head, keys, sizes, work):  # type: ignore[no-untyped-def]
+    """One query head of one segment: fills dq (L, D), adds to dk and dv (reach, wide)."""
     q, do, o, lse, dq = head
-    length, _, d, wide, row, scale = sizes
-    before, places, level = path
+    kt, kp, vt, dk, dv = keys
+    length, before, _, d, wide, row, scale = sizes
     s, dp, qp, dop, dqa, delta, sums = work
     for i in range(0, length, TALL):
-        rows = min(TALL, length - i)
+        rows, i0 = min(TALL, length - i), before + i
         tall = up(rows, ROWS)
         _rows(q[i * d :], d, rows, d, qp, wide, tall)
         _rows(do[i * row :], row, rows, d, dop, wide, tall)
@@ -153,40 +147,26 @@ def _backward_head(head, keys, sizes, path, work):  # type: ignore[no-untyped-de
                 total += a[c] * b[c]
             delta[r] = total
             sums[r] = lse[i + r]
-        for above in range(level + 1):
-            end = i + rows if above == level else before[above + 1] - before[above]
-            i0 = i if above == level else end  # all of what is above is seen
-            for j0 in range(0, end, WIDE):
-                block = (i0, j0, min(WIDE, end - j0), rows, places[above] + j0, above + j0)
-                _backward_block(block, keys, (d, wide, scale), (s, dp, qp, dop, dqa, delta, sums))
+        for j0 in range(0, i0 + rows, WIDE):
+            width = min(WIDE, i0 + rows - j0)
+            for j in range(0, width, COLUMNS):
+                for r in range(max(0, j0 + j - i0) // ROWS * ROWS, tall, ROWS):
+                    to, panel = r * WIDE + j, (j0 + j) * d
+                    tile32(s[to:], WIDE, qp[r * wide :], wide, 1, kt[panel:], COLUMNS, d, 0)
+                    tile32(dp[to:], WIDE, dop[r * wide :], wide, 1, vt[panel:], COLUMNS, d, 0)
+            _probabilities(s, dp, i0, j0, rows, width, scale, sums, delta)
+            for r in range(0, tall, ROWS):
+                steps = max(0, min(width, i0 + r + ROWS - j0))
+                for c in range(0, wide, COLUMNS):
+                    tile32(dqa[r * wide + c :], wide, dp[r * WIDE :], WIDE, 1, kp[j0 * wide + c :], wide, steps, j0)
+            for j in range(0, width, ROWS):
+                skip = max(0, j0 + j - i0)  # rows of queries before the first that sees column j
+                for c in range(0, wide, COLUMNS):
+                    to = (j0 + j) * wide + c
+                    a, b = skip * WIDE + j, skip * wide + c
+                    tile32(dv[to:], wide, s[a:], 1, WIDE, dop[b:], wide, rows - skip, 1)
+                    tile32(dk[to:], wide, dp[a:], 1, WIDE, qp[b:], wide, rows - skip, 1)
         store_rows(dqa, wide, rows, d, dq[i * d :])
-
-
-@inlined
-def _backward_block(block, keys, sizes, work):  # type: ignore[no-untyped-def]
-    """Some rows of queries, the first of which sees column i0, and columns from j0 on, whose keys lie at `place`."""
-    kt, kp, vt, dk, dv = keys
-    i0, j0, width, rows, place, add = block
-    d, wide, scale = sizes
-    s, dp, qp, dop, dqa, delta, sums = work
-    tall = up(rows, ROWS)
-    for j in range(0, width, COLUMNS):
-        for r in range(max(0, j0 + j - i0) // ROWS * ROWS, tall, ROWS):
-            to, panel = r * WIDE + j, (place + j) * d
-            tile32(s[to:], WIDE, qp[r * wide :], wide, 1, kt[panel:], COLUMNS, d, 0)
-            tile32(dp[to:], WIDE, dop[r * wide :], wide, 1, vt[panel:], COLUMNS, d, 0)
-    _probabilities(s, dp, i0, j0, rows, width, scale, sums, delta)
-    for r in range(0, tall, ROWS):
-        steps = max(0, min(width, i0 + r + ROWS - j0))
-        for c in range(0, wide, COLUMNS):
-            tile32(dqa[r * wide + c :], wide, dp[r * WIDE :], WIDE, 1, kp[place * wide + c :], wide, steps, add)
-    for j in range(0, width, ROWS):
-        skip = max(0, j0 + j - i0)  # rows of queries before the first that sees column j
-        for c in range(0, wide, COLUMNS):
-            to = (place + j) * wide + c
-            a, b = skip * WIDE + j, skip * wide + c
-            tile32(dv[to:], wide, s[a:], 1, WIDE, dop[b:], wide, rows - skip, 1)
-            tile32(dk[to:], wide, dp[a:], 1, WIDE, qp[b:], wide, rows - skip, 1)
 
 
 @kernel

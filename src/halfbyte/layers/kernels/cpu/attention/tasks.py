@@ -3,9 +3,9 @@
 A task is one family, one key head and some of the query heads that it serves. A family is one example, or segments of
 several in a tree: what they have in common first, then what follows it, each before its own rests. `levels` says how
 many segments lie above one, and these are the last ones of the levels 0, 1, ... before it. A segment attends to them
-and to itself. Keys, values and their gradients of one path from the root are in a thread's memory at once, each segment
-at a multiple of `PAD`; a gradient is stored when nothing more follows its segment, so it is the sum over all that does,
-in one order whoever computes it. All segments with something below them have an even number of tokens.
+and to itself. Keys, values and their gradients of one path from the root lie in a thread's memory end to end, as those
+of one example; a gradient is stored when nothing more follows its segment, so it is the sum over all that does, in one
+order whoever computes it. Segments with something below them have an even number of tokens.
 Letters as in `bf16.py`; L tokens of a segment.
 """
 
@@ -19,11 +19,12 @@ from torch import Tensor
 
 from halfbyte.layers.kernels import pool
 from halfbyte.layers.kernels.cpu.parallel import array, each_block, run
-from halfbyte.layers.kernels.cpu.scalar import FASTMATH, inlined, store, take, up
+from halfbyte.layers.kernels.cpu.scalar import FASTMATH, inlined, store, take
 
 TALL = 48  # rows of queries at once: a multiple of a tile's rows, and of 2
 WIDE = 192  # columns at once in backward: a multiple of a tile's rows and of its columns
-PAD = 96  # of an example's length: a multiple of both
+PAD = 96  # of a path's length: a multiple of both
+MOST_ROWS = 12  # of a tile
 # What lies in the kernels' slots, as `Attention._run` puts it there; then what is of the forward or backward alone.
 TOKENS, HEADS, KEY_HEADS, WIDTH, PARTS, FAMILIES, LONGEST, DEPTH, MEMORY, BYTES, SCALE = range(3, 14)
 STARTS, LEVELS, FIRSTS, Q, K, V, OUT, MORE = range(14, 22)
@@ -55,6 +56,12 @@ def store_rows(x, wide, rows, d, out):  # type: ignore[no-untyped-def]
 
 
 @inlined
+def padded_end(before, length):  # type: ignore[no-untyped-def]
+    """Tokens of a path that ends with `length` after `before`, with what whole tiles of them need."""
+    return (before + length + (MOST_ROWS if before else 0) + PAD - 1) // PAD * PAD
+
+
+@inlined
 def memory_of_thread(slot):  # type: ignore[no-untyped-def]
     """The address of a thread's own memory; asked for once by each thread."""
     return slot[MEMORY] + take(array(slot[0], (8,), np.int64)[1:]) * slot[BYTES]
@@ -71,40 +78,40 @@ def _given(slot, element):  # type: ignore[no-untyped-def]
 @inlined
 def _tree(slot):  # type: ignore[no-untyped-def]
     """Of all segments: tokens before each, its level; of all families their first segment. And room for a path: tokens
-    before each level, where its keys lie, which segment it is."""
+    before each level, and which segment it is."""
     families, depth = slot[FAMILIES], slot[DEPTH]
     firsts = array(slot[FIRSTS], (families + 1,), np.int64)
     segments = firsts[families]
     starts, levels = array(slot[STARTS], (segments + 1,), np.int64), array(slot[LEVELS], (segments,), np.int64)
-    path = (np.zeros(depth + 1, np.int64), np.zeros(depth + 1, np.int64), np.zeros(depth + 1, np.int64))
-    return starts, levels, firsts, path
+    return starts, levels, firsts, np.zeros(depth + 1, np.int64), np.zeros(depth + 1, np.int64)
 
 
 @inlined
 def _place(task, tree, slot):  # type: ignore[no-untyped-def]
     """Of a task: the first segment of its family, the one behind its last, padded tokens of its longest path, key head,
     first and last of its query heads."""
-    starts, levels, firsts, (_, places, _) = tree
+    starts, levels, firsts, before, _ = tree
     key_heads, parts = slot[KEY_HEADS], slot[PARTS]
     family, rest = task // (key_heads * parts), task % (key_heads * parts)
     key_head, part = rest // parts, rest % parts
     groups, reach = slot[HEADS] // key_heads, 0
     for n in range(firsts[family], firsts[family + 1]):
-        places[levels[n] + 1] = places[levels[n]] + up(starts[n + 1] - starts[n], PAD)
-        reach = max(reach, places[levels[n] + 1])
+        level, length = levels[n], starts[n + 1] - starts[n]
+        before[level + 1] = before[level] + length
+        reach = max(reach, padded_end(before[level], length))
     first, last = key_head * groups + part * groups // parts, key_head * groups + (part + 1) * groups // parts
     return firsts[family], firsts[family + 1], reach, key_head, first, last
 
 
 @inlined
 def _enter(n, tree):  # type: ignore[no-untyped-def]
-    """Segment n as the end of the path: its first token, its tokens, its level, where its keys lie."""
-    starts, levels, _, (before, places, segments) = tree
+    """Segment n as the end of the path: its first token, its tokens, tokens above it, those with what fills it up."""
+    starts, levels, _, before, segments = tree
     start, level = starts[n], levels[n]
     length = starts[n + 1] - start
-    before[level + 1], places[level + 1] = before[level] + length, places[level] + up(length, PAD)
+    before[level + 1] = before[level] + length
     segments[level] = n
-    return start, length, level, places[level]
+    return start, length, before[level], padded_end(before[level], length) - before[level]
 
 
 @inlined
@@ -112,27 +119,26 @@ def _forward_task(given, slot, sizes, keys, work, tree, turn, lay, head, task, _
     (q, k, v, out), lse = given
     (d, wide, step, scale), (kt, vp) = sizes, keys
     begin, end, reach, key_head, first, last = _place(task, tree, slot)
-    row, (before, places, _) = slot[HEADS] * d, tree[3]
+    row = slot[HEADS] * d
     for segment in range(begin, end):
-        start, length, level, place = _enter(segment, tree)
-        padded, block = up(length, PAD), (start * slot[KEY_HEADS] + key_head * length) * d
-        turn(k[block:], length, d, kt, place, padded, reach)
-        lay(v[block:], d, length, d, vp[place // step * wide :], wide, padded)
-        path = (before, places, level)
+        start, length, before, padded = _enter(segment, tree)
+        block = (start * slot[KEY_HEADS] + key_head * length) * d
+        turn(k[block:], length, d, kt, before, padded, reach)
+        lay(v[block:], d, length, d, vp[before // step * wide :], wide, padded)
         for n in range(first, last):
             at = start * slot[HEADS] + n * length
             given_head = (q[at * d :], out[start * row + n * d :], lse[at:])
-            head(given_head, keys, (length, reach, d, wide, row, scale), path, work)
+            head(given_head, keys, (length, before, reach, d, wide, row, scale), work)
 
 
 @inlined
 def forward_tasks(address, element, turn, lay, head, wide, step, keys, work):  # type: ignore[no-untyped-def]
     """All of a thread's tasks forward.
 
-    Args: turn(x, rows, d, to, place, padded, reach): rows of keys, transposed, to `place` of `reach` columns.
+    Args: turn(x, rows, d, to, before, padded, reach): rows of keys, transposed, to columns from `before` on of `reach`.
         lay(x, row, rows, d, to, wide, padded): rows of values that are `row` apart. step: of them in one row of `to`.
-        head((q, out, lse), keys, (length, reach, d, wide, row, scale), (before, places, level), work): a query head of
-        a segment; rows of out are `row` apart.
+        head((q, out, lse), keys, (length, before, reach, d, wide, row, scale), work): a query head of a segment that
+        follows `before` tokens; rows of out are `row` apart.
     """
     slot, number = carray(address, (32,), np.int64), carray(address, (32,), np.float64)
     lse = array(slot[MORE], (slot[TOKENS] * slot[HEADS],), np.float32)
@@ -146,39 +152,38 @@ def _backward_task(given, slot, sizes, keys, work, tree, turn, lay, head, task, 
     (q, k, v, o), (do, lse, dq, dk, dv) = given
     (d, wide, step, scale), (kt, kp, vt, dka, dva) = sizes, keys
     begin, end, reach, key_head, first, last = _place(task, tree, slot)
-    starts, levels, _, (before, places, segments) = tree
+    starts, levels, _, above, segments = tree
     row, depth = slot[HEADS] * d, 0
     part = task % slot[PARTS] * slot[TOKENS] * slot[KEY_HEADS] * d
     for segment in range(begin, end + 1):
         level = levels[segment] if segment < end else 0
         while depth > level:  # nothing more follows these
             depth -= 1
-            done, place = segments[depth], places[depth]
+            done, at = segments[depth], above[depth] * wide
             length = starts[done + 1] - starts[done]
             block = part + (starts[done] * slot[KEY_HEADS] + key_head * length) * d
-            store_rows(dka[place * wide :], wide, length, d, dk[block:])
-            store_rows(dva[place * wide :], wide, length, d, dv[block:])
+            store_rows(dka[at:], wide, length, d, dk[block:])
+            store_rows(dva[at:], wide, length, d, dv[block:])
         if segment < end:
-            start, length, level, place = _enter(segment, tree)
-            depth, padded = level + 1, up(length, PAD)
+            depth = level + 1
+            start, length, before, padded = _enter(segment, tree)
             block = (start * slot[KEY_HEADS] + key_head * length) * d
-            turn(k[block:], length, d, kt, place, padded, reach)
-            turn(v[block:], length, d, vt, place, padded, reach)
-            lay(k[block:], d, length, d, kp[place // step * wide :], wide, padded)
-            for j in range(place * wide, (place + padded) * wide):
+            turn(k[block:], length, d, kt, before, padded, reach)
+            turn(v[block:], length, d, vt, before, padded, reach)
+            lay(k[block:], d, length, d, kp[before // step * wide :], wide, padded)
+            for j in range(before * wide, (before + padded) * wide):
                 dka[j] = np.float32(0.0)
                 dva[j] = np.float32(0.0)
-            path = (before, places, level)
             for n in range(first, last):
                 at, rows = start * slot[HEADS] + n * length, start * row + n * d
                 here = (q[at * d :], do[rows:], o[rows:], lse[at:], dq[at * d :])
-                head(here, keys, (length, reach, d, wide, row, scale), path, work)
+                head(here, keys, (length, before, reach, d, wide, row, scale), work)
 
 
 @inlined
 def backward_tasks(address, element, turn, lay, head, wide, step, keys, work):  # type: ignore[no-untyped-def]
     """As `forward_tasks`, with head((q, do, o, lse, dq), ...), which fills dq and adds to the last two of `keys`: the
-    gradients of keys and values, (padded tokens of a path, wide) fp32."""
+    gradients of keys and values of a path, (reach, wide) fp32."""
     slot, number = carray(address, (32,), np.int64), carray(address, (32,), np.float64)
     n, m = slot[TOKENS] * slot[HEADS], slot[PARTS] * slot[TOKENS] * slot[KEY_HEADS] * slot[WIDTH]
     do, lse = array(slot[MORE], (n * slot[WIDTH],), element), array(slot[MORE + 1], (n,), np.float32)
@@ -196,16 +201,15 @@ class Segments:
     starts: Tensor  # (S + 1,) int64: tokens before each segment, and all of them
     levels: Tensor  # (S,) int64: how many segments it follows
     firsts: Tensor  # (families + 1,) int64: the first segment of each, and S
-    longest: int  # tokens of the longest path, each segment filled up to a multiple of PAD
+    longest: int  # tokens of the longest path, filled up
 
     @classmethod
     def of(cls, lengths: Sequence[int], levels: Sequence[int] = ()) -> "Segments":
         """`levels`: none where each segment is a family."""
         path, longest = [0], 0
         for length, level in zip(lengths, levels or [0] * len(lengths), strict=True):
-            del path[level + 1 :]
-            path.append(path[level] + -(-length // PAD) * PAD)
-            longest = max(longest, path[-1])
+            path[level + 1 :] = [path[level] + length]
+            longest = max(longest, padded_end.py_func(path[level], length))
         before, above = torch.tensor([0, *lengths]).cumsum(0), torch.tensor(levels or [0] * len(lengths))
         firsts = torch.cat([(above == 0).nonzero()[:, 0], torch.tensor([len(lengths)])])
         return cls(before, above, firsts, longest)
