@@ -1,9 +1,10 @@
 """What it saves to compute once what rows have in common: rows a second with data.share_prefixes auto and off.
 
 Steps of one kind of rows on one model with LoRA, in turns; the best of some rounds. Each line: rows a second of both,
-their ratio, what the tokens that are not computed would be worth, and the most memory of either way.
+the ratio of their times and of the processor's, what the tokens that are not computed would be worth, and the most
+memory of either way. `--rows`: steps of 16 rows of a file instead.
 
-    python benchmarks/shared_prefixes.py smollm2-135m [--dtype bf16] [--only system]
+    python benchmarks/shared_prefixes.py smollm2-135m [--dtype bf16] [--only system] [--rows FILE --set NAME=VALUE]
     python benchmarks/shared_prefixes.py --write FOLDER    # rows that call tools, and conversations that branch
 """
 
@@ -29,9 +30,12 @@ from halfbyte.data import collate
 from halfbyte.data.encoding.examples import IGNORED, Example
 from halfbyte.layers import loss
 from halfbyte.models.sources.lookup import find_model
+from halfbyte.recipe.file import recipe_from
 from halfbyte.recipe.schema import Recipe
 from halfbyte.system import device, threads
 from halfbyte.training import pace
+from halfbyte.training.prepare import prepare
+from halfbyte.training.schedule import plan_steps
 from halfbyte.types import Batch, Model
 
 # rows, tokens in common, tokens of each behind them
@@ -47,9 +51,9 @@ def examples(rows: int, common: int, own: int) -> list[Example]:
     return [Example(t, (*[IGNORED] * (len(t) - LABELLED), *t[-LABELLED:]), "", (), "") for t in texts]
 
 
-def step(model: Model, rows: list[Example], lay_out: Callable[[list[Example]], Batch]) -> float:
-    """Seconds of one step, in as many micro-batches as `MOST` asks for."""
-    began, batches = time.perf_counter(), list[list[Example]]()
+def step(model: Model, rows: list[Example], lay_out: Callable[[list[Example]], Batch]) -> tuple[float, float]:
+    """Seconds of one step, and the processor's, in as many micro-batches as `MOST` asks for."""
+    began, batches = (time.perf_counter(), time.process_time()), list[list[Example]]()
     for row in rows:
         wanted = [*batches[-1], row] if batches else [row]
         if batches and lay_out(wanted)["input_ids"].numel() <= MOST:
@@ -59,7 +63,14 @@ def step(model: Model, rows: list[Example], lay_out: Callable[[list[Example]], B
     for batch in batches:
         loss.micro_batch_loss(model, lay_out(batch)).backward()
     model.zero_grad()
-    return time.perf_counter() - began
+    return time.perf_counter() - began[0], time.process_time() - began[1]
+
+
+def of_file(model: str, rows: Path, values: list[str]) -> list[Example]:
+    """The rows of the first step of a run on a file."""
+    recipe = recipe_from(model, str(rows), ["data.eval=none", *values]).recipe
+    prepared = prepare(recipe)
+    return [prepared.train.examples[row] for row in plan_steps(prepared, MOST, None).rows(0)]
 
 
 def tools(count: int) -> list[dict[str, object]]:
@@ -108,6 +119,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--only", default=",".join(KINDS))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rows", type=Path)
+    parser.add_argument("--set", action="append", default=[])
     arguments = parser.parse_args()
     if arguments.write:
         write(arguments.write)
@@ -119,25 +132,29 @@ def main() -> None:
         "lora": {"r": 16, "target_modules": "all-linear", "lora_dropout": 0.0},
     })  # fmt: skip
     model = assemble(load.open_base(find_model(recipe), recipe.quant, machine), recipe).model.train()
-    for name in arguments.only.split(","):
-        rows, common, own = KINDS[name]
-        given = examples(rows, common, own)
+    kinds = {name: examples(*KINDS[name]) for name in arguments.only.split(",")}
+    if arguments.rows:
+        kinds = {arguments.rows.stem: of_file(arguments.model, arguments.rows, arguments.set)}
+    for name, given in kinds.items():
+        tokens = sum(len(e.labels) for e in given)
         computed = collate.collate_tree(given)["input_ids"].numel()
         ways = {"auto": collate.collate_tree, "off": collate.collate}
-        seconds, peaks = dict.fromkeys(ways, float("inf")), dict[str, float]()
+        best = dict.fromkeys(ways, (float("inf"), float("inf")))
+        peaks: dict[str, float] = {}
         for _ in range(arguments.rounds):
             for way, lay_out in ways.items():
-                seconds[way] = min(seconds[way], step(model, given, lay_out))
+                wall, cpu = step(model, given, lay_out)
+                best[way] = min(best[way][0], wall), min(best[way][1], cpu)
         for way, lay_out in ways.items():
             pace.give_back()
             with measuring.watched() as memory:
                 step(model, given, lay_out)
             peaks[way] = memory.anonymous / 1e9
-        worth = rows * (common + own) / computed
+        wall, cpu = (off / auto for off, auto in zip(best["off"], best["auto"], strict=True))
+        rates = (f"{way} {len(given) / seconds[0]:.2f}" for way, seconds in best.items())
         print(
-            f"{name}: {rows} rows of {own} behind {common}: auto {rows / seconds['auto']:.2f} rows/s, off "
-            f"{rows / seconds['off']:.2f}, x{seconds['off'] / seconds['auto']:.3f}; tokens x{worth:.3f}; private GB "
-            f"{peaks['auto']:.3f} and {peaks['off']:.3f}"
+            f"{name}: {len(given)} rows, {computed} of {tokens} tokens: rows a second {', '.join(rates)}, x{wall:.3f} "
+            f"(processor x{cpu:.3f}); tokens x{tokens / computed:.3f}; private GB {peaks['auto']:.3f}, {peaks['off']:.3f}"
         )
 
 

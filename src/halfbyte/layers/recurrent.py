@@ -247,6 +247,11 @@ def remove(body: nn.Module) -> None:
             module.__class__ = type(module).__bases__[1]
 
 
+def installed(body: nn.Module) -> bool:
+    """Whether a layer of this body carries a state, by a mixer of ours."""
+    return any(isinstance(module, _Mixer) for module in body.modules())
+
+
 def chunk_of(body: nn.Module) -> int:
     """Tokens that the recurrent layers take at once; 0 where none is installed."""
     return max((m.chunk for m in body.modules() if isinstance(m, _Mixer)), default=0)

@@ -20,7 +20,7 @@ import torch
 from halfbyte.data import collate, prefixes
 from halfbyte.data.encoding.examples import IGNORED, Example
 from halfbyte.errors import first_line
-from halfbyte.layers import loss, packing
+from halfbyte.layers import loss, packing, recurrent
 from halfbyte.layers.experts.layout import is_routed
 from halfbyte.models import structure
 from halfbyte.proofs import setting
@@ -52,6 +52,8 @@ def prove_sharing(model: Model, rows: Sequence[Example]) -> SharingProof:
     """
     if packing.installed(model) != "cu_seq_lens":
         return SharingProof(False, "beginnings are not shared: this model takes no texts by their lengths", math.inf)
+    if recurrent.installed(structure.body(structure.causal_lm(model))):
+        return SharingProof(False, "beginnings are not shared: this model's recurrent layers carry a state", math.inf)
     try:
         with structure.shallow(model), setting.as_given(model), random_b(model):
             problem, difference = _compare(model, cut(rows, setting.affordable_tokens(model)))

@@ -73,6 +73,10 @@ def _why_not_shared(prepared: Prepared, job: Job, machine: Device) -> str:
     """As `prepare.why_not_shared`, with what is known of model and machine before a weight is loaded."""
     if machine.kind != "cpu":
         return "it is for CPUs"
+    text = prepared.config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ()
+    if any(kind == "linear_attention" or "attention" not in kind for kind in kinds):
+        return "its recurrent layers carry a state from token to token"
     if job.layer.pairs in PADDED:
         return "this architecture's layers take rows, not segments (ALiBi, or a state)"
     return why_not_shared(prepared.recipe, prepared.objective)
