@@ -154,7 +154,7 @@ def main() -> None:
         rates = (f"{way} {len(given) / seconds[0]:.2f}" for way, seconds in best.items())
         print(
             f"{name}: {len(given)} rows, {computed} of {tokens} tokens: rows a second {', '.join(rates)}, x{wall:.3f} "
-            f"(processor x{cpu:.3f}); tokens x{tokens / computed:.3f}; private GB {peaks['auto']:.3f}, {peaks['off']:.3f}"
+            f"(processor x{cpu:.3f}); tokens x{tokens / computed:.3f}; GB {peaks['auto']:.3f}, {peaks['off']:.3f}"
         )
 
 

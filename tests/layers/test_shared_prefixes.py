@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from halfbyte.adapters import targets
+import halfbyte
+from halfbyte.adapters import targets, unpad
 from halfbyte.data import collate
 from halfbyte.data.encoding.examples import IGNORED, Example
 from halfbyte.layers import attention, loss
@@ -145,3 +146,23 @@ def test_attention_to_a_path(case: str, heads: tuple[int, int], dtype: torch.dty
     again = [x.clone().requires_grad_() for x in (q, k, v)]
     attention.attention(*again, tuple(lengths), d**-0.5, None, None, tuple(levels)).backward(grad)
     assert all(torch.equal(x.grad, y.grad) for x, y in zip(ours, again, strict=True))
+
+
+def test_a_padded_batch_of_a_script_shares_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, examples = small_models.build("llama"), rows()
+    names = targets.matched(model, targets.auto_targets(model))
+    wanted = learn_alone(plain_peft.adapt(copy.deepcopy(model), names), examples)
+    script = plain_peft.adapt(model, names, halfbyte.get_peft_model)
+    ids, labels = ([torch.tensor(getattr(e, name)) for e in examples] for name in ("input_ids", "labels"))
+    mask = [torch.ones_like(row) for row in ids]
+    pad = torch.nn.utils.rnn.pad_sequence
+    given = {"input_ids": pad(ids, True), "attention_mask": pad(mask, True), "labels": pad(labels, True, -100)}
+    trees: list[int] = []
+    real = unpad.collate_tree
+    monkeypatch.setattr(unpad, "collate_tree", lambda some: trees.append(len(some)) or real(some))
+    items = int((given["labels"] != IGNORED).sum())
+    summed = script(**given, num_items_in_batch=items).loss * items
+    summed.backward()
+    assert trees == [len(examples)]
+    assert abs(summed.item() - wanted[0]) / wanted[0] < 1e-5
+    assert plain_peft.apart(plain_peft.gradients(script), wanted[1]) < 1e-5

@@ -110,7 +110,10 @@ def why_not_shared(recipe: Recipe, objective: Objective) -> str:
         return "as the recipe says"
     if recipe.data.packing != "rows":
         return "a block of several texts is one row (data.packing: stream)"
-    return "" if hasattr(objective, COLLATE_TREE) else f"the objective {objective.name} counts each label once"
+    # a subclass with a batch or a loss of its own may count a label once
+    members = (COLLATE_TREE, "collate", "loss", "text_sums")
+    owners = {next((c for c in type(objective).__mro__ if name in vars(c)), None) for name in members}
+    return "" if len(owners) == 1 else f"the objective {objective.name} counts each label once"
 
 
 def _held_out(

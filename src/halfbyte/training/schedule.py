@@ -65,7 +65,7 @@ def eval_batches(
     numbers = np.arange(len(rows.examples)) if chosen is None else chosen
     lengths = rows.lengths[numbers]
     ids, most = prepared.ids_of(rows), examples or prepared.recipe.train.per_device_eval_batch_size
-    of_chosen = None if ids is None else lambda place: ids(int(numbers[place]))
+    of_chosen = None if ids is None else [*map(ids, numbers.tolist())].__getitem__
     parts = pack.eval_micro_batches(lengths, tokens, most, of_chosen)
     if ranks > 1:
         sizes = [int(lengths[list(part)].sum()) for part in parts]
