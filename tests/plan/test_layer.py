@@ -149,6 +149,29 @@ def test_a_mixture_keeps_what_the_formula_says(name: str, parameters: Any, tmp_p
     assert kept[1] - kept[0] == pytest.approx(planned, rel=0.15 if name == "gpt_oss" else 0.03)
 
 
+# Two layers each: one with a recurrence and one with attention, or both in each.
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "qwen3_5_text": {"layer_types": ["linear_attention", "full_attention"]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"], "num_local_experts": 0},
+    "falcon_h1": {},
+}
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_a_hybrid_keeps_what_the_formula_says(name: str, tmp_path: Path) -> None:
+    kept, found, facts = [], (), None
+    for times in (1, 2):
+        changed = {key: value * times if isinstance(value, list) else value for key, value in HYBRIDS[name].items()}
+        model = small_models.build(name, num_hidden_layers=2 * times, vocab_size=256, **changed).bfloat16()
+        model.save_pretrained(tmp_path / str(times))
+        nbytes, found, facts = kept_bytes(tmp_path / str(times), "all-linear", 0.05, quant="none")
+        kept.append(nbytes)
+    layer = layer_of(facts, found, 2, kernels=True, dropout=True, longest=max(LENGTHS))
+    planned = 2 * (TOKENS * layer.kept + 2 * sum(site.parameters for site in found) / facts.layers)
+    assert kept[1] - kept[0] == pytest.approx(planned, rel=0.05), (kept[1] - kept[0], planned)
+
+
 def agree(name: str, planned: float, measured: float, rel: float) -> None:
     """Falcon's rows: torch 2.13 has no flash kernel for keys that all heads share under a mask, and keeps what the plan
     counts; torch 2.15 has one, which keeps q, k, v in bf16 (keys once), a log-sum-exp a head, and the mask."""
@@ -215,7 +238,7 @@ def test_without_kernels_as_on_a_card(tmp_path: Path) -> None:
 
 def test_every_family_is_measured() -> None:
     types = {"gemma3": "gemma3_text"}
-    assert {types.get(n, n) for n in (*tiny.ARCHITECTURES, *MORE, "phi", "gptj", *MIXTURES)} == set(FAMILIES)
+    assert {types.get(n, n) for n in (*tiny.ARCHITECTURES, *MORE, "phi", "gptj", *MIXTURES, *HYBRIDS)} == set(FAMILIES)
 
 
 def test_an_unknown_architecture_is_counted_as_the_stock_gated_kind() -> None:

@@ -65,6 +65,7 @@ class Family:
             for its values.
         parallel: attention and MLP read one normed input.
         shared_gate: what shared experts give is multiplied by a gate of its own, which keeps it.
+        gated_attention: what attention returns is multiplied by a gate, and both are kept.
         stock_gate: what stands between an expert's two stacks is the model's own code.
     """
 
@@ -78,6 +79,7 @@ class Family:
     fused_qkv: bool = False
     parallel: bool = False
     shared_gate: bool = False
+    gated_attention: bool = False
     stock_gate: bool = False
 
     def fused_classes(self) -> dict[str, FusedPart]:
@@ -123,6 +125,10 @@ FAMILIES: dict[str, Family] = {
     "gemma2": Family(_GEMMA, "Gemma2", norms=4, attention="eager"),
     "gemma3_text": Family(_GEMMA, "Gemma3", norms=4, qk_norms=True),
     **dict.fromkeys(("granite", "smollm3"), Family(LLAMA, mlp="gated_stock")),
+    # Hybrids; which of their layers are recurrent is seen in the list of tensors.
+    "lfm2": Family(mlp="gated_stock", qk_norms=True),
+    "qwen3_5_text": Family(mlp="gated_stock", qk_norms=True, gated_attention=True),
+    **dict.fromkeys(("granitemoehybrid", "falcon_h1"), UNKNOWN),
     "mixtral": UNKNOWN_MIXTURE,
     "gpt_oss": Family(mlp="experts", attention="eager", stock_gate=True),  # sinks: a score more, none in fp32
     "qwen2_moe": Family(mlp="experts", shared_gate=True),

@@ -44,6 +44,7 @@ _OWN_WINDOW = dict.fromkeys(("mistral", "gemma2", "gemma3_text"), 4096)  # by de
 _PERIOD = {"gemma2": 2, "gemma3_text": 6}  # of so many layers the last one sees everything
 # Their attention knows no shared keys, whatever number a config carries.
 _EVERY_HEAD_ITS_KEYS = frozenset(("gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "bloom", "codegen"))
+_LAST_OF_MLP = re.compile(r"\.(feed_forward\.w2|down_proj|output_linear)\.weight$")
 _CONV1D_TYPES = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer"))
 
 
@@ -83,13 +84,26 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class Recurrence:
+    """A layer's recurrent part: how many numbers of a token its convolution reads, the heads of its state (0: it is a
+    convolution alone), the numbers that its last projection reads; `alone`: the layer has no attention."""
+
+    layer: int
+    channels: int
+    heads: int
+    inner: int
+    alone: bool
+
+
+@dataclass(frozen=True)
 class Facts:
     """Sizes of a decoder, under one name whatever its `config.json` calls them; 0 for what it does not say.
 
     `heads` of queries share `key_heads` of keys and values, each `head_size` wide; `positions` is the longest text.
     `shared_intermediate`: the width of what every token goes through beside a mixture's experts.
     `attention_dropout` and `residual_dropout` are the model's own, which act in training beside LoRA's. `windows`: how
-    many tokens each layer sees, 0 for all of them; empty where no layer has a window.
+    many tokens each layer sees, 0 for all of them; empty where no layer has a window. `recurrences`: of the layers that
+    have one.
     """
 
     model_type: str
@@ -108,6 +122,7 @@ class Facts:
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0
     windows: tuple[int, ...] = ()
+    recurrences: tuple[Recurrence, ...] = ()
 
 
 def read_checkpoint(folder: Path) -> list[TensorSpec]:
@@ -216,16 +231,20 @@ def facts_of(config: ConfigFile, specs: Iterable[TensorSpec]) -> Facts:
     deepest = max((s.layer for s in specs if s.layer is not None), default=-1) + 1
     layers = _first(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers") or deepest
     of_expert = ["moe_intermediate_size"] if _experts(config) else []  # of one expert, where others are wider
+    recurrences = _recurrences(specs)
+    # of hybrids some say another width in their config than that of their MLP
+    inner = (s.out_in[1] for s in specs if recurrences and _LAST_OF_MLP.search(s.name) and s.out_in[0] == hidden)
     shared = _first(config, "n_shared_experts") * _first(config, "moe_intermediate_size")
     return Facts(
         model_type=kind,
         hidden=hidden,
-        intermediate=_first(config, *of_expert, "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+        intermediate=(0 if of_expert else next(inner, 0))
+        or _first(config, *of_expert, "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
         or 4 * hidden,
         layers=layers,
         vocab=_first(config, "vocab_size") or embedding[0],
         experts=_experts(config),
-        experts_per_token=_first(config, "num_experts_per_tok", "moe_topk", "top_k"),
+        experts_per_token=_first(config, "num_experts_per_tok", "moe_topk", "top_k") if _experts(config) else 0,
         shared_intermediate=_first(config, "shared_expert_intermediate_size") or shared,
         tied_head=not any(s.role == "head" for s in specs),
         heads=heads,
@@ -235,7 +254,26 @@ def facts_of(config: ConfigFile, specs: Iterable[TensorSpec]) -> Facts:
         attention_dropout=_dropout(config, kind, "attention_dropout", "attn_pdrop"),
         residual_dropout=_dropout(config, kind, "resid_pdrop", "hidden_dropout", "dropout"),
         windows=_windows(config, kind, layers),
+        recurrences=recurrences,
     )
+
+
+def _recurrences(specs: Iterable[TensorSpec]) -> tuple[Recurrence, ...]:
+    """Layers with a depthwise convolution, by the names and shapes beside it."""
+    layers: dict[int, dict[str, TensorSpec]] = {}
+    for spec in (spec for spec in specs if spec.layer is not None):
+        layers.setdefault(int(spec.layer or 0), {})[spec.name] = spec
+    return tuple(
+        Recurrence(
+            number, spec.shape[0],
+            next((there[n].shape[0] for n in (f"{home}.A_log",) if n in there), 0),
+            next((there[n].out_in[1] for n in (f"{home}.out_proj.weight", f"{home}.o_proj.weight") if n in there), 0),
+            not any("k_proj" in name or "qkv" in name for name in there if not name.startswith(f"{home}.")),
+        )
+        for number, there in layers.items()
+        for name, spec in there.items()
+        if len(spec.shape) == 3 and spec.shape[1] == 1 and (home := name.rpartition(".conv")[0])
+    )  # fmt: skip
 
 
 def _windows(config: ConfigFile, kind: str, layers: int) -> tuple[int, ...]:

@@ -16,13 +16,15 @@ from dataclasses import dataclass
 from halfbyte.layers.experts.sizes import BUSIEST, FILL, LEAST_AT_ONCE, max_at_once, padded_rows
 from halfbyte.models.families import FAMILIES, UNKNOWN, UNKNOWN_MIXTURE, AttentionKind, Family, MlpKind
 from halfbyte.models.lora_sites import Site
-from halfbyte.models.tensors import Facts
+from halfbyte.models.tensors import Facts, Recurrence
 from halfbyte.plan.result import Recompute
 
 PADDED = ("alibi", "padded")  # the body runs on rows padded to the longest example
 NO_SCORES = ("flash", "window")  # a kernel makes them in cache
 # Products of both stacks of experts, forward and backward, without and with LoRA on them.
 PRODUCTS, ADAPTED_PRODUCTS = 4, 16
+# Of a token and head of a recurrence, in fp32: the decay, what it is multiplied with, and what both are made of.
+DECAY_BYTES = 16
 # Of a token: its place in the order for each of its experts (three 64-bit numbers), and scores in fp32 for all experts.
 ROUTED_BYTES, SCORED_BYTES = 24, 4
 _TENSORS = {"gated": 3, "gated_stock": 3, "formula": 4, "one": 1, "relu": 1}  # as wide as the MLP, that it keeps
@@ -89,17 +91,16 @@ def layer_of(
         longest: tokens of the longest row; a layer whose window is shorter keeps more.
     """
     c, layers = itemsize, max(1, facts.layers)
-    heads = facts.heads
     family = FAMILIES.get(facts.model_type, UNKNOWN_MIXTURE if facts.experts else UNKNOWN)
     attention = family.attention
     sliding = {n: window for n, window in enumerate(facts.windows) if 0 < window < longest}
     if attention == "flash":
         attention = "dropped" if facts.attention_dropout and kernels else "window" if sliding else "flash"
     hidden = facts.hidden
+    heads, share = facts.heads, len(sliding) / layers
     wide, narrow = heads * facts.head_size or hidden, facts.key_heads * facts.head_size or hidden
-    share = len(sliding) / layers
     saved, mlp, norm, of_mlp = _frozen_saved(family, attention, facts, c, share, kernels=kernels)
-    there = set(range(layers)) - set(sliding) if kernels and attention in NO_SCORES else set[int]()
+    there = set(range(layers)) - set(sliding) - _unattended(facts) if kernels and attention in NO_SCORES else set[int]()
     (more, more_mlp, remade), adapted = _adapters_saved(
         sites, family, c, layers, there, facts.experts_per_token, kernels=kernels, dropout=dropout, fused=fused
     )
@@ -111,6 +112,8 @@ def layer_of(
         "alibi": (heads * (4.0 + c), heads * (4.0 + c)), "padded": (heads * 4.0, heads * 4.0),
         "dropped": (heads * 12.0, heads * 4.0),  # scores, their mask and both together; the gradient of one
     }[attention]  # fmt: skip
+    # gradients of what a recurrence reads, before and behind its convolution, and of what it returns
+    widest = max((3 * r.channels + 2 * r.inner for r in facts.recurrences), default=0)
     both = family.norms == 1 and not adapted & {"mlp", "inner"}  # branches read the embedding
     moments, least = _moments(family, facts, c, adapted, kernels=kernels, dropout=dropout)
     return Layer(
@@ -120,7 +123,7 @@ def layer_of(
         idle=norm + (of_mlp if both else 0),
         mlp=moments[0],
         mlp_again=moments[1],
-        attention=c * (3 * wide + 4 * narrow + hidden) - mlp,
+        attention=c * (max(3 * wide + 4 * narrow, widest) + hidden) - mlp,
         pair=pair,
         pair_moment=pair_moment,
         pair_again=heads * c if attention == "alibi" else 0.0,
@@ -147,16 +150,33 @@ def _frozen_saved(
         of_mlp = inner * (2 if family.mlp == "gated" and kernels else _TENSORS[family.mlp])
     mlp: float = (family.norms - around_attention) * norm + of_mlp
     saved: float = around_attention * norm
+    attending = 1.0 - len(_unattended(facts)) / max(1, facts.layers)  # layers' share
     if attention in NO_SCORES:
-        saved += c * (2 * wide + 2 * narrow) + 4 * facts.heads
+        saved += attending * (c * (2 * wide + 2 * narrow) + 4 * facts.heads)
         saved += c * (wide + narrow) * share if family.fused_qkv else 0
     else:  # keys and values under each query head; torch's own formula works in fp32
-        saved += (4 if attention in ("padded", "dropped") else c) * 3 * wide
+        saved += attending * (4 if attention in ("padded", "dropped") else c) * 3 * wide
     if family.qk_norms:
-        saved += number * (wide + narrow) + 4 * (facts.heads + facts.key_heads)
+        saved += attending * (number * (wide + narrow) + 4 * (facts.heads + facts.key_heads))
+    if family.gated_attention:
+        saved += attending * c * 2 * wide
+    saved += sum(_recurrence_saved(r, c) for r in facts.recurrences) / max(1, facts.layers)
     if facts.residual_dropout:  # torch's dropout for CPUs keeps its mask as numbers
         saved, mlp = (part + (c if kernels else 1) * hidden for part in (saved, mlp))
     return saved, mlp, norm, of_mlp
+
+
+def _unattended(facts: Facts) -> set[int]:
+    """Layers without attention."""
+    return {r.layer for r in facts.recurrences if r.alone}
+
+
+def _recurrence_saved(r: Recurrence, c: int) -> float:
+    """Bytes a token of one recurrent part: what the convolution reads, which is three parts where it is gated; what the
+    recurrence reads behind it; what it returns, and the gate; and its decays."""
+    if not r.heads:
+        return c * 3 * r.channels
+    return c * 2 * (r.channels + r.inner) + DECAY_BYTES * r.heads
 
 
 def _adapters_saved(
