@@ -8,7 +8,7 @@ Only this file (and `doctor.py` and the command line) tells the rooms about each
 import tempfile
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from signal import Signals
@@ -27,7 +27,7 @@ from halfbyte.inference import evaluate, verify
 from halfbyte.objectives.objective import Objective
 from halfbyte.plan import calibrate, number_format
 from halfbyte.plan.estimate import format_note
-from halfbyte.proofs import adapter, integers
+from halfbyte.proofs import adapter
 from halfbyte.recipe.adapter import ADAPTER_FILES
 from halfbyte.recipe.file import relative_to_run, to_yaml
 from halfbyte.recipe.schema import Loaded
@@ -38,13 +38,18 @@ from halfbyte.runs import report as reporting
 from halfbyte.runs.folder import DiskRetry, RunFolder, space_for, write_json
 from halfbyte.system import accelerator, device, files, threads, usage
 from halfbyte.system.libraries import versions
-from halfbyte.training import comparison, fit, pace, preflight, prepare, schedule, source
+from halfbyte.training import fit, pace, preflight, prepare, source
 from halfbyte.training.callback import RunCallback
+from halfbyte.training.comparison import Rows
+from halfbyte.training.deadline import Clock
 from halfbyte.training.events import Listener, stop_on_signals, without_a_terminal
 from halfbyte.training.model import open_model
 from halfbyte.training.preflight import RunStart
-from halfbyte.training.run import Ended, Setup, run_steps
+from halfbyte.training.run import Ended, run_steps
+from halfbyte.training.setup import Setup, equip
 from halfbyte.training.watch import spikes
+from halfbyte.tuning import fits, results
+from halfbyte.tuning.budget import TimeBudget
 from halfbyte.types import Document
 
 
@@ -66,7 +71,7 @@ class Outcome:
             return 128 + self.stopped_by
         unmoved = (self.report.get("adapters") or {}).get("moved") == 0
         verdict = self.report.get("verdict") or {}
-        useless = unmoved or bool(verdict.get("useless")) or self.report["verified"]["ok"] is False
+        useless = unmoved or bool(verdict.get("useless")) or (self.report.get("verified") or {}).get("ok") is False
         return TrainError.exit_code if useless else 0
 
 
@@ -78,6 +83,8 @@ def train(
     listener: Listener | None = None,
     world: World | None = None,
     objective: Objective | None = None,
+    clock: Clock | None = None,
+    alone: bool = False,
 ) -> Outcome:
     """Fine-tune. Nothing is written before the model, the data and the adapters are known to be good.
 
@@ -86,15 +93,21 @@ def train(
         force: go on also where base, tokenizer or chat template are not those of the checkpoint.
         world: the processes that train together; None for those that a launcher has started (`distributed.world`).
         objective: what is learned of the rows (`objectives/`); None for the loss of a causal LM.
+        clock: of `train.within`; None for one that begins now. alone: only search for settings, in this time.
 
     Raises:
         HalfbyteError: a mistake in the recipe, the data or the model, before the run folder exists; TrainError after.
     """
+    clock = clock or Clock()
     opening = worlds.open_world() if world is None else nullcontext(world)
     with opening as world, without_a_terminal():
         tell, run = (listener if world.first else None) or Listener(), Path(loaded.recipe.output)
         resume = world.goes_on(run, resume)
-        loaded = number_format.settle(loaded, world.share(device.detect()), resume=resume, agreed=world.from_first)
+        loaded = number_format.settle(
+            fits.open_rate(loaded), world.share(device.detect()), resume=resume, agreed=world.from_first
+        )
+        budget = TimeBudget.of(loaded, clock, world, resume=resume, alone=alone)
+        loaded = results.settle(loaded, budget and budget.state)
         start = preflight.begin(world, loaded.recipe, resume=resume)
         if start.report is not None:
             return Outcome(run, start.report, start.report["steps"])
@@ -102,15 +115,21 @@ def train(
             tell.note("plan", line)
         if start.resume and start.point is None:
             tell.note("resume", "from the beginning: the run was ended before its first checkpoint")
-        setup = set_up(start, world, tell, objective=objective, force=force)
+        setup = set_up(start, world, tell, objective=objective, force=force, budget=budget)
         try:
-            return _lead(setup, loaded, tell) if world.first else _follow(setup)
+            return _lead(setup, loaded, tell, budget) if world.first else _follow(setup)
         finally:
             setup.model.placed.remove()
 
 
 def set_up(
-    start: RunStart, world: World, tell: Listener, *, objective: Objective | None = None, force: bool = False
+    start: RunStart,
+    world: World,
+    tell: Listener,
+    *,
+    objective: Objective | None = None,
+    force: bool = False,
+    budget: TimeBudget | None = None,
 ) -> Setup:
     """Rows, plan, model and micro-batches; the longest of these runs once unless the plan leaves much memory free."""
     agree.check(world, points.values_that_train(start.recipe))
@@ -123,6 +142,8 @@ def set_up(
     with world.node_first():
         run = fit.plan_run(start.recipe, machine, tell, ranks=world.size, objective=objective, done=start.step)
     began = time.monotonic()
+    if budget is not None:
+        run = budget.limit(run, tell)
     prepared, plan = run.prepared, run.plan
     if world.first:
         fit.check_disk(plan, Path(start.recipe.output))
@@ -134,41 +155,22 @@ def set_up(
     fit.announce(plan, tell)
 
     model = open_model(run, start, tell, force=force)
-    assembled = model.assembled
-    if line := agree.join(world, model.belongs_to, assembled.model, process.threads):
+    if line := agree.join(world, model.belongs_to, model.assembled.model, process.threads):
         tell.note("world", line)
-    prepared = (run := fit.decide_sharing(run, assembled.model, tell)).prepared
-    pace.recompute_as(assembled.model, plan.recompute)
-    speed = fit.make_pace(run, assembled.model, lambda text: tell.note("memory", text), packed=assembled.packed.ok)
-    limits = speed.tokens, speed.examples_per_micro_batch
-    steps, held_out = schedule.micro_batches(prepared, *limits, rank=world.rank, ranks=world.size)
-    compute = fit.decide_compute(run, assembled, schedule.plan_steps(prepared, *limits)[0], tell)
-    agree.check(world, {"shares": prepared.shares, "compute": {"products": str(compute.products)}})
-    exact = prepared.recipe.quant.compute == "exact" or compute.products == integers.BOTH
-    notices += [*prepare.notices(prepared), *(str(f) for f in prepared.findings if f.level != "ok"), *plan.warnings]
-    for notice in (notices := [*notices, *model.notices, *([] if exact else [f"compute: {compute}"])]):
+    setup = equip(run, start, world, process, model, tell, began)
+    notices += [
+        *prepare.notices(setup.run.prepared),
+        *(str(f) for f in setup.run.prepared.findings if f.level != "ok"),
+        *plan.warnings,
+    ]
+    notices += [*model.notices, *setup.notices]
+    for notice in notices:
         tell.note("note", notice)
 
     accelerator.reset_peaks()  # of a calibration and the proofs
     pace.give_back()  # what the proofs and the opening of the base left
-    return Setup(
-        start=start,
-        world=world,
-        process=process,
-        run=run,
-        model=model,
-        pace=speed,
-        steps=steps,
-        held_out=held_out,
-        compute=compute,
-        comparison=comparison.compare(prepared, steps, plan, world, limits, assembled.base.store, compute.products),
-        answer_scores=evaluate.answer_scores(run, assembled.model, speed.tokens),
-        memory_before=fit.memory_before_steps(run, assembled.model, speed, steps, held_out, tell),
-        shards=shard.over(world, plan, assembled.model, tell.note),
-        trained=points.trained_with(start.recipe, learns, rows, model.belongs_to),
-        notices=tuple(notices),
-        began=began,
-    )
+    scores = evaluate.answer_scores(setup.run, model.assembled.model, setup.pace.tokens)
+    return replace(setup, notices=tuple(notices), answer_scores=scores)
 
 
 def _follow(setup: Setup) -> Outcome:
@@ -179,7 +181,7 @@ def _follow(setup: Setup) -> Outcome:
         return Outcome(Path(setup.start.recipe.output), {}, ended.step, ended.stopped_by)
 
 
-def _lead(setup: Setup, loaded: Loaded, tell: Listener) -> Outcome:
+def _lead(setup: Setup, loaded: Loaded, tell: Listener, budget: TimeBudget | None = None) -> Outcome:
     """Every step, and what a finished run leaves, in a folder that is this process's alone."""
     folder = RunFolder(Path(setup.start.recipe.output))
     if not setup.start.resume:
@@ -188,11 +190,17 @@ def _lead(setup: Setup, loaded: Loaded, tell: Listener) -> Outcome:
     with folder.lock() as run, stop_on_signals(tell.stopping) as stop, page.at_end(run), reported, usage.Peak() as peak:
         try:
             disk, setup.pace.peak = DiskRetry(tell.warn, lambda: stop.signal is not None), peak
+            if budget is not None:
+                setup = budget.settle(setup, run, stop, tell)
+                loaded = results.settle(loaded, budget.state)
+                if setup.schedule is None:  # the search is all, or a signal came
+                    report = {} if stop.signal else budget.finish(setup, run, loaded.recipe)
+                    return Outcome(run.path, report, 0, stop.signal)
             disk.write(lambda: _write_start(setup, loaded, run))
             ended = run_steps(setup, run, stop, tell)
             report = {}
             if ended.stopped_by is None and ended.callback is not None:
-                report = _finish(setup, run, ended, ended.callback, peak, disk)
+                report = _finish(setup, run, ended, ended.callback, peak, disk, budget)
             shard.settle(setup.shards)
             return Outcome(run.path, report, ended.step, ended.stopped_by)
         except KeyboardInterrupt:
@@ -209,18 +217,20 @@ def _recipe_text(setup: Setup, loaded: Loaded) -> str:
 def _write_start(setup: Setup, loaded: Loaded, run: RunFolder) -> None:
     """Write the plan, the rows that were held out, and what is known before the first step; of a run that goes on the
     recipe, too, where it has changed."""
-    start, planned, step = setup.start, setup.run, setup.start.step
-    if start.resume:
-        beside = launch_file(setup.world.agents)
-        if start.point is None or start.point.changes(start.recipe):
-            beside["recipe.yaml"] = _recipe_text(setup, loaded).encode()
-        for name, content in beside.items():
-            files.write(run.path / name, content)
-    tokens = {"tokens": setup.steps.tokens, "computed_tokens": planned.computed_tokens(setup.steps)}
-    write_json(run.plan, {**planned.plan.to_json(), "steps": len(setup.steps), **tokens})
+    start, planned = setup.start, setup.run
+    beside = launch_file(setup.world.agents) if start.resume else {}
+    if setup.schedule is not None or (start.resume and (start.point is None or start.point.changes(start.recipe))):
+        beside["recipe.yaml"] = _recipe_text(setup, loaded).encode()
+    for name, content in beside.items():
+        files.write(run.path / name, content)
+    steps = setup.planned_steps
+    tokens = {"tokens": steps.tokens, "computed_tokens": planned.computed_tokens(steps)}
+    write_json(run.plan, {**planned.plan.to_json(), "steps": len(steps), **tokens})
     with space_for(run.held_out):
         split.keep(planned.prepared.held_out, run.held_out)
-    known = partial(beginning.facts, run, loaded, planned, setup.model.assembled, setup.compute, setup.notices, step)
+    known = partial(
+        beginning.facts, run, loaded, planned, setup.model.assembled, setup.compute, setup.notices, start.step
+    )
     beginning.write(run, known)
 
 
@@ -251,11 +261,16 @@ def _save(setup: Setup, run: RunFolder, callback: RunCallback) -> int | None:
     return step
 
 
-def _verdict(setup: Setup, run: RunFolder, ended: Ended, callback: RunCallback, adapter_step: int | None) -> Document:
+def _compared(ended: Ended, callback: RunCallback, adapter_step: int | None) -> Rows | None:
+    """What the saved adapter has lost on the rows of the run's comparison."""
+    best = callback.best
+    if adapter_step is None or adapter_step == ended.step:
+        return ended.compared
+    return np.array(best.compared) if best is not None and best.compared is not None else None
+
+
+def _verdict(setup: Setup, run: RunFolder, callback: RunCallback, compared: Rows | None) -> Document:
     """The saved adapter beside its base, by measurement, and which adapter that is."""
-    compared, best = ended.compared, callback.best
-    if adapter_step is not None and adapter_step != ended.step:
-        compared = np.array(best.compared) if best is not None and best.compared is not None else None
     verdict = setup.comparison.judge(compared)
     if verdict.useless:
         callback.listener.warn(f"{verdict.text}; lower train.learning_rate")
@@ -266,15 +281,16 @@ def _verdict(setup: Setup, run: RunFolder, ended: Ended, callback: RunCallback, 
 
 
 def _finish(
-    setup: Setup, run: RunFolder, ended: Ended, callback: RunCallback, peak: usage.Peak, disk: DiskRetry
-) -> Document:
+    setup: Setup, run: RunFolder, ended: Ended, callback: RunCallback, peak: usage.Peak, disk: DiskRetry,
+    budget: TimeBudget | None,
+) -> Document:  # fmt: skip
     """Save the adapter and the report; returns the report. After a run of some length the adapter is opened once more,
     in a process of its own."""
     plan, machine = setup.run.plan, setup.run.machine
     adapter_step = disk.write(lambda: _save(setup, run, callback))
+    compared, steps = _compared(ended, callback, adapter_step), setup.planned_steps
     used, cards = usage.process_memory(), accelerator.peaks()
-    rows = run.read_metrics()
-    on_card = machine.on_card
+    rows, on_card = run.read_metrics(), machine.on_card
     measured, step_s = usage.Usage(peak.private, peak.file), reporting.usual_seconds(rows)
     if step_s is not None and setup.world.alone:  # of several, the link's time is in it
         ran = usage.cpu_time()
@@ -283,11 +299,11 @@ def _finish(
     report = reporting.build(
         rows,
         planned={
-            "tokens": setup.steps.tokens,
-            "computed_tokens": setup.run.computed_tokens(setup.steps),
-            "steps": len(setup.steps),
-            "train_seconds": plan.time.run_s,
-            "seconds": plan.time.seconds,
+            "tokens": steps.tokens,
+            "computed_tokens": setup.run.computed_tokens(steps),
+            "steps": len(steps),
+            "train_seconds": plan.time.step_s * len(steps),
+            "seconds": plan.time.seconds if budget is None else budget.within_s,
             "peak_rss_bytes": None if on_card else plan.peak_bytes,
             "peak_device_bytes": plan.allocated_bytes if on_card else None,
         },
@@ -304,7 +320,7 @@ def _finish(
         "versions": versions(),
         "machine": {**machine.to_json(), "process": setup.process.to_json()},
         "data": prepare.data_report(setup.run.prepared),
-        "verdict": _verdict(setup, run, ended, callback, adapter_step),
+        "verdict": _verdict(setup, run, callback, compared),
         "stopped_early": callback.stopped_early,
         "adapters": callback.moved,
         "compute": setup.compute.to_json(),
@@ -317,6 +333,8 @@ def _finish(
             *(f"memory: {down}" for down in setup.pace.downs),
         ],
     }
+    if budget is not None:
+        report["within"] = budget.finish(setup, run, setup.start.recipe, compared)
     disk.write(run.end_metrics)
     disk.write(lambda: write_json(run.report, report))
     return report

@@ -357,6 +357,7 @@ CASES: dict[str, tuple[Case, ...]] = {
     "train.save_minutes": (
         Case({"train__save_minutes": 1e-9}, checkpoints, {"train__save_total_limit": 9}, want=[1, 2, 3]),
     ),
+    "train.within": (Case({"train__within": "1h"}, lambda ran: (ran.folder / "schedule.jsonl").is_file(), want=True),),
     "train.max_tokens_per_micro_batch": (Case({"train__max_tokens_per_micro_batch": 50}, column("micro_batches")),),
     "quant.type": (
         Case({"quant__type": "fp4"}, first_loss),

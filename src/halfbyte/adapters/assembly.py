@@ -12,6 +12,7 @@ from types import MappingProxyType
 from halfbyte.adapters import first_step, lora
 from halfbyte.base import load, residual
 from halfbyte.layers import fuse, loss
+from halfbyte.layers.kernels.cpu.integer import products as integer
 from halfbyte.models import structure
 from halfbyte.proofs.dequantising import DequantProof, prove_dequantised
 from halfbyte.proofs.fusing import FusedProof, prove_fused
@@ -90,6 +91,16 @@ def _fused(model: Model, recipe: Recipe, *, packed: bool) -> tuple[FusedProof, s
         return proof, f"{fuse.install(model)}; {proof.reason}"  # on the layers that the proof has not seen too
     fuse.remove(model)
     return proof, proof.reason
+
+
+def take_off(assembled: AdaptedBase) -> load.Base:
+    """The base as it was before it got its adapters."""
+    integer.set_products(fuse.frozen_layers(assembled.model), None)
+    fuse.remove(assembled.model)
+    assembled.model.unload()
+    for parameter, value in assembled.own_biases:
+        parameter.data.copy_(value)
+    return assembled.base
 
 
 def put_beside(model: Model, recipe: Recipe, folder: Path, name: str, *, packed: bool) -> None:

@@ -9,19 +9,15 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from halfbyte.cli import begin, conversation, progress, reports, scores, ship, show, show_plan
+from halfbyte.cli import begin, conversation, progress, reports, scores, ship, show, show_plan, train
 from halfbyte.cli import options as shared
 from halfbyte.cli.store import stores
 from halfbyte.errors import HalfbyteError, RecipeError, typed
 from halfbyte.system import libraries
-
-if TYPE_CHECKING:
-    from halfbyte.distributed.world import World
-    from halfbyte.recipe.schema import Loaded
 
 app = typer.Typer(
     name="halfbyte",
@@ -36,7 +32,9 @@ app = typer.Typer(
 app.add_typer(stores, name="store")
 rows = typer.Typer(help="The rows that a model would be trained on.", no_args_is_help=True)
 app.add_typer(rows, name="data")
-for command in (ship.merge, ship.export, ship.push, ship.serve, reports.report, reports.compare, reports.runs):
+for command in (train.train, train.tune, ship.merge, ship.export, ship.push, ship.serve):
+    app.command()(command)
+for command in (reports.report, reports.compare, reports.runs):
     app.command()(command)
 app.command(name="eval")(scores.evaluate)
 app.command()(begin.init)
@@ -56,105 +54,6 @@ def options(
 ) -> None:
     show.hear()
     show.as_json(False)
-
-
-@app.command()
-def train(
-    recipe: Annotated[
-        str,
-        typer.Argument(metavar="RECIPE.yaml | MODEL | RUN", help="A recipe, a model, or with --resume a run folder."),
-    ],
-    data: Annotated[
-        str | None, typer.Argument(metavar="DATA.jsonl", help="With a MODEL: the rows to train on.")
-    ] = None,
-    set_: shared.Set = [],  # noqa: B006  typer copies it
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The run folder; short for --set output=...")
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue from the newest checkpoint of the run folder.")
-    ] = False,
-    force: shared.Force = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print every resolved value and where it came from; train nothing.")
-    ] = False,
-    live: Annotated[bool, typer.Option("--live", help="Serve the run's page on 127.0.0.1 while it trains.")] = False,
-    json_: shared.Json = False,
-    quiet: shared.Quiet = False,
-) -> None:
-    """Fine-tune: a recipe in, a working adapter out."""
-    from halfbyte.distributed import world as worlds
-    from halfbyte.recipe import command
-    from halfbyte.runs import points
-    from halfbyte.training import preflight
-
-    overrides = [*set_, *([f"output={output}"] if output is not None else [])]
-    if resume and (data is not None or any(value.startswith("output=") for value in overrides)):
-        raise RecipeError(
-            "--resume continues a run in its own folder on its own rows; --output and DATA cannot be given with it.",
-            fix=f"halfbyte train {typed(recipe)} --resume",
-        )
-    if dry_run:
-        loaded = command.to_resume(recipe, overrides) if resume else command.to_train(recipe, data, overrides)
-        preflight.check(loaded.recipe, resume=resume, writes=False)
-        with libraries.loading():
-            from halfbyte.training import preview
-
-        resolution = preview.resolve(loaded)
-        show.document(resolution.to_json()) if json_ else show_plan.resolution(resolution)
-        return
-    with worlds.open_world(show.report_error) as world:
-        loaded = _loaded(world, recipe, data, overrides, resume=resume)
-        run = Path(loaded.recipe.output)
-        resume = world.goes_on(run, resume)
-        begun = command.as_begun(loaded).recipe if resume else loaded.recipe
-        report = world.from_first(lambda: points.complete(begun) if resume else None)
-        if report is None:
-            code = _trained(world, loaded, resume=resume, force=force, live=live, json_=json_, quiet=quiet)
-        elif world.first:
-            show.document(report) if json_ else show.complete(run, report, preflight.more_steps_command(loaded.recipe))
-    if report is None:
-        raise typer.Exit(code)
-
-
-def _loaded(world: World, recipe: str, data: str | None, overrides: list[str], *, resume: bool) -> Loaded:
-    """The recipe that is trained. That of a run is read by the first process, since others may not have its folder."""
-    from halfbyte.recipe import command
-    from halfbyte.recipe.schema import Loaded, Recipe
-
-    if not resume:
-        return command.to_train(recipe, data, overrides)
-    loaded = command.to_resume(recipe, overrides) if world.first else None
-    if world.alone and loaded is not None:
-        return loaded
-    sent = world.from_first(lambda: loaded.recipe.model_dump(mode="json") if loaded else {})
-    return loaded or Loaded(Recipe.model_validate(sent), {}, (), None)
-
-
-def _trained(world: World, loaded: Loaded, *, resume: bool, force: bool, live: bool, json_: bool, quiet: bool) -> int:
-    """Train, and show how it ends, in the world's first process. Returns the exit code."""
-    from halfbyte.recipe.file import without_defaults
-    from halfbyte.runs.folder import RunFolder
-    from halfbyte.training import preflight
-
-    first = world.first
-    preflight.check(loaded.recipe, resume=resume and first, writes=first)
-    for warning in loaded.warnings if first else ():
-        show.warning(warning)
-    if loaded.path is None and first and not (json_ or quiet):
-        given, whole = without_defaults(loaded.recipe), RunFolder(Path(loaded.recipe.output)).recipe
-        show.text(f"No recipe given; the defaults are used, and:\n\n{given}\nthe whole recipe: {whole}\n")
-    shown = progress.training(quiet=quiet, silent=json_ or not first)
-    with reports.live(Path(loaded.recipe.output), live and first), shown as listener:
-        with libraries.loading():
-            from halfbyte import finetune
-
-        outcome = finetune.train(loaded, resume=resume, force=force, listener=listener, world=world)
-    if first and outcome.stopped_by is not None:
-        show.interruption(outcome)
-    elif first:
-        show.document(outcome.report) if json_ else show.report(outcome)
-    return outcome.exit_code if first or outcome.stopped_by is not None else 0
 
 
 @app.command()

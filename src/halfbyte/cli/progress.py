@@ -80,6 +80,7 @@ class PlainListener(SilentListener):
     def reached(self, row: Document, memory: str = "") -> str:
         done = row["step"] - self.first
         left = (time.monotonic() - self.started) / done * (self.total - row["step"]) if done > 0 else 0.0
+        left = max(0.0, row.get("left_s", left))
         return (
             f"loss {row['loss']:.4f}  {row['tokens_per_second']:.0f} tokens/s  "
             f"{memory}{show.gb(row.get('rss_bytes', 0))}  ETA {duration(left)}"

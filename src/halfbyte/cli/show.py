@@ -200,6 +200,7 @@ def report(outcome: Outcome) -> None:
         most = f"at most {gb(planned['peak_rss_bytes'])} planned"
         took = f"{duration(measured['seconds'])} from the plan on ({duration(planned['seconds'])} planned)"
         out.print(f"peak memory {gb(measured['peak_rss_bytes'])} ({most}); {took}")
+    within(row.get("within") or {})
     verdict = row.get("verdict") or {}
     text(f"verdict  {verdict.get('text', 'not compared with the base')}")
     if verdict.get("useless"):
@@ -212,14 +213,28 @@ def report(outcome: Outcome) -> None:
     text(f"adapter  {outcome.run}/adapter\n  next: {first}   or   halfbyte chat {typed(run)}")
 
 
-def interruption(outcome: Outcome) -> None:
+def within(value: Document) -> None:
+    """What a run in a given time has tried and what more time would bring."""
+    for line in value.get("verdicts", ()):
+        field("probes", line)
+    if "more" in value:
+        field("time", f"{duration(value['spent_s'])} of {duration(value['within_s'])}; {value['more']}")
+
+
+def search(outcome: Outcome) -> None:
+    """What `halfbyte tune` has come to."""
+    within(outcome.report)
+    text(f"page     {outcome.run}/report.html\n  next: halfbyte train {typed(outcome.run / outcome.report['repeat'])}")
+
+
+def interruption(outcome: Outcome, command: str) -> None:
     name = outcome.stopped_by.name if outcome.stopped_by is not None else ""
     what = f"stopped by {name} after step {outcome.step}; nothing is lost."
     if not outcome.step:
         what = f"stopped by {name} before the first checkpoint."
     elif outcome.at_once:
         what = f"stopped at once; the last checkpoint is that of step {outcome.step}."
-    warning(f"{what}\n  continue: halfbyte train {typed(outcome.run)} --resume")
+    warning(f"{what}\n  continue: halfbyte {command} {typed(outcome.run)} --resume")
 
 
 def complete(run: Path, report: Document, more: str) -> None:

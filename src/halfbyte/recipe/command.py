@@ -64,8 +64,18 @@ def to_train(target: str, data: str | None, overrides: Sequence[str]) -> Loaded:
             f"{target} is not a recipe (.yaml), and no data is given to train a model on.",
             fix=f"halfbyte train {typed(target)} DATA.jsonl, or write a recipe with `halfbyte init`",
         )
-    of_run = path.name == "recipe.yaml" and (path.parent / "checkpoints").is_dir()
+    of_run = path.name in ("recipe.yaml", "repeat.yaml") and (path.parent / "checkpoints").is_dir()
     return load_recipe(path, overrides, of_run=of_run)
+
+
+def to_tune(loaded: Loaded, within: str) -> Loaded:
+    """The recipe of a search for settings: in a folder of its own, `within` a time if none is given."""
+    recipe, update = loaded.recipe, dict[str, object]()
+    if loaded.origins["output"].kind != "set":
+        update["output"] = f"{recipe.output}-tune"
+    if recipe.train.within is None:
+        update["train"] = recipe.train.model_copy(update={"within": within})
+    return loaded._replace(recipe=recipe.model_copy(update=update))
 
 
 def to_resume(target: str, overrides: Sequence[str] = ()) -> Loaded:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 # Fields that PEFT and transformers do not have.
 OURS = frozenset(
     {
-        "adapter", "save_dtype", "loraplus_lr_ratio", "save_minutes", "max_tokens_per_micro_batch",
+        "adapter", "save_dtype", "loraplus_lr_ratio", "save_minutes", "max_tokens_per_micro_batch", "within",
         "early_stopping_patience", "early_stopping_threshold",  # arguments of transformers' EarlyStoppingCallback
     }
 )  # fmt: skip

@@ -19,10 +19,11 @@ from pydantic_core import PydanticCustomError
 from halfbyte.recipe import fields, number_formats
 from halfbyte.recipe.data import Data, Fields, Int, Section, field, must
 from halfbyte.recipe.evaluation import LOSSES, METRICS, Eval
+from halfbyte.system.words import seconds_of
 
 from halfbyte.recipe.values import (  # isort: skip
     Bool, Count, Float, Index, Modules, ModulesOrNone, Names, NamesOrNone, NamesOrText, OffIsNo, Seed, Steps, assigns,
-    init, integrations, one_of, settings,
+    init, integrations, is_span, one_of, settings,
 )  # fmt: skip
 
 
@@ -245,6 +246,14 @@ class Train(Section):
     max_tokens_per_micro_batch: Annotated[
         int | str, must("auto, or a whole number >= 1", lambda v: v == "auto" or (type(v) is int and v >= 1))
     ] = field("auto", "tokens of a micro-batch: auto (what fits) or a number", "auto")
+    within: Annotated[str, must("a time such as 30m, 1h30m or 90s", is_span)] | None = field(
+        None, "the time for all of it: an open learning rate is probed, and the rate falls to 0 with the time", "30m"
+    )
+
+    @property
+    def within_s(self) -> float | None:
+        """Seconds of `within`."""
+        return None if self.within is None else seconds_of(self.within)
 
     @property
     def best_metric(self) -> str:
@@ -365,6 +374,8 @@ def _in_train(recipe: Recipe) -> Iterator[str]:
         yield f"train.greater_is_better {as_given}: {name} (train.metric_for_best_model) is better when {better}"
     if "regex" in (recipe.eval.metrics or ()) and not recipe.eval.pattern:
         yield "eval.metrics has regex, which needs eval.pattern, a regular expression"
+    if train.within is not None and train.lr_scheduler_type != "linear":
+        yield f"train.within lets the rate fall linearly, and train.lr_scheduler_type is {train.lr_scheduler_type}"
     if train.bf16 and train.fp16:
         yield "train.bf16 and train.fp16 cannot both be true; better give neither"
     for name in ("bf16", "fp16"):

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
 
 from halfbyte.recipe import fields
 from halfbyte.recipe.data import Int, is_list_of_names, is_name_or_list, must
+from halfbyte.system.words import seconds_of
 
 
 def regex(value: object) -> object:
@@ -22,6 +23,10 @@ def regex(value: object) -> object:
         except re.error as error:
             raise ValueError(f"must be a list of names or a regular expression ({error})") from None
     return value
+
+
+def is_span(value: object) -> bool:
+    return isinstance(value, str) and seconds_of(value) is not None
 
 
 def init(value: object) -> object:

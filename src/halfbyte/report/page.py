@@ -116,6 +116,8 @@ def facts(run: Record) -> list[tuple[str, str]]:
     if seconds:
         figures.append(("time of steps", duration(seconds)))
         figures += [("tokens", f"{tokens:,.0f}"), ("tokens/s", f"{tokens / seconds:,.0f}")]
+    if within := run.within:
+        figures.append(("of the time given", f"{duration(within['spent_s'])} of {duration(within['within_s'])}"))
     if peak := report.get("peak_rss_bytes"):
         planned = (report.get("planned") or {}).get("peak_rss_bytes")
         figures.append(("peak memory", gb(peak) + (f" (at most {gb(planned)} planned)" if planned else "")))

@@ -13,6 +13,7 @@ from halfbyte.report import series, update_norms
 from halfbyte.runs import crash, listing
 from halfbyte.runs.folder import EXPORT, RunFolder, json_rows, read_json
 from halfbyte.scoring.sheet import other_adapter
+from halfbyte.tuning import results
 from halfbyte.types import Document
 
 MAX_ANSWERS = 6  # shown, chosen from so many:
@@ -61,6 +62,11 @@ class Record:
     def scored_adapter(self) -> str:
         """Which adapter the scores and answers are of, in words, where it is not the run's; else empty."""
         return other_adapter(self.scores, self.run.adapter)
+
+    @cached_property
+    def within(self) -> Document:
+        """What was tried for a run in a given time, or by a search; empty for other runs."""
+        return self.report.get("within") or results.document(self.run)
 
     @cached_property
     def verdict(self) -> Document:

@@ -70,6 +70,8 @@ def state(run: RunFolder, *, ours: bool = False) -> State:
         why = ["stopped early: no better evaluation"] if report.get("stopped_early") else []
         why += [measured["text"]] if measured else []
         return State(name, step, steps, "; ".join(why), verdict=measured.get("name", ""))
+    if "within" in report:
+        return State("finished", 0, 0, "a search for settings")
     if (run.path / crash.NAME).is_file():
         return State("crashed", step, steps, f"see {crash.NAME}")
     if not step:

@@ -1,4 +1,8 @@
-"""Figures in words."""
+"""Figures in words, and words that are figures."""
+
+import re
+
+_SPAN = re.compile(r"(?=.)(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m(?:in)?)?(?:(\d+(?:\.\d+)?)s)?")
 
 
 def duration(seconds: float) -> str:
@@ -6,3 +10,12 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def seconds_of(text: str) -> float | None:
+    """The seconds of a span of time such as 30m, 1h30m or 90s; None where it is none, or no time at all."""
+    match = _SPAN.fullmatch(text.replace(" ", ""))
+    if match is None:
+        return None
+    hours, minutes, seconds = (float(part or 0) for part in match.groups())
+    return 3600 * hours + 60 * minutes + seconds or None

@@ -61,13 +61,13 @@ class Follower(TrainerCallback):
         raise NotImplementedError
 
     def on_step_end(self, args: object, state: object, control: TrainerControl, **_: object) -> None:
-        control.should_training_stop = control.should_training_stop or self.stop.signal is not None
+        control.should_training_stop |= self.trainer.is_done or self.stop.signal is not None
         _evaluate_at_end(self.trainer, control)
 
 
 def _evaluate_at_end(trainer: StepTrainer, control: TrainerControl) -> None:
     """Ask for an evaluation after the last step, whichever steps evaluations come after."""
-    if trainer.ends_with_evaluation and trainer.state.global_step >= trainer.state.max_steps:
+    if trainer.ends_with_evaluation and trainer.is_done:
         control.should_evaluate = True
 
 
@@ -105,7 +105,9 @@ class RunCallback(Follower):
         (self.run.path / BATCH).unlink(missing_ok=True)  # of an earlier process
         self.witness.begin()
         self._saved_at = time.monotonic()
-        self.listener.begin(state.max_steps, state.global_step, int(state.logging_steps) or 1)
+        schedule = self.trainer.schedule
+        total = state.max_steps if schedule is None else schedule.expected
+        self.listener.begin(total, state.global_step, int(state.logging_steps) or 1)
 
     def on_step_begin(self, *_: object, **__: object) -> None:
         if self.resume is not None:
@@ -123,7 +125,9 @@ class RunCallback(Follower):
         self.writer.wait_until_read()
 
     def on_step_end(self, args: object, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        row = {**self.trainer.last, **usage.process_memory()}
+        row, schedule = {**self.trainer.last, **usage.process_memory()}, self.trainer.schedule
+        if schedule is not None and schedule.file is not None:
+            row["left_s"] = schedule.left_s
         self._rates += row["learning_rate"]
         if spike := self._spikes.find(row):
             row["spike"] = spike
@@ -134,7 +138,9 @@ class RunCallback(Follower):
         if self.stop.signal is not None:
             self.save(f"{self.stop.signal.name} received", randomness=checkpoint.Randomness.now())
             control.should_training_stop = True
-        elif state.global_step < state.max_steps and self.cadence.is_due(state.global_step, seconds):
+        elif self.trainer.is_done:
+            control.should_training_stop = True
+        elif self.cadence.is_due(state.global_step, seconds):
             self.save("", randomness=checkpoint.Randomness.now())
         _evaluate_at_end(self.trainer, control)
 

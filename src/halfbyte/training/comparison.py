@@ -104,14 +104,16 @@ def compare(
     limits: tuple[int, int | None],
     store: Path | None,
     products: object,
+    *,
+    seconds: float | None = None,
 ) -> Comparison:
     """Choose the rows of a run's verdict; of several processes the first one does.
 
     Args:
         limits: tokens and examples of a micro-batch, as `schedule.plan_steps` has them. store: the base's.
-        products: how they are computed.
+        products: how they are computed. seconds: as of `choose`.
     """
-    rows, chosen, which = choose(prepared, steps, plan)
+    rows, chosen, which = choose(prepared, steps, plan, seconds)
     first, ends = world.from_first(lambda: [chosen.tolist(), ends_with_evaluation(prepared, steps, plan)])
     chosen = np.array(first, np.int64)
     batches = eval_batches(prepared, rows, *limits, rank=world.rank, ranks=world.size, chosen=chosen)
@@ -120,8 +122,11 @@ def compare(
     return Comparison(batches, chosen, which, prepared.evaluation is not None, ends, kept, context)
 
 
-def choose(prepared: Prepared, steps: pack.Steps, plan: Plan) -> tuple[EncodedRows, NDArray[np.int64], str]:
-    """(the held-out or the training rows, the numbers of those that are compared, ascending, what they are)."""
+def choose(
+    prepared: Prepared, steps: pack.Steps, plan: Plan, seconds: float | None = None
+) -> tuple[EncodedRows, NDArray[np.int64], str]:
+    """(the held-out or the training rows, the numbers of those that are compared, ascending, what they are). `seconds`:
+    what their evaluation may take, once; None for a share of the run's."""
     rows = prepared.evaluation or prepared.train
     most, which = MOST_HELD_OUT, "held-out rows"
     numbers = np.arange(len(rows.examples))
@@ -133,8 +138,10 @@ def choose(prepared: Prepared, steps: pack.Steps, plan: Plan) -> tuple[EncodedRo
     if rows.texts is not None:  # of the texts; blocks are drawn by their numbers
         keys = np.random.default_rng(0).permutation(len(rows.examples)).astype(np.uint64)
     order = np.argsort(keys[numbers], kind="stable")
-    costs = 2 * np.cumsum(rows.lengths[numbers[order]]) * plan.time.forward_s
-    count = max(FEWEST, min(most, int((costs <= max(SHORT_S, SHARE * plan.time.step_s * len(steps))).sum())))
+    costs = np.cumsum(rows.lengths[numbers[order]]) * plan.time.forward_s
+    if seconds is None:
+        seconds = max(SHORT_S, SHARE * plan.time.step_s * len(steps)) / 2
+    count = max(FEWEST, min(most, int((costs <= seconds).sum())))
     return rows, np.sort(numbers[order[:count]]), which
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from halfbyte.adapters import passport
-from halfbyte.adapters.assembly import AdaptedBase, assemble
+from halfbyte.adapters.assembly import AdaptedBase, assemble, take_off
 from halfbyte.base import load, residual, stream
 from halfbyte.base.store import supply
 from halfbyte.base.tokenizer import check_vocabulary
@@ -26,34 +26,23 @@ class TrainingModel:
     notices: tuple[str, ...]
 
 
-def open_model(run: PlannedRun, start: RunStart, tell: Listener, *, force: bool) -> TrainingModel:
+def open_model(
+    run: PlannedRun, start: RunStart, tell: Listener, *, force: bool, before: TrainingModel | None = None
+) -> TrainingModel:
     """The base, with fresh adapters or those that the run begins with; a checkpoint's weights are put in later.
 
     Args:
+        before: whose base is taken, without its adapters; None: it is opened.
         force: also where base, tokenizer or chat template are not those of the checkpoint; else that is an error. Of an
             adapter that the run begins with it is only noted.
     """
-    prepared, plan = run.prepared, run.plan
-    recipe, tokenizer = prepared.recipe, prepared.tokenizer
-    base = load.open_base(
-        prepared.checkpoint,
-        recipe.quant,
-        run.machine,
-        trust_remote_code=recipe.trust_remote_code,
-        device_map="split" if plan.placement == "split" else {"": run.machine.main},
-        tell=supply.Tell(progress=tell.building, note=tell.note),
-    )
-    check_vocabulary(prepared.checkpoint, tokenizer, base.model)
-    tell.note(
-        "base",
-        f"{prepared.checkpoint.id}: {recipe.quant.type}, {base.resident_bytes / 1e9:.3f} GB resident "
-        f"({base.expected_bytes / 1e9:.3f} planned), computing in {base.compute_dtype} ({base.dtype_reason})",
-    )
-    tell.note("base", base.origin)
+    recipe, tokenizer = run.prepared.recipe, run.prepared.tokenizer
+    if before is None:
+        base, placed, notices = _open_base(run, tell)
+    else:
+        base, placed = take_off(before.assembled), before.placed
+        notices = list[str]()
     factors = residual.ensure(base, recipe.lora, tell.note) if start.point is None else None
-    placed, elsewhere = stream.place_as_planned(base.model, plan.placement, asked=recipe.quant.placement != "auto")
-    notices = [f"placement: {elsewhere}"] if elsewhere else []
-    tell.note("placement", f"{placed} ({elsewhere or plan.reasons['placement']})")
     model = assemble(base, recipe, start=start.adapter, factors=factors, note=tell.note)
     if not model.packed.ok and recipe.data.packing == "stream":
         raise DataError(
@@ -72,3 +61,27 @@ def open_model(run: PlannedRun, start: RunStart, tell: Listener, *, force: bool)
     if start.adapter is not None:
         notices += passport.check(start.adapter, belongs_to, force=True)
     return TrainingModel(model, placed, belongs_to, tuple(notices))
+
+
+def _open_base(run: PlannedRun, tell: Listener) -> tuple[load.Base, stream.Placement, list[str]]:
+    """The base where the plan wants it, and what is not as the plan had it."""
+    prepared, plan = run.prepared, run.plan
+    recipe = prepared.recipe
+    base = load.open_base(
+        prepared.checkpoint,
+        recipe.quant,
+        run.machine,
+        trust_remote_code=recipe.trust_remote_code,
+        device_map="split" if plan.placement == "split" else {"": run.machine.main},
+        tell=supply.Tell(progress=tell.building, note=tell.note),
+    )
+    check_vocabulary(prepared.checkpoint, prepared.tokenizer, base.model)
+    tell.note(
+        "base",
+        f"{prepared.checkpoint.id}: {recipe.quant.type}, {base.resident_bytes / 1e9:.3f} GB resident "
+        f"({base.expected_bytes / 1e9:.3f} planned), computing in {base.compute_dtype} ({base.dtype_reason})",
+    )
+    tell.note("base", base.origin)
+    placed, elsewhere = stream.place_as_planned(base.model, plan.placement, asked=recipe.quant.placement != "auto")
+    tell.note("placement", f"{placed} ({elsewhere or plan.reasons['placement']})")
+    return base, placed, [f"placement: {elsewhere}"] if elsewhere else []

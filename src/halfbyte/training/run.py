@@ -2,7 +2,6 @@
 a signal."""
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,55 +10,22 @@ from signal import Signals
 import numpy as np
 
 from halfbyte.adapters import lora
-from halfbyte.data import collate, pack
+from halfbyte.data import collate
 from halfbyte.distributed import agree
-from halfbyte.distributed.shard import Shards, first_layers_whole
-from halfbyte.distributed.world import World
+from halfbyte.distributed.shard import first_layers_whole
 from halfbyte.objectives.objective import scores_of
-from halfbyte.proofs.integers import Decision
 from halfbyte.runs.checkpoint import Best
 from halfbyte.runs.folder import RunFolder
 from halfbyte.scoring.verdict import beside_source
 from halfbyte.system import device, usage
-from halfbyte.system.threads import ProcessSettings
-from halfbyte.system.usage import Usage
 from halfbyte.training import source
 from halfbyte.training.callback import EarlyStopping, Follower, RunCallback
 from halfbyte.training.comparison import SOURCE, Comparison, Rows
 from halfbyte.training.events import Listener, StopRequest
-from halfbyte.training.fit import PlannedRun
-from halfbyte.training.model import TrainingModel
-from halfbyte.training.pace import Pace
-from halfbyte.training.preflight import RunStart
 from halfbyte.training.schedule import cadence, eval_every
+from halfbyte.training.setup import Setup
 from halfbyte.training.trainer import RunHooks, StepInterrupted, StepTrainer, training_arguments
 from halfbyte.training.watch.witness import Witness
-from halfbyte.types import Document
-
-
-@dataclass(frozen=True)
-class Setup:
-    """Everything that the steps of a run and its report need, known to be good. Nothing of it is written yet."""
-
-    start: RunStart
-    world: World
-    process: ProcessSettings
-    run: PlannedRun
-    model: TrainingModel
-    shards: Shards | None
-    pace: Pace
-    steps: pack.Steps
-    held_out: collate.Batches
-    compute: Decision
-    comparison: Comparison
-    answer_scores: Callable[[], dict[str, float]]
-    """Scores of answers to the held-out rows, for each evaluation."""
-    memory_before: Usage
-    trained: Document
-    """What checkpoints and adapter say that they were trained with, as `points.trained_with` makes it."""
-    notices: tuple[str, ...]
-    began: float
-    """When the plan was made, by `time.monotonic`."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +64,8 @@ def run_steps(setup: Setup, folder: RunFolder, stop: StopRequest, tell: Listener
     trainer.add_callback(callback or Follower(trainer=trainer, stop=stop_of_all, resume=resume))
     if early is not None:
         trainer.add_callback(early)
-    _measure_base(setup, trainer, tell)
+    if not setup.is_probe:
+        _measure_base(setup, trainer, tell)
     try:
         trainer.train(resume_from_checkpoint=str(resume) if resume is not None else None)
     except StepInterrupted:
@@ -115,7 +82,7 @@ def run_steps(setup: Setup, folder: RunFolder, stop: StopRequest, tell: Listener
         patience = train.early_stopping_patience
         callback.notices.append(f"stopped early at step {done} of {len(steps)}: no better evaluation in {patience}")
         tell.note("note", callback.notices[-1])
-    if done < len(steps) and not stopped_early and stop_of_all.signal is not None:
+    if not trainer.is_done and not stopped_early and stop_of_all.signal is not None:
         return Ended(done, stop_of_all.signal, callback)
     return Ended(done, None, callback, _compared(setup.comparison, trainer))
 
@@ -198,6 +165,7 @@ def _trainer(setup: Setup, folder: RunFolder, hooks: RunHooks) -> StepTrainer:
         world=setup.world,
         shards=setup.shards,
         ends_with_evaluation=setup.comparison.ends,
+        schedule=setup.schedule,
     )
 
 

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from halfbyte.data import collate, pack
 from halfbyte.data.encoding.encoder import EncodedRows
+from halfbyte.recipe.schema import Train
 from halfbyte.training.prepare import Prepared
 
 
@@ -94,6 +95,12 @@ def cadence(prepared: Prepared) -> Cadence:
     by_strategy = {"no": 0, "epoch": _steps_per_epoch(prepared), "steps": _count(train.save_steps, prepared)}
     steps, at_end = by_strategy[train.save_strategy], train.save_strategy != "no"
     return Cadence(steps, train.save_minutes, train.save_total_limit, at_end)
+
+
+def warmup_steps(train: Train, total: int) -> int:
+    """Steps over which the rate rises; of a short run at most a third."""
+    given = train.warmup_steps
+    return min(total // 3, int(given) if given >= 1 else math.ceil(given * total))
 
 
 def eval_every(prepared: Prepared) -> int:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerControl, TrainingArguments, get_scheduler
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -37,6 +37,7 @@ from halfbyte.objectives import objective as objectives
 from halfbyte.objectives.objective import Objective
 from halfbyte.recipe.schema import Train
 from halfbyte.system import device
+from halfbyte.training.deadline import Schedule
 from halfbyte.training.pace import Pace
 from halfbyte.training.watch import gradients
 from halfbyte.types import Batch, Document, Model
@@ -50,7 +51,7 @@ NOT_FOR_TRAINER = frozenset(
         "max_steps", "fp16", "bf16", "gradient_checkpointing", "save_strategy", "save_steps", "save_total_limit",
         "save_minutes", "load_best_model_at_end", "metric_for_best_model", "loraplus_lr_ratio",
         "max_tokens_per_micro_batch", "data_seed", "eval_strategy", "eval_steps",
-        "early_stopping_patience", "early_stopping_threshold", "greater_is_better",
+        "early_stopping_patience", "early_stopping_threshold", "greater_is_better", "within",
     }
 )  # fmt: skip
 
@@ -180,8 +181,10 @@ class StepTrainer(Trainer):
         world: World | None = None,
         shards: Shards | None = None,
         ends_with_evaluation: bool = False,
+        schedule: Schedule | None = None,
     ) -> None:
         self.objective, self.pace = objective, pace
+        self.schedule = schedule
         self.ends_with_evaluation = ends_with_evaluation
         self.hooks, self.shards = hooks, shards
         self.world, self._sum = world or World(), None
@@ -213,6 +216,19 @@ class StepTrainer(Trainer):
         cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         self.optimizer = loraplus_optimizer(self.model, cls, self.loraplus_lr_ratio, self.args.weight_decay, kwargs)
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
+        """The recipe's own, or one that ends at a time."""
+        schedule = self.schedule
+        if schedule is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, lambda step: schedule.share(step))
+        return self.lr_scheduler
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no step follows."""
+        return self.state.global_step >= self.state.max_steps or (self.schedule is not None and self.schedule.over)
 
     def training_step(self, model: Model, inputs: Document, num_items_in_batch: object = None) -> torch.Tensor:
         """Forward and backward over every micro-batch of one step. Returns its loss for a labelled token, a scalar.
@@ -306,7 +322,7 @@ class StepTrainer(Trainer):
         """The objective's scores of the held-out rows; weights and random state stay as they are. An interrupted
         evaluation is not reported."""
         self.hooks.on_evaluation()
-        last = self.state.global_step >= self.state.max_steps or isinstance(self.lr_scheduler, ReduceLROnPlateau)
+        last = self.is_done or isinstance(self.lr_scheduler, ReduceLROnPlateau)
         rows, stopped = self.row_sums(self.eval_batches, np.arange(len(self.eval_batches.examples)), whole=last)
         scores, self.evaluated = objectives.scores_of(self.objective, rows), (self.state.global_step, rows)
         if last or not stopped:
