@@ -135,8 +135,9 @@ def forecast(loaded: Loaded, spent_s: float) -> Fit | None:
         return None
     loaded = number_format.settle(open_rate(loaded))
     prepared = look(loaded.recipe)
-    if (plan := plan_by_names(prepared, device.detect())) is None:
+    if (planned := plan_by_names(prepared, device.detect())) is None:
         return None
+    _, plan = planned
     some = limit_held_out(prepared, plan.time.forward_s, within_s)
     return fit(some, plan, within_s, spent_s, probes=loaded.origins["train.learning_rate"].kind == "auto")
 
