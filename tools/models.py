@@ -40,7 +40,7 @@ _WORDS = """\
 - **decoded**: *tape*: a token is one list of operations, with kernels of its own; *model*: by the model's own forward.
 - **exported**: `gguf`: halfbyte writes the file itself (another type by llama.cpp's converter, where it has one);
   `vllm`, `mlx`: `halfbyte export RUN --peft --for` it. `halfbyte merge` and `export --peft` take every type.
-- **times plain**: tokens a second in training beside the plain stack, if `benchmarks/architectures.py` measured it."""
+- **times plain**: tokens a second in training beside the plain stack, where it was measured."""
 
 
 def facts_of(kind: str) -> dict[str, str]:

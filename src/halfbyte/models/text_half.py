@@ -22,8 +22,9 @@ _Class: TypeAlias = Model  # a class of transformers, or what one of its functio
 # A text config without a causal LM of its own -> a type that computes the same, and what that one calls its settings.
 _SAME_AS: dict[str, tuple[str, Document]] = {
     "qwen2_vl_text": ("qwen2", {}), "qwen2_5_vl_text": ("qwen2", {}), "qwen3_vl_text": ("qwen3", {}),
-    "qwen3_vl_moe_text": ("qwen3_moe", {}), "glm4v_text": ("glm4", {"attention_bias": True}),
+    "glm4v_text": ("glm4", {"attention_bias": True}),
 }  # fmt: skip
+_SCALED = ("aya_vision", "cohere2_vision")  # their whole class scales no logits, and the text's does
 # Files of before 5.0 have the text config's fields beside the tower's.
 _FLAT = {"qwen2_vl": "qwen2_vl_text", "qwen2_5_vl": "qwen2_5_vl_text"}
 # What a file leaves out because it is the config class's default, and a plan needs.
@@ -69,7 +70,7 @@ def half_of(config: Config) -> Config | None:
 
     text = config.get_text_config()
     whole = whole_class(config)
-    if text is config or whole is None:
+    if text is config or whole is None or config.model_type in _SCALED:
         return None
     kind, more = _SAME_AS.get(text.model_type, (text.model_type, {}))
     cls = CONFIG_MAPPING[kind] if text.model_type in _SAME_AS else type(text)
