@@ -1,9 +1,10 @@
 """Held-out loss over the seconds of a whole process, by stack and recipe: what a user waits for.
 
-Each arm (`ARMS`) is one fresh process from its command to a saved adapter, on a base in NF4 and in 16 bits, for each
-seed; its loss is that at the end of its own schedule, on rows that no arm has seen. Beside it: loss on a text of the
-base's kind (what is forgotten), the peak of its memory, and with `--metric` what its answers are worth. Scoring is not
-timed: one process, halfbyte's evaluation for all. Two lines across: the source model, and its quantised base.
+Each arm (`ARMS`) is one fresh process from its command to a saved adapter, on a base in NF4, in 16 bits and (halfbyte)
+in its own choice, for each seed; its loss is that at the end of its own schedule, on rows that no arm has seen. Beside
+it: loss on a text of the base's kind (what is forgotten), the peak of its memory, and with `--metric` what its answers
+are worth. Scoring is not timed: one process, halfbyte's evaluation for all. Two lines across: the source model, and its
+quantised base.
 
 What is warm: the base's store (the plain stack and TRL open it as well, made by `halfbyte quantize`), compiled kernels
 (both by the first scoring), the page cache. The plain stack and TRL get rows as tokens: halfbyte's, so that labels are
@@ -13,7 +14,7 @@ the same; halfbyte reads text. Rows with `question` and `answer` become `prompt`
 
 A line of `FOLDER/results.jsonl` is one arm; what is there is not repeated, so a comparison can be made in pieces. The
 table at the end (alone with `--show`) is made of all lines. Timings want an idle machine; `--rows 16 --held-rows 4
---text-rows 2 --epochs 1` only tries whether all arms run.
+--epochs 1` only tries whether all arms run. Conversations: `benchmarks/conversations.py`; orders: `examples/`.
 """
 
 from __future__ import annotations
@@ -34,12 +35,10 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import halfbyte
 from halfbyte.recipe.file import recipe_from
 from halfbyte.recipe.schema import Recipe
 
-TEXT = Path(halfbyte.__file__).parent / "inference" / "quality.txt"
-BASES = {"nf4": "nf4", "16": "none"}  # halfbyte's quant.type
+BASES = {"nf4": "nf4", "16": "none", "own": "auto"}  # halfbyte's quant.type
 LAW = 1.3e-3  # 5e-4 (2000 / 576)^0.78: `--rate` for models of another width
 
 
@@ -66,8 +65,20 @@ ARMS = {
     "halfbyte, ours": Arm("halfbyte", **OURS),
     "halfbyte, ours, int8": Arm("halfbyte", **OURS, options=("quant.compute=int8",)),
     "halfbyte, its defaults": Arm("halfbyte"),
+    "halfbyte, MLP alone": Arm("halfbyte", **{**OURS, "targets": "mlp"}),
+    "halfbyte, attention alone": Arm("halfbyte", **{**OURS, "targets": "attention"}),
+    "halfbyte, half the rate": Arm("halfbyte", **{**OURS, "rate": LAW / 2}),
+    "halfbyte, twice the rate": Arm("halfbyte", **{**OURS, "rate": 2 * LAW}),
+    "halfbyte, 16 rows": Arm("halfbyte", **{**OURS, "rows": 16}),
+    "halfbyte, 16 rows, twice the rate": Arm("halfbyte", **{**OURS, "rows": 16, "rate": 2 * LAW}),
+    "halfbyte, no warm-up": Arm("halfbyte", **{**OURS, "warmup": 0}),
+    "halfbyte, 3 epochs": Arm("halfbyte", **{**OURS, "epochs": 3}),
+    "halfbyte, every turn": Arm("halfbyte", **OURS, options=("data.mask=assistant",)),
+    "halfbyte, every token": Arm("halfbyte", **OURS, options=("data.mask=all",)),
 }
-TARGETS = {"qv": "[q_proj, v_proj]", "all": "all-linear"}
+TARGETS = {
+    "qv": "[q_proj, v_proj]", "all": "all-linear", "attention": "auto", "mlp": "[gate_proj, up_proj, down_proj]"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -165,20 +176,14 @@ def score(options: dict[str, Any]) -> dict[str, Any]:
     from halfbyte.scoring.sheet import EvalOptions
 
     values = [f"quant.type={BASES[options['base']]}", f"eval.max_new_tokens={options['new_tokens']}"]
-    values += [f"model={options['model']}"] if options["adapter"] else []
+    values += [f"model={options['model']}", "data.mask=completion"] if options["adapter"] else []
     opened = open_run(Path(options["adapter"] or options["model"]), None, values, force=True)
-    figures: dict[str, Any] = {}
-    for name, data, limit, metrics in (
-        ("held", options["held"], None, options["metrics"]),
-        ("text", options["text"], options["text_rows"], []),
-    ):
-        scores = EvalOptions.of(opened.recipe.eval, metrics or ["loss"], limit=limit)
-        sheet = evaluate(opened, scores, data=Path(data))
-        side = next(iter(sheet.sides.values()))
-        figures[f"{name}_loss"] = sum(side.losses) / sum(side.tokens)
-        figures |= {f"{name}_rows": [side.losses, side.tokens]} if name == "held" else {}
-        figures |= {s.name: (s.adapter or s.base).value for s in sheet.scores if s.name in metrics}  # type: ignore[union-attr]
-    return figures
+    sheet = evaluate(
+        opened, EvalOptions.of(opened.recipe.eval, options["metrics"] or ["loss"]), data=Path(options["held"])
+    )
+    side = next(iter(sheet.sides.values()))
+    figures: dict[str, Any] = {s.name: (s.adapter or s.base).value for s in sheet.scores}  # type: ignore[union-attr]
+    return {**figures, "held_loss": figures["loss"], "held_rows": [side.losses, side.tokens]}
 
 
 def in_child(argument: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -208,11 +213,9 @@ class Comparison:
         self.options, self.folder = arguments, arguments.out.absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.results = self.folder / "results.jsonl"
-        self.train, self.held_out, self.text = (self.folder / f"{name}.jsonl" for name in ("train", "held", "text"))
-        settings = {name: getattr(arguments, name) for name in ("model", "epochs", "rate", "text_rows", "metric")}
+        self.train, self.held_out = (self.folder / f"{name}.jsonl" for name in ("train", "held"))
+        settings = {name: getattr(arguments, name) for name in ("model", "epochs", "rate", "metric")}
         self._same(self.folder / "settings.json", json.dumps(settings))
-        parts = TEXT.read_text().strip().split("\n\n")
-        self._same(self.text, "".join(json.dumps({"text": part}) + "\n" for part in parts))
         for source, count, target in (
             (arguments.train, arguments.rows, self.train),
             (arguments.held, arguments.held_rows, self.held_out),
@@ -238,12 +241,7 @@ class Comparison:
 
     def scores(self, base: str, adapter: Path | None = None) -> dict[str, Any]:
         options = {"model": self.options.model, "base": base, "adapter": adapter and str(adapter)}
-        options |= {
-            "held": str(self.held_out),
-            "text": str(self.text),
-            "text_rows": self.options.text_rows,
-            "metrics": self.options.metric,
-        }
+        options |= {"held": str(self.held_out), "metrics": self.options.metric}
         return in_child("--score", {**options, "new_tokens": self.options.new_tokens})
 
     def checkpoint(self, base: str) -> str:
@@ -282,18 +280,18 @@ class Comparison:
         for seed in self.options.seeds:
             for base in self.options.bases:
                 for name in self.options.arms:
-                    if (name, base, seed) not in there:
+                    if (name, base, seed) not in there and (base != "own" or ARMS[name].stack == "halfbyte"):
                         self.keep({"arm": name, "base": base, "seed": seed, **self.one(name, base, seed)})
 
     def one(self, name: str, base: str, seed: int) -> dict[str, Any]:
         arm = ARMS[name]
         if self.options.epochs is not None:
             arm = Arm(**{**vars(arm), "epochs": self.options.epochs})
-        if arm.rate == LAW:
-            arm = Arm(**{**vars(arm), "rate": self.options.rate})
+        if arm.rate is not None and arm.rate != DOCUMENTED["rate"]:
+            arm = Arm(**{**vars(arm), "rate": arm.rate / LAW * self.options.rate})
         output = self.folder / f"{name.replace(', ', '-').replace(' ', '-')}-{base}-{seed}"
         shutil.rmtree(output, ignore_errors=True)
-        where = str(self.tokens()), self.checkpoint(base)
+        where = str(self.tokens()), self.checkpoint("16" if base == "own" else base)
         task = Task(arm, self.options.model, base, seed, str(self.train), str(output), *where)
         figures = timed(task, output.with_suffix(".log"))
         return {**figures, **self.scores(base, task.adapter)}
@@ -319,12 +317,12 @@ class Comparison:
             each = "" if len(lines) == 1 else f" ({', '.join(f'{loss:.4f}' for loss in losses)})"
             cells = [
                 base,
-                {"16": "the source", "nf4": "the quantised base"}[base] if name == "base" else name,
+                {"16": "the source", "nf4": "the quantised base", "own": "the base"}[base] if name == "base" else name,
                 f"{seconds:.1f}" if seconds else "",
                 f"{slow / seconds:.1f}" if slow and seconds else "",
                 f"{statistics.mean(losses):.4f}{each}",
                 less(lines, source) if lines[0] is not source else "",
-                f"{statistics.mean(line['text_loss'] for line in lines):.4f}",
+                f"{statistics.mean(line['base_text_loss'] for line in lines):.4f}",
                 f"{max(line['peak_gb'] for line in lines):.2f}" if seconds else "",
                 *(f"{statistics.mean(line[m] for line in lines):.3f}" for m in metrics),
             ]
@@ -356,7 +354,6 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--rows", type=int, default=1024, help="rows to train on")
     parser.add_argument("--held-rows", type=int, default=128)
-    parser.add_argument("--text-rows", type=int, help="fewer rows of the base's text")
     parser.add_argument("--epochs", type=int, help="of every arm, instead of its own")
     parser.add_argument("--rate", type=float, default=LAW, help="the learning rate of 'ours'")
     parser.add_argument("--metric", "-m", nargs="*", default=[], help="of answers: exact_match, number, ...")

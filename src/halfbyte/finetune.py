@@ -247,6 +247,9 @@ def _save(setup: Setup, run: RunFolder, callback: RunCallback) -> int | None:
         lora.put_weights(model, best.folder)
         count = sum("eval_loss" in row for row in rows)
         callback.listener.note("adapter", f"the best of {count} evaluations, from step {step}")
+    elif recipe.train.max_forgetting is not None:
+        callback.notices.append("no evaluation was within train.max_forgetting: the adapter is that of the last step")
+        callback.listener.warn(callback.notices[-1])
 
     def beside(folder: Path) -> None:
         if prepared.chatml is not None:
@@ -280,6 +283,17 @@ def _verdict(setup: Setup, run: RunFolder, callback: RunCallback, compared: Rows
     return {**verdict.to_json(), "adapter_sha256": files.sha256(run.adapter / ADAPTER_FILES[0])}
 
 
+def _on_base_text(setup: Setup, callback: RunCallback) -> Document:
+    """What the saved adapter, whose weights the model has, loses on the text of the base's kind."""
+    text = setup.comparison.text
+    if isinstance(text, str):
+        return {"text": f"not read: {text}"}
+    rows, _ = callback.trainer.row_sums(text.batches, text.chosen, whole=True)
+    verdict = text.judge(rows)
+    return {**{k: v for k, v in verdict.to_json().items() if k in ("base", "adapter", "interval", "source")},
+            "text": verdict.losses}  # fmt: skip
+
+
 def _finish(
     setup: Setup, run: RunFolder, ended: Ended, callback: RunCallback, peak: usage.Peak, disk: DiskRetry,
     budget: TimeBudget | None,
@@ -289,6 +303,7 @@ def _finish(
     plan, machine = setup.run.plan, setup.run.machine
     adapter_step = disk.write(lambda: _save(setup, run, callback))
     compared, steps = _compared(ended, callback, adapter_step), setup.planned_steps
+    forgotten = _on_base_text(setup, callback)
     used, cards = usage.process_memory(), accelerator.peaks()
     rows, on_card = run.read_metrics(), machine.on_card
     measured, step_s = usage.Usage(peak.private, peak.file), reporting.usual_seconds(rows)
@@ -321,6 +336,7 @@ def _finish(
         "machine": {**machine.to_json(), "process": setup.process.to_json()},
         "data": prepare.data_report(setup.run.prepared),
         "verdict": _verdict(setup, run, callback, compared),
+        "base_text": forgotten,
         "stopped_early": callback.stopped_early,
         "adapters": callback.moved,
         "compute": setup.compute.to_json(),

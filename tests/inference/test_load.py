@@ -97,7 +97,7 @@ def test_plain_text_has_a_loss_and_no_exact_match(world: Path, opened: Opened, p
     plain = replace(opened, recipe=opened.recipe.model_copy(update={"data": data}))
     made = scored(plain, data=world / "texts.jsonl")
     assert loss(made) > 0 and sum(made.sides["adapter"].tokens) > 5 and made.questions == ()
-    assert [score.name for score in made.scores] == ["loss", "perplexity"]
+    assert [score.name for score in made.scores] == ["loss", "perplexity", "base_text_loss"]
 
 
 def test_an_answer_goes_as_far_as_the_model_reads_and_no_row_further(world: Path, opened: Opened) -> None:

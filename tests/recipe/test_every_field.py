@@ -336,6 +336,10 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case({"train__metric_for_best_model": "perplexity"}, file("checkpoints/best/best.json", "metric"), EVAL,
              want="eval_perplexity"),
     ),
+    "train.max_forgetting": (
+        Case({"train__max_forgetting": 9.0}, lambda ran: ["eval_base_text_loss" in row for row in ran.metrics][-1],
+             EVAL, want=True),
+    ),
     "train.greater_is_better": (
         Case({"train__greater_is_better": True}, refused="loss .* is better when smaller"),
         Case({"train__greater_is_better": False, "train__metric_for_best_model": "exact_match"},

@@ -78,6 +78,7 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "train.num_train_epochs": (0.5, {}),
     "train.max_steps": (10, {}),
     "train.learning_rate": (1e-3, {}),
+    "train.max_forgetting": (0.1, {"data.eval": "e.jsonl"}),
     "train.lr_scheduler_type": ("cosine", {}),
     "train.lr_scheduler_kwargs": ({"num_cycles": 2}, {"train.lr_scheduler_type": "cosine_with_restarts"}),
     "train.warmup_steps": (0.1, {}),

@@ -166,7 +166,7 @@ def test_a_base_in_16_bits_is_its_source(tmp_path: Path) -> None:
 def test_a_source_that_is_too_large_is_left_out_with_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("halfbyte.training.source.SHARE", 0.0)
+    monkeypatch.setattr("halfbyte.training.source.SOURCE_SHARE", 0.0)
     tell = Notes()
     verdict = finetune.train(tiny_run.recipe(tmp_path, **held_out(tmp_path)), listener=tell).report["verdict"]
     assert verdict["source"] is None and "to open it takes 0.00 GB, and" in tell.source[-1]
@@ -228,20 +228,18 @@ def test_a_verdict_is_in_the_plans_seconds(tmp_path: Path) -> None:
     from halfbyte.training import fit
 
     def plan(done: int = 0, **more: Any) -> Any:
-        loaded = tiny_run.recipe(tmp_path, **more)
+        loaded = tiny_run.recipe(tmp_path, **more, quant__type="none")  # the base is its source
         return fit.plan_run(loaded.recipe, replace(device.detect(), cards=()), done=done)
 
     whole = plan(**held_out(tmp_path), train__max_steps=8)
     rows, held = (sum(part.lengths) for part in (whole.prepared.train, whole.prepared.evaluation))
-    # two epochs: an evaluation ends each anyway, so the verdict's are those of the base and of its source
-    assert whole.plan.time.around["verdict"] == pytest.approx(2 * held * whole.plan.time.forward_s)
-    itself = plan(**held_out(tmp_path), train__max_steps=8, quant__type="none").plan.time  # the base is its source
-    assert itself.around["verdict"] == pytest.approx(held * itself.forward_s)
-    alone = plan(data__eval="none", train__max_steps=8)  # source, base and adapter on all 16 rows
-    tokens = 3 * sum(alone.prepared.train.lengths)
+    # two epochs: an evaluation ends each anyway, so the verdict's are those of the base
+    assert whole.plan.time.around["verdict"] == pytest.approx(held * whole.plan.time.forward_s)
+    alone = plan(data__eval="none", train__max_steps=8)  # base and adapter on all 16 rows
+    tokens = 2 * sum(alone.prepared.train.lengths)
     assert alone.plan.time.around["verdict"] == pytest.approx(tokens * alone.plan.time.forward_s)
-    again = plan(4, data__eval="none", train__max_steps=8).plan.time  # those of base and source are kept
-    assert again.around["verdict"] == pytest.approx(tokens / 3 * again.forward_s)
+    again = plan(4, data__eval="none", train__max_steps=8).plan.time  # those of the base are kept
+    assert again.around["verdict"] == pytest.approx(tokens / 2 * again.forward_s)
     assert 0.2 < alone.plan.time.forward_s * rows / (4 * alone.plan.time.step_s) < 0.5, "of a step's seconds a token"
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from halfbyte.scoring.sheet import Score, Sheet, Value
     from halfbyte.types import Document
 
-_LOSSES = ("loss", "perplexity")
+_LOSSES = ("loss", "perplexity", "base_text_loss")
 
 
 def evaluate(

@@ -203,6 +203,8 @@ def report(outcome: Outcome) -> None:
     within(row.get("within") or {})
     verdict = row.get("verdict") or {}
     text(f"verdict  {verdict.get('text', 'not compared with the base')}")
+    if forgotten := row.get("base_text"):
+        text(f"base text  {forgotten['text']}")
     if verdict.get("useless"):
         text(f"adapter  {outcome.run}/adapter\n  next: a lower train.learning_rate, in a new run")
         return

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from halfbyte.data import split
+from halfbyte.data import base_text, split
 from halfbyte.data.encoding import encode
 from halfbyte.data.encoding.examples import IGNORED, Example
 from halfbyte.errors import DataError, HalfbyteError
@@ -112,7 +112,7 @@ def _rows(opened: Opened, data: Path | None, max_rows: int) -> list[Example]:
             return list(split.load(RunFolder(opened.run).held_out).examples[:max_rows])
     except HalfbyteError:
         names = None
-    with resources.as_file(resources.files("halfbyte.inference").joinpath("quality.txt")) as sample:
+    with resources.as_file(base_text.FILE) as sample:
         plain = recipe.data.model_copy(update={"overlong": "truncate", "packing": "rows"})
         for rows in (names, recipe.data.train or None, sample):
             try:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from halfbyte.data import blocks, collate, split
+from halfbyte.data import base_text, blocks, collate, split
 from halfbyte.data.encoding import encode
 from halfbyte.data.encoding.examples import IGNORED, Example
 from halfbyte.errors import DataError
@@ -73,12 +73,14 @@ def evaluate(
 
         with opened.using(base=name == "base"):
             sides[name] = scoring.side(examples, batches, plan, tell)
-    as_came = _source(opened, examples, progress) if options.with_base and not opened.alone else ""
-    of_source = as_came if isinstance(as_came, sheet.Side) else None
+    text, text_sides = _on_base_text(opened, order, progress)
+    as_came = _source(opened, (examples, text), progress) if options.with_base and not opened.alone else ""
+    of_source, of_text = (None, None) if isinstance(as_came, str) else as_came
     scores = tuple(
         sheet.score(name, sides, settings, yes_no=yes_no, sure=options.sure, source=of_source)
         for name, yes_no in (("loss", False), ("perplexity", False), *scoring.names)
     )
+    scores += (sheet.score(sheet.BASE_TEXT, text_sides, settings, yes_no=False, sure=options.sure, source=of_text),)
     questions = tuple(
         sheet.Question(e.where, opened.tokenizer.decode(e.prompt_ids, skip_special_tokens=True), e.completion)
         for e in asking
@@ -87,8 +89,27 @@ def evaluate(
     return sheet.Sheet(source, len(examples), seconds, scores, questions, sides, adapter, of_source, why)
 
 
-def _source(opened: Opened, examples: Sequence[Example], tell: Progress) -> sheet.Side | str:
-    """The losses of the model as it came; or why there are none of its own."""
+def _on_base_text(
+    opened: Opened, order: Sequence[str], tell: Progress
+) -> tuple[Sequence[Example], dict[str, sheet.Side]]:
+    """The text of the base's kind, and what each side loses on it: what an adapter makes the base forget."""
+    context = context_of(opened.model.config)
+    rows = base_text.encode(opened.tokenizer, base_text.LONGEST if context is None else context.tokens)
+    text, sides = rows.examples[:], dict[str, sheet.Side]()
+    batches, _ = micro_batches(opened, text)
+    for name in order:
+        with opened.using(base=name == "base"):
+            what = f"{name}: base text"
+            losses = row_losses(opened.model, batches, lambda _, done, of, what=what: tell(what, done, of))
+        sides[name] = sheet.Side(tuple(losses), tuple(rows.labelled.tolist()), ())
+    return text, sides
+
+
+def _source(
+    opened: Opened, every: tuple[Sequence[Example], Sequence[Example]], tell: Progress
+) -> tuple[sheet.Side, sheet.Side] | str:
+    """The losses of the model as it came, on both; or why there are none of its own."""
+    examples, first = [row for rows in every for row in rows], len(every[0])
     recipe, machine = opened.recipe, device.detect()
     checkpoint = find_model(recipe)
     if unquantised.is_the_base(recipe, checkpoint):
@@ -99,7 +120,8 @@ def _source(opened: Opened, examples: Sequence[Example], tell: Progress) -> shee
     if isinstance(sums, str):
         return f"the source model was not measured: {sums}"
     tell("source: losses", len(examples), len(examples))
-    return sheet.Side(tuple(sums[:, 0].tolist()), tuple(sums[:, 1].tolist()), ())
+    losses, tokens = tuple(sums[:, 0].tolist()), tuple(sums[:, 1].tolist())
+    return sheet.Side(losses[:first], tokens[:first], ()), sheet.Side(losses[first:], tokens[first:], ())
 
 
 def answer_scores(run: PlannedRun, model: Model, tokens: int) -> Callable[[], dict[str, float]]:

@@ -23,6 +23,7 @@ from halfbyte.base import load, quantisation_error
 from halfbyte.base.config import open_config
 from halfbyte.base.store import shelf, supply
 from halfbyte.base.tokenizer import open_tokenizer
+from halfbyte.data import base_text
 from halfbyte.data.encoding import encode
 from halfbyte.data.encoding.examples import IGNORED, Example
 from halfbyte.errors import DataError, StoreError
@@ -286,7 +287,7 @@ def _examples(
     data = recipe.data.model_copy(update={"overlong": "error", "packing": "rows"})
     context = context_of(config)
     size = min(data.max_length, context.tokens) if context is not None else data.max_length
-    with resources.as_file(resources.files(__package__).joinpath("quality.txt")) as sample:
+    with resources.as_file(base_text.FILE) as sample:
         rows = encode.encode(text or sample, tokenizer, data, cores=device.cores()).examples[:limit]
     pieces = [piece for row in rows for piece in _pieces(row, size)]
     if not pieces:

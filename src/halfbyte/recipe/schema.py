@@ -223,6 +223,11 @@ class Train(Section):
     metric_for_best_model: Annotated[str, one_of(_best_metrics)] = field(
         "loss", "the best evaluation has the lowest loss or perplexity, or the highest of a score in eval.metrics"
     )
+    max_forgetting: Annotated[Float, Field(ge=0)] | None = field(
+        None,
+        "only an evaluation whose loss on a text of the base's kind is at most this above the base's can be the best",
+        "0.02 to 0.1",
+    )
     greater_is_better: Bool | None = field(
         None, "follows from metric_for_best_model: false of loss and perplexity, true of a score"
     )
@@ -358,6 +363,7 @@ def _in_train(recipe: Recipe) -> Iterator[str]:
             f"eval_strategy {strategy}": strategy in ("steps", "epoch"),
             "eval_on_start true": train.eval_on_start,
             f"early_stopping_patience {train.early_stopping_patience}": train.early_stopping_patience is not None,
+            f"max_forgetting {train.max_forgetting}": train.max_forgetting is not None,
         }
         for name in (name for name, asks in asking.items() if asks):
             yield f"train.{name} asks for evaluations, but data.eval is none; data.eval: 5% holds rows out for them"

@@ -29,6 +29,7 @@ SCORES = "scores.json"
 ANSWERS = "answers.jsonl"
 HARNESS = "harness.json"
 SIDES = ("adapter", "base")
+BASE_TEXT = "base_text_loss"  # on a text of the base's own kind
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Side:
 
     def rows_of(self, name: str) -> RowSums:
         """The score `name` as sums over rows."""
-        if name in LOSSES:
+        if name in (*LOSSES, BASE_TEXT):
             losses, tokens = np.array(self.losses, np.float64), np.array(self.tokens, np.float64)
             return RowSums(losses, tokens, exponential=name == "perplexity")
         return RowSums.mean([answer.scores.get(name) for answer in self.answers])
@@ -172,7 +173,7 @@ def score(
 ) -> Score:
     """One score of the sides; `sure`: with intervals, and for yes/no scores of two sides an exact test. `source`: also
     of this one, where it is of losses."""
-    every = sides if source is None or name not in LOSSES else {**sides, "source": source}
+    every = sides if source is None or name not in (*LOSSES, BASE_TEXT) else {**sides, "source": source}
     rows = {side: value.rows_of(name) for side, value in every.items()}
     bootstrap = {"resamples": settings.resamples, "seed": settings.seed}
     values = {side: Value(r.value, intervals.interval(r, **bootstrap) if sure else None) for side, r in rows.items()}

@@ -79,11 +79,18 @@ class Verdict:
         """In a sentence, with what was measured."""
         if self.adapter is None or self.base is None:
             return f"not compared with the base: {self.rows}"
+        return f"{WORDS[self.name]}: {self.losses}"
+
+    @property
+    def losses(self) -> str:
+        """What was measured, without a word on it."""
+        if self.adapter is None or self.base is None:
+            return f"not compared with the base: {self.rows}"
         losses = f"loss {self.adapter:.4f} beside {self.base:.4f}"
         if self.interval is not None:
             losses += f", {_signed(self.adapter - self.base, self.interval)}"
         beside = "" if self.source is None or self.source.is_base else f"; {self.source.text}"
-        return f"{WORDS[self.name]}: {losses}, on {self.rows}{beside}"
+        return f"{losses}, on {self.rows}{beside}"
 
     @property
     def useless(self) -> bool:

@@ -83,6 +83,8 @@ class RunCallback(Follower):
     trained: Document
     witness: Witness
     comparison: Comparison
+    allowed: Callable[[Document], bool] = lambda row: True
+    """Whether an evaluation may be the best one."""
     best: checkpoint.Best | None = None
     notices: list[str] = field(default_factory=list)
     stopped_early: bool = False
@@ -150,7 +152,7 @@ class RunCallback(Follower):
         row: Document = {"step": state.global_step, **metrics}
         self._append(row)
         best, compared = self.best, self.trainer.evaluated[1][self.comparison.chosen]
-        if best is not None and best.metric in row and best.is_better(row[best.metric]):
+        if best is not None and best.metric in row and best.is_better(row[best.metric]) and self.allowed(row):
             self._late_best = None
             entry = {"value": row[best.metric], "step": state.global_step, "compared": compared.tolist()}
             try:

@@ -18,27 +18,32 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from halfbyte.data import collate, pack
+from halfbyte.data import base_text, collate, pack
 from halfbyte.data.encoding.encoder import EncodedRows
 from halfbyte.distributed.world import World
+from halfbyte.errors import RecipeError
 from halfbyte.models import tensors
+from halfbyte.models.context import context_of
 from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.plan import ITEMSIZE, Plan
 from halfbyte.quant import policy
 from halfbyte.recipe.schema import Recipe
 from halfbyte.runs.folder import read_json
+from halfbyte.runs.points import CAUSAL_LM
 from halfbyte.scoring.verdict import Verdict, judge
 from halfbyte.system import files
 from halfbyte.system.device import Device
 from halfbyte.system.libraries import versions
+from halfbyte.system.words import duration
 from halfbyte.training.prepare import Prepared
-from halfbyte.training.schedule import eval_batches, eval_every, plan_steps
+from halfbyte.training.schedule import count_evaluations, eval_batches, eval_every, plan_steps
 
 Rows = NDArray[np.float64]
 """(rows, names): the sums of each row that the objective's evaluation adds up, its loss first."""
 FEWEST, MOST = 8, 32  # rows
 MOST_HELD_OUT = 200
 SHARE, SHORT_S = 0.1, 5.0  # of a run's seconds, and seconds that are always given
+WHOSE = 3  # losses: source, base, adapter
 KEPT, SOURCE = "scores.json", "source "
 MOST_KEPT = 20_000  # rows
 SOURCE_SHARE = 0.8  # of the memory that a source may take; the rest is for a text's forward
@@ -47,6 +52,7 @@ SOURCE_SHARE = 0.8  # of the memory that a source may take; the rest is for a te
 OPENING_S, BYTE_S, FORWARDS = 0.5, 1e-9, 1.3
 # Lines of a plan: what memory holds before the first step.
 BESIDE = ("libraries", "libraries, mapped", "base", "adapters")
+LEAVE_OUT = "leave train.max_forgetting out"
 
 
 @dataclass
@@ -54,7 +60,7 @@ class Comparison:
     """`chosen`: the rows among the held-out or the training rows, ascending. `base`, `source`: what the base and the
     model as it came have lost on them, once known; None for a `source` that was not measured. `ends`: all held-out rows
     are evaluated after the last step. `kept`: the file that keeps these sums, None for none; `context`: what they
-    depend on beside row and base."""
+    depend on beside row and base. `text`: the same on a text of the base's own kind; or why that is not read."""
 
     batches: collate.Batches
     chosen: NDArray[np.int64]
@@ -63,6 +69,7 @@ class Comparison:
     ends: bool = False
     kept: Path | None = None
     context: str = ""
+    text: Comparison | str = "nobody asked"
     base: Rows | None = None
     source: Rows | None = None
 
@@ -119,7 +126,50 @@ def compare(
     batches = eval_batches(prepared, rows, *limits, rank=world.rank, ranks=world.size, chosen=chosen)
     context = json.dumps([repr(prepared.objective), str(products), versions()])
     kept = None if store is None else store / KEPT
-    return Comparison(batches, chosen, which, prepared.evaluation is not None, ends, kept, context)
+    text = _on_base_text(prepared, steps, plan, world, limits, kept)
+    if isinstance(text, Comparison):
+        text.context = context
+    return Comparison(batches, chosen, which, prepared.evaluation is not None, ends, kept, context, text)
+
+
+def _on_base_text(
+    prepared: Prepared, steps: pack.Steps, plan: Plan, world: World, limits: tuple[int, int | None], kept: Path | None
+) -> Comparison | str:
+    """The same of a text of the base's own kind, as of `compare`; or why it is not read."""
+    rows = text_rows(prepared, steps, plan) if world.alone else "several processes train"
+    if isinstance(rows, str):
+        if prepared.recipe.train.max_forgetting is not None:
+            raise RecipeError(f"train.max_forgetting cannot be kept: the text is not read, as {rows}.", fix=LEAVE_OUT)
+        return rows
+    batches, numbers = eval_batches(prepared, rows, *limits), np.arange(len(rows.examples))
+    return Comparison(batches, numbers, "texts of the base's kind", False, kept=kept)
+
+
+def text_rows(prepared: Prepared, steps: pack.Steps, plan: Plan) -> EncodedRows | str:
+    """The text of the base's kind, as rows; or why a run does not read it."""
+    if prepared.objective.name != CAUSAL_LM:
+        return f"the objective {prepared.objective.name} takes no loss of plain text"
+    context = context_of(prepared.config)
+    rows = base_text.encode(prepared.tokenizer, base_text.LONGEST if context is None else context.tokens)
+    tokens = int(rows.lengths.sum())
+    seconds = WHOSE * tokens * plan.time.forward_s
+    if prepared.recipe.train.max_forgetting is None and seconds > max(
+        2 * SHORT_S, SHARE * plan.time.step_s * len(steps)
+    ):
+        return f"its {tokens:,} tokens would take {duration(seconds)}, more than a tenth of the run"
+    return rows
+
+
+def base_text_s(prepared: Prepared, plan: Plan, machine: Device) -> float:
+    """Seconds of a run's losses on the text of the base's kind, as planned: of base, source, adapter and evaluations
+    that it bounds."""
+    rows = text_rows(prepared, plan_steps(prepared, plan.max_tokens_per_micro_batch, None), plan)
+    if isinstance(rows, str):
+        return 0.0
+    source = FORWARDS if _source_s(prepared, plan, machine, 0) else 0.0
+    bounded = prepared.recipe.train.max_forgetting is not None
+    times = (not plan.time.done) * (1 + source) + 1 + bounded * count_evaluations(prepared, plan.time.done)
+    return times * int(rows.lengths.sum()) * plan.time.forward_s
 
 
 def choose(

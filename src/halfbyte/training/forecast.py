@@ -18,7 +18,7 @@ from halfbyte.plan.layer import PADDED
 from halfbyte.plan.timing import Rates
 from halfbyte.recipe.schema import Lora, Recipe, Train
 from halfbyte.system.device import Device
-from halfbyte.training.comparison import verdict_s
+from halfbyte.training.comparison import base_text_s, verdict_s
 from halfbyte.training.prepare import Prepared, why_not_shared
 from halfbyte.training.schedule import count_evaluations, count_steps, plan_steps
 from halfbyte.types import Model
@@ -106,6 +106,7 @@ def plan_of(prepared: Prepared, job: Job, machine: Device, rates: Rates | None) 
     """The plan of a job, the seconds of its verdict included."""
     plan = plan_training(job, machine, rates)
     around = {**plan.time.around, "verdict": verdict_s(prepared, plan, machine)}
+    around["base text"] = base_text_s(prepared, plan, machine)
     return replace(plan, time=replace(plan.time, around=around))
 
 

@@ -16,6 +16,7 @@ from halfbyte.distributed.shard import first_layers_whole
 from halfbyte.objectives.objective import scores_of
 from halfbyte.runs.checkpoint import Best
 from halfbyte.runs.folder import RunFolder
+from halfbyte.scoring.sheet import BASE_TEXT
 from halfbyte.scoring.verdict import beside_source
 from halfbyte.system import device, usage
 from halfbyte.training import source
@@ -26,6 +27,7 @@ from halfbyte.training.schedule import cadence, eval_every
 from halfbyte.training.setup import Setup
 from halfbyte.training.trainer import RunHooks, StepInterrupted, StepTrainer, training_arguments
 from halfbyte.training.watch.witness import Witness
+from halfbyte.types import Document
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def run_steps(setup: Setup, folder: RunFolder, stop: StopRequest, tell: Listener
         stops_evaluation=lambda: stop.signal is not None and early is None,
         on_stop=lambda: stop_of_all.give(stop.signal or Signals.SIGTERM),
         on_evaluation=tell.evaluating,
-        answer_scores=setup.answer_scores,
+        answer_scores=lambda: {**setup.answer_scores(), **_text_score(setup, trainer)},
     )
     trainer = _trainer(setup, folder, hooks)
     callback = _run_callback(setup, folder, trainer, stop_of_all, tell, resume) if world.first else None
@@ -87,23 +89,44 @@ def run_steps(setup: Setup, folder: RunFolder, stop: StopRequest, tell: Listener
     return Ended(done, None, callback, _compared(setup.comparison, trainer))
 
 
+def _text_score(setup: Setup, trainer: StepTrainer) -> dict[str, float]:
+    """Of an evaluation, where `train.max_forgetting` bounds it: the loss on the text of the base's kind."""
+    text = setup.comparison.text
+    if isinstance(text, str) or setup.run.prepared.recipe.train.max_forgetting is None:
+        return {}
+    rows, _ = trainer.row_sums(text.batches, text.chosen, whole=True)
+    return {BASE_TEXT: scores_of(setup.run.prepared.objective, rows)["loss"]}
+
+
+def _remembers(setup: Setup, row: Document) -> bool:
+    """Whether an evaluation is within `train.max_forgetting` of the base."""
+    text, most = setup.comparison.text, setup.run.prepared.recipe.train.max_forgetting
+    if most is None or isinstance(text, str) or text.base is None:
+        return True
+    return bool(row[f"eval_{BASE_TEXT}"] <= scores_of(setup.run.prepared.objective, text.base)["loss"] + most)
+
+
 def _measure_base(setup: Setup, trainer: StepTrainer, tell: Listener) -> None:
-    """What the base alone loses on the rows of the comparison: as its store keeps it, or measured and kept there."""
-    compared, began = setup.comparison, time.monotonic()
-    kept = setup.world.from_first(compared.read)
-    if kept is not None:
-        compared.base, how = np.array(kept), "kept with its store"
-    else:
-        with lora.base_alone(setup.model.assembled.model, setup.model.assembled.own_biases):
-            rows, stopped = trainer.row_sums(compared.batches, compared.chosen)
-        if stopped:
-            return
-        compared.base, how = rows, f"measured in {time.monotonic() - began:.1f} s"
-        if setup.world.first:
-            compared.keep(rows)
-    loss = scores_of(setup.run.prepared.objective, compared.base)["loss"]
-    tell.note("base", f"loss {loss:.4f} on {compared.words}, {how}")
-    why = setup.world.from_first(lambda: _measure_source(setup))
+    """What the base alone loses on the rows of each comparison: as its store keeps it, or measured and kept there."""
+    compared, text = setup.comparison, setup.comparison.text
+    if isinstance(text, str):
+        tell.note("base text", f"not read: {text}")
+    every = [compared, *([] if isinstance(text, str) else [text])]
+    for one in every:
+        began, kept = time.monotonic(), setup.world.from_first(one.read)
+        if kept is not None:
+            one.base, how = np.array(kept), "kept with its store"
+        else:
+            with lora.base_alone(setup.model.assembled.model, setup.model.assembled.own_biases):
+                rows, stopped = trainer.row_sums(one.batches, one.chosen)
+            if stopped:
+                return
+            one.base, how = rows, f"measured in {time.monotonic() - began:.1f} s"
+            if setup.world.first:
+                one.keep(rows)
+        loss = scores_of(setup.run.prepared.objective, one.base)["loss"]
+        tell.note("base" if one is compared else "base text", f"loss {loss:.4f} on {one.words}, {how}")
+    why = setup.world.from_first(lambda: _measure_source(setup, every))
     beside = beside_source(compared.source, compared.base) if setup.world.first else None
     if beside is not None and not beside.is_base:
         why = f"{beside.text[0].upper()}{beside.text[1:]}"
@@ -113,25 +136,28 @@ def _measure_base(setup: Setup, trainer: StepTrainer, tell: Listener) -> None:
         tell.note("source", why)
 
 
-def _measure_source(setup: Setup) -> str:
-    """What the model as it came loses on the rows of the comparison, in the first process; empty, or why it is not
+def _measure_source(setup: Setup, every: list[Comparison]) -> str:
+    """What the model as it came loses on the rows of the comparisons, in the first process; empty, or why it is not
     known."""
-    compared, prepared = setup.comparison, setup.run.prepared
-    if source.is_the_base(prepared.recipe, prepared.checkpoint):
-        compared.source = compared.base
-        return ""
-    if (kept := compared.read(SOURCE)) is not None:
-        compared.source = np.array(kept)
+    prepared, unread = setup.run.prepared, list[Comparison]()
+    itself = source.is_the_base(prepared.recipe, prepared.checkpoint)
+    for one in every:
+        kept = None if itself else one.read(SOURCE)
+        one.source = one.base if itself else None if kept is None else np.array(kept)
+        unread += [one] if one.source is None else []
+    if not unread:
         return ""
     machine = device.detect()
     planned = setup.run.plan.peak_bytes + setup.run.foreign_bytes
     most = machine.cards[0].free_bytes if machine.on_card else planned - usage.now().total
-    rows = [compared.batches.examples[number] for number in compared.chosen.tolist()]
+    rows = [one.batches.examples[number] for one in unread for number in one.chosen.tolist()]
     sums = source.sums(prepared.recipe, prepared.checkpoint, prepared.objective, rows, machine=machine, most_bytes=most)
     if isinstance(sums, str):
         return f"what quantising costs is not known: the source model was not measured, {sums}"
-    compared.source = sums
-    compared.keep(sums, SOURCE)
+    ends = np.cumsum([len(one.chosen) for one in unread])
+    for one, part in zip(unread, np.split(sums, ends[:-1]), strict=True):
+        one.source = part
+        one.keep(part, SOURCE)
     return ""
 
 
@@ -184,6 +210,7 @@ def _run_callback(
         stop=stop,
         best=Best.of(prepared.recipe, folder) if prepared.evaluation is not None else None,
         comparison=setup.comparison,
+        allowed=partial(_remembers, setup),
         trained=setup.trained,
         witness=Witness(prepared.objective, assembled.model, assembled.packed.ok, readable),
         resume=resume,

@@ -51,7 +51,7 @@ NOT_FOR_TRAINER = frozenset(
         "max_steps", "fp16", "bf16", "gradient_checkpointing", "save_strategy", "save_steps", "save_total_limit",
         "save_minutes", "load_best_model_at_end", "metric_for_best_model", "loraplus_lr_ratio",
         "max_tokens_per_micro_batch", "data_seed", "eval_strategy", "eval_steps",
-        "early_stopping_patience", "early_stopping_threshold", "greater_is_better", "within",
+        "early_stopping_patience", "early_stopping_threshold", "greater_is_better", "within", "max_forgetting",
     }
 )  # fmt: skip
 
