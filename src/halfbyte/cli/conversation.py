@@ -27,7 +27,8 @@ HELP = """\
 /save [FILE]   add the conversation to a file, as a row to train on
 /reset         forget everything said
 /quit          leave; so does Ctrl-D
-Enter sends, Alt-Enter begins a new line, arrow keys go through what was asked, Ctrl-C stops an answer."""
+Enter sends, Alt-Enter begins a new line, arrow keys go through what was asked,
+Ctrl-C stops an answer."""
 MIN_LEFT = 8  # tokens of an answer; where fewer are left the context is full
 
 

@@ -77,7 +77,8 @@ def frozen_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
 def integer_weight(layer: nn.Module, dtype: torch.dtype) -> integer.Weight:
     """The weight of `layer` for an integer product: its codes, or `frozen_weight` in pieces of rows, in their order,
     each to be used before the next is asked for."""
-    codes = formats.of_module(layer).codes(layer)
+    number_format = formats.of_module(layer)
+    codes = number_format.codes(layer) or number_format.block_rows(layer)
     return codes if codes is not None and integer.takes(codes, dtype) else _pieces(layer, dtype)
 
 

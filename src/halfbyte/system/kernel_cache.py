@@ -91,6 +91,6 @@ def uncompiled(dtype: str, *, attention: bool, integers: bool, env: Mapping[str,
     missing = {
         "fp32": lacks(1, "fp32"),
         "bf16": dtype == "bf16" and lacks(2, "bf16"),
-        "integers": integers and not any(name.startswith("weights.decode") for name in kernels),
+        "integers": integers and not any("weights.decode" in name for name in kernels),
     }
     return tuple(name for name, is_missing in missing.items() if is_missing)

@@ -144,7 +144,7 @@ class Tape:
         self.kernels, self.attention, self.code_tables = interpreter, attend, code_tables
         self.bf16, self.int16 = codes_bf16, codes_int16
         self.block_rows, self.block_vectors = block_rows, block_vectors
-        self.isa, self.dtype, self.adapters = name, dtype, adapters
+        self.isa, self.dtype, self.adapters, self._kernel = name, dtype, adapters, "compiled"
         self.m, self.max_tokens = vectors, max_tokens
         self.used = vectors  # those of them that a run computes; the first ones
         self._rows: list[np.ndarray] = []
@@ -268,7 +268,7 @@ class Tape:
         rows = self._item_rows(o, row_bytes)
         numbers = self._matrix(codes, (o, d), x, x.stride(0) * 4, out, rows) | self._bias(add, bias)
         if isinstance(w, BlockRows):
-            self._scratch = max(self._scratch, d * self.dtype.itemsize + 64)
+            self._kernel, self._scratch = "compiled_with_blocks", max(self._scratch, d * self.dtype.itemsize + 64)
             numbers |= {
                 s.DENSE_TYPE: w.kind, s.DENSE_BLOCKS: d // w.weights, s.DENSE_ROW_BYTES: row_bytes,
                 s.DENSE_ORDER: self.keep(w.order),
@@ -331,7 +331,7 @@ class Tape:
         o, row_bytes, place = w.shape[0], w.codes.stride(0), 1 + self.block_rows.KINDS[w.kind].order
         rows = self._code_rows(o, row_bytes)
         row = self.block_vectors.ordered_row(x.width)
-        self._scratch = max(self._scratch, self.bf16.SUMS * self.m + 64)
+        self._kernel, self._scratch = "compiled_with_blocks", max(self._scratch, self.bf16.SUMS * self.m + 64)
         numbers = self._matrix(w.codes, w.shape, self._in_order(x, place), row, out, rows) | self._bias(add, bias)
         numbers |= {s.BLOCKS_TYPE: w.kind, s.BLOCKS_ROW_BYTES: row_bytes, s.BLOCKS_ORDER: self.keep(w.order)}
         self._add(s.BLOCKS, -(-o // rows), numbers | self._lora(up, h))
@@ -404,7 +404,7 @@ class Tape:
         self._arrived.fill(0)
         run[s.TAPE_FIRST], run[s.TAPE_LAST] = first, len(self._rows) if last is None else last
         self._operations[s.USED :: s.WIDTH] = self.used
-        parallel.start(self.kernels.compiled(self.dtype), run)
+        parallel.start(getattr(self.kernels, self._kernel)(self.dtype), run)
 
     def _prepared(self, threads: int) -> np.ndarray:
         """The slots of a run."""

@@ -14,6 +14,7 @@ Cost: about 0.2 microseconds between two operations on two threads.
 """
 
 import math
+from functools import partial
 
 import numpy as np
 from numba import carray, types
@@ -44,16 +45,17 @@ _ASKED_BYTES = 32 * 1024  # of the next matrix, by each thread while it waits
 
 
 @inlined
-def _order(op, x, like, m, vectors, d, first, last):  # type: ignore[no-untyped-def]
+def _order(op, x, like, m, vectors, d, first, last, blocks):  # type: ignore[no-untyped-def]
     """Vector m's x[first:last] in fp32 -> as products read it, in the orders that are asked for; `first` and `last` are
     whole chunks. For CODES, bf16: (M, D') by `order_vector`; of one vector of an odd number of blocks also (D'), from
     its last block on. fp32: as `ordered_parts` says."""
     width, out = len(x), op[slots.NORM_ORDERS]
-    for order in range(block_vectors.ORDERS):
-        to = op[slots.NORM_ORDERS + 1 + order]
-        if to != 0:
-            to += m * block_vectors.ordered_row(width) + block_vectors.ordered_row(first)
-            block_vectors.order_blocks(like, x.ctypes.data + 4 * first, order, (last - first) // CHUNK, to)
+    if blocks is not None:
+        for order in range(block_vectors.ORDERS):
+            to = op[slots.NORM_ORDERS + 1 + order]
+            if to != 0:
+                to += m * block_vectors.ordered_row(width) + block_vectors.ordered_row(first)
+                block_vectors.order_blocks(like, x.ctypes.data + 4 * first, order, (last - first) // CHUNK, to)
     if out == 0:
         return
     if like.itemsize == 2:
@@ -89,7 +91,7 @@ def _order_from_last(ordered, out, c, width):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _norm(op, number, like, m):  # type: ignore[no-untyped-def]
+def _norm(op, number, like, m, blocks):  # type: ignore[no-untyped-def]
     """NORM: vector m, normalised where there is a weight, to where products read it; or onto another one."""
     d, width = op[slots.NORM_D], op[slots.NORM_WIDTH]
     if m >= op[slots.USED]:
@@ -124,7 +126,7 @@ def _norm(op, number, like, m):  # type: ignore[no-untyped-def]
     if op[slots.NORM_INTS] != 0:
         ints, steps = op[slots.NORM_INTS] + m * width * 2, op[slots.NORM_STEPS] + 4 * m
         codes_int16.round_vector(like, out.ctypes.data, width, np.float32(number[slots.NORM_MAX_INT]), ints, steps)
-    _order(op, out, like, m, op[slots.ITEMS], d, 0, width)
+    _order(op, out, like, m, op[slots.ITEMS], d, 0, width, blocks)
 
 
 @inlined
@@ -250,7 +252,7 @@ def _blocks(op, like, scratch, item):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _dense(op, number, like, sums, scratch, item):  # type: ignore[no-untyped-def]
+def _dense(op, number, like, sums, scratch, item, blocks):  # type: ignore[no-untyped-def]
     """DENSE: rows of plain numbers, or of blocks that become such."""
     d, vectors, row = op[slots.D], op[slots.USED], op[slots.X_ROW]
     bias = array(op[slots.BIAS], (op[slots.O],), np.float32)
@@ -258,7 +260,7 @@ def _dense(op, number, like, sums, scratch, item):  # type: ignore[no-untyped-de
     lanes = dense.LANES_BF16 if like.itemsize == 2 else dense.LANES_FP32
     for r in range(item * op[slots.ITEM_ROWS], min(op[slots.O], (item + 1) * op[slots.ITEM_ROWS])):
         at = op[slots.W] + r * d * like.itemsize
-        if op[slots.DENSE_TYPE] != 0:
+        if blocks is not None and op[slots.DENSE_TYPE] != 0:
             order, place = array(op[slots.DENSE_ORDER], (op[slots.O],), np.int32), np.int64(r)
             if op[slots.DENSE_ORDER] != 0:
                 place = np.int64(order[r])
@@ -288,7 +290,7 @@ def _dense(op, number, like, sums, scratch, item):  # type: ignore[no-untyped-de
 
 
 @inlined
-def _gate(op, like, item):  # type: ignore[no-untyped-def]
+def _gate(op, like, item, blocks):  # type: ignore[no-untyped-def]
     """GATE: act(g) * u to where products read it."""
     inner, width = op[slots.GATE_INNER], op[slots.GATE_WIDTH]
     parts = (width + GATE_ELEMENTS - 1) // GATE_ELEMENTS
@@ -309,7 +311,7 @@ def _gate(op, like, item):  # type: ignore[no-untyped-def]
             z = np.float32(1.5957691216) * (v + np.float32(0.044715) * v * v * v)  # 2 sqrt(2 / pi)
             to[j] = v * sigmoid(z) * u[j]
     vectors = op[slots.GATE_VECTORS]
-    _order(op, out, like, m, vectors, inner, first, min(width, first + GATE_ELEMENTS))
+    _order(op, out, like, m, vectors, inner, first, min(width, first + GATE_ELEMENTS), blocks)
 
 
 @inlined
@@ -339,16 +341,17 @@ def _wait(counters, lines, op, ops, me, threads, asked, yielding):  # type: igno
 
 
 @inlined
-def _do(op, number, like, lookups, s, sums, scratch, item):  # type: ignore[no-untyped-def]
+def _do(op, number, like, lookups, s, sums, scratch, item, blocks):  # type: ignore[no-untyped-def]
     kind = op[slots.KIND]
     if kind == slots.CODES:
         _codes(op, number, like, lookups, scratch, item)
     elif kind == slots.DENSE:
-        _dense(op, number, like, sums, scratch, item)
+        _dense(op, number, like, sums, scratch, item, blocks)
     elif kind == slots.BLOCKS:
-        _blocks(op, like, scratch, item)
+        if blocks is not None:
+            _blocks(op, like, scratch, item)
     elif kind == slots.NORM:
-        _norm(op, number, like, item)
+        _norm(op, number, like, item, blocks)
     elif kind == slots.ROTATE or kind == slots.ATTEND:
         if op[slots.ATTEND_COS] != 0:
             attend.rotate(op, number, like, item)
@@ -359,10 +362,12 @@ def _do(op, number, like, lookups, s, sums, scratch, item):  # type: ignore[no-u
     elif kind == slots.HEAD_EXACT:
         int8_head.exact(op, like, sums, item)
     else:
-        _gate(op, like, item)
+        _gate(op, like, item, blocks)
 
 
-def _make(element: type) -> object:
+def _make(element: type, blocks: int | None) -> object:
+    """`blocks`: None leaves out what reads a GGUF file's blocks, half of what is compiled."""
+
     @kernel
     def token(address):  # type: ignore[no-untyped-def]
         """`address`: of the slots TAPE_*. Counters of an operation, each in a line: taken of each share; items done."""
@@ -389,7 +394,7 @@ def _make(element: type) -> object:
                 if item >= end:
                     turn += 1
                     continue
-                _do(op, number, like, lookups, s, sums, scratch, item)
+                _do(op, number, like, lookups, s, sums, scratch, item, blocks)
                 count += 1
             if count > 0:
                 give(counters[((i + 1) * lines - 1) * LINE :], count)
@@ -397,4 +402,5 @@ def _make(element: type) -> object:
     return token
 
 
-compiled = per_dtype(_make)
+compiled = per_dtype(partial(_make, blocks=None))
+compiled_with_blocks = per_dtype(partial(_make, blocks=1))

@@ -19,6 +19,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from typing import Literal
 
 import torch
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from halfbyte.layers.kernels import pool
 from halfbyte.layers.kernels.cpu import LARGEST_RANK, available, works
 from halfbyte.layers.kernels.dropout import LoraPart
-from halfbyte.quant.number_format import Codes
+from halfbyte.quant.number_format import BlockRows, Codes
 from halfbyte.system import pages
 
 # Under this name a frozen layer says which of its products are integer ones.
@@ -82,13 +83,15 @@ def set_products(layers: list[nn.Module], products: Products | None) -> None:
 
 
 # A frozen weight: its codes, where kernels take them (`takes`), or its rows in pieces.
-Weight = Codes | Iterable[Tensor]
+Weight = Codes | BlockRows | Iterable[Tensor]
 
 
-def takes(codes: Codes, dtype: torch.dtype) -> bool:
+def takes(codes: Codes | BlockRows, dtype: torch.dtype) -> bool:
     """Whether a product in `dtype` takes a weight from its codes, without a matrix of them in between."""
     from halfbyte.layers.kernels.cpu import tiles
 
+    if isinstance(codes, BlockRows):
+        return codes.codes.device.type == "cpu"
     if codes.dtype != dtype or not tiles.has("avx512f"):
         return False
     from halfbyte.layers.kernels.cpu.integer import weights
@@ -192,10 +195,9 @@ def _rounded_weight(
     from halfbyte.layers.kernels.cpu.integer import rounding
 
     numbers, steps = _SCRATCH.empty("weight", shape, torch.int8), torch.empty(shape[0], dtype=torch.float32)
-    if isinstance(weight, Codes):
-        from halfbyte.layers.kernels.cpu.integer import weights
-
-        getattr(weights, how)(weight, share=share, out=(numbers, steps))
+    if isinstance(weight, (Codes, BlockRows)):
+        kernels = import_module(f"{__package__}.{'weights' if isinstance(weight, Codes) else 'block_weights'}")
+        getattr(kernels, how)(weight, share=share, out=(numbers, steps))
         return numbers, steps
     first = 0
     for piece in weight:  # of whole groups but for the last

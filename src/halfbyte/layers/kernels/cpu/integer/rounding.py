@@ -261,6 +261,35 @@ def round_group(mixed, wide, peaks, q, steps, group, width, share):  # type: ign
 
 
 @inlined
+def decoded_rows(decode, how, q, steps, width, count, thirds, share, first, last):  # type: ignore[no-untyped-def]
+    """Rows of a weight that `decode(how, row, to, width, scratch)` writes in fp32 -> as `_rows` rounds them, in one
+    pass. `scratch`: a number for each register."""
+    mixed, peak = np.empty(width, np.float32), np.empty(1, np.int32)
+    here, scratch = mixed.ctypes.data, np.empty(width // LANES, np.float32)
+    for i in range(first, last):
+        decode(how, i, here, width, scratch.ctypes.data)
+        if thirds:
+            mirror(mixed, here, here, width // LANES // 3)
+        peak[0] = mix(count, mixed, here, 0, here, width // LANES // count)
+        steps[i] = round_row(here, peak.view(np.float32)[0], q + i * width, width) * share
+
+
+@inlined
+def decoded_groups(decode, how, q, steps, width, rows, share, first, last):  # type: ignore[no-untyped-def]
+    """The same as `_groups` rounds them."""
+    wide = row_in_cache(width)
+    mixed, peaks = np.empty(wide * MOST, np.float32), np.empty(MOST, np.int32)
+    here, scratch = mixed.ctypes.data, np.empty(width // LANES, np.float32)
+    for i in range(first, last):
+        have = min(MOST, rows - i * MOST)
+        mixed[have * wide :] = 0
+        for k in range(have):
+            decode(how, i * MOST + k, here + k * wide * 4, width, scratch.ctypes.data)
+        mix_group(mixed, here, wide, here, wide, width, peaks.ctypes.data)
+        round_group(here, wide, peaks, q, steps, i, width, share)
+
+
+@inlined
 def _rows(like, factors, q, steps, count, thirds, itemsize, share, first, last):  # type: ignore[no-untyped-def]
     width = like.shape[1]
     padded = -(-width // LANES) * LANES

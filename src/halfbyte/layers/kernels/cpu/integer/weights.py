@@ -20,8 +20,7 @@ from halfbyte.layers.kernels.cpu import tiles
 from halfbyte.layers.kernels.cpu.integer import rounding
 
 from halfbyte.layers.kernels.cpu.integer.rounding import (  # isort: skip
-    LANES, MOST, Int8Matrix, mirror, mirrors_thirds, mix, mix_group, padded_width, registers_mixed, round_group,
-    round_row, row_in_cache,
+    LANES, MOST, Int8Matrix, decoded_groups, decoded_rows, mirrors_thirds, padded_width, registers_mixed,
 )  # fmt: skip
 from halfbyte.layers.kernels.cpu.parallel import array, block_rows, each_block, kernel, run
 from halfbyte.layers.kernels.cpu.scalar import Value, broadcast, call, inlined, instruction
@@ -101,34 +100,20 @@ def _scales(b: Value, scales: Value, nested: Value, first: Value, count: Value, 
 
 
 @inlined
-def _rows(codes, scales, nested, table, q, steps, width, block, bf16, count, thirds, share, first, last):  # type: ignore[no-untyped-def]
-    mixed, row_scales = np.empty(width, np.float32), np.empty(width // block, np.float32)
-    here, peak = mixed.ctypes.data, np.empty(1, np.int32)
-    for i in range(first, last):
-        at = i * width
-        _scales(scales, nested, at // block, width // block, row_scales.ctypes.data)
-        _decode(codes + at // 2, row_scales.ctypes.data, table, here, width // block, block // LANES, bf16)
-        if thirds:
-            mirror(mixed, here, here, width // LANES // 3)
-        peak[0] = mix(count, mixed, here, 0, here, width // LANES // count)
-        steps[i] = round_row(here, peak.view(np.float32)[0], q + at, width) * share
+def _row(how, row, to, width, row_scales):  # type: ignore[no-untyped-def]
+    codes, scales, nested, table, block, bf16 = how
+    _scales(scales, nested, row * width // block, width // block, row_scales)
+    _decode(codes + row * width // 2, row_scales, table, to, width // block, block // LANES, bf16)
 
 
 @inlined
-def _groups(codes, scales, nested, table, q, steps, width, block, bf16, rows, share, first, last):  # type: ignore[no-untyped-def]
-    wide = row_in_cache(width)
-    mixed, peaks = np.empty(wide * MOST, np.float32), np.empty(MOST, np.int32)
-    here, row_scales = mixed.ctypes.data, np.empty(width // block, np.float32)
-    for i in range(first, last):
-        have = min(MOST, rows - i * MOST)
-        mixed[have * wide :] = 0
-        for k in range(have):
-            at = (i * MOST + k) * width
-            to = here + k * wide * 4
-            _scales(scales, nested, at // block, width // block, row_scales.ctypes.data)
-            _decode(codes + at // 2, row_scales.ctypes.data, table, to, width // block, block // LANES, bf16)
-        mix_group(mixed, here, wide, here, wide, width, peaks.ctypes.data)
-        round_group(here, wide, peaks, q, steps, i, width, share)
+def _rows(how, q, steps, width, count, thirds, share, first, last):  # type: ignore[no-untyped-def]
+    decoded_rows(_row, how, q, steps, width, count, thirds, share, first, last)
+
+
+@inlined
+def _groups(how, q, steps, width, rows, share, first, last):  # type: ignore[no-untyped-def]
+    decoded_groups(_row, how, q, steps, width, rows, share, first, last)
 
 
 @kernel
@@ -136,7 +121,8 @@ def decode_rows(p):  # type: ignore[no-untyped-def]
     s, f = carray(p, (32,), np.int64), carray(p, (32,), np.float64)
     steps, share = array(s[7], (s[1],), np.float32), np.float32(f[13])
     nested = (s[14], s[15], s[16], np.float32(f[17]))
-    each_block(s, _rows, (s[3], s[4], nested, s[5], s[6], steps, s[8], s[9], s[10], s[11], s[12], share))
+    how = (s[3], s[4], nested, s[5], s[9], s[10])
+    each_block(s, _rows, (how, s[6], steps, s[8], s[11], s[12], share))
 
 
 @kernel
@@ -144,7 +130,8 @@ def decode_groups(p):  # type: ignore[no-untyped-def]
     s, f = carray(p, (32,), np.int64), carray(p, (32,), np.float64)
     steps, share = array(s[7], (s[1] * MOST,), np.float32), np.float32(f[12])
     nested = (s[13], s[14], s[15], np.float32(f[16]))
-    each_block(s, _groups, (s[3], s[4], nested, s[5], s[6], steps, s[8], s[9], s[10], s[11], share))
+    how = (s[3], s[4], nested, s[5], s[9], s[10])
+    each_block(s, _groups, (how, s[6], steps, s[8], s[11], share))
 
 
 def takes(codes: Codes) -> bool:
