@@ -107,7 +107,7 @@ def train(
             fits.open_rate(loaded), world.share(device.detect()), resume=resume, agreed=world.from_first
         )
         budget = TimeBudget.of(loaded, clock, world, resume=resume, alone=alone)
-        loaded = results.settle(loaded, budget and budget.state)
+        loaded = results.settle(loaded, budget.state if budget else None)
         start = preflight.begin(world, loaded.recipe, resume=resume)
         if start.report is not None:
             return Outcome(run, start.report, start.report["steps"])

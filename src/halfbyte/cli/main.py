@@ -34,8 +34,8 @@ rows = typer.Typer(help="The rows that a model would be trained on.", no_args_is
 app.add_typer(rows, name="data")
 for command in (train.train, train.tune, ship.merge, ship.export, ship.push, ship.serve):
     app.command()(command)
-for command in (reports.report, reports.compare, reports.runs):
-    app.command()(command)
+for page in (reports.report, reports.compare, reports.runs):
+    app.command()(page)
 app.command(name="eval")(scores.evaluate)
 app.command()(begin.init)
 

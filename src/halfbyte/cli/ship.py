@@ -107,7 +107,7 @@ def export(
 
         job = ExportJob(run, out, tuple(set_), force, data, proof, prompts, tell)
         if peft:
-            result = exporting.to_peft(job, program and program.value)
+            result = exporting.to_peft(job, program.value if program else None)
         elif gguf_lora:
             result = exporting.to_gguf_lora(job, modelfile=ollama)
         else:

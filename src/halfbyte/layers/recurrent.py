@@ -160,7 +160,7 @@ class _ShortConvMixer(_Mixer):
 
     def mix(self, x: Tensor, examples: PackPlaces) -> Tensor:
         y = GatedConv.apply(self.in_proj(x)[0], *_taps(self.conv), examples.places)
-        return self.out_proj(y[None])  # type: ignore[no-any-return]
+        return self.out_proj(y[None])
 
 
 class _ChunkMixer(_Mixer):
@@ -186,7 +186,7 @@ class _DeltaMixer(_ChunkMixer):
         y = Kernel.apply("delta_rule", options, qkv, g.contiguous(), beta.contiguous(), examples.starts)
         norm, out = (self.o_norm, self.o_proj) if hasattr(self, "o_proj") else (self.norm, self.out_proj)
         y = _gated_norm(y, gate, norm, self.num_v_heads, gate_first=False)
-        return out(y[None])  # type: ignore[no-any-return]
+        return out(y[None])
 
     def _projected(self, x: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values side by side (T, W), the gate (T, H O), and what beta and g are made of (T, H)."""
@@ -220,7 +220,7 @@ class _StateSpaceMixer(_ChunkMixer):
         else:
             gate_first = not getattr(self.norm, "norm_before_gate", False)
             y = _gated_norm(y, gate, self.norm, self.n_groups, gate_first=gate_first)
-        return self.out_proj(y[None])  # type: ignore[no-any-return]
+        return self.out_proj(y[None])
 
 
 def _kind(module: nn.Module) -> type[_Mixer] | None:

@@ -42,7 +42,8 @@ def text_config(config: ConfigFile) -> ConfigFile:
     kind = config.get("model_type")
     inner = config.get("text_config")
     if not isinstance(inner, Mapping):
-        return config | {"model_type": _SAME_AS[_FLAT[kind]][0], "text_half_of": kind} if kind in _FLAT else config
+        flat = _FLAT.get(str(kind))
+        return {**config, "model_type": _SAME_AS[flat][0], "text_half_of": kind} if flat else config
     beside = {k: config[k] for k in ("tie_word_embeddings", "quantization_config") if config.get(k) is not None}
     name, more = _SAME_AS.get(str(inner.get("model_type", kind)), (inner.get("model_type", kind), {}))
     values = {**_DEFAULTS.get(str(name), {}), **config, **inner, **beside, **more}
@@ -76,7 +77,7 @@ def half_of(config: Config) -> Config | None:
     cls = CONFIG_MAPPING[kind] if text.model_type in _SAME_AS else type(text)
     if cls not in AutoModelForCausalLM._model_mapping or _place(whole) is None:
         return None
-    half = _registered(type(config), whole, cls)
+    half = _registered(type(config), whole, cls)  # type: ignore[arg-type]  # classes are hashable
     values = text.to_dict() | more | {"model_type": kind}
     values["tie_word_embeddings"] = getattr(config, "tie_word_embeddings", False)
     if more and "head_dim" not in values:
@@ -151,7 +152,7 @@ def _model_class(lm: _Class, half: _Class, whole: _Class) -> _Class:
         _keys_to_ignore_on_load_unexpected = (rf"^(?!model\.{place}\.|lm_head\.)",)
 
         def post_init(self) -> None:
-            self.model = Beside(self.model)
+            self.model: nn.Module = Beside(self.model)
             super().post_init()
 
         def set_input_embeddings(self, value: nn.Module) -> None:

@@ -58,7 +58,7 @@ def build(
     peak = max([peak_rss_bytes, *(int(row["rss_bytes"]) for row in rows if row.get("rss_bytes"))])
     measured = {
         "tokens": tokens,
-        "computed_tokens": sum(int(row.get("computed_tokens", row["tokens"])) for row in steps),
+        "computed_tokens": sum(int(row.get("computed_tokens") or row["tokens"]) for row in steps),
         "steps": len(steps),
         "train_seconds": train_seconds,
         "seconds": seconds,

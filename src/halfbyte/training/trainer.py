@@ -220,7 +220,7 @@ class StepTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         """The recipe's own, or one that ends at a time."""
         schedule = self.schedule
-        if schedule is None or self.lr_scheduler is not None:
+        if schedule is None or getattr(self, "lr_scheduler", None) is not None:
             return super().create_scheduler(num_training_steps, optimizer)
         self.lr_scheduler = LambdaLR(optimizer or self.optimizer, lambda step: schedule.share(step))
         return self.lr_scheduler

@@ -119,7 +119,8 @@ class TimeBudget:
         """The state of this process or an earlier one; the clock goes on from there."""
         if self.state is None:
             prepared, fit = setup.run.prepared, self.fit
-            train, start = prepared.recipe.train, {RATE: float(prepared.recipe.train.learning_rate)}
+            train = prepared.recipe.train
+            start: Document = {RATE: float(train.learning_rate)}
             if self.alone:
                 start |= {TARGETS: sorted({name.rpartition(".")[2] for name in setup.run.modules})}
                 start |= {RANK: prepared.recipe.lora.r, BATCH: train.rows_per_step, ACCUMULATION: 1}

@@ -16,7 +16,6 @@ from halfbyte.errors import RecipeError
 from halfbyte.plan import number_format
 from halfbyte.plan.result import Plan
 from halfbyte.recipe import command
-from halfbyte.recipe.number_formats import AUTO
 from halfbyte.recipe.schema import Loaded
 from halfbyte.system import device
 from halfbyte.system.words import duration
@@ -125,7 +124,7 @@ def open_rate(loaded: Loaded) -> Loaded:
     train, origin = loaded.recipe.train, loaded.origins["train.learning_rate"]
     follows = "adam" in train.optim and train.loraplus_lr_ratio is None
     opens = train.within is not None and origin.kind == "default" and follows
-    return command.with_rate(loaded, AUTO, "") if opens else loaded
+    return command.with_rate(loaded, "auto", "") if opens else loaded
 
 
 def forecast(loaded: Loaded, spent_s: float) -> Fit | None:

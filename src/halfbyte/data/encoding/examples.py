@@ -181,7 +181,7 @@ class Subset(Examples):
 
     def __init__(self, rows: Examples, numbers: NDArray[np.int64]) -> None:
         super().__init__(rows.batches)
-        self._numbers = rows._numbers[numbers] if isinstance(rows, Subset) else numbers
+        self._numbers: NDArray[np.int64] = rows._numbers[numbers] if isinstance(rows, Subset) else numbers
 
     def __len__(self) -> int:
         return len(self._numbers)

@@ -8,8 +8,10 @@ Letters: C tokens of a chunk, R of them that are there, D a width.
 
 import numpy as np
 
-from halfbyte.layers.kernels.cpu.recurrent.chunks import CHUNK, COLUMNS, ROWS
+from halfbyte.layers.kernels.cpu.recurrent.chunks import CHUNK
 from halfbyte.layers.kernels.cpu.scalar import exp_f32, inlined, up
+from halfbyte.layers.kernels.cpu.tiles import COLUMNS32 as COLUMNS
+from halfbyte.layers.kernels.cpu.tiles import ROWS32 as ROWS
 from halfbyte.layers.kernels.cpu.tiles import tile32
 
 _ZERO = np.float32(0.0)

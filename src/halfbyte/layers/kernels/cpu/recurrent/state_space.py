@@ -17,10 +17,12 @@ from torch import Tensor
 from halfbyte.layers.kernels import pool
 from halfbyte.layers.kernels.cpu.parallel import array, each_block, kernel, per_dtype, run
 from halfbyte.layers.kernels.cpu.recurrent import chunks
-from halfbyte.layers.kernels.cpu.recurrent.chunks import CHUNK, COLUMNS, ROWS, matrices, numbers, up_to
+from halfbyte.layers.kernels.cpu.recurrent.chunks import CHUNK, matrices, numbers, up_to
 from halfbyte.layers.kernels.cpu.recurrent.products import decayed, lower, multiply, scores, turned, upper
 from halfbyte.layers.kernels.cpu.recurrent.rows import dot, read_rows, scaled, summed, write_rows
 from halfbyte.layers.kernels.cpu.scalar import exp_f32, inlined, store, up
+from halfbyte.layers.kernels.cpu.tiles import COLUMNS32 as COLUMNS
+from halfbyte.layers.kernels.cpu.tiles import ROWS32 as ROWS
 
 MOST_HEADS = 8  # of a task: their states lie in a thread's memory, one for each chunk
 # A thread's matrices, all of one size: of a chunk of b, c, b turned and products c b; x, dt x, products with their
