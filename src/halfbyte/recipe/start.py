@@ -2,7 +2,7 @@
 
 Why: the fields' own defaults are the classic script's, and a recipe that leaves one of them out keeps it. Who writes
 none wants the best adapter after the minutes that he waits; what that takes is measured.
-Source: docs/log/2026-11.md, "Defaults that are measured": each has won in two seeds on two models.
+Source: docs/log/2026-11.md, "Defaults that are measured": each has won on two models, in one seed so far.
 """
 
 from collections.abc import Mapping
