@@ -146,3 +146,16 @@ def test_impossible_arguments(bad: dict[str, int]) -> None:
 def test_a_process_without_rows_has_no_micro_batches() -> None:
     assert share([4], [9] * 5, 2) == [[4], []]
     assert arrange([], [9] * 5, 40, None) == ()
+
+
+def test_padded_rows_are_sorted_by_length_and_padding_counts() -> None:
+    draw = np.random.default_rng(0)
+    lengths = draw.integers(5, 400, 64)
+    mixed, sorted_ = (arrange(range(64), lengths, 1600, None, padded=padded) for padded in (False, True))
+    assert sorted(r for rows in sorted_ for r in rows) == list(range(64))
+    assert all(len(rows) * max(lengths[list(rows)]) <= 1600 for rows in sorted_)
+    padding = [
+        sum(len(rows) * max(lengths[list(rows)]) for rows in parts) / lengths.sum() for parts in (mixed, sorted_)
+    ]
+    assert padding[1] < 1.15 < padding[0]
+    assert arrange([0, 1, 2], [30, 500, 30], 100, None, padded=True) == ((1,), (0, 2))

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from halfbyte.layers import lora_linear as room
-from halfbyte.layers.kernels import pool
+from halfbyte.layers.kernels import dropout, pool
 from halfbyte.layers.lora_linear import (
     LoraLinear,
     drop,
@@ -66,7 +65,7 @@ def test_as_peft_says_it(
     y = lora_linear(given[0], layer, given[1], given[2], 0.7, p)
     y.backward(dy.view(*shape, o))
     torch.manual_seed(11)
-    keep = drop(torch.ones_like(x), p, room.draw_seed())[0].double() if p else torch.ones(n, d, dtype=torch.float64)
+    keep = drop(torch.ones_like(x), p, dropout.draw_seed())[0].double() if p else torch.ones(n, d, dtype=torch.float64)
     wide = [t.double().requires_grad_() for t in (x, a, b)]
     base = wide[0] @ frozen_weight(layer, dtype).double().clone().T
     base = base if layer.bias is None else base + layer.bias.double()
@@ -96,7 +95,7 @@ def test_what_a_young_adapter_adds_is_not_rounded_away(bias: bool, p: float) -> 
         return y.detach().double(), given.grad.double()
 
     torch.manual_seed(11)
-    keep = drop(torch.ones_like(x), p, room.draw_seed())[0].double() / (1 - p) if p else torch.ones(n, d).double()
+    keep = drop(torch.ones_like(x), p, dropout.draw_seed())[0].double() / (1 - p) if p else torch.ones(n, d).double()
     added = (
         (x.double() * keep) @ a.double().T @ (small * b.double()).T,
         (dy.double() @ (small * b.double()) @ a.double()),

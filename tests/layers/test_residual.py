@@ -120,7 +120,7 @@ def test_a_norm_beside_its_input(dtype: torch.dtype, one_plus: bool, used: str) 
     draw = torch.Generator().manual_seed(0)
     x, dx, dy, w = (torch.randn(s, generator=draw).to(dtype) for s in ((3, 7, 48), (3, 7, 48), (3, 7, 48), (48,)))
     x.requires_grad_()
-    kept, y = norm_gate.residual_and_norm(x, w, 1e-5, one_plus=one_plus)
+    kept, y = norm_gate.residual_and_norm(x, w, 1e-5, norm_gate.NormKind(one_plus))
     assert torch.equal(kept, x)
     parts = {"both": ((kept, dx), (y, dy)), "the norm": ((y, dy),), "the sum": ((kept, dx),)}[used]
     torch.autograd.backward([p for p, _ in parts], [g for _, g in parts])
@@ -154,8 +154,8 @@ def rows_of_others(patch: pytest.MonkeyPatch) -> None:
 def lost_gradient(patch: pytest.MonkeyPatch) -> None:
     from halfbyte.layers.kernels.cpu import norm
 
-    real = norm.rms_norm_backward
-    patch.setattr(norm, "rms_norm_backward", lambda *args, beside=None, **kwargs: real(*args, **kwargs))
+    real = norm.norm_backward
+    patch.setattr(norm, "norm_backward", lambda *args, beside=None, **kwargs: real(*args, **kwargs))
 
 
 def lost_sum(patch: pytest.MonkeyPatch) -> None:

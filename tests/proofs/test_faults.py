@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from halfbyte.layers import attention, fuse, lora_linear, packed_attention, packing, sight
+from halfbyte.layers import attention, fuse, lora_linear, norm_gate, packed_attention, packing, sight
 from halfbyte.layers.kernels import card
 from halfbyte.proofs import setting
 from halfbyte.proofs.fusing import prove_fused
@@ -33,8 +33,9 @@ def around_attention(patch: Patch, change: Callable[..., dict[str, Any]]) -> Non
     """The fused attention, with some of its arguments changed."""
     real = attention.attention
 
-    def faulty(q: Any, k: Any, v: Any, lengths: Any, scale: Any, cos: Any, sin: Any, levels: Any = ()) -> Any:
-        given = {"q": q, "k": k, "v": v, "lengths": lengths, "scale": scale, "cos": cos, "sin": sin, "levels": levels}
+    def faulty(q: Any, k: Any, v: Any, lengths: Any, scale: Any, cos: Any, sin: Any, *more: Any, **named: Any) -> Any:
+        given = {"q": q, "k": k, "v": v, "lengths": lengths, "scale": scale, "cos": cos, "sin": sin}
+        given |= dict(zip(("levels", "slopes", "p", "seed"), more, strict=False)) | named
         return real(**given | change(given))
 
     patch.setattr(attention, "attention", faulty)
@@ -70,6 +71,26 @@ def wrong_lora_scale(patch: Patch) -> None:
     patch.setattr(fuse, "lora_linear", lambda x, layer, a, b, scale, p: real(x, layer, a, b, scale * 1.05, p))
 
 
+def mean_left_in(patch: Patch) -> None:
+    from halfbyte.layers.kernels.cpu import norm
+
+    real = norm.norm_backward
+    patch.setattr(norm, "norm_backward", lambda dy, x, w, rstd, mean=None, **how: real(dy, x, w, rstd, None, **how))
+
+
+def gelu_of_another_kind(patch: Patch) -> None:
+    real = norm_gate.Activation.forward
+    patch.setattr(norm_gate.Activation, "forward", lambda ctx, x, kind: real(ctx, x, norm_gate.SILU))
+
+
+def other_slopes(patch: Patch) -> None:
+    around_attention(patch, lambda given: {"slopes": given["slopes"].flip(0)})
+
+
+def keys_for_values(patch: Patch) -> None:
+    around_attention(patch, lambda given: {"v": given["k"]})
+
+
 FUSED = {
     "window ignored": (windowed, window_ignored),
     "wrong scale": (windowed, wrong_scale),
@@ -77,6 +98,10 @@ FUSED = {
     "mask of another example": (windowed, mask_of_another_example),
     "wrong scale of LoRA": (windowed, wrong_lora_scale),
     "lost bias": (lambda dtype: tiny.model("opt", dtype=dtype), lost_bias),
+    "mean of a layer norm": (lambda dtype: tiny.model("gpt2", dtype=dtype), mean_left_in),
+    "slope of a gelu": (lambda dtype: tiny.model("gpt2", dtype=dtype), gelu_of_another_kind),
+    "slopes of other heads": (lambda dtype: tiny.model("bloom", dtype=dtype), other_slopes),
+    "halves of a fused projection": (lambda dtype: tiny.model("gpt_neox", dtype=dtype), keys_for_values),
 }
 
 
@@ -106,10 +131,10 @@ def around_packed(patch: Patch, **changes: Any) -> None:
     """The packed attention, with some of its arguments changed."""
     real = packed_attention._packed
 
-    def faulty(query: Any, key: Any, value: Any, pack: Any, asked: Any) -> Any:
+    def faulty(module: Any, query: Any, key: Any, value: Any, pack: Any, asked: Any) -> Any:
         if "lengths" in changes:
-            return real(query, key, value, card.PackLengths((sum(pack.lengths),)), asked)
-        return real(query, key, value, pack, replace(asked, **changes))
+            return real(module, query, key, value, card.PackLengths((sum(pack.lengths),)), asked)
+        return real(module, query, key, value, pack, replace(asked, **changes))
 
     patch.setattr(packed_attention, "_packed", faulty)
 

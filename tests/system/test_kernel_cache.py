@@ -32,7 +32,7 @@ assert cpu.enabled(), "no kernels"
 from halfbyte.layers import norm_gate
 from halfbyte.quant.kernels import nf4_cpu
 x = torch.ones(4, 64)
-assert norm_gate.rms_norm(x, torch.ones(64), 1e-5, one_plus=False).shape == x.shape
+assert norm_gate.norm(x, torch.ones(64), 1e-5, norm_gate.NormKind()).shape == x.shape
 codes, *_ = nf4_cpu.quantise(x.numpy().reshape(-1), "nf4", 64)
 print(len(codes), os.environ[kernel_cache.VARIABLE])
 """

@@ -14,6 +14,7 @@ import random
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,6 +77,8 @@ class Steps:
     """What each row counts for; None: as many as it has labelled tokens."""
     ids: IdsOf | None = None
     """The tokens of a row, where rows share their beginnings."""
+    padded: bool = False
+    """Rows are padded to the longest of their micro-batch."""
     _orders: dict[int, NDArray[np.uint32]] = field(default_factory=dict, init=False)
 
     @property
@@ -95,7 +98,8 @@ class Steps:
         shares = share(rows, self.lengths, self.ranks, self.ids) if self.ranks > 1 else [rows]
         limits = self.max_tokens_per_micro_batch, self.examples_per_micro_batch, self.ids
         tokens = int(self.lengths[rows].sum())
-        parts = [arrange(part, self.lengths, *limits) for part in (shares if self.ids else shares[self.rank :][:1])]
+        looked_at = shares if self.ids else shares[self.rank :][:1]
+        parts = [arrange(part, self.lengths, *limits, padded=self.padded) for part in looked_at]
         return Step(
             index=index,
             micro_batches=parts[self.rank if self.ids else 0],
@@ -132,7 +136,8 @@ class Steps:
             with_longest = int(np.argmax(lengths[: self.total * self.rows_per_step])) // self.rows_per_step
             looked_at = [*fullest.tolist(), with_longest]
         micro_batches = (rows for i in looked_at for rows in self[i].micro_batches)
-        return max(micro_batches, key=lambda rows: computed(rows, self.lengths, self.ids), default=())
+        size = partial(tokens_of, lengths=self.lengths, ids=self.ids, padded=self.padded)
+        return max(micro_batches, key=size, default=())
 
     def most_tokens(self) -> int:
         """Tokens of the largest step of the first epochs: as many as have `LOOKED_AT_ROWS` rows together, or one."""
@@ -205,12 +210,18 @@ def count_steps(rows: int, *, rows_per_step: int, epochs: float, max_steps: int)
 
 
 def eval_micro_batches(
-    lengths: Sizes, budget: int, examples_per_micro_batch: int | None, ids: IdsOf | None = None
+    lengths: Sizes, budget: int, examples_per_micro_batch: int | None, ids: IdsOf | None = None, *, padded: bool = False
 ) -> list[MicroBatch]:
     """All rows once, in micro-batches of at most `budget` tokens and `examples_per_micro_batch` rows."""
     rows = range(len(lengths))
     windows = (rows[start : start + EVAL_WINDOW_ROWS] for start in rows[::EVAL_WINDOW_ROWS])
-    return [rows for window in windows for rows in arrange(window, lengths, budget, examples_per_micro_batch, ids)]
+    limits = budget, examples_per_micro_batch, ids
+    return [rows for window in windows for rows in arrange(window, lengths, *limits, padded=padded)]
+
+
+def tokens_of(rows: Sequence[int], lengths: Sizes, ids: IdsOf | None, *, padded: bool) -> int:
+    """Tokens that a micro-batch of these rows computes."""
+    return len(rows) * max(int(lengths[r]) for r in rows) if padded else computed(rows, lengths, ids)
 
 
 def arrange(
@@ -219,10 +230,12 @@ def arrange(
     max_tokens_per_micro_batch: int,
     examples_per_micro_batch: int | None,
     ids: IdsOf | None = None,
+    *,
+    padded: bool = False,
 ) -> tuple[MicroBatch, ...]:
     """Rows into few micro-batches, first-fit decreasing; within one, and among equals, in the order of `rows`. No rows,
     as a process may have of a step, are no micro-batches. `ids`: rows that share a beginning stay together where they
-    fit, and its tokens count once."""
+    fit, and its tokens count once. `padded`: neighbours in length together, and what is padded counts."""
     max_rows = max(1, len(rows)) if examples_per_micro_batch is None else examples_per_micro_batch
     if max_tokens_per_micro_batch < 1 or max_rows < 1:
         raise ValueError(
@@ -237,10 +250,11 @@ def arrange(
     if ids is not None:
         groups = Tree.of([*map(ids, rows)]).groups(max_tokens_per_micro_batch, max_rows)
     for positions, need in sorted(groups, key=lambda group: -group[1]):
-        for number, left in enumerate(free):
-            if need <= left and len(bins[number]) + len(positions) <= max_rows:
+        for number in range(max(0, len(bins) - 1) if padded else 0, len(bins)):
+            more = int(lengths[rows[bins[number][0]]]) if padded else need  # the first one is the longest
+            if more <= free[number] and len(bins[number]) + len(positions) <= max_rows:
                 bins[number] += positions
-                free[number] -= need
+                free[number] -= more
                 break
         else:
             bins.append(positions)

@@ -26,6 +26,7 @@ from torch.autograd.function import FunctionCtx
 
 from halfbyte.layers.kernels import pool
 from halfbyte.layers.kernels.cpu import available, whole_attention
+from halfbyte.layers.kernels.dropout import ScoreTerms, TokenSeed
 
 if TYPE_CHECKING:
     from halfbyte.layers.kernels.cpu.attention.tasks import Attention, Segments
@@ -79,6 +80,9 @@ def attention(
     cos: Tensor | None,
     sin: Tensor | None,
     levels: tuple[int, ...] = (),
+    slopes: Tensor | None = None,
+    p: float = 0.0,
+    seed: TokenSeed | None = None,
 ) -> Tensor:
     """Causal attention of each example to itself, or of each segment of a tree to its path (`kernels.card.PackLengths`;
     only where `whole_attention` is one kernel).
@@ -87,6 +91,7 @@ def attention(
         q: (T, H, D). k, v: (T, K, D). lengths: of the examples or segments; they sum to T.
         cos, sin: (T, R), rotary tables for q and k; None for none.
         levels: how many segments each follows; none where nothing is shared.
+        slopes: (H,), ALiBi's. p, seed: dropout of chances. Both only where `whole_attention` says so.
 
     Returns:
         (T, H, D).
@@ -94,7 +99,8 @@ def attention(
     if cos is None or sin is None:
         cos = sin = q.new_empty((q.shape[0], 0))
     rotary = cos.to(q.dtype).contiguous(), sin.to(q.dtype).contiguous()
-    out: Tensor = BlockAttention.apply(q, k, v, *rotary, blocks_of(lengths, levels), scale)
+    terms = ScoreTerms(slopes, p, seed)
+    out: Tensor = BlockAttention.apply(q, k, v, *rotary, blocks_of(lengths, levels), scale, terms)
     return out
 
 
@@ -103,16 +109,18 @@ class BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, blocks: HeadBlocks, scale: float
-    ) -> Tensor:
+        ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, blocks: HeadBlocks, scale: float,
+        terms: ScoreTerms,
+    ) -> Tensor:  # fmt: skip
         none = cos[:, :0]
         qb, kb = _to_blocks(q, cos, sin, blocks), _to_blocks(k, cos, sin, blocks)
         vb = _to_blocks(v, none, none, blocks)
         if whole_attention(q):
-            out, lse = _kernels(q).forward(qb, kb, vb, blocks.tree, scale)
+            out, lse = _kernels(q).forward(qb, kb, vb, blocks.tree, scale, terms)
         else:
             out, lse = _forward_by_torch(qb, kb, vb, blocks, scale)
         ctx.blocks, ctx.scale = blocks, scale
+        ctx.terms = terms
         ctx.save_for_backward(qb, kb, vb, out, lse, cos, sin)
         return out
 
@@ -124,7 +132,8 @@ class BlockAttention(torch.autograd.Function):
         blocks, none = ctx.blocks, cos[:, :0]
         dout = grads[0].contiguous()
         if whole_attention(out):
-            dqb, dkb, dvb = _kernels(out).backward(qb, kb, vb, out, dout, lse, blocks.tree, ctx.scale)
+            given = qb, kb, vb, out, dout, lse, blocks.tree, ctx.scale, ctx.terms
+            dqb, dkb, dvb = _kernels(out).backward(*given)
         else:
             dob = _to_blocks(dout, none, none, blocks)
             delta = kernels.row_dots(dout, out, blocks.start, blocks.length)
@@ -132,7 +141,7 @@ class BlockAttention(torch.autograd.Function):
         dq = kernels.from_blocks(dqb, cos, sin, blocks.start, blocks.length)
         dk = kernels.from_blocks(dkb, cos, sin, blocks.start, blocks.length)
         dv = kernels.from_blocks(dvb, none, none, blocks.start, blocks.length)
-        return dq, dk, dv, None, None, None, None
+        return dq, dk, dv, None, None, None, None, None
 
 
 def _kernels(x: Tensor) -> "Attention":
@@ -222,8 +231,7 @@ def _to_blocks(x: Tensor, cos: Tensor, sin: Tensor, blocks: HeadBlocks) -> Tenso
     """(T, heads, D) -> the same number of elements in blocks, seen as (T, heads, D)."""
     from halfbyte.layers.kernels.cpu import scores as kernels
 
-    whole = x.stride(2) == 1 and x.stride(1) == x.shape[2]  # each token's heads and D
-    return kernels.to_blocks(x if whole else x.contiguous(), cos, sin, blocks.start, blocks.length)
+    return kernels.to_blocks(x if x.stride(2) == 1 else x.contiguous(), cos, sin, blocks.start, blocks.length)
 
 
 def _run(x: Tensor, first: int, n: int, length: int) -> Tensor:

@@ -4,15 +4,12 @@ trained rows of an embedding.
 What: an instance gets a subclass of its own class, whose forward takes the fast path where it may and is the class's
 own forward where it may not. No state is added: names in state dicts, PEFT's isinstance checks, saving, merging and
 unloading stay as they were, and `remove` puts the classes back.
-Why by instance: classes of transformers, peft and bitsandbytes are never assigned to; another model in the same process
-is not touched. A norm or an MLP is taken only after it was seen to compute what the fused formula computes.
-Source: PEFT's own way of adding to a module (`peft/tuners/lora/`); torch documents `__class__` for parametrizations.
+A norm, an activation or an MLP is taken only after it was seen to compute what the fused formula computes.
 """
 
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,22 +18,21 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 
 from halfbyte.errors import AdapterError
-from halfbyte.layers import attention, norm_gate, sight
+from halfbyte.layers import attention, formulas, instances, norm_gate, sight
 from halfbyte.layers.experts import interface
 from halfbyte.layers.experts.layout import is_quantised
+from halfbyte.layers.instances import Instance
 from halfbyte.layers.kernels import dropout, last_layer
 from halfbyte.layers.kernels.card import PackLengths
 from halfbyte.layers.kernels.cpu import available, whole_attention
 from halfbyte.layers.lora_linear import REMAKE, Remake, frozen_linear, lora_linear
-from halfbyte.layers.packed_attention import LENGTHS
+from halfbyte.layers.packed_attention import LENGTHS, lengths_on
 from halfbyte.models import families
 from halfbyte.quant import formats
 from halfbyte.upstream.peft import LORA_LAYER
 from halfbyte.upstream.transformers import CACHE_ARGUMENTS
 
 ADAPTERS_DISABLED, NO_ADAPTER = "adapters disabled", "no active adapter"
-
-_cached: Any = cache  # mypy takes a class as a key for unhashable
 
 
 @dataclass(frozen=True)
@@ -52,14 +48,10 @@ class Fused:
         return done + (f"; {left}" if left else "")
 
 
-class _Fast:
-    """Marks an instance whose class was put here by `install`; its own class is the second base."""
+class _Fast(Instance):
+    """Marks an instance whose class was put here by `install`."""
 
     if TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Any: ...
-
-        def forward(self, *args: Any, **kwargs: Any) -> Any: ...
 
         def merge(self, *args: object, **kwargs: object) -> None: ...
 
@@ -151,22 +143,23 @@ def trained_rows(layer: nn.Module) -> tuple[Tensor, Tensor] | None:
     return torch.tensor(indices, device=values.device), values
 
 
-class _FastRmsNorm(_Fast):
-    """An RMS norm with a frozen weight, of llama's or gemma's kind."""
+class _FastNorm(_Fast):
+    """A norm with frozen weights: RMS norm of llama's or gemma's kind, layer norm."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.beside(x)[1] if self.takes(x) else super().forward(x)
 
     def takes(self, x: Tensor) -> bool:
         """Whether the kernel computes what this norm does to x."""
-        return not self.weight.requires_grad and x.dtype == self.weight.dtype and available(x)
+        frozen = not any(p.requires_grad for p in self.parameters(recurse=False))
+        return frozen and x.dtype == self.weight.dtype and available(x)
 
     def beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(x, its norm) for what it `takes`; for a sum with x behind the norm."""
-        eps, one_plus = rms_norm_kind(self)
-        weight, given = self.weight, x.detach()
-        residual, y = norm_gate.residual_and_norm(x, weight, eps, one_plus=bool(one_plus))
-        return residual, _cheap(self, y, lambda: norm_gate.rms_norm(given, weight, eps, one_plus=bool(one_plus)))
+        formula, given = formulas.norm_of(self), x.detach()
+        assert formula is not None
+        residual, y = norm_gate.residual_and_norm(x, self.weight, *formula)
+        return residual, _cheap(self, y, lambda: norm_gate.norm(given, self.weight, *formula))
 
 
 class _FastGatedMlp(_Fast):
@@ -176,36 +169,62 @@ class _FastGatedMlp(_Fast):
         if not available(x):
             return super().forward(x)
         g, u = self.gate_proj(x), self.up_proj(x)
-        kind, inputs = norm_gate.ACTIVATIONS[activation_of(self)], (g.detach(), u.detach())
+        kind, inputs = norm_gate.ACTIVATIONS[formulas.activation_of(self)], (g.detach(), u.detach())
         h = norm_gate.glu(g, u, kind)
         return self.down_proj(_cheap(self, h, lambda: norm_gate.glu(*inputs, kind)))
 
 
-class _FastAttention(_Fast):
-    """Llama's attention block on a pack: projections, norms of q and k if any, rotary and attention in one."""
+class _FastActivation(_Fast):
+    """An activation without weights."""
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: Any = None,
-        attention_mask: Tensor | None = None,
-        *args: object,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        pack = None if args else _pack_lengths(self, hidden_states, position_embeddings, kwargs)
+    def forward(self, x: Tensor) -> Tensor:
+        kind = formulas.activation_kind(self)
+        if kind is None or not available(x) or not x.is_contiguous():  # a copy would be kept
+            return super().forward(x)
+        given = x.detach()
+        return _cheap(self, norm_gate.activation(x, kind), lambda: norm_gate.activation(given, kind))
+
+
+class _FastDropout(_Fast):
+    """A model's own dropout: a hash of each token, where torch draws and keeps a mask."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.p or not available(x) or x.shape[-1] % 2:
+            return super().forward(x)
+        flat = x.reshape(-1, x.shape[-1]).contiguous()
+        return norm_gate.Dropout.apply(flat, self.p, dropout.some_seed(self, flat)).view(x.shape)
+
+
+class _FastAttention(_Fast):
+    """Llama's attention block on a pack: projections, norms of q and k if any, rotary and attention in one; and those
+    that differ in names, in a projection for all three, or in norms over all heads."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        pack = None if args else _pack_lengths(self, hidden_states, kwargs)
         if pack is None:
-            return super().forward(hidden_states, position_embeddings, attention_mask, *args, **kwargs)
-        tokens, d = hidden_states.shape[1], self.head_dim
-        q, k, v = (p(hidden_states).view(tokens, -1, d) for p in (self.q_proj, self.k_proj, self.v_proj))
-        if hasattr(self, "q_norm"):
-            q, k = self.q_norm(q), self.k_norm(k)
-        cos, sin = (x[0] for x in position_embeddings)  # (T, R)
+            return super().forward(hidden_states, *args, **kwargs)
+        tokens = hidden_states.shape[1]
+        q, k, v = self._heads(hidden_states)
+        cos, sin = (x[0] for x in kwargs["position_embeddings"])  # (T, R)
         out = attention.attention(q, k, v, pack.lengths, self.scaling, cos, sin, pack.levels).view(1, tokens, -1)
-        some = last_layer.rows_for(self)
+        project, some = self.o_proj if hasattr(self, "o_proj") else self.dense, last_layer.rows_for(self)
         if some is None:
-            return self.o_proj(out), None
+            return project(out), None
         with dropout.select_tokens(some.rows):
-            return self.o_proj(some.select(out)), None
+            return project(some.select(out)), None
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(1, T, D) -> queries, keys and values, (T, heads, d) each."""
+        d = _head_size(self)
+        if hasattr(self, "query_key_value"):  # head by head
+            return self.query_key_value(x)[0].unflatten(-1, (-1, 3, d)).unbind(2)
+        q, k, v = (p(x)[0] for p in (self.q_proj, self.k_proj, self.v_proj))
+        if hasattr(self, "q_norm") and len(self.q_norm.weight) == q.shape[1] != d:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (each.view(x.shape[1], -1, d) for each in (q, k, v))
+        if hasattr(self, "q_norm") and len(self.q_norm.weight) == d:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
 
 
 class DecoderLayer(_Fast):
@@ -234,7 +253,7 @@ class DecoderLayer(_Fast):
 def _runs_fused(norm: nn.Module, x: Tensor) -> bool:
     """Whether this norm can be computed without its call, which hooks would see."""
     hooked = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
-    return isinstance(norm, _FastRmsNorm) and not hooked and norm.takes(x)
+    return isinstance(norm, _FastNorm) and not hooked and norm.takes(x)
 
 
 def install(model: nn.Module) -> Fused:
@@ -242,6 +261,7 @@ def install(model: nn.Module) -> Fused:
     counts: Counter[str] = Counter()
     unfused: Counter[str] = Counter()
     inside = {id(m.base_layer) for m in model.modules() if isinstance(m, LoraLayer)}
+    inside |= {id(p) for m in model.modules() if isinstance(m, LoraLayer) for p in m.lora_dropout.values()}
     for module in list(model.modules()):
         if isinstance(module, LoraLayer) and interface.is_lora_of_experts(module):
             counts["LoRA experts"] += 1
@@ -260,12 +280,10 @@ def install(model: nn.Module) -> Fused:
         elif isinstance(module, TrainableTokensLayer):
             counts["trained rows"] += 1
             _become(module, _TokenRows)
-        elif _is_rms_norm(module):
-            counts["norms"] += 1
-            _become(module, _FastRmsNorm)
-        elif (part := _part(module)) is not None:
+        elif (part := _part(module)) is not None and id(module) not in inside:
             counts[part[0]] += 1
             _become(module, part[1])
+            inside |= {id(child) for child in module.children() if part[1] is _FastGatedMlp}
     if experts := interface.install(model):
         counts["experts"] = experts
     return Fused(dict(counts), dict(unfused))
@@ -292,7 +310,7 @@ def remove(model: nn.Module) -> int:
     fast = [m for m in model.modules() if isinstance(m, _Fast)]
     fast = [m for m in fast if not (isinstance(m, _FastLoraExperts) and is_quantised(m.get_base_layer()))]
     for module in fast:
-        module.__class__ = type(module).__bases__[1]
+        instances.give_back(module)
         module.__dict__.pop("_halfbyte_cheap", None)
     return len(fast) + interface.remove(model)
 
@@ -301,7 +319,7 @@ def recompute_cheap(model: nn.Module, *, on: bool) -> None:
     """Selective recomputation: outputs of norms and the gated MLP's inner product are made again in backward, not kept.
     They cost a pass over memory each; outputs of matrix products stay. Only what an adapter reads is kept otherwise."""
     for module in model.modules():
-        if isinstance(module, (_FastRmsNorm, _FastGatedMlp)):
+        if isinstance(module, (_FastNorm, _FastGatedMlp, _FastActivation)):
             module.__dict__["_halfbyte_cheap"] = on
 
 
@@ -342,13 +360,7 @@ def not_plain(layer: nn.Module, names: list[str]) -> str:
 
 def _become(module: nn.Module, mixin: type) -> None:
     if not isinstance(module, _Fast):
-        module.__class__ = subclass(mixin, type(module))
-
-
-@_cached
-def subclass(mixin: type, cls: type) -> type:
-    """`cls` with the mixin's forward. Named alike, since PEFT and transformers look for words in class names."""
-    return type(cls.__name__, (mixin, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+        instances.become(module, mixin)
 
 
 def _trains(module: nn.Module) -> bool:
@@ -369,50 +381,21 @@ def _computes(layer: nn.Module, x: Tensor) -> bool:
     return number_format.multiplies_in(layer, x.dtype)
 
 
-def _is_rms_norm(module: nn.Module) -> bool:
-    if isinstance(module, _FastRmsNorm):
-        return True
-    if not type(module).__name__.endswith("RMSNorm") or getattr(module, "weight", None) is None:
-        return False
-    return module.weight.dim() == 1 and not module.weight.requires_grad and is_one_plus(type(module)) is not None
-
-
-def rms_norm_kind(norm: nn.Module) -> tuple[float, bool | None]:
-    """Its eps, and which formula it computes: (1 + w), w, or neither (None)."""
-    return float(getattr(norm, "variance_epsilon", 0.0) or getattr(norm, "eps", 0.0)), is_one_plus(type(norm))
-
-
-@_cached
-def is_one_plus(cls: type[nn.Module]) -> bool | None:
-    """Which formula a norm class computes, seen on random numbers: (1 + w), w, or neither (None)."""
-    if issubclass(cls, _Fast):
-        return is_one_plus(cls.__bases__[1])
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, 64, generator=generator)
-    try:
-        norm = cls(64, eps=1e-5)
-        norm.weight.data = torch.rand(64, generator=generator)
-        y = norm(x)
-    except Exception:  # of any kind: another constructor than a plain norm's; it stays as it is
-        return None
-    for one_plus in (False, True):
-        if torch.allclose(y, norm_gate.rms_norm_formula(x, norm.weight, 1e-5, one_plus=one_plus), atol=1e-6):
-            return one_plus
-    return None
-
-
-def activation_of(mlp: nn.Module) -> str:
-    config = getattr(mlp, "config", None)
-    return str(getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None))
-
-
 def _part(module: nn.Module) -> tuple[str, type[_Fast]] | None:
     """What this part of a layer is counted as, and the forward that takes its place; by its class's name, which a
     subclass of ours keeps, and of an MLP by what it is made of."""
+    if formulas.norm_of(module) is not None:
+        trains = any(p.requires_grad for p in module.parameters())
+        return None if trains and not isinstance(module, _FastNorm) else ("norms", _FastNorm)
+    if isinstance(module, nn.Dropout):
+        plain = instances.plain_class(type(module)) is nn.Dropout
+        return ("dropouts", _FastDropout) if plain and module.p else None
+    if formulas.activation_kind(module) is not None:
+        return "activations", _FastActivation
     part = families.fused_part(type(module).__name__)
     if part == "mlp":
         parts = {name for name, _ in module.named_children()}
-        if parts != families.GATED_MLP_PARTS or activation_of(module) not in norm_gate.ACTIVATIONS:
+        if parts != families.GATED_MLP_PARTS or formulas.activation_of(module) not in norm_gate.ACTIVATIONS:
             return None
         return "gated MLPs", _FastGatedMlp
     if part is None:
@@ -420,19 +403,27 @@ def _part(module: nn.Module) -> tuple[str, type[_Fast]] | None:
     return ("attentions", _FastAttention) if part == "attention" else ("layers", DecoderLayer)
 
 
-def _pack_lengths(module: nn.Module, x: Tensor, positions: Any, kwargs: dict[str, Any]) -> PackLengths | None:
+def _head_size(module: nn.Module) -> int:
+    return int(module.head_dim if hasattr(module, "head_dim") else module.head_size)
+
+
+def _pack_lengths(module: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> PackLengths | None:
     """The lengths of the examples in x (1, T, D) if the fused attention may take them; None if not."""
-    cu = kwargs.get("cu_seq_lens_q")
-    if x.dim() != 3 or x.shape[0] != 1 or positions is None or not available(x):
+    cu, pack = kwargs.get("cu_seq_lens_q"), kwargs.get(LENGTHS) or lengths_on(kwargs.get("attention_mask"))
+    if x.dim() != 3 or x.shape[0] != 1 or kwargs.get("position_embeddings") is None or not available(x):
         return None
-    if cu is None or any(kwargs.get(name) is not None for name in CACHE_ARGUMENTS):
+    if any(kwargs.get(name) is not None for name in (*CACHE_ARGUMENTS, "layer_past")) or not _trains(module):
         return None
-    if not _trains(module) or (module.training and module.attention_dropout):
+    if cu is None and pack is None:
         return None
-    pack: PackLengths = kwargs.get(LENGTHS) or PackLengths(tuple(cu.diff().tolist()))
-    seen = sight.of(module)
-    if seen is None or not seen.is_causal(pack.longest) or (pack.levels and not whole_attention(x)):
+    if module.training and (module.attention_dropout or getattr(module, "residual_dropout", 0)):
         return None
-    if getattr(module, "attn_logit_softcapping", None) is not None or module.head_dim % 2:
+    if getattr(module, "qk_layernorm", False) or getattr(module.config, "clip_qkv", None) is not None:
         return None
-    return pack
+    known: PackLengths = pack or PackLengths(tuple(cu.diff().tolist()))
+    sees = sight.of(module)
+    if sees is None or not sees.is_causal(known.longest) or (known.levels and not whole_attention(x)):
+        return None
+    if getattr(module, "attn_logit_softcapping", None) is not None or _head_size(module) % 2:
+        return None
+    return known

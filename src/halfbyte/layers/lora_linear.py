@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 # Where kernels are at hand the mask is a hash of (seed, position), or of what `kernels.dropout` says; elsewhere it is
 # made once and kept, a byte a number.
-_SEEDS = 2**31 - 1
 Seed = int | dropout.TokenSeed
 
 # Under this name a tensor carries the way to make it again (`Remake`), where recomputation is selective.
@@ -254,11 +253,6 @@ def _drop_by_hash(x: Tensor, out: Tensor, p: float, seed: Seed) -> None:
         gate.drop(x, out, p, seed)
 
 
-def draw_seed() -> int:
-    """A seed for a mask from torch's global generator, so that runs repeat and recomputation draws the same."""
-    return int(torch.randint(_SEEDS, ()))
-
-
 def frozen_linear(x: Tensor, layer: nn.Module, *, bias_after: bool = False) -> Tensor:
     """(..., D) -> (..., O) through a frozen layer. `bias_after`: the product is rounded before its bias is added, as it
     is beside LoRA."""
@@ -276,7 +270,7 @@ def lora_linear(x: Tensor, layer: nn.Module, a: Tensor, b: Tensor, scale: float,
     remake = getattr(x, REMAKE, None) if torch.is_grad_enabled() else None
     seed: Seed = 0
     if p:
-        seed = dropout.token_seed(layer, flat, by_kernel=available(flat)) or draw_seed()
+        seed = dropout.token_seed(layer, flat, by_kernel=available(flat)) or dropout.draw_seed()
     eight = integer_input(layer, x), integer_gradient(layer, x)
     y = LoraLinear.apply(flat, a, b, layer.bias, layer, scale, p, seed, remake, *eight)
     return y.view(*x.shape[:-1], y.shape[-1])

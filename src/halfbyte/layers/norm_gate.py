@@ -1,9 +1,12 @@
-"""RMS norm, the gated MLP's activation and the sums of a residual stream as autograd functions over the kernels, each
-with its formula beside it.
+"""Norms, activations, a model's own dropout and the sums of a residual stream as autograd functions over the kernels,
+each with its formula beside it.
 
-Cost: RMS norm keeps its input and one fp32 a row; the gate keeps its two inputs; a sum keeps nothing.
+Cost: a norm keeps its input and one fp32 a row (a layer norm two); a gate its two inputs, an activation its one; a sum
+and dropout keep nothing.
 Letters: N rows, D width, I the MLP's inner width.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,22 +15,36 @@ from torch.nn import functional as F
 
 from halfbyte.layers.kernels import pool
 from halfbyte.layers.kernels.cpu import available
+from halfbyte.layers.kernels.dropout import TokenSeed
 
-SILU, GELU_TANH = 0, 1
+aten = torch.ops.aten
+
+SILU, GELU_TANH, GELU, RELU2 = range(4)  # the first two also as a gate's
+_APPROXIMATE = {GELU_TANH: "tanh", GELU: "none"}
 ACTIVATIONS = {"silu": SILU, "swish": SILU, "gelu_pytorch_tanh": GELU_TANH, "gelu_new": GELU_TANH}
 
 
-class RmsNorm(torch.autograd.Function):
-    """x itself, for a sum behind the norm, and x / rms(x) * w, or * (1 + w) for gemma's. Both gradients of x are added
-    while the norm's is made. The weight is frozen. x: (N, D) contiguous, in w's dtype."""
+@dataclass(frozen=True)
+class NormKind:
+    """Which formula a norm computes: * w or * (1 + w), of x / rms(x), or `centred`, of x less its mean."""
+
+    one_plus: bool = False
+    centred: bool = False
+
+
+class Norm(torch.autograd.Function):
+    """x itself, for a sum behind the norm, and its norm. Both gradients of x are added while the norm's is made. Weight
+    and bias are frozen. x: (N, D) contiguous, in w's dtype."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, w: Tensor, eps: float, one_plus: bool) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: FunctionCtx, x: Tensor, w: Tensor, bias: Tensor | None, eps: float, kind: NormKind
+    ) -> tuple[Tensor, Tensor]:
         from halfbyte.layers.kernels.cpu import norm
 
-        y, rstd = norm.rms_norm(x, w, eps, one_plus=one_plus)
-        ctx.save_for_backward(x, w, rstd)
-        ctx.one_plus = one_plus
+        y, rstd, mean = norm.norm(x, w, eps, one_plus=kind.one_plus, centred=kind.centred, bias=bias)
+        ctx.save_for_backward(x, w, rstd, mean)
+        ctx.one_plus = kind.one_plus
         ctx.set_materialize_grads(False)
         return x, y
 
@@ -35,12 +52,12 @@ class RmsNorm(torch.autograd.Function):
     def backward(ctx: FunctionCtx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         from halfbyte.layers.kernels.cpu import norm
 
-        (x, w, rstd), (beside, dy) = ctx.saved_tensors, grads
+        (x, w, rstd, mean), (beside, dy) = ctx.saved_tensors, grads
         if dy is None:
-            return beside, None, None, None
+            return beside, None, None, None, None
         beside = None if beside is None else beside.contiguous()
-        dx = norm.rms_norm_backward(dy.contiguous(), x, w, rstd, one_plus=ctx.one_plus, beside=beside)
-        return dx, None, None, None
+        dx = norm.norm_backward(dy.contiguous(), x, w, rstd, mean, one_plus=ctx.one_plus, beside=beside)
+        return dx, None, None, None, None
 
 
 class ResidualSum(torch.autograd.Function):
@@ -74,16 +91,60 @@ class Glu(torch.autograd.Function):
         return *gate.glu_backward(grads[0].contiguous(), g, u, ctx.kind), None
 
 
-def rms_norm(x: Tensor, w: Tensor, eps: float, *, one_plus: bool) -> Tensor:
+class Activation(torch.autograd.Function):
+    """act(x) by torch's own kernels, in memory of the pool; keeps x. x: contiguous."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, kind: int) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.kind = kind
+        out = pool.empty_like(x)
+        if kind == SILU:
+            return aten.silu.out(x, out=out)
+        if kind == RELU2:
+            return torch.clamp_min(x, 0, out=out).square_()
+        return aten.gelu.out(x, approximate=_APPROXIMATE[kind], out=out)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
+        (x,), dy = ctx.saved_tensors, grads[0].contiguous()
+        dx = pool.empty_like(x)
+        if ctx.kind == SILU:
+            return aten.silu_backward.grad_input(dy, x, grad_input=dx), None
+        if ctx.kind == RELU2:
+            return torch.clamp_min(x, 0, out=dx).mul_(dy).mul_(2), None
+        return aten.gelu_backward.grad_input(dy, x, approximate=_APPROXIMATE[ctx.kind], grad_input=dx), None
+
+
+class Dropout(torch.autograd.Function):
+    """x (N, D) where the mask of a seed keeps it, over 1 - p, else 0; D even. The mask is made again in backward."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, p: float, seed: TokenSeed) -> Tensor:
+        from halfbyte.layers.kernels.cpu import gate
+
+        ctx.p, ctx.seed = p, seed
+        out = pool.empty_like(x)
+        gate.drop_rows(x, out, p, seed.seed, seed.keys)
+        return out.mul_(1 / (1 - p))
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return Dropout.forward(ctx, grads[0].contiguous(), ctx.p, ctx.seed), None, None
+
+
+def norm(x: Tensor, w: Tensor, eps: float, kind: NormKind, bias: Tensor | None = None) -> Tensor:
     """(..., D) -> (..., D)."""
     if available(x, w) and x.dtype == w.dtype:
-        return residual_and_norm(x, w, eps, one_plus=one_plus)[1]
-    return rms_norm_formula(x, w, eps, one_plus=one_plus)
+        return residual_and_norm(x, w, eps, kind, bias)[1]
+    return norm_formula(x, w, eps, kind, bias)
 
 
-def residual_and_norm(x: Tensor, w: Tensor, eps: float, *, one_plus: bool) -> tuple[Tensor, Tensor]:
+def residual_and_norm(
+    x: Tensor, w: Tensor, eps: float, kind: NormKind, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(x, its norm), both (..., D), for a sum with x after the norm. For what `available` says, in w's dtype."""
-    residual, y = RmsNorm.apply(x.reshape(-1, x.shape[-1]).contiguous(), w, eps, one_plus)
+    residual, y = Norm.apply(x.reshape(-1, x.shape[-1]).contiguous(), w, bias, eps, kind)
     return residual.view(x.shape), y.view(x.shape)
 
 
@@ -95,11 +156,27 @@ def residual_sum(x: Tensor, y: Tensor) -> Tensor:
     return total
 
 
-def rms_norm_formula(x: Tensor, w: Tensor, eps: float, *, one_plus: bool) -> Tensor:
-    """As transformers has it: llama rounds before it multiplies with the weight, gemma after."""
+def norm_formula(x: Tensor, w: Tensor, eps: float, kind: NormKind, bias: Tensor | None = None) -> Tensor:
+    """As transformers has it: llama rounds before it multiplies with the weight, all others after."""
     wide = x.float()
+    wide = wide - wide.mean(-1, keepdim=True) if kind.centred else wide
     normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (normal * (1.0 + w.float())).to(x.dtype) if one_plus else w * normal.to(x.dtype)
+    if not (kind.one_plus or kind.centred):
+        return w * normal.to(x.dtype)
+    scaled = normal * (kind.one_plus + w.float())
+    return (scaled if bias is None else scaled + bias.float()).to(x.dtype)
+
+
+def activation(x: Tensor, kind: int) -> Tensor:
+    """act(x), elementwise."""
+    y: Tensor = Activation.apply(x.contiguous(), kind)
+    return y
+
+
+def activation_formula(x: Tensor, kind: int) -> Tensor:
+    if kind in _APPROXIMATE:
+        return F.gelu(x, approximate=_APPROXIMATE[kind])
+    return F.silu(x) if kind == SILU else F.relu(x).square()
 
 
 def glu(g: Tensor, u: Tensor, kind: int) -> Tensor:

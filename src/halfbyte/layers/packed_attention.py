@@ -22,13 +22,14 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from halfbyte.errors import BaseModelError
 from halfbyte.layers import attention as block_attention
 from halfbyte.layers import sight
 from halfbyte.layers.kernels import card
+from halfbyte.layers.kernels import dropout as masks
 from halfbyte.layers.kernels.cpu import whole_attention
 from halfbyte.system import accelerator
 from halfbyte.upstream import transformers as upstream
@@ -79,15 +80,24 @@ def _mask(
     return mask
 
 
-def no_mask(device: torch.device | str) -> Tensor:
+def no_mask(device: torch.device | str, pack: card.PackLengths | None = None) -> Tensor:
     """The `attention_mask` of a packed forward: no element, four dimensions. transformers hands a 4-D mask through as
     it is, so the dense block mask is never built; and any code that would add this one to its scores fails on the
-    shape, instead of attending to everything."""
-    return torch.empty((1, 1, 0, 0), device=device)
+    shape, instead of attending to everything. It brings the lengths to a layer that gets nothing else."""
+    mask = torch.empty((1, 1, 0, 0), dtype=torch.bool, device=device)
+    if pack is not None:
+        setattr(mask, LENGTHS, pack)
+    return mask
+
+
+def lengths_on(mask: Tensor | None) -> card.PackLengths | None:
+    """The lengths that a mask of `no_mask` brings; None for any other."""
+    pack = getattr(mask, LENGTHS, None)
+    return pack if isinstance(pack, card.PackLengths) else None
 
 
 def attention(
-    module: torch.nn.Module,
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -114,12 +124,15 @@ def attention(
     """
     causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
     asked = Formula(scaling, dropout, softcap, s_aux, sliding_window)
+    pack = lengths_on(attention_mask)
+    if cu_seq_lens_q is None and pack is not None:  # a layer that hands on no more than the mask
+        cu_seq_lens_q, rest[LENGTHS] = torch.tensor([0, *pack.lengths]).cumsum(0), pack
     if cu_seq_lens_q is not None:
         lengths = _check_packed(query, key, causal, cu_seq_lens_q, cu_seq_lens_k, rest)
         seen = sight.of(module)
         if seen is not None and not seen.is_window(sliding_window):
             raise PackingError(f"{type(module).__name__} asks for sliding_window={sliding_window}; by its mask: {seen}")
-        return _packed(query, key, value, lengths, asked), None
+        return _packed(module, query, key, value, lengths, asked), None
     if attention_mask is not None and attention_mask.numel() == 0:
         raise PackingError(f"{type(module).__name__} was handed packed examples without their lengths (cu_seq_lens_q)")
     if asked.is_plain:
@@ -161,19 +174,24 @@ def _check_packed(
     return pack
 
 
-def _packed(query: Tensor, key: Tensor, value: Tensor, pack: card.PackLengths, asked: Formula) -> Tensor:
+def _packed(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, pack: card.PackLengths, asked: Formula
+) -> Tensor:
     """Causal attention; on a card all examples at once where its kernel can, else each run of neighbours of equal
     length L as one batch. Returns (1, T, H, D)."""
     lengths, levels = pack.lengths, pack.levels
     slides = asked.sliding_window is not None and pack.longest > asked.sliding_window
-    if asked.is_plain and not asked.dropout:
+    if asked.is_plain:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
-        if query.device.type != "cpu" and not levels and card.takes(q, k, v, pack.kernel):
+        if query.device.type != "cpu" and not levels and not asked.dropout and card.takes(q, k, v, pack.kernel):
             return card.attention(q, k, v, pack, asked.scale(query), asked.sliding_window if slides else None)[None]
         # without gradients torch's own kernel is as good as blocks
-        blocks = not slides and (whole_attention(query) or (query.requires_grad and not levels))
+        plain = not levels and not asked.dropout
+        blocks = not slides and (whole_attention(query) or (query.requires_grad and plain))
         if blocks and block_attention.takes(q, k, v):
-            return block_attention.attention(q, k, v, lengths, asked.scale(query), None, None, levels)[None]
+            seed = masks.some_seed(module, q) if asked.dropout else None
+            how = {"levels": levels, "p": asked.dropout, "seed": seed}
+            return block_attention.attention(q, k, v, lengths, asked.scale(query), None, None, **how)[None]
     if levels:
         return _paths(query, key, value, pack, asked)
     runs = [(length, sum(1 for _ in same)) for length, same in groupby(lengths)]  # (L, how many)

@@ -3,8 +3,8 @@
 What: three layouts, tried in this order; the first that is proven (`proofs/packing.py`) is used.
     cu_seq_lens   our attention runs per example, and so do recurrent layers of known kinds (`recurrent.py`). Needs
                   transformers' attention interface and the promise (`_supports_flash_attn`) that lengths and
-                  `sliding_window` say all that a mask would.
-    rows          the body runs on padded rows (`PaddedRows`): ALiBi, an attention outside the interface, recurrent
+                  `sliding_window` say all that a mask would; or one of the attentions of `by_mask.py`.
+    rows          the body runs on padded rows (`PaddedRows`): another attention outside the interface, recurrent
                   layers of other kinds, chunks.
     single        nothing proven: one example a micro-batch, plain input.
 Tried and dropped: transformers' own block mask where positions restart. It is dense over the whole pack, T^2 a head; by
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.errors import BaseModelError
-from halfbyte.layers import recurrent, sight
+from halfbyte.layers import by_mask, recurrent, sight
 from halfbyte.layers.kernels import card
 from halfbyte.layers.kernels.cpu import enabled
 from halfbyte.layers.packed_attention import LENGTHS, NAME, no_mask, register
@@ -41,7 +41,8 @@ def layouts(model: Model) -> tuple[Layout, ...]:
     possible: list[Layout] = []
     # ALiBi counts positions from the mask, not from position_ids: in a long pack its bf16 biases would lose precision.
     restarts = "position_ids" in inspect.signature(lm.forward).parameters and not getattr(lm.config, "alibi", False)
-    if PACKED_ATTENTION.there and restarts and lm._supports_flash_attn and lm._can_set_attn_implementation():
+    interface = PACKED_ATTENTION.there and lm._supports_flash_attn and lm._can_set_attn_implementation()
+    if (interface and restarts) or by_mask.fits(lm):
         possible.append("cu_seq_lens")
     if structure.body(lm) is not lm:
         possible.append("rows")
@@ -63,7 +64,10 @@ def install(model: Model, layout: Layout | None = None) -> Layout:
     before = lm.config._attn_implementation
     if before is not None and before.startswith("flash_attention"):  # its kernel is used on packs, where it can be
         _ASKED[structure.body(lm)] = before
-    if chosen == "cu_seq_lens":
+    by_mask.remove(lm)
+    if chosen == "cu_seq_lens" and by_mask.fits(lm):
+        by_mask.install(lm)
+    elif chosen == "cu_seq_lens":
         register()
         lm.set_attn_implementation(NAME)
     elif before == NAME:
@@ -87,7 +91,7 @@ def installed(model: Model) -> Layout:
     lm = structure.causal_lm(model)
     if PaddedRows.attached(structure.body(lm)) is not None:
         return "rows"
-    return "cu_seq_lens" if lm.config._attn_implementation == NAME else "single"
+    return "cu_seq_lens" if lm.config._attn_implementation == NAME or by_mask.is_on(lm) else "single"
 
 
 def takes_use_cache(lm: Model) -> bool:
@@ -172,12 +176,16 @@ def packed_inputs(body: nn.Module, batch: Batch) -> dict[str, Tensor]:
     starts = batch["cu_seq_lens_q"].cpu()
     levels = tuple(batch["levels"].tolist()) if "levels" in batch else ()
     known = card.PackLengths(tuple(starts.diff().tolist()), card.kernel_name(_ASKED.get(body)), levels)
-    longest = known.longest
+    longest, device = known.longest, body.device
+    inputs = {"position_ids": batch["position_ids"].to(device), "attention_mask": no_mask(device, known)}
+    recurrent.complete(body)
+    if by_mask.is_on(body):
+        by_mask.install(body)  # on layers that a proof on the first ones did not meet
+        return {name: x for name, x in inputs.items() if name in inspect.signature(body.forward).parameters}
     sight.look(body, longest)
-    device = body.device
     lengths: Document = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, LENGTHS: known}
     lengths |= {"max_length_q": longest, "max_length_k": longest}
-    return {"position_ids": batch["position_ids"].to(device), "attention_mask": no_mask(device), **lengths}
+    return inputs | lengths
 
 
 # Other keyword arguments of a forward, and the way back for its hidden states.

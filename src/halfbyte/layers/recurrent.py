@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
-from halfbyte.layers import norm_gate
-from halfbyte.layers.fuse import subclass
+from halfbyte.layers import instances, norm_gate
 from halfbyte.layers.kernels import pool
 from halfbyte.layers.kernels.cpu import available
 from halfbyte.layers.packed_attention import LENGTHS
@@ -237,14 +236,20 @@ def install(body: nn.Module) -> None:
     """Make every recurrent layer of a known kind keep examples apart."""
     for module in body.modules():
         if not isinstance(module, _Mixer) and (kind := _kind(module)) is not None:
-            module.__class__ = subclass(kind, type(module))
+            instances.become(module, kind)
+
+
+def complete(body: nn.Module) -> None:
+    """The same for layers that a proof on the first ones did not meet."""
+    if any(isinstance(module, _Mixer) for module in body.modules()):
+        install(body)
 
 
 def remove(body: nn.Module) -> None:
     """Give every recurrent layer its own class back."""
     for module in body.modules():
         if isinstance(module, _Mixer):
-            module.__class__ = type(module).__bases__[1]
+            instances.give_back(module)
 
 
 def installed(body: nn.Module) -> bool:

@@ -11,13 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 MlpKind = Literal["gated", "gated_stock", "formula", "one", "relu", "experts"]
-AttentionKind = Literal["flash", "window", "eager", "alibi", "padded", "dropped"]
+AttentionKind = Literal["flash", "window", "eager", "alibi", "padded"]
 FusedPart = Literal["attention", "layer", "mlp"]
 
-# Parts of a layer like Llama's, by the names that transformers gives them; in a sandwich also its outputs are normed.
-NORMS = frozenset({"input_layernorm", "post_attention_layernorm"})
-SANDWICH_NORMS = NORMS | {"pre_feedforward_layernorm", "post_feedforward_layernorm"}
-ATTENTION_PARTS = frozenset({"q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_norm", "k_norm"})
 GATED_MLP_PARTS = frozenset({"gate_proj", "up_proj", "down_proj", "act_fn"})
 
 
@@ -59,11 +55,12 @@ class Family:
             `experts`: those of a mixture by `layers/experts` (its input and the inner product of each of a token's
             experts), beside them what is shared by stock code.
         attention: `flash` keeps no scores; `eager` (softcap) keeps them for each pair of tokens of an example, `alibi`
-            and `padded` for each pair of a row. `flash` becomes `dropped` where the model drops some of its scores in
-            training (GPT-2), which torch's flash kernel cannot, and `window` where a layer's window is shorter than a
-            row: that layer takes each example by torch's kernel, with a mask, and of a `fused_qkv` projection keeps all
-            for its values.
+            and `padded` for each pair of a row, where `layers/by_mask.py` has no kernel. `flash` becomes `window` where
+            a layer's window is shorter than a row: that layer takes each example by torch's kernel, with a mask, and of
+            a `fused_qkv` projection keeps all for its values.
         parallel: attention and MLP read one normed input.
+        own_sums: a layer is not x + f(norm(x)) twice. post_norms: it norms behind attention and MLP, not before.
+        dropout_modules: what it drops of the residual stream goes through modules, which the engine's kernel takes.
         shared_gate: what shared experts give is multiplied by a gate of its own, which keeps it.
         gated_attention: what attention returns is multiplied by a gate, and both are kept.
         stock_gate: what stands between an expert's two stacks is the model's own code.
@@ -78,6 +75,9 @@ class Family:
     attention: AttentionKind = "flash"
     fused_qkv: bool = False
     parallel: bool = False
+    own_sums: bool = False
+    post_norms: bool = False
+    dropout_modules: bool = False
     shared_gate: bool = False
     gated_attention: bool = False
     stock_gate: bool = False
@@ -91,7 +91,7 @@ class Family:
         names: dict[str, FusedPart] = {f"{self.classes}MLP": "mlp"} if self.mlp == "gated" else {}
         if self.attention == "flash":
             names[f"{self.classes}Attention"] = "attention"
-            if self.norms == 2:
+            if self.norms == 2 and not self.own_sums:
                 names[f"{self.classes}DecoderLayer"] = "layer"
         return names
 
@@ -124,7 +124,12 @@ FAMILIES: dict[str, Family] = {
     "gemma": Family(_GEMMA, "Gemma"),
     "gemma2": Family(_GEMMA, "Gemma2", norms=4, attention="eager"),
     "gemma3_text": Family(_GEMMA, "Gemma3", norms=4, qk_norms=True),
-    **dict.fromkeys(("granite", "smollm3"), Family(LLAMA, mlp="gated_stock")),
+    "granite": Family(LLAMA, "Granite", own_sums=True),
+    "smollm3": Family(LLAMA, mlp="gated_stock"),
+    **{f"olmo{n}": Family(classes=f"Olmo{n}", qk_norms=True, own_sums=True, post_norms=True) for n in (2, 3)},
+    "starcoder2": Family(classes="Starcoder2", rms=False, mlp="one"),
+    "nemotron": Family(classes="Nemotron", rms=False, mlp="one"),
+    "stablelm": Family(classes="StableLm", rms=False, own_sums=True),
     # Hybrids; which of their layers are recurrent is seen in the list of tensors.
     "lfm2": Family(mlp="gated_stock", qk_norms=True),
     "qwen3_5_text": Family(mlp="gated_stock", qk_norms=True, gated_attention=True),
@@ -146,7 +151,7 @@ FAMILIES: dict[str, Family] = {
             "attn.c_attn DT attn.c_proj DD mlp.c_fc DI mlp.c_proj ID",
             norms="ln_1 ln_2", biased=".", tied=True, more="transformer.wpe PD",
         ),
-        rms=False, mlp="formula",
+        rms=False, mlp="formula", dropout_modules=True,
     ),
     "phi": Family(
         Layout(
@@ -154,7 +159,7 @@ FAMILIES: dict[str, Family] = {
             "self_attn.q_proj DD self_attn.k_proj KD self_attn.v_proj KD self_attn.dense DD mlp.fc1 ID mlp.fc2 DI",
             norms="input_layernorm", biased=".", head_bias=True,
         ),
-        norms=1, rms=False, mlp="formula", parallel=True,
+        classes="Phi", norms=1, rms=False, mlp="formula", parallel=True, dropout_modules=True,
     ),
     "gptj": Family(
         Layout(
@@ -170,7 +175,7 @@ FAMILIES: dict[str, Family] = {
             "attention.query_key_value TD attention.dense DD mlp.dense_h_to_4h ID mlp.dense_4h_to_h DI",
             biased=".", head="embed_out",
         ),
-        norms=1, rms=False, mlp="one",
+        classes="GPTNeoX", norms=1, rms=False, mlp="one", dropout_modules=True,
     ),
     "opt": Family(
         Layout(

@@ -27,7 +27,9 @@ PRODUCTS, ADAPTED_PRODUCTS = 4, 16
 DECAY_BYTES = 16
 # Of a token: its place in the order for each of its experts (three 64-bit numbers), and scores in fp32 for all experts.
 ROUTED_BYTES, SCORED_BYTES = 24, 4
-_TENSORS = {"gated": 3, "gated_stock": 3, "formula": 4, "one": 1, "relu": 1}  # as wide as the MLP, that it keeps
+# Tensors as wide as the MLP, that it keeps; and by a kernel, which also makes what the last matrix reads again.
+_TENSORS = {"gated": 3, "gated_stock": 3, "formula": 4, "one": 1, "relu": 1}
+_BY_KERNELS = {"gated": 2, "formula": 1, "one": 1}
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,10 @@ def layer_of(
     family = FAMILIES.get(facts.model_type, UNKNOWN_MIXTURE if facts.experts else UNKNOWN)
     attention = family.attention
     sliding = {n: window for n, window in enumerate(facts.windows) if 0 < window < longest}
-    if attention == "flash":
-        attention = "dropped" if facts.attention_dropout and kernels else "window" if sliding else "flash"
+    if attention in PADDED and kernels:
+        attention = "flash"
+    if attention == "flash" and sliding:
+        attention = "window"
     hidden = facts.hidden
     heads, share = facts.heads, len(sliding) / layers
     wide, narrow = heads * facts.head_size or hidden, facts.key_heads * facts.head_size or hidden
@@ -110,7 +114,6 @@ def layer_of(
         "flash": (0.0, 0.0), "window": (c * share, 0.0),
         "eager": (heads * (4 + 2 * c) + 1.0, heads * (4 + 2 * c) + 1.0),
         "alibi": (heads * (4.0 + c), heads * (4.0 + c)), "padded": (heads * 4.0, heads * 4.0),
-        "dropped": (heads * 12.0, heads * 4.0),  # scores, their mask and both together; the gradient of one
     }[attention]  # fmt: skip
     # gradients of what a recurrence reads, before and behind its convolution, and of what it returns
     widest = max((3 * r.channels + 2 * r.inner for r in facts.recurrences), default=0)
@@ -142,12 +145,12 @@ def _frozen_saved(
     wide, narrow = facts.heads * facts.head_size or hidden, facts.key_heads * facts.head_size or hidden
     number = c if kernels else 4  # bytes of a number that a norm keeps
 
-    norm = 4 + number * hidden if family.rms else c * hidden + 2 * c
+    norm = 4 + number * hidden if family.rms else c * hidden + (8 if kernels else 2 * c)
     around_attention = max(1, family.norms // 2)
     if family.mlp == "experts":
         of_mlp = _experts_saved(facts, c) + c * hidden * family.shared_gate
     else:
-        of_mlp = inner * (2 if family.mlp == "gated" and kernels else _TENSORS[family.mlp])
+        of_mlp = inner * ((_BY_KERNELS if kernels else {}).get(family.mlp) or _TENSORS[family.mlp])
     mlp: float = (family.norms - around_attention) * norm + of_mlp
     saved: float = around_attention * norm
     attending = 1.0 - len(_unattended(facts)) / max(1, facts.layers)  # layers' share
@@ -155,13 +158,15 @@ def _frozen_saved(
         saved += attending * (c * (2 * wide + 2 * narrow) + 4 * facts.heads)
         saved += c * (wide + narrow) * share if family.fused_qkv else 0
     else:  # keys and values under each query head; torch's own formula works in fp32
-        saved += attending * (4 if attention in ("padded", "dropped") else c) * 3 * wide
+        saved += attending * (4 if attention == "padded" else c) * 3 * wide
     if family.qk_norms:
-        saved += attending * (number * (wide + narrow) + 4 * (facts.heads + facts.key_heads))
+        # OLMo's are over all heads, and its rotary tables in fp32, so that each layer keeps its own
+        more = 8 + 2 * c * facts.head_size if family.post_norms else 4 * (facts.heads + facts.key_heads)
+        saved += attending * (number * (wide + narrow) + more)
     if family.gated_attention:
         saved += attending * c * 2 * wide
     saved += sum(_recurrence_saved(r, c) for r in facts.recurrences) / max(1, facts.layers)
-    if facts.residual_dropout:  # torch's dropout for CPUs keeps its mask as numbers
+    if facts.residual_dropout and not (kernels and family.dropout_modules):  # torch's mask on a CPU is of numbers
         saved, mlp = (part + (c if kernels else 1) * hidden for part in (saved, mlp))
     return saved, mlp, norm, of_mlp
 
@@ -206,7 +211,7 @@ def _adapters_saved(
             continue
         size = c * width / layers
         # `fuse.recompute_cheap` makes outputs of norms and the MLP's inner product again
-        if kernels and what != "attended" and (family.mlp == "gated" if what == "inner" else family.rms):
+        if kernels and what != "attended" and (family.mlp in _BY_KERNELS if what == "inner" else not family.post_norms):
             again += size
         saved[what in ("mlp", "inner")] += size
     saved[True] += sum(c * s.rank * per_token for s in sites if s.reads == "experts") / layers
@@ -264,7 +269,7 @@ def _mlp_moment(kind: MlpKind, inner: float, *, adapted: bool, dropout: bool, ag
     adapter read is free then. `again`: what the last matrix reads is made again, not kept.
     """
     last = inner * ((3 if dropout else 1) + again if adapted else 1)
-    activation = inner * (2 if kind in ("one", "relu") else 3)
+    activation = inner * (2 if kind in ("one", "relu", "formula") else 3)
     if adapted and not again and kind != "relu":
         activation -= inner
     return max(last, activation)

@@ -174,8 +174,9 @@ def _parts(
     moved = TRAFFIC * (job.layer.kept + job.layer.pair * length) * facts.layers
     moved += STOCK_GATE_BYTES * _stock_gate(job) * facts.experts_per_token * facts.intermediate * facts.layers
     full_rate = 1 / (1 + HALF_RATE_TOKENS * micro_batches / step_tokens)
-    scores = length * facts.heads if facts.attention_dropout else 0.0
-    masks = facts.layers * backward * (scores + (2 * facts.hidden if facts.residual_dropout else 0))
+    scores = length * facts.heads if facts.attention_dropout and not job.whole_attention else 0.0
+    stock = facts.residual_dropout and not FAMILIES.get(facts.model_type, UNKNOWN).dropout_modules
+    masks = facts.layers * backward * (scores + (2 * facts.hidden if stock else 0))
     update = UPDATE_BYTES / rates.memory_bytes + EIGHT_BIT_UPDATE_S * ("8bit" in job.recipe.train.optim)
     eight, rounding = integer_products(job, rates, again) if trains else (0.0, 0.0)
     products, ops = products - eight, eight / rates.integer_ops if eight else 0.0

@@ -19,6 +19,7 @@ from halfbyte.base.load import Base
 from halfbyte.data import collate, pack
 from halfbyte.distributed import shard
 from halfbyte.errors import RunError
+from halfbyte.layers import packing
 from halfbyte.models.structure import meta_model
 from halfbyte.objectives.objective import Objective
 from halfbyte.plan import Job, Plan, calibrate, choose, memory
@@ -159,6 +160,7 @@ def make_pace(run: PlannedRun, model: Model, tell: Callable[[str], None], *, pac
         lengths=run.prepared.train.lengths,
         tokens=plan.max_tokens_per_micro_batch,
         examples_per_micro_batch=None if packed else 1,
+        padded=packing.installed(model) == "rows",
         recompute=plan.recompute,
         policies=choose.step_down_policies(job, plan.recompute),
         need=need,

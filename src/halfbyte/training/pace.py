@@ -11,6 +11,7 @@ Cost: a look at /proc between micro-batches, 0.2 ms; where failures are caught, 
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -52,6 +53,7 @@ class Pace:
     limit: usage.Usage | None = None  # the plan's upper figures of this process's memory; None for none
     peak: usage.Peak | None = None  # samples it all the while
     ids: prefixes.IdsOf | None = None  # the tokens of a row, where rows share their beginnings
+    padded: bool = False  # rows of a micro-batch are padded to its longest
     downs: list[str] = field(default_factory=list)
     _tight: bool = False
     _near: bool = False
@@ -66,7 +68,8 @@ class Pace:
         if all(self.largest([rows]) <= self.tokens or len(rows) == 1 for rows in micro_batches):
             return list(micro_batches)
         rows = [r for part in micro_batches for r in part]
-        return list(pack.arrange(rows, self.lengths, self.tokens, self.examples_per_micro_batch, self.ids))
+        limits = self.tokens, self.examples_per_micro_batch, self.ids
+        return list(pack.arrange(rows, self.lengths, *limits, padded=self.padded))
 
     def between(self, waiting: Sequence[pack.MicroBatch]) -> list[pack.MicroBatch]:
         """The micro-batches that are still to come, after a look at what is free."""
@@ -159,7 +162,8 @@ class Pace:
 
     def largest(self, micro_batches: Sequence[pack.MicroBatch]) -> int:
         """Tokens that the largest one computes."""
-        return max((prefixes.computed(rows, self.lengths, self.ids) for rows in micro_batches), default=0)
+        size = partial(pack.tokens_of, lengths=self.lengths, ids=self.ids, padded=self.padded)
+        return max(map(size, micro_batches), default=0)
 
 
 def give_back() -> None:

@@ -22,9 +22,11 @@ def count_steps(prepared: Prepared) -> int:
     )
 
 
-def plan_steps(prepared: Prepared, tokens: int, examples: int | None, *, rank: int = 0, ranks: int = 1) -> pack.Steps:
+def plan_steps(
+    prepared: Prepared, tokens: int, examples: int | None, *, rank: int = 0, ranks: int = 1, padded: bool = False
+) -> pack.Steps:
     """Every optimiser step of the run, in micro-batches of at most `tokens` and `examples` (None: no limit); of several
-    processes those of one."""
+    processes those of one. padded: rows are padded to the longest of their micro-batch."""
     train = prepared.recipe.train
     return pack.Steps(
         prepared.train.lengths,
@@ -37,19 +39,21 @@ def plan_steps(prepared: Prepared, tokens: int, examples: int | None, *, rank: i
         rank=rank,
         ranks=ranks,
         weights=prepared.objective.weights(prepared.train),
-        ids=prepared.ids_of(prepared.train),
+        ids=None if padded else prepared.ids_of(prepared.train),
+        padded=padded,
     )
 
 
 def micro_batches(
-    prepared: Prepared, tokens: int, examples: int | None, *, rank: int = 0, ranks: int = 1
+    prepared: Prepared, tokens: int, examples: int | None, *, rank: int = 0, ranks: int = 1, padded: bool = False
 ) -> tuple[pack.Steps, collate.Batches]:
     """As `plan_steps`, and the held-out rows (perhaps none) likewise; without a limit, `per_device_eval_batch_size` of
     them share a micro-batch."""
-    steps = plan_steps(prepared, tokens, examples, rank=rank, ranks=ranks)
+    steps = plan_steps(prepared, tokens, examples, rank=rank, ranks=ranks, padded=padded)
     if prepared.evaluation is None:
         return steps, collate.Batches((), ())
-    return steps, eval_batches(prepared, prepared.evaluation, tokens, examples, rank=rank, ranks=ranks)
+    how = {"rank": rank, "ranks": ranks, "padded": padded}
+    return steps, eval_batches(prepared, prepared.evaluation, tokens, examples, **how)
 
 
 def eval_batches(
@@ -60,14 +64,15 @@ def eval_batches(
     *,
     rank: int = 0,
     ranks: int = 1,
+    padded: bool = False,
     chosen: NDArray[np.int64] | None = None,
 ) -> collate.Batches:
     """Rows in micro-batches for an evaluation, all or the `chosen` ones; of several processes those of one."""
     numbers = np.arange(len(rows.examples)) if chosen is None else chosen
     lengths = rows.lengths[numbers]
-    ids, most = prepared.ids_of(rows), examples or prepared.recipe.train.per_device_eval_batch_size
+    ids, most = None if padded else prepared.ids_of(rows), examples or prepared.recipe.train.per_device_eval_batch_size
     of_chosen = None if ids is None else [*map(ids, numbers.tolist())].__getitem__
-    parts = pack.eval_micro_batches(lengths, tokens, most, of_chosen)
+    parts = pack.eval_micro_batches(lengths, tokens, most, of_chosen, padded=padded)
     if ranks > 1:
         sizes = [int(lengths[list(part)].sum()) for part in parts]
         parts = [parts[number] for number in pack.share(range(len(parts)), sizes, ranks)[rank]]

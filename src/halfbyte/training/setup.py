@@ -75,7 +75,7 @@ def equip(
     pace.recompute_as(assembled.model, plan.recompute)
     speed = fit.make_pace(run, assembled.model, lambda text: tell.note("memory", text), packed=assembled.packed.ok)
     limits = speed.tokens, speed.examples_per_micro_batch
-    steps, held_out = schedule.micro_batches(prepared, *limits, rank=world.rank, ranks=world.size)
+    steps, held_out = schedule.micro_batches(prepared, *limits, rank=world.rank, ranks=world.size, padded=speed.padded)
     compute = fit.decide_compute(run, assembled, schedule.plan_steps(prepared, *limits)[0], tell)
     agree.check(world, {"shares": prepared.shares, "compute": {"products": str(compute.products)}})
     exact = prepared.recipe.quant.compute == "exact" or compute.products == integers.BOTH

@@ -113,7 +113,9 @@ def forward(
         logits = loss.head_logits(logits[ends], head)
     elif not keeps:
         logits = logits[ends]
-    factor = embedding_factor(lm.get_input_embeddings()(batch["input_ids"][0, ends]), entered[0][0, ends])
+    factor = 1.0
+    if llama.enters_plainly(lm):
+        factor = embedding_factor(lm.get_input_embeddings()(batch["input_ids"][0, ends]), entered[0][0, ends])
     lengths = [cached + len(p) for p in prompts] if not rows else [len(row.input_ids) for row in rows]
     return Prefilled(logits, factor, [(layer.keys, layer.values) for layer in cache.layers], starts, lengths)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.layers.decoding import linears
+from halfbyte.layers.decoding.operands import NormFormula
 from halfbyte.layers.decoding.tape import Tape, isa
 
 # bitsandbytes, `get_4bit_type`.
@@ -148,7 +149,7 @@ def test_each_group_sees_what_the_one_before_has_written(threads: int) -> None:
     matrix = w.float().contiguous()
     for _ in range(60):
         to, out = tape.vectors(192), tape.buffer(1, 192)
-        tape.norm(now, to, torch.ones(192), 1e-6)
+        tape.norm(now, to, NormFormula(torch.ones(192), 1e-6))
         tape.then()
         tape.dense(matrix, to.plain, out)
         tape.then()

@@ -20,6 +20,7 @@ from halfbyte.quant.number_format import BlockRows, Codes
 
 _BLOCK = 64
 _PIECE_BYTES = 32
+_DENSE = {"Conv1D", "FalconLinear"}  # a linear layer under another name
 
 
 class Unsupported(Exception):
@@ -108,8 +109,12 @@ class Linear:
                 raise Unsupported(f"shape {self.shape} in blocks of {self.codes.block}")
         elif rows is not None:
             self.dense, self.shape = rows, rows.shape
-        elif type(parts.base) is nn.Linear and weight.dtype == tape.dtype and weight.is_contiguous():
-            self.dense, self.shape = weight.data, (weight.shape[0], weight.shape[1])
+        elif (type(parts.base) is nn.Linear or type(parts.base).__name__ in _DENSE) and (
+            weight.dtype == tape.dtype and weight.is_contiguous()
+        ):
+            turned = type(parts.base).__name__ == "Conv1D"  # GPT-2's, (D, O)
+            self.dense = weight.data.T.contiguous() if turned else weight.data
+            self.shape = (self.dense.shape[0], self.dense.shape[1])
         else:
             raise Unsupported(f"{type(parts.base).__name__} in {number_format.name}, {weight.dtype}")
         self.bias = parts.base.bias

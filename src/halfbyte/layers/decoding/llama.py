@@ -1,30 +1,32 @@
-"""A Llama-like model as a tape: embedding aside, a token's whole way from hidden state to logits.
+"""A decoder-only model as a tape: embedding aside, a token's whole way from hidden state to logits.
 
 What is recognised is structure, not names of classes: norms, attention projections (one or three), output projection,
-a gated MLP (its two inner projections in one or apart), and where the norms stand (`models/families.py` has their
-names). What a model does beside that is not looked for: `writing/writer.py` compares logits with the model's own before
-a token is used.
-Source: transformers' modeling files of Llama, Mistral, Qwen2, Qwen3, Gemma 2, Gemma 3, Phi-3, Granite.
+an MLP (its two inner projections in one or apart), and where the norms stand (`layer.py` has their names). What a model
+does beside that is not looked for: `writing/writer.py` compares logits with the model's own before a token is used.
+Source: transformers' modeling files.
 Cost: tens of milliseconds to write; LoRA is copied in the compute dtype.
 
 Letters: M texts, H query heads, K key heads, T max_tokens of a cache.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from halfbyte.layers import fuse, norm_gate, sight
+from halfbyte.layers import sight
 from halfbyte.layers.decoding import head as int8_heads
 from halfbyte.layers.decoding import linears
+from halfbyte.layers.decoding.layer import LayerWriter, formula_of
 from halfbyte.layers.decoding.linears import Unsupported
-from halfbyte.layers.decoding.tape import CachedAttention, Int8Head, Int16Vectors, Tape, TextAdapters, Vectors
-from halfbyte.models import families, structure
+from halfbyte.layers.decoding.tape import Int8Head, Tape, TextAdapters
+from halfbyte.models import structure
 from halfbyte.quant import bnb, policy
 from halfbyte.types import Config, Model
 
+FINAL_NORMS = "norm", "final_layernorm", "ln_f", "final_layer_norm", "norm_f"
+POSITIONS, EMBEDDING_NORMS = ("wpe", "embed_positions"), ("word_embeddings_layernorm",)
 # Rotary embeddings that are another function of the position when a text is longer.
 _CHANGING_ROPES = {"dynamic", "longrope"}
 
@@ -56,6 +58,8 @@ class Decoder:
     places: Tensor | None = None  # (M,) int64: whose cache each vector reads and writes; None: its own
     normed: Tensor | None = None  # (M, D..) fp32, what the head reads; there after `body` operations
     body: int = 0
+    entry: Tensor | None = None  # (M, D) fp32, what is normed on the way to `hidden`; None: it enters there
+    places_of: Tensor | None = None  # (P, D), what is added to the embedding of each place of a text
     rough: range | None = None  # operations of the head in 8 bits; those after are the whole head
 
     def fill(self, layer: int, keys: Tensor, values: Tensor, lengths: list[int]) -> None:
@@ -97,7 +101,10 @@ class Decoder:
 
     def _enter(self, embedded: Tensor, positions: Sequence[int]) -> None:
         n = len(positions)
-        self.hidden[:n] = embedded
+        hidden = self.hidden if self.entry is None else self.entry
+        hidden[:n] = embedded
+        if self.places_of is not None:
+            hidden[:n] += self.places_of[torch.tensor(positions)]
         if self.residual_multiplier != 1.0:
             self.hidden[:n] /= self.residual_multiplier
         self.positions[:n] = torch.tensor(positions)
@@ -145,9 +152,8 @@ def _write(
 ) -> Decoder:
     lm = structure.causal_lm(model)
     body, config = structure.body(lm), lm.config.get_text_config()
-    head, norm = lm.get_output_embeddings(), getattr(body, "norm", None)
-    has_head, rotary = isinstance(getattr(head, "weight", None), Tensor), getattr(body, "rotary_emb", None)
-    if not has_head or norm is None or not isinstance(rotary, nn.Module):
+    head, norm = lm.get_output_embeddings(), _named(body, FINAL_NORMS)
+    if norm is None or not isinstance(getattr(head, "weight", None), Tensor):
         raise Unsupported(f"{type(lm).__name__} is not built like Llama")
     dtype = next(lm.get_input_embeddings().parameters()).dtype
     max_tokens = -(-max_tokens // 64) * 64
@@ -164,19 +170,25 @@ def _write(
         positions=tape.buffer(texts, dtype=torch.int64),
         final_cap=float(getattr(config, "final_logit_softcapping", 0) or 0),
         residual_multiplier=float(getattr(config, "residual_multiplier", 1.0)),
-        logits_divisor=float(getattr(config, "logits_scaling", 1.0)),
+        logits_divisor=float(getattr(config, "logits_scaling", 1.0))
+        / float(getattr(config, "logit_scale", None) or 1.0),
         places=tape.buffer(texts, dtype=torch.int64) if reads else None,
     )
+    slopes = _enter_by(decoder, body, config)
     ropes: dict[str | None, tuple[Tensor, Tensor]] = {}
     for number, layer in enumerate(layers):
         kind = _rope_kind(config, number)
         if kind not in ropes:
-            ropes[kind] = _ropes(decoder, rotary, config, kind)
+            ropes[kind] = _ropes(decoder, getattr(body, "rotary_emb", None), config, kind)
+        shared, caches = None if reads else texts, None
         if beside is not None:
-            shared = None if reads else texts
-            decoder.keys.append(beside.keys[number][:shared])
-            decoder.values.append(beside.values[number][:shared])
-        _LayerWriter(decoder, layer, config, ropes[kind], caches=2 * len(layers)).write()
+            caches = beside.keys[number][:shared], beside.values[number][:shared]
+        eps = decoder.residual_multiplier**-2
+        shape = tape, decoder.hidden, layer, config, ropes[kind]
+        writer = LayerWriter(*shape, slopes, decoder.positions, decoder.places, eps)
+        keys, values = writer.write(caches, 2 * len(layers))
+        decoder.keys.append(keys)
+        decoder.values.append(values)
         decoder.ends.append(len(tape))
     _write_head(decoder, norm, head, _int8_head(layers, head, dtype) if largest else None)
     return decoder
@@ -193,7 +205,9 @@ def _write_head(decoder: Decoder, norm: nn.Module, head: nn.Module, int8_head: I
     tape, hidden = decoder.tape, decoder.hidden
     x = tape.vectors(hidden.shape[1])
     integers = None if int8_head is None else tape.int16_vectors(x, hidden.shape[1])
-    _write_norm(decoder, norm, x, integers)
+    formula = formula_of(norm, hidden.shape[1], tape.dtype)
+    tape.norm(hidden, x, replace(formula, eps=formula.eps / decoder.residual_multiplier**2), integers)
+    tape.then()
     decoder.normed, decoder.body = x.plain, len(tape)
     if int8_head is not None and integers is not None:
         first, before = len(tape), tape.before
@@ -203,6 +217,37 @@ def _write_head(decoder: Decoder, norm: nn.Module, head: nn.Module, int8_head: I
     linears.write(tape, x, [(head, decoder.logits)])
 
 
+def _named(body: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
+    return next((part for name in names if (part := getattr(body, name, None)) is not None), None)
+
+
+def enters_plainly(lm: Model) -> bool:
+    """Whether what enters the first layer is the embedding, or a multiple of it."""
+    return _named(structure.body(lm), POSITIONS + EMBEDDING_NORMS) is None
+
+
+def _enter_by(decoder: Decoder, body: nn.Module, config: Config) -> Tensor | None:
+    """What is done to embeddings before the first layer; and ALiBi's slopes (H,), if any."""
+    tape, d = decoder.tape, decoder.hidden.shape[1]
+    table, norm = _named(body, POSITIONS), _named(body, EMBEDDING_NORMS)
+    if getattr(body, "project_in", None) is not None or getattr(config, "alibi", False):
+        raise Unsupported(f"a variant of {config.model_type}")
+    if table is not None:
+        decoder.places_of = table.weight.data[int(getattr(table, "offset", 0)) :]
+    if norm is not None:
+        decoder.entry = tape.buffer(tape.m, d)
+        tape.add_norm(decoder.entry, decoder.hidden, formula_of(norm, d, tape.dtype), add=False)
+        tape.then()
+    heads = int(config.num_attention_heads)
+    if hasattr(body, "build_alibi_tensor"):
+        slopes: Tensor = body.build_alibi_tensor(torch.ones((1, 2), dtype=torch.int64), heads, torch.float32)[:, 0, 1]
+        return slopes.contiguous()
+    if hasattr(body, "build_mpt_alibi_tensor"):
+        bias = body.build_mpt_alibi_tensor(heads, 2)
+        return (bias[:, 0, 1] - bias[:, 0, 0]).contiguous()
+    return None
+
+
 def _rope_kind(config: Config, number: int) -> str | None:
     """The layer type whose rotary embedding layer `number` uses, where a model has several."""
     types = getattr(config, "layer_types", None)
@@ -210,9 +255,11 @@ def _rope_kind(config: Config, number: int) -> str | None:
     return types[number] if types and types[number] in parameters else None
 
 
-def _ropes(decoder: Decoder, rotary: nn.Module, config: Config, kind: str | None) -> tuple[Tensor, Tensor]:
-    """Buffers (M, R) of cos and sin, with their tables (T, R) noted."""
+def _ropes(decoder: Decoder, rotary: nn.Module | None, config: Config, kind: str | None) -> tuple[Tensor, Tensor]:
+    """Buffers (M, R) of cos and sin, with their tables (T, R) noted; of one column, that is none, without rotary."""
     tape, parameters = decoder.tape, getattr(config, "rope_parameters", None) or {}
+    if rotary is None:
+        return tape.buffer(tape.m, 1), tape.buffer(tape.m, 1)
     parameters = parameters[kind] if kind is not None else parameters
     if parameters.get("rope_type") in _CHANGING_ROPES:
         raise Unsupported(f"rotary embedding of type {parameters['rope_type']}")
@@ -223,125 +270,7 @@ def _ropes(decoder: Decoder, rotary: nn.Module, config: Config, kind: str | None
     rows = []
     for table in tables:
         rows.append(tape.buffer(tape.m, table.shape[-1]))
+        if torch.equal(table[..., ::2], table[..., 1::2]):  # as neighbours are turned, each twice
+            table = torch.cat([table[..., ::2]] * 2, -1)
         decoder.ropes.append((table[0].float().contiguous(), rows[-1]))
     return rows[0], rows[1]
-
-
-def _norm_of(module: nn.Module, d: int, dtype: torch.dtype) -> tuple[Tensor, float, bool]:
-    """(weight (d,), eps, whether the factor is 1 + weight) of an RMS norm."""
-    eps, one_plus = fuse.rms_norm_kind(module)
-    if one_plus is None or module.weight.shape != (d,):
-        raise Unsupported(f"{type(module).__name__} is no RMS norm")
-    return module.weight.data.to(dtype), eps, one_plus
-
-
-def _write_norm(decoder: Decoder, norm: nn.Module, to: Vectors, integers: Int16Vectors | None = None) -> None:
-    """hidden, normalised, to where products read it."""
-    tape, hidden = decoder.tape, decoder.hidden
-    weight, eps, one_plus = _norm_of(norm, hidden.shape[1], tape.dtype)
-    tape.norm(hidden, to, weight, eps / decoder.residual_multiplier**2, one_plus, integers)
-    tape.then()
-
-
-class _LayerWriter:
-    """Writes one decoder layer into a tape."""
-
-    def __init__(
-        self, decoder: Decoder, layer: nn.Module, config: Config, rope: tuple[Tensor, Tensor], caches: int
-    ) -> None:
-        """caches: how many the model has; one of its own for keys and values each, where the decoder has none yet."""
-        self.decoder, self.tape, self.caches = decoder, decoder.tape, caches
-        self.layer, self.config, self.rope = layer, config, rope
-        parts = {name for name, child in layer.named_children() if any(True for _ in child.parameters())}
-        norms = parts - {"self_attn", "mlp"}
-        self.is_sandwich = norms == families.SANDWICH_NORMS
-        if not {"self_attn", "mlp"} <= parts or norms not in (families.NORMS, families.SANDWICH_NORMS):
-            raise Unsupported(f"{type(layer).__name__} has {', '.join(sorted(parts))}")
-        # one token's logits hardly show what is done to its values alone, so the proof may not see these
-        inside = {name for name, _ in layer.self_attn.named_children()} - families.ATTENTION_PARTS
-        if more := inside | {name for name, _ in layer.named_buffers(recurse=False)}:
-            raise Unsupported(f"{type(layer).__name__} has {', '.join(sorted(more))}")
-
-    def write(self) -> None:
-        layer = self.layer
-        x = self.tape.vectors(self.decoder.hidden.shape[1])
-        _write_norm(self.decoder, layer.input_layernorm, x)
-        self._attention(x)
-        before = layer.pre_feedforward_layernorm if self.is_sandwich else layer.post_attention_layernorm
-        _write_norm(self.decoder, before, x)
-        self._mlp(x)
-
-    def _add(self, module: nn.Module, x: Vectors, norm: str) -> None:
-        """hidden += module(x), in a sandwich normalised by the layer's part of this name."""
-        hidden = self.decoder.hidden
-        if not self.is_sandwich:
-            linears.write(self.tape, x, [(module, hidden)], add=True)
-            return
-        out = self.tape.buffer(*hidden.shape)
-        linears.write(self.tape, x, [(module, out)])
-        weight, eps, one_plus = _norm_of(getattr(self.layer, norm), hidden.shape[1], self.tape.dtype)
-        self.tape.add_norm(out, hidden, weight, eps, one_plus)
-        self.tape.then()
-
-    def _attention(self, x: Vectors) -> None:
-        tape, module, config, decoder = self.tape, self.layer.self_attn, self.config, self.decoder
-        d = int(module.head_dim)
-        heads, key_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
-        qkv = tape.buffer(tape.m, (heads + 2 * key_heads) * d)
-        if hasattr(module, "qkv_proj"):
-            linears.write(tape, x, [(module.qkv_proj, qkv)])
-        else:
-            outs = qkv.split([heads * d, key_heads * d, key_heads * d], dim=1)
-            linears.write(tape, x, list(zip((module.q_proj, module.k_proj, module.v_proj), outs, strict=True)))
-        number = len(decoder.ends)
-        if len(decoder.keys) == number:
-            decoder.keys.append(tape.cache(key_heads, d, self.caches))
-            decoder.values.append(tape.cache(key_heads, d, self.caches))
-        norms: dict[str, Tensor] = {}
-        eps, one_plus = 0.0, False
-        for name in ("q_norm", "k_norm"):
-            if (norm := getattr(module, name, None)) is not None:
-                weight, eps, one_plus = _norm_of(norm, d, tape.dtype)
-                norms[name] = weight.contiguous()
-        attention = CachedAttention(
-            qkv, decoder.keys[number], decoder.values[number], decoder.positions, heads, key_heads, d,
-            float(module.scaling), float(getattr(module, "attn_logit_softcapping", None) or 0.0), self._window(module),
-            norms.get("q_norm"), norms.get("k_norm"), eps, one_plus, decoder.places,
-        )  # fmt: skip
-        out, to = tape.buffer(tape.m, heads * d), tape.vectors(heads * d)
-        tape.attend(attention, *self.rope, out)
-        tape.then()
-        tape.norm(out, to, None)
-        tape.then()
-        self._add(module.o_proj, to, "post_attention_layernorm")
-
-    def _window(self, module: nn.Module) -> int:
-        seen = sight.of(module)
-        if seen is None or not seen.causal:  # not our attention: only where there is nothing to be known
-            kinds = set(getattr(self.config, "layer_types", None) or ["full_attention"])
-            if getattr(self.config, "sliding_window", None) or kinds != {"full_attention"}:
-                raise Unsupported("windows that were not looked at")
-            return 0
-        if seen.causal < seen.tokens and not seen.slides:
-            raise Unsupported("a mask of no known kind")
-        return seen.causal if seen.slides else 0
-
-    def _mlp(self, x: Vectors) -> None:
-        tape, mlp = self.tape, self.layer.mlp
-        kind = norm_gate.ACTIVATIONS.get(fuse.activation_of(mlp))
-        if kind is None:
-            raise Unsupported(f"activation {fuse.activation_of(mlp)}")
-        if hasattr(mlp, "gate_up_proj"):
-            inner = linears.Linear(tape, mlp.gate_up_proj).shape[0] // 2
-            both = tape.buffer(tape.m, 2 * inner)
-            linears.write(tape, x, [(mlp.gate_up_proj, both)])
-        elif hasattr(mlp, "gate_proj") and hasattr(mlp, "up_proj"):
-            inner = linears.Linear(tape, mlp.gate_proj).shape[0]
-            both = tape.buffer(tape.m, 2 * inner)
-            linears.write(tape, x, [(mlp.gate_proj, both[:, :inner]), (mlp.up_proj, both[:, inner:])])
-        else:
-            raise Unsupported(f"{type(mlp).__name__} is no gated MLP")
-        to = tape.vectors(inner)
-        tape.gate(both[:, :inner], both[:, inner:], inner, kind, to)
-        tape.then()
-        self._add(mlp.down_proj, to, "post_feedforward_layernorm")

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from halfbyte.layers.decoding.operands import CachedAttention, NormFormula
 from halfbyte.layers.kernels import cpu
 from halfbyte.layers.kernels.cpu.decoding import slots as s
 from halfbyte.quant.number_format import BlockRows
@@ -84,28 +85,6 @@ class Scales:
     nested: Tensor | None = None
     table: Tensor | None = None
     offset: float = 0.0
-
-
-@dataclass(frozen=True)
-class CachedAttention:
-    """One layer's attention: where its queries, keys and values are, and what it does with them. `keys`, `values`: (M,
-    K, T, d), of `Tape.cache`."""
-
-    qkv: Tensor  # (M, (H + 2 K) d) fp32
-    keys: Tensor
-    values: Tensor
-    positions: Tensor  # (M,) int64, of this token
-    heads: int
-    key_heads: int
-    d: int
-    scale: float
-    cap: float = 0.0  # of scores, by tanh; 0: none
-    window: int = 0  # tokens seen, itself included; 0: all
-    q_norm: Tensor | None = None
-    k_norm: Tensor | None = None
-    eps: float = 0.0
-    one_plus: bool = False
-    places: Tensor | None = None  # (M,) int64, of its cache among those that there are; None: M of them, in order
 
 
 @dataclass
@@ -219,15 +198,10 @@ class Tape:
             row.view(np.float64 if isinstance(number, float) else np.int64)[slot] = number
         self._rows.append(row)
 
-    def norm(
-        self, x: Tensor, to: Vectors, weight: Tensor | None, eps: float = 0.0, one_plus: bool = False,
-        integers: Int16Vectors | None = None,
-    ) -> None:  # fmt: skip
-        """x (M, D..) -> to, normalised where there is a weight (D,); and to `integers`, what `largest` reads."""
-        d = len(weight) if weight is not None else min(x.shape[1], to.width)
-        numbers: dict[int, int | float] = {
-            s.NORM_X: self.keep(x), s.NORM_X_ROW: x.shape[1], s.NORM_WEIGHT: self.keep(weight), s.NORM_D: d,
-            s.NORM_EPS: eps, s.NORM_ONE_PLUS: int(one_plus), s.NORM_PLAIN: to.plain.data_ptr(), s.NORM_WIDTH: to.width,
+    def norm(self, x: Tensor, to: Vectors, formula: NormFormula | None, integers: Int16Vectors | None = None) -> None:
+        """x (M, D..) -> to, normalised where there is a formula; and to `integers`, what `largest` reads."""
+        numbers = self._formula(x, formula, min(x.shape[1], to.width)) | {
+            s.NORM_PLAIN: to.plain.data_ptr(), s.NORM_WIDTH: to.width,
         }  # fmt: skip
         self._written_to[len(self._rows)] = to
         if integers is not None:
@@ -237,12 +211,21 @@ class Tape:
             }  # fmt: skip
         self._add(s.NORM, self.m, numbers)
 
-    def add_norm(self, x: Tensor, to: Tensor, weight: Tensor, eps: float, one_plus: bool) -> None:
-        """to += norm(x), both (M, D)."""
-        self._add(s.NORM, self.m, {
-            s.NORM_X: self.keep(x), s.NORM_X_ROW: x.shape[1], s.NORM_WEIGHT: self.keep(weight), s.NORM_D: len(weight),
-            s.NORM_EPS: eps, s.NORM_ONE_PLUS: int(one_plus), s.NORM_ADD_TO: self.keep(to),
-        })  # fmt: skip
+    def add_norm(self, x: Tensor, to: Tensor, formula: NormFormula, *, add: bool = True) -> None:
+        """to += or = norm(x), both (M, D), views into buffers."""
+        where = {s.NORM_ADD_TO: to.data_ptr(), s.NORM_TO_ROW: to.stride(0), s.NORM_SET: int(not add)}
+        self._add(s.NORM, self.m, self._formula(x, formula, x.shape[1]) | where)
+
+    def _formula(self, x: Tensor, formula: NormFormula | None, d: int) -> dict[int, int | float]:
+        """What both have."""
+        numbers: dict[int, int | float] = {s.NORM_X: x.data_ptr(), s.NORM_X_ROW: x.stride(0), s.NORM_D: d}
+        if formula is not None:
+            numbers |= {
+                s.NORM_WEIGHT: self.keep(formula.weight), s.NORM_D: len(formula.weight), s.NORM_EPS: formula.eps,
+                s.NORM_ONE_PLUS: int(formula.kind.one_plus), s.NORM_CENTRED: int(formula.kind.centred),
+                s.NORM_BIAS: self.keep(formula.bias),
+            }  # fmt: skip
+        return numbers
 
     def _matrix(
         self, w: Tensor, shape: tuple[int, int], x: Tensor, x_row: int, out: Tensor, item_rows: int
@@ -343,14 +326,14 @@ class Tape:
             return -(-at_once // self.int16.ROWS) * self.int16.ROWS
         return max(1, min(at_once, rows // _MIN_ITEMS) // self.bf16.ROWS) * self.bf16.ROWS
 
-    def gate(self, g: Tensor, u: Tensor, inner: int, activation: int, to: Vectors) -> None:
-        """act(g) * u, both (M, I) views with one stride -> to."""
+    def gate(self, g: Tensor, u: Tensor | None, inner: int, activation: int, to: Vectors) -> None:
+        """act(g) * u, both (M, I) views with one stride, or act(g) -> to."""
         parts = -(-to.width // self.kernels.GATE_ELEMENTS)
         self._written_to[len(self._rows)] = to
         self._add(s.GATE, self.m * parts, {
-            s.GATE_G: g.data_ptr(), s.GATE_U: u.data_ptr(), s.GATE_ROW: g.stride(0), s.GATE_INNER: inner,
-            s.GATE_ACTIVATION: activation, s.GATE_VECTORS: self.m, s.GATE_PLAIN: to.plain.data_ptr(),
-            s.GATE_WIDTH: to.width,
+            s.GATE_G: g.data_ptr(), s.GATE_U: 0 if u is None else u.data_ptr(), s.GATE_ROW: g.stride(0),
+            s.GATE_INNER: inner, s.GATE_ACTIVATION: activation, s.GATE_VECTORS: self.m, s.GATE_WIDTH: to.width,
+            s.GATE_PLAIN: to.plain.data_ptr(),
         })  # fmt: skip
 
     def attend(self, a: CachedAttention, cos: Tensor, sin: Tensor, out: Tensor) -> None:
@@ -364,12 +347,17 @@ class Tape:
             s.ATTEND_HEAD_SIZE: a.d, s.ATTEND_KEYS: a.keys.data_ptr(), s.ATTEND_VALUES: a.values.data_ptr(),
             s.ATTEND_CACHE_ROW: cache_row, s.ATTEND_MAX_TOKENS: a.values.shape[2],
             s.ATTEND_POSITIONS: a.positions.data_ptr(), s.ATTEND_PLACES: self.keep(a.places),
+            s.ATTEND_SLOPES: self.keep(a.slopes), s.ATTEND_LAYOUT: a.together + 2 * a.neighbours,
         }  # fmt: skip
+        q_norm, k_norm = a.q_norm, a.k_norm
         rotation: dict[int, int | float] = {
-            s.ATTEND_COS: self.keep(cos), s.ATTEND_SIN: self.keep(sin), s.ATTEND_ROTARY: cos.shape[1],
-            s.ATTEND_Q_NORM: self.keep(a.q_norm), s.ATTEND_K_NORM: self.keep(a.k_norm), s.ATTEND_EPS: a.eps,
-            s.ATTEND_ONE_PLUS: int(a.one_plus),
+            s.ATTEND_COS: self.keep(cos), s.ATTEND_SIN: self.keep(sin), s.ATTEND_ROTARY: cos.shape[1] // 2 * 2,
         }  # fmt: skip
+        if q_norm is not None and k_norm is not None:
+            rotation |= {
+                s.ATTEND_Q_NORM: self.keep(q_norm.weight), s.ATTEND_K_NORM: self.keep(k_norm.weight),
+                s.ATTEND_EPS: q_norm.eps, s.ATTEND_ONE_PLUS: int(q_norm.kind.one_plus),
+            }  # fmt: skip
         if a.places is not None:
             self._add(s.ROTATE, items, both | rotation)
             self.then()

@@ -37,6 +37,27 @@ class TokenSeed:
 
 
 @dataclass(frozen=True)
+class ScoreTerms:
+    """What is done to scores beside their scale.
+
+    slopes: (H,) fp32: ALiBi adds slope * (place of the key - place of the query). p: chances that are dropped, by a
+    hash of (the query's key, the layer; head, place of the key); `seed` holds those keys (T,) and the layer's number.
+    """
+
+    slopes: Tensor | None = None
+    p: float = 0.0
+    seed: TokenSeed | None = None
+
+    @property
+    def low(self) -> int:
+        """A chance is dropped where its 32 random bits are below this."""
+        return round(self.p * 2**32) if self.seed is not None else 0
+
+
+NO_TERMS = ScoreTerms()
+
+
+@dataclass(frozen=True)
 class LoraPart:
     """LoRA's part of a result: drop(scale left right). left: (N, R), right: (R, D), bf16. p, seed: of the mask."""
 
@@ -111,6 +132,17 @@ def token_seed(layer: nn.Module, x: Tensor, *, by_kernel: bool) -> TokenSeed | N
     if more < 0:
         return None
     return TokenSeed(torch.cat([keys, keys.new_zeros(more)]) if more else keys, _now.sites[id(layer)])
+
+
+def some_seed(layer: nn.Module, x: Tensor) -> TokenSeed:
+    """`token_seed` for x (N, ..) with kernels at hand; one that is drawn where its rows are not the micro-batch's."""
+    seed = token_seed(layer, x, by_kernel=True)
+    return seed or TokenSeed(torch.arange(x.shape[0], dtype=torch.int32), draw_seed())
+
+
+def draw_seed() -> int:
+    """A seed for a mask from torch's global generator, so that runs repeat and recomputation draws the same."""
+    return int(torch.randint(2**31 - 1, ()))
 
 
 def token_keys(beginnings: np.ndarray, *, seed: int, step: int) -> np.ndarray:

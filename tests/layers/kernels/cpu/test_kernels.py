@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from halfbyte.layers.kernels import cpu
+from halfbyte.layers import norm_gate
+from halfbyte.layers.kernels import cpu, dropout
 from halfbyte.layers.kernels.cpu import entropy, gate, norm, scores
 
 pytestmark = pytest.mark.skipif(not cpu.enabled(), reason="numba does not work here")
@@ -37,8 +38,8 @@ def off(got: Tensor, wanted: Tensor) -> float:
 @pytest.mark.parametrize("one_plus", [False, True])
 def test_rms_norm(n: int, d: int, dtype: torch.dtype, one_plus: bool) -> None:
     x, w, dy = draw(n, d, dtype=dtype), draw(d, dtype=dtype, seed=1), draw(n, d, dtype=dtype, seed=2)
-    y, rstd = norm.rms_norm(x, w, 1e-5, one_plus=one_plus)
-    dx = norm.rms_norm_backward(dy, x, w, rstd, one_plus=one_plus)
+    y, rstd, _ = norm.norm(x, w, 1e-5, one_plus=one_plus)
+    dx = norm.norm_backward(dy, x, w, rstd, one_plus=one_plus)
     x64 = x.double().requires_grad_()
     factor = w.double() + 1 if one_plus else w.double()
     wanted = x64 * torch.rsqrt(x64.square().mean(-1, keepdim=True) + 1e-5) * factor
@@ -48,6 +49,49 @@ def test_rms_norm(n: int, d: int, dtype: torch.dtype, one_plus: bool) -> None:
     assert off(rstd, torch.rsqrt(x64.detach().square().mean(-1) + 1e-5)) < 1e-6
     if d > 1:  # of one number the norm is its sign, and the gradient noise
         assert off(dx, x64.grad) < TOLERANCE[dtype]
+
+
+@DTYPES
+@SIZES
+@pytest.mark.parametrize(("one_plus", "biased"), [(False, True), (True, True), (False, False)])
+def test_layer_norm(n: int, d: int, dtype: torch.dtype, one_plus: bool, biased: bool) -> None:
+    x, w, dy = draw(n, d, dtype=dtype) + 3, draw(d, dtype=dtype, seed=1), draw(n, d, dtype=dtype, seed=2)
+    b = draw(d, dtype=dtype, seed=3) if biased else None
+    y, rstd, mean = norm.norm(x, w, 1e-5, one_plus=one_plus, centred=True, bias=b)
+    beside = draw(n, d, dtype=dtype, seed=4)
+    dx = norm.norm_backward(dy, x, w, rstd, mean, one_plus=one_plus, beside=beside)
+    x64 = x.double().requires_grad_()
+    wanted = F.layer_norm(x64, (d,), w.double() + one_plus, None if b is None else b.double(), 1e-5)
+    wanted.backward(dy.double())
+    assert x64.grad is not None
+    if d > 1:  # of one number there is nothing left but the bias
+        assert off(y, wanted.detach()) < 2 * TOLERANCE[dtype]
+        assert off(dx, x64.grad + beside.double()) < 2 * TOLERANCE[dtype]
+
+
+@DTYPES
+@pytest.mark.parametrize("kind", range(4))
+def test_activation(dtype: torch.dtype, kind: int) -> None:
+    x, dy = 3 * draw(37, 65, dtype=dtype), draw(37, 65, dtype=dtype, seed=1)
+    given = x.clone().requires_grad_()
+    y = norm_gate.activation(given, kind)
+    y.backward(dy)
+    x64 = x.double().requires_grad_()
+    wanted = norm_gate.activation_formula(x64, kind)
+    wanted.backward(dy.double())
+    assert given.grad is not None and x64.grad is not None
+    assert off(y.detach(), wanted.detach()) < TOLERANCE[dtype]
+    assert off(given.grad, x64.grad) < 2 * TOLERANCE[dtype]
+
+
+def test_a_models_own_dropout_is_the_mask_by_its_definition_both_ways() -> None:
+    seed = dropout.TokenSeed(torch.arange(50, dtype=torch.int32) * 77, 5)
+    x = draw(50, 64).requires_grad_()
+    y = norm_gate.Dropout.apply(x, 0.25, seed)
+    keep = dropout.keep_mask(seed, (50, 64), 0.25, torch.device("cpu"))
+    assert torch.equal(y.detach(), torch.where(keep, x.detach() * (1 / 0.75), 0.0))
+    y.backward(torch.ones(50, 64))
+    assert torch.equal(x.grad, torch.where(keep, torch.full((50, 64), 1 / 0.75), 0.0))
 
 
 @DTYPES
@@ -187,7 +231,7 @@ for dtype in (torch.float32, torch.bfloat16):
     draw = torch.Generator().manual_seed(0)
     g, u, dh, w = (torch.randn(37, 96, generator=draw).to(dtype).requires_grad_() for _ in range(4))
     norm_gate.glu(g, u, 1).backward(dh.detach())
-    norm_gate.rms_norm(u, w[0].detach(), 1e-5, one_plus=False).backward(dh.detach())
+    norm_gate.norm(u, w[0].detach(), 1e-5, norm_gate.NormKind()).backward(dh.detach())
     q, k, v = (torch.randn(1300, n, 64, generator=draw).to(dtype).requires_grad_() for n in (9, 3, 3))
     attended = attention.attention(q, k, v, (600, 400, 300), 0.125, None, None)
     attended.backward(torch.randn(attended.shape, generator=draw).to(dtype))

@@ -17,13 +17,13 @@ from halfbyte.layers.kernels.cpu.scalar import exp_f32, inlined, load, store
 
 
 @inlined
-def _move(x, stride, cos, sin, start, length, out, heads, d, back, first, last):  # type: ignore[no-untyped-def]
+def _move(x, stride, between, cos, sin, start, length, out, heads, d, back, first, last):  # type: ignore[no-untyped-def]
     r = cos.shape[1]
     half = r // 2
     for t in range(first, last):
         c, s = cos[t], sin[t]
         for h in range(heads):
-            row = t * stride + h * d
+            row = t * stride + h * between
             block = (start[t] * heads + h * length[t] + t - start[t]) * d
             at, to = (block, row) if back else (row, block)
             a, b = x[at : at + d], out[to : to + d]
@@ -73,12 +73,15 @@ def _move_kernel(element: type) -> object:
     @kernel
     def move(p):  # type: ignore[no-untyped-def]
         s = carray(p, (32,), np.int64)
-        n, stride = s[1], s[12]
+        n, stride, between = s[1], s[12], s[14]
         heads, d = s[9], s[10]
-        x, out = array(s[3], (n * stride,), element), array(s[8], (n * heads * d,), element)
+        x, out = (
+            array(s[3], ((n - 1) * stride + (heads - 1) * between + d,), element),
+            array(s[8], (n * heads * d,), element),
+        )
         cos, sin = array(s[4], (n, s[11]), element), array(s[5], (n, s[11]), element)
         start, length = array(s[6], (n,), np.int64), array(s[7], (n,), np.int64)
-        each_block(s, _move, (x, stride, cos, sin, start, length, out, heads, d, s[13]))
+        each_block(s, _move, (x, stride, between, cos, sin, start, length, out, heads, d, s[13]))
 
     return move
 
@@ -115,7 +118,7 @@ def to_blocks(x: Tensor, cos: Tensor, sin: Tensor, start: Tensor, length: Tensor
     """Rows of tokens to blocks of heads, rotated on the way.
 
     Args:
-        x: (T, H, D), each token's heads and D contiguous; its rows may lie in a wider matrix.
+        x: (T, H, D), D contiguous; heads may lie in a wider matrix, as far apart as its strides say.
         cos, sin: (T, R) of x's dtype, R even and at most D; R = 0 copies.
         start: (T,) int64: the pack's tokens before the example of token t. Its blocks begin at row H * start.
         length: (T,) int64: tokens of its example.
@@ -123,18 +126,20 @@ def to_blocks(x: Tensor, cos: Tensor, sin: Tensor, start: Tensor, length: Tensor
     Returns:
         H * T * D elements, seen as (T, H, D): block after block, each (H, L, D).
     """
-    return _moved(x, cos, sin, start, length, x.stride(0), back=False)
+    return _moved(x, cos, sin, start, length, (x.stride(0), x.stride(1)), back=False)
 
 
 def from_blocks(x: Tensor, cos: Tensor, sin: Tensor, start: Tensor, length: Tensor) -> Tensor:
     """The gradient of `to_blocks`: blocks (H, L, D) to rows (T, H, D), rotated back."""
-    return _moved(x, cos, sin, start, length, x[0].numel(), back=True)
+    return _moved(x, cos, sin, start, length, (x[0].numel(), x.shape[2]), back=True)
 
 
-def _moved(x: Tensor, cos: Tensor, sin: Tensor, start: Tensor, length: Tensor, stride: int, *, back: bool) -> Tensor:
+def _moved(
+    x: Tensor, cos: Tensor, sin: Tensor, start: Tensor, length: Tensor, strides: tuple[int, int], *, back: bool
+) -> Tensor:
     tokens, heads, d = x.shape
     out = pool.empty_like(x)
-    values = (x, cos, sin, start, length, out, heads, d, cos.shape[1], stride, int(back))
+    values = (x, cos, sin, start, length, out, heads, d, cos.shape[1], strides[0], int(back), strides[1])
     run(_move_kernel(x.dtype), tokens, block_rows(heads * d), *values)
     return out
 

@@ -16,9 +16,19 @@ import numpy as np
 from numba import carray
 
 from halfbyte.layers.kernels.cpu.attention import tasks
-from halfbyte.layers.kernels.cpu.attention.tasks import PAD, TALL, WIDE, largest, scratch, store_rows
+from halfbyte.layers.kernels.cpu.attention.tasks import (
+    PAD,
+    TALL,
+    WIDE,
+    drop_chances,
+    largest,
+    row_seed,
+    scratch,
+    store_rows,
+    tilt,
+)
 from halfbyte.layers.kernels.cpu.parallel import kernel
-from halfbyte.layers.kernels.cpu.scalar import exp_f32, inlined, load, store, up
+from halfbyte.layers.kernels.cpu.scalar import exp_f32, hash_u32, inlined, load, store, up
 from halfbyte.layers.kernels.cpu.tiles import COLUMNS, ROWS, available, tile
 
 if not available():  # LLVM ends the process where it meets an instruction that the processor lacks
@@ -69,7 +79,7 @@ def _copy_rows(x, row, rows, pairs, out, padded):  # type: ignore[no-untyped-def
 
 
 @inlined
-def _softmax_rows(s, p, o_sums, first, before, length, reach, until, scale, lse):  # type: ignore[no-untyped-def]
+def _softmax_rows(s, p, o_sums, first, before, length, reach, until, scale, lse, terms):  # type: ignore[no-untyped-def]
     """Rows of scores s (ROWS, reach) -> p in bf16, unnormalised; zeros where a row does not see, up to `until`.
     `before`: tokens above the segment."""
     for r in range(ROWS):
@@ -78,12 +88,18 @@ def _softmax_rows(s, p, o_sums, first, before, length, reach, until, scale, lse)
         seen = before + i + 1 if i < length else 0
         if seen:
             a = s[r * reach : r * reach + seen]
+            if terms[0] != np.float32(0.0):
+                tilt(a, -before - i, terms[0])
             m = largest(a) * scale
             total = np.float32(0.0)
             for j in range(seen):
                 e = exp_f32(a[j] * scale - m)
                 total += e
                 q[j] = store(e, q)
+            if terms[3] != 0:
+                seed = row_seed(terms, i)
+                for j in range(seen):
+                    q[j] = q[j] if hash_u32(np.uint32(j) ^ seed) >= terms[3] else np.uint16(0)
             o_sums[r] = total
             lse[i] = m + np.float32(math.log(total))
         for j in range(seen, until):
@@ -91,7 +107,7 @@ def _softmax_rows(s, p, o_sums, first, before, length, reach, until, scale, lse)
 
 
 @inlined
-def _forward_head(head, keys, sizes, work):  # type: ignore[no-untyped-def]
+def _forward_head(head, keys, sizes, work, terms):  # type: ignore[no-untyped-def]
     """One query head of one segment: q (L, D) of 16 bits -> out (L, D), `row` apart, and lse (L)."""
     q, out, lse = head
     kt, vp = keys
@@ -105,12 +121,12 @@ def _forward_head(head, keys, sizes, work):  # type: ignore[no-untyped-def]
         for j in range(0, columns, COLUMNS):
             tile(s[j:], reach, qp, pairs, 1, kt[j:], reach, pairs, 0)
         until = up(columns, 2)
-        _softmax_rows(s, p, sums, i, before, length, reach, until, scale, lse)
+        _softmax_rows(s, p, sums, i, before, length, reach, until, scale, lse, terms)
         for c in range(0, wide, COLUMNS):
             tile(o[c:], wide, p, reach // 2, 1, vp[c:], wide, until // 2, 0)
         for r in range(rows):
             a, to = o[r * wide : r * wide + d], out[(i + r) * row : (i + r) * row + d]
-            share = np.float32(1.0) / sums[r]
+            share = terms[4] / sums[r]
             for c in range(d):
                 to[c] = store(a[c] * share, to)
 
@@ -164,7 +180,20 @@ def _probabilities(s, dp, i0, j0, rows, width, until, scale, lse, delta, ds, dsp
 
 
 @inlined
-def _backward_head(head, keys, sizes, work):  # type: ignore[no-untyped-def]
+def _drop_pairs(pp, first, j0, rows, until, terms):  # type: ignore[no-untyped-def]
+    """Chances by pairs of rows: 0 where the mask drops them."""
+    for pair in range((rows + 1) // 2):
+        a = row_seed(terms, first + 2 * pair)
+        b = row_seed(terms, first + min(2 * pair + 1, rows - 1))
+        tp = pp[pair * WIDE : pair * WIDE + until]
+        for j in range(until):
+            low = np.uint32(0xFFFF) if hash_u32(np.uint32(j0 + j) ^ a) >= terms[3] else np.uint32(0)
+            high = np.uint32(0xFFFF0000) if hash_u32(np.uint32(j0 + j) ^ b) >= terms[3] else np.uint32(0)
+            tp[j] &= low | high
+
+
+@inlined
+def _backward_head(head, keys, sizes, work, terms):  # type: ignore[no-untyped-def]
     """One query head of one segment: fills dq (L, D) of 16 bits, adds to dk and dv (reach, wide) in fp32."""
     q, do, o, lse, dq = head
     kt, kp, vt, dk, dv = keys
@@ -196,7 +225,15 @@ def _backward_head(head, keys, sizes, work):  # type: ignore[no-untyped-def]
                     tile(s[to:], WIDE, qn[r * pairs :], pairs, 1, kt[j0 + j :], reach, pairs, 0)
                     tile(dp[to:], WIDE, don[r * pairs :], pairs, 1, vt[j0 + j :], reach, pairs, 0)
             until = up(up(width, ROWS), 2)
+            if terms[0] != np.float32(0.0) or terms[3] != 0:
+                for r in range(rows):
+                    at = slice(r * WIDE, r * WIDE + max(0, min(width, i0 + r + 1 - j0)))
+                    tilt(s[at], j0 - i0 - r, terms[0])
+                    if terms[3] != 0:
+                        drop_chances(dp[at], j0, row_seed(terms, i + r), terms[3], terms[4])
             _probabilities(s, dp, i0, j0, rows, width, until, scale, sums, delta, ds, dsp, pp)
+            if terms[3] != 0:
+                _drop_pairs(pp, i, j0, rows, until, terms)
             for r in range(0, tall, ROWS):
                 steps = up(max(0, min(width, i0 + r + ROWS - j0)), 2) // 2
                 for c in range(0, wide, COLUMNS):
@@ -209,7 +246,7 @@ def _backward_head(head, keys, sizes, work):  # type: ignore[no-untyped-def]
                     a, b = skip * WIDE + j, skip * wide + c
                     tile(dv[to:], wide, pp[a:], 1, WIDE, dop[b:], wide, steps_down - skip, 1)
                     tile(dk[to:], wide, dsp[a:], 1, WIDE, qp[b:], wide, steps_down - skip, 1)
-        store_rows(dqa, wide, rows, d, dq[i * d :])
+        store_rows(dqa, wide, rows, d, dq[i * d :], np.float32(1.0))
 
 
 @kernel

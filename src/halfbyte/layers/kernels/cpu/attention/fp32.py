@@ -17,7 +17,17 @@ import numpy as np
 from numba import carray
 
 from halfbyte.layers.kernels.cpu.attention import tasks
-from halfbyte.layers.kernels.cpu.attention.tasks import PAD, TALL, WIDE, largest, scratch, store_rows
+from halfbyte.layers.kernels.cpu.attention.tasks import (
+    PAD,
+    TALL,
+    WIDE,
+    drop_chances,
+    largest,
+    row_seed,
+    scratch,
+    store_rows,
+    tilt,
+)
 from halfbyte.layers.kernels.cpu.parallel import kernel
 from halfbyte.layers.kernels.cpu.scalar import exp_f32, inlined, up
 from halfbyte.layers.kernels.cpu.tiles import COLUMNS32 as COLUMNS
@@ -53,19 +63,23 @@ def _rows(x, row, rows, d, out, wide, padded):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _softmax(s, sums, first, before, rows, reach, scale, lse):  # type: ignore[no-untyped-def]
+def _softmax(s, sums, first, before, rows, reach, scale, lse, terms):  # type: ignore[no-untyped-def]
     """Rows of scores s (TALL, reach) -> exp(scale s - max), zeros where a row does not see, up to its tile's end.
     `before`: tokens above the segment."""
     for r in range(up(rows, ROWS)):
         seen = before + first + r + 1 if r < rows else 0
         row = s[r * reach : r * reach + before + first + up(r + 1, ROWS)]
         if seen:
+            if terms[0] != _ZERO:
+                tilt(row[:seen], -(before + first + r), terms[0])
             m = largest(row[:seen]) * scale
             total = _ZERO
             for j in range(seen):
                 e = exp_f32(row[j] * scale - m)
                 total += e
                 row[j] = e
+            if terms[3] != 0:
+                drop_chances(row[:seen], 0, row_seed(terms, first + r), terms[3], np.float32(1.0))
             sums[r] = total
             lse[first + r] = m + np.float32(math.log(total))
         for j in range(seen, len(row)):
@@ -73,7 +87,7 @@ def _softmax(s, sums, first, before, rows, reach, scale, lse):  # type: ignore[n
 
 
 @inlined
-def _forward_head(head, keys, sizes, work):  # type: ignore[no-untyped-def]
+def _forward_head(head, keys, sizes, work, terms):  # type: ignore[no-untyped-def]
     """One query head of one segment: q (L, D) -> out (L, D), `row` apart, and lse (L)."""
     q, out, lse = head
     kt, vp = keys
@@ -86,13 +100,13 @@ def _forward_head(head, keys, sizes, work):  # type: ignore[no-untyped-def]
         for j in range(0, i0 + rows, COLUMNS):
             for r in range(max(0, j - i0) // ROWS * ROWS, tall, ROWS):
                 tile32(s[r * reach + j :], reach, qp[r * d :], d, 1, kt[j * d :], COLUMNS, d, 0)
-        _softmax(s, sums, i, before, rows, reach, scale, lse[:length])
+        _softmax(s, sums, i, before, rows, reach, scale, lse[:length], terms)
         for r in range(0, tall, ROWS):
             for c in range(0, wide, COLUMNS):
                 tile32(o[r * wide + c :], wide, s[r * reach :], reach, 1, vp[c:], wide, i0 + r + ROWS, 0)
         for r in range(rows):
             a, to = o[r * wide : r * wide + d], out[(i + r) * row : (i + r) * row + d]
-            share = np.float32(1.0) / sums[r]
+            share = terms[4] / sums[r]
             for c in range(d):
                 to[c] = a[c] * share
 
@@ -112,24 +126,30 @@ def _forward(address):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _probabilities(s, dp, i0, j0, rows, width, scale, lse, delta):  # type: ignore[no-untyped-def]
+def _probabilities(s, dp, i0, j0, first, rows, width, scale, lse, delta, terms):  # type: ignore[no-untyped-def]
     """Scores s and dP (TALL, WIDE) become P and dS; zeros where a row does not see, to the last column's tile."""
     until = up(width, ROWS)
     for r in range(up(rows, ROWS)):
         seen = max(0, min(width, i0 + r + 1 - j0)) if r < rows else 0
         p, ds = s[r * WIDE : r * WIDE + until], dp[r * WIDE : r * WIDE + until]
         m, e = lse[r], delta[r]
+        if terms[0] != _ZERO:
+            tilt(p[:seen], j0 - i0 - r, terms[0])
+        if terms[3] != 0 and seen:
+            drop_chances(ds[:seen], j0, row_seed(terms, first + r), terms[3], terms[4])
         for j in range(seen):
             v = exp_f32(p[j] * scale - m)
             ds[j] = v * (ds[j] - e) * scale
             p[j] = v
+        if terms[3] != 0 and seen:
+            drop_chances(p[:seen], j0, row_seed(terms, first + r), terms[3], np.float32(1.0))
         for j in range(seen, until):
             p[j] = _ZERO
             ds[j] = _ZERO
 
 
 @inlined
-def _backward_head(head, keys, sizes, work):  # type: ignore[no-untyped-def]
+def _backward_head(head, keys, sizes, work, terms):  # type: ignore[no-untyped-def]
     """One query head of one segment: fills dq (L, D), adds to dk and dv (reach, wide)."""
     q, do, o, lse, dq = head
     kt, kp, vt, dk, dv = keys
@@ -154,7 +174,7 @@ def _backward_head(head, keys, sizes, work):  # type: ignore[no-untyped-def]
                     to, panel = r * WIDE + j, (j0 + j) * d
                     tile32(s[to:], WIDE, qp[r * wide :], wide, 1, kt[panel:], COLUMNS, d, 0)
                     tile32(dp[to:], WIDE, dop[r * wide :], wide, 1, vt[panel:], COLUMNS, d, 0)
-            _probabilities(s, dp, i0, j0, rows, width, scale, sums, delta)
+            _probabilities(s, dp, i0, j0, i, rows, width, scale, sums, delta, terms)
             for r in range(0, tall, ROWS):
                 steps = max(0, min(width, i0 + r + ROWS - j0))
                 for c in range(0, wide, COLUMNS):
@@ -166,7 +186,7 @@ def _backward_head(head, keys, sizes, work):  # type: ignore[no-untyped-def]
                     a, b = skip * WIDE + j, skip * wide + c
                     tile32(dv[to:], wide, s[a:], 1, WIDE, dop[b:], wide, rows - skip, 1)
                     tile32(dk[to:], wide, dp[a:], 1, WIDE, qp[b:], wide, rows - skip, 1)
-        store_rows(dqa, wide, rows, d, dq[i * d :])
+        store_rows(dqa, wide, rows, d, dq[i * d :], np.float32(1.0))
 
 
 @kernel

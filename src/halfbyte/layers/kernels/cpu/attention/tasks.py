@@ -19,7 +19,8 @@ from torch import Tensor
 
 from halfbyte.layers.kernels import pool
 from halfbyte.layers.kernels.cpu.parallel import array, each_block, run
-from halfbyte.layers.kernels.cpu.scalar import FASTMATH, inlined, store, take
+from halfbyte.layers.kernels.cpu.scalar import FASTMATH, hash_u32, inlined, store, take
+from halfbyte.layers.kernels.dropout import NO_TERMS, ScoreTerms
 
 TALL = 48  # rows of queries at once: a multiple of a tile's rows, and of 2
 WIDE = 192  # columns at once in backward: a multiple of a tile's rows and of its columns
@@ -27,7 +28,7 @@ PAD = 96  # of a path's length: a multiple of both
 MOST_ROWS = 12  # of a tile
 # What lies in the kernels' slots, as `Attention._run` puts it there; then what is of the forward or backward alone.
 TOKENS, HEADS, KEY_HEADS, WIDTH, PARTS, FAMILIES, LONGEST, DEPTH, MEMORY, BYTES, SCALE = range(3, 14)
-STARTS, LEVELS, FIRSTS, Q, K, V, OUT, MORE = range(14, 22)
+STARTS, LEVELS, FIRSTS, SLOPES, TOKEN_KEYS, SEED, LOW, Q, K, V, OUT, MORE = range(14, 26)
 
 
 @njit(forceinline=True, fastmath={*FASTMATH, "nnan"}, error_model="numpy")
@@ -47,12 +48,46 @@ def scratch(address, count, element):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def store_rows(x, wide, rows, d, out):  # type: ignore[no-untyped-def]
-    """x (rows, wide) in fp32 -> out (rows, d) of bf16 or fp32."""
+def store_rows(x, wide, rows, d, out, factor):  # type: ignore[no-untyped-def]
+    """x (rows, wide) in fp32, times a factor -> out (rows, d) of bf16 or fp32."""
     for r in range(rows):
         a, to = x[r * wide : r * wide + d], out[r * d : (r + 1) * d]
         for c in range(d):
-            to[c] = store(a[c], to)
+            to[c] = store(a[c] * factor, to)
+
+
+@inlined
+def tilt(row, distance, slope):  # type: ignore[no-untyped-def]
+    """ALiBi: scores of neighbouring keys, the first of which is `distance` tokens behind the query."""
+    for j in range(len(row)):
+        row[j] += slope * np.float32(distance + j)
+
+
+@inlined
+def row_seed(terms, i):  # type: ignore[no-untyped-def]
+    """Of the query in row i of its example."""
+    return hash_u32(terms[1][i] ^ terms[2])
+
+
+@inlined
+def drop_chances(row, first, seed, low, factor):  # type: ignore[no-untyped-def]
+    """Numbers in fp32 of keys `first`, ...: 0 where the mask drops them, else times a factor."""
+    for j in range(len(row)):
+        row[j] = row[j] * factor if hash_u32(np.uint32(first + j) ^ seed) >= low else np.float32(0.0)
+
+
+@inlined
+def _terms(slot, start, n):  # type: ignore[no-untyped-def]
+    """Of query head n in an example: its slope over the scale, keys of its tokens, seed, below which bits are dropped,
+    and what others are multiplied with."""
+    number = slot.view(np.float64)
+    slope, low = np.float32(0.0), np.uint32(slot[LOW])
+    if slot[SLOPES] != 0:
+        slope = array(slot[SLOPES], (slot[HEADS],), np.float32)[n] / np.float32(number[SCALE])
+    keys = array(slot[TOKEN_KEYS], (slot[TOKENS] if low != 0 else 0,), np.uint32)[start:]
+    seed = hash_u32(np.uint32(slot[SEED]) ^ np.uint32(n))
+    share = np.float32(1.0) / (np.float32(1.0) - np.float32(low) * np.float32(2.0**-32))
+    return slope, keys, seed, low, share
 
 
 @inlined
@@ -128,7 +163,7 @@ def _forward_task(given, slot, sizes, keys, work, tree, turn, lay, head, task, _
         for n in range(first, last):
             at = start * slot[HEADS] + n * length
             given_head = (q[at * d :], out[start * row + n * d :], lse[at:])
-            head(given_head, keys, (length, before, reach, d, wide, row, scale), work)
+            head(given_head, keys, (length, before, reach, d, wide, row, scale), work, _terms(slot, start, n))
 
 
 @inlined
@@ -137,8 +172,8 @@ def forward_tasks(address, element, turn, lay, head, wide, step, keys, work):  #
 
     Args: turn(x, rows, d, to, before, padded, reach): rows of keys, transposed, to columns from `before` on of `reach`.
         lay(x, row, rows, d, to, wide, padded): rows of values that are `row` apart. step: of them in one row of `to`.
-        head((q, out, lse), keys, (length, before, reach, d, wide, row, scale), work): a query head of a segment that
-        follows `before` tokens; rows of out are `row` apart.
+        head((q, out, lse), keys, (length, before, reach, d, wide, row, scale), work, terms): a query head of a
+        segment that follows `before` tokens; rows of out are `row` apart.
     """
     slot, number = carray(address, (32,), np.int64), carray(address, (32,), np.float64)
     lse = array(slot[MORE], (slot[TOKENS] * slot[HEADS],), np.float32)
@@ -162,8 +197,8 @@ def _backward_task(given, slot, sizes, keys, work, tree, turn, lay, head, task, 
             done, at = segments[depth], above[depth] * wide
             length = starts[done + 1] - starts[done]
             block = part + (starts[done] * slot[KEY_HEADS] + key_head * length) * d
-            store_rows(dka[at:], wide, length, d, dk[block:])
-            store_rows(dva[at:], wide, length, d, dv[block:])
+            store_rows(dka[at:], wide, length, d, dk[block:], np.float32(1.0))
+            store_rows(dva[at:], wide, length, d, dv[block:], _terms(slot, 0, first)[4])
         if segment < end:
             depth = level + 1
             start, length, before, padded = _enter(segment, tree)
@@ -177,7 +212,7 @@ def _backward_task(given, slot, sizes, keys, work, tree, turn, lay, head, task, 
             for n in range(first, last):
                 at, rows = start * slot[HEADS] + n * length, start * row + n * d
                 here = (q[at * d :], do[rows:], o[rows:], lse[at:], dq[at * d :])
-                head(here, keys, (length, before, reach, d, wide, row, scale), work)
+                head(here, keys, (length, before, reach, d, wide, row, scale), work, _terms(slot, start, n))
 
 
 @inlined
@@ -233,29 +268,33 @@ class Attention:
     forward_bytes: Callable[[int, int, int], int]
     backward_bytes: Callable[[int, int, int], int]
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, tree: Segments, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, tree: Segments, scale: float, terms: ScoreTerms = NO_TERMS
+    ) -> tuple[Tensor, Tensor]:
         """Causal attention of each segment to its path. `q`: (T, H, D), k, v: (T, K, D) of the kernels' dtype in
         blocks: segment after segment, each (heads, L, D). Returns the output (T, H, D) by tokens, and the log-sum-exp
         in blocks of (H, L), fp32."""
         out, lse = pool.empty_like(q), torch.empty(q.shape[0] * q.shape[1], dtype=torch.float32)
-        self._run(self.forward_kernel, self.forward_bytes, q, k, tree, scale, v, out, lse)
+        self._run(self.forward_kernel, self.forward_bytes, q, k, tree, scale, terms, v, out, lse)
         return out, lse
 
     def backward(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, tree: Segments, scale: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, tree: Segments, scale: float,
+        terms: ScoreTerms = NO_TERMS,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """The gradients of q, k and v, in blocks as they are, from `dout` (T, H, D) by tokens and what `forward`
         gave."""
         parts, dq = tasks_of_a_head(q, k, tree), pool.empty_like(q)
         dk, dv = (pool.empty((parts, *x.shape), x) for x in (k, v))
-        self._run(self.backward_kernel, self.backward_bytes, q, k, tree, scale, v, out, dout, lse, dq, dk, dv)
+        others = (v, out, dout, lse, dq, dk, dv)
+        self._run(self.backward_kernel, self.backward_bytes, q, k, tree, scale, terms, *others)
         if parts == 1:
             return dq, dk[0], dv[0]
         return dq, dk.sum(0, dtype=torch.float32).to(k.dtype), dv.sum(0, dtype=torch.float32).to(v.dtype)
 
     def _run(
         self, compiled: object, needed: Callable[[int, int, int], int], q: Tensor, k: Tensor, tree: Segments,
-        scale: float, *others: Tensor,
+        scale: float, terms: ScoreTerms, *others: Tensor,
     ) -> None:  # fmt: skip
         """Call one of the two kernels; `others` are its tensors, from v on."""
         tokens, heads, d = q.shape
@@ -266,4 +305,6 @@ class Attention:
         memory = pool.empty((each * torch.get_num_threads(),), q, torch.uint8)
         sizes = (tokens, heads, key_heads, d, parts, families, tree.longest, depth, memory, each, float(scale))
         where = (tree.starts, tree.levels, tree.firsts)
-        run(compiled, families * key_heads * parts, 1, *sizes, *where, q, k, *others)
+        slopes = 0 if terms.slopes is None else terms.slopes.float().contiguous()
+        masks = (0, 0) if terms.seed is None else (terms.seed.keys, terms.seed.seed)
+        run(compiled, families * key_heads * parts, 1, *sizes, *where, slopes, *masks, terms.low, q, k, *others)

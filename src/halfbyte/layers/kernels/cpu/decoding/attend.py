@@ -187,11 +187,18 @@ def _place(op, m):  # type: ignore[no-untyped-def]
 
 
 @inlined
+def _head_at(op, m, head):  # type: ignore[no-untyped-def]
+    """The address of a head's numbers (d): queries, then keys, then values."""
+    heads, key_heads = op[slots.ATTEND_HEADS], op[slots.ATTEND_KEY_HEADS]
+    place = head % heads * 3 + head // heads if op[slots.ATTEND_LAYOUT] & 1 else head  # as many keys as queries
+    return op[slots.ATTEND_QKV] + (m * (heads + 2 * key_heads) + place) * op[slots.ATTEND_HEAD_SIZE] * 4
+
+
+@inlined
 def _rotated(op, number, like, m, head):  # type: ignore[no-untyped-def]
     """One head's numbers (d) of `rotate`, in their place."""
     heads, d, rotary = op[slots.ATTEND_HEADS], op[slots.ATTEND_HEAD_SIZE], op[slots.ATTEND_ROTARY]
-    row = m * (heads + 2 * op[slots.ATTEND_KEY_HEADS]) + head
-    x = array(op[slots.ATTEND_QKV] + row * d * 4, (d,), np.float32)
+    x = array(_head_at(op, m, head), (d,), np.float32)
     norm = op[slots.ATTEND_Q_NORM] if head < heads else op[slots.ATTEND_K_NORM]
     if norm != 0:
         weight, total = array(norm, (d,), like.dtype), np.float32(0.0)
@@ -205,6 +212,11 @@ def _rotated(op, number, like, m, head):  # type: ignore[no-untyped-def]
     cos_low, cos_high = array(cos, (half,), np.float32), array(cos + 4 * half, (half,), np.float32)
     sin_low, sin_high = array(sin, (half,), np.float32), array(sin + 4 * half, (half,), np.float32)
     low, high = x[:half], array(x.ctypes.data + 4 * half, (half,), np.float32)
+    if op[slots.ATTEND_LAYOUT] & 2:
+        for j in range(half):
+            a, b = x[2 * j], x[2 * j + 1]
+            x[2 * j], x[2 * j + 1] = a * cos_low[j] - b * sin_low[j], b * cos_low[j] + a * sin_low[j]
+        return x
     for j in range(half):
         a, b = low[j], high[j]
         low[j], high[j] = a * cos_low[j] - b * sin_low[j], b * cos_high[j] + a * sin_high[j]
@@ -226,7 +238,7 @@ def rotate(op, number, like, item):  # type: ignore[no-untyped-def]
     at = row * op[slots.ATTEND_CACHE_ROW]
     keys = array(op[slots.ATTEND_KEYS] + at, (d,), like.dtype)
     values = array(op[slots.ATTEND_VALUES] + at, (d,), like.dtype)
-    v = array(x.ctypes.data + 4 * key_heads * d, (d,), np.float32)
+    v = array(_head_at(op, m, heads + key_heads + head), (d,), np.float32)
     for j in range(d):
         keys[j] = store(x[j], keys)
     for j in range(d):
@@ -269,9 +281,18 @@ def attend(op, number, like, s, scratch, item):  # type: ignore[no-untyped-def]
     while query < last:
         count = min(AT_ONCE, last - query) if last - query != 4 else 2  # four are two and two, not three and one
         for i in range(count):
-            q = op[slots.ATTEND_QKV] + (m * (heads + 2 * key_heads) + query + i) * d * 4
+            q = _head_at(op, m, query + i)
             _spread(like, q, d, np.float32(number[slots.ATTEND_SCALE]), spread + i * q_row)
         _scores(like, count, spread, q_row, chunks, keys, row, n, to_values, products, s.ctypes.data, s_row, ends)
+        if op[slots.ATTEND_SLOPES] != 0:
+            slopes = array(op[slots.ATTEND_SLOPES], (heads,), np.float32)
+            for i in range(count):
+                one = array(s.ctypes.data + i * s_row, (n,), np.float32)
+                highest = np.float32(-np.inf)
+                for t in range(n):
+                    one[t] += slopes[query + i] * np.float32(t + 1 - n)
+                    highest = max(highest, one[t])
+                array(ends + 4 * i, (1,), np.float32)[0] = highest
         for i in range(count):
             _chances(array(s.ctypes.data + i * s_row, (n,), np.float32), array(ends + 4 * i, (1,), np.float32), cap)
         out = op[slots.ATTEND_OUT] + (m * op[slots.ATTEND_OUT_ROW] + query * d) * 4

@@ -98,23 +98,31 @@ def _norm(op, number, like, m, blocks):  # type: ignore[no-untyped-def]
         return
     x = array(op[slots.NORM_X] + m * op[slots.NORM_X_ROW] * 4, (d,), np.float32)
     share, one = np.float32(1.0), np.float32(0.0)
-    weight = array(op[slots.NORM_WEIGHT], (d,), like.dtype)
+    middle = one
+    weight, bias = array(op[slots.NORM_WEIGHT], (d,), like.dtype), array(op[slots.NORM_BIAS], (d,), like.dtype)
     if op[slots.NORM_WEIGHT] != 0:
         total = np.float32(0.0)
+        if op[slots.NORM_CENTRED] != 0:
+            for j in range(d):
+                middle += x[j]
+            middle /= np.float32(d)
         for j in range(d):
-            total += x[j] * x[j]
+            total += (x[j] - middle) * (x[j] - middle)
         mean = total / np.float32(d) + np.float32(number[slots.NORM_EPS])
         share = np.float32(1.0) / np.float32(math.sqrt(mean))
         one = np.float32(op[slots.NORM_ONE_PLUS])
     if op[slots.NORM_ADD_TO] != 0:
-        onto = array(op[slots.NORM_ADD_TO] + m * d * 4, (d,), np.float32)
+        onto = array(op[slots.NORM_ADD_TO] + m * op[slots.NORM_TO_ROW] * 4, (d,), np.float32)
         for j in range(d):
-            onto[j] += x[j] * share * (load(weight[j]) + one)
+            y = (x[j] - middle) * share * (load(weight[j]) + one)
+            y += load(bias[j]) if op[slots.NORM_BIAS] != 0 else np.float32(0.0)
+            onto[j] = y if op[slots.NORM_SET] != 0 else onto[j] + y
         return
     out = array(op[slots.NORM_PLAIN] + m * width * 4, (width,), np.float32)
     if op[slots.NORM_WEIGHT] != 0:
         for j in range(d):
-            out[j] = x[j] * share * (load(weight[j]) + one)
+            y = (x[j] - middle) * share * (load(weight[j]) + one)
+            out[j] = y + load(bias[j]) if op[slots.NORM_BIAS] != 0 else y
     else:
         for j in range(d):
             out[j] = x[j]
@@ -290,8 +298,21 @@ def _dense(op, number, like, sums, scratch, item, blocks):  # type: ignore[no-un
 
 
 @inlined
+def _activation(v, kind):  # type: ignore[no-untyped-def]
+    """As `norm_gate.activation_formula`."""
+    if kind == SILU:
+        return v * sigmoid(v)
+    if kind == 1:  # GELU by tanh
+        return v * sigmoid(np.float32(1.5957691216) * (v + np.float32(0.044715) * v * v * v))
+    if kind == 2:  # GELU
+        return v * np.float32(0.5) * (np.float32(1.0) + np.float32(math.erf(v * np.float32(0.70710678))))
+    positive = max(v, np.float32(0.0))
+    return positive * positive if kind == 3 else positive  # squared, or plain
+
+
+@inlined
 def _gate(op, like, item, blocks):  # type: ignore[no-untyped-def]
-    """GATE: act(g) * u to where products read it."""
+    """GATE: act(g) * u, or act(g) alone, to where products read it."""
     inner, width = op[slots.GATE_INNER], op[slots.GATE_WIDTH]
     parts = (width + GATE_ELEMENTS - 1) // GATE_ELEMENTS
     m, first = item // parts, item % parts * GATE_ELEMENTS
@@ -301,8 +322,11 @@ def _gate(op, like, item, blocks):  # type: ignore[no-untyped-def]
     g = array(op[slots.GATE_G] + at, (last - first,), np.float32)
     u = array(op[slots.GATE_U] + at, (last - first,), np.float32)
     out = array(op[slots.GATE_PLAIN] + m * width * 4, (width,), np.float32)
-    to = out[first:last]
-    if op[slots.GATE_ACTIVATION] == SILU:
+    to, kind = out[first:last], op[slots.GATE_ACTIVATION]
+    if op[slots.GATE_U] == 0:
+        for j in range(last - first):
+            to[j] = _activation(g[j], kind)
+    elif kind == SILU:
         for j in range(last - first):
             to[j] = g[j] * sigmoid(g[j]) * u[j]
     else:

@@ -1,0 +1,43 @@
+"""What some operations of a tape are given.
+
+Letters: M texts, H query heads, K key heads, T max_tokens of a cache, d numbers of a head, D in.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from halfbyte.layers.norm_gate import NormKind
+
+
+@dataclass(frozen=True)
+class NormFormula:
+    """A norm over a vector; weight and bias (D,) of the tape's type."""
+
+    weight: Tensor
+    eps: float
+    kind: NormKind = NormKind()  # noqa: RUF009, frozen
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class CachedAttention:
+    """One layer's attention: where its queries, keys and values are, and what it does with them. `keys`, `values`: (M,
+    K, T, d), of `Tape.cache`."""
+
+    qkv: Tensor  # (M, (H + 2 K) d) fp32
+    keys: Tensor
+    values: Tensor
+    positions: Tensor  # (M,) int64, of this token
+    heads: int
+    key_heads: int
+    d: int
+    scale: float
+    cap: float = 0.0  # of scores, by tanh; 0: none
+    window: int = 0  # tokens seen, itself included; 0: all
+    q_norm: NormFormula | None = None  # RMS norms over d
+    k_norm: NormFormula | None = None
+    places: Tensor | None = None  # (M,) int64, of its cache among those that there are; None: M of them, in order
+    slopes: Tensor | None = None  # (H,) fp32, of ALiBi
+    together: bool = False  # each head's query, key and value lie together in `qkv`
+    neighbours: bool = False  # rotary turns neighbours, not halves

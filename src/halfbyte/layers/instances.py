@@ -1,0 +1,47 @@
+"""An instance gets a subclass of its own class, and its class back.
+
+Why by instance: classes of transformers, peft and bitsandbytes are never assigned to; another model in the same process
+is not touched.
+Source: PEFT's own way of adding to a module (`peft/tuners/lora/`); torch documents `__class__` for parametrizations.
+"""
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+cached: Any = cache  # mypy takes a class as a key for unhashable
+
+
+class Instance:
+    """A mixin for an instance; the class that it had is the second base."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+def become(module: nn.Module, mixin: type) -> None:
+    """Put the mixin's forward before that of the module's class."""
+    module.__class__ = _subclass(mixin, type(module))
+
+
+def give_back(module: nn.Module) -> None:
+    """The class that the module had before `become`."""
+    module.__class__ = type(module).__bases__[1]
+
+
+def plain_class(cls: type) -> type:
+    """The class of upstream's below those of ours."""
+    while getattr(cls, "halfbyte_mixin", None) is cls.__bases__[0]:
+        cls = cls.__bases__[1]
+    return cls
+
+
+@cached
+def _subclass(mixin: type, cls: type) -> type:
+    """Named alike, since PEFT and transformers look for words in class names."""
+    about = {"__module__": cls.__module__, "__doc__": cls.__doc__, "halfbyte_mixin": mixin}
+    return type(cls.__name__, (mixin, cls), about)
