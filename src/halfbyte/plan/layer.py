@@ -96,10 +96,8 @@ def layer_of(
     family = FAMILIES.get(facts.model_type, UNKNOWN_MIXTURE if facts.experts else UNKNOWN)
     attention = family.attention
     sliding = {n: window for n, window in enumerate(facts.windows) if 0 < window < longest}
-    if attention in PADDED and kernels:
-        attention = "flash"
-    if attention == "flash" and sliding:
-        attention = "window"
+    if attention == "flash" or (attention in PADDED and kernels):
+        attention = "window" if sliding else "flash"
     hidden = facts.hidden
     heads, share = facts.heads, len(sliding) / layers
     wide, narrow = heads * facts.head_size or hidden, facts.key_heads * facts.head_size or hidden
