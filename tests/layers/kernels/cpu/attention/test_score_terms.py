@@ -54,7 +54,7 @@ def test_scores_with_terms(dtype: torch.dtype, alibi: bool, p: float) -> None:
         pytest.skip("no kernel for this dtype here")
     slopes = torch.tensor([0.5, 0.0625, 2**-8, 0.3]) if alibi else None
     seed = TokenSeed(torch.randint(-(2**31), 2**31 - 1, (sum(LENGTHS),), dtype=torch.int32), 7)
-    out = attention.attention(q, k, v, LENGTHS, 0.2, None, None, slopes, p, seed if p else None)
+    out = attention.attention(q, k, v, LENGTHS, 0.2, None, None, (), slopes, p, seed if p else None)
     gradient = draw(HEADS, dtype, 3).detach()
     out.backward(gradient)
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
@@ -72,9 +72,9 @@ def test_what_is_dropped_does_not_depend_on_the_neighbours() -> None:
     """A row alone and in a pack: the same keys, the same numbers."""
     q, k, v = (draw(n, torch.float32, i).detach() for i, n in enumerate((HEADS, KEY_HEADS, KEY_HEADS)))
     seed = TokenSeed(torch.arange(sum(LENGTHS), dtype=torch.int32), 3)
-    together = attention.attention(q, k, v, LENGTHS, 0.2, None, None, None, 0.2, seed)
+    together = attention.attention(q, k, v, LENGTHS, 0.2, None, None, (), None, 0.2, seed)
     first = sum(LENGTHS[:4])
     rows = slice(first, first + LENGTHS[4])
     one = TokenSeed(seed.keys[rows], 3)
-    alone = attention.attention(q[rows], k[rows], v[rows], LENGTHS[4:5], 0.2, None, None, None, 0.2, one)
+    alone = attention.attention(q[rows], k[rows], v[rows], LENGTHS[4:5], 0.2, None, None, (), None, 0.2, one)
     assert torch.equal(alone, together[rows])
