@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -89,6 +90,10 @@ def evaluate(
     return sheet.Sheet(source, len(examples), seconds, scores, questions, sides, adapter, of_source, why)
 
 
+def _tell_as(tell: Progress, what: str, _: str, done: int, of: int) -> None:
+    tell(what, done, of)
+
+
 def _on_base_text(
     opened: Opened, order: Sequence[str], tell: Progress
 ) -> tuple[Sequence[Example], dict[str, sheet.Side]]:
@@ -99,8 +104,7 @@ def _on_base_text(
     batches, _ = micro_batches(opened, text)
     for name in order:
         with opened.using(base=name == "base"):
-            what = f"{name}: base text"
-            losses = row_losses(opened.model, batches, lambda _, done, of, what=what: tell(what, done, of))
+            losses = row_losses(opened.model, batches, partial(_tell_as, tell, f"{name}: base text"))
         sides[name] = sheet.Side(tuple(losses), tuple(rows.labelled.tolist()), ())
     return text, sides
 

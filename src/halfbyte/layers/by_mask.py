@@ -27,16 +27,16 @@ class _ByMask(Instance):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, p: float, given: Document) -> Tensor:
         """q, k, v (T, heads, D) -> (1, T, H D), causal in each example; keys and values also to a cache, if any."""
-        tables = [table[0] for table in given["position_embeddings"]] if self.rotates else [None, None]
+        cos, sin = (table[0] for table in given["position_embeddings"]) if self.rotates else (None, None)
         cache = given.get("layer_past") if given.get("cache") is None else given["cache"]
         if cache is not None:
             if self.rotates:
-                q, k = _rotated(q, *tables), _rotated(k, *tables)
-                tables = [None, None]
+                q, k, cos, sin = _rotated(q, cos, sin), _rotated(k, cos, sin), None, None
             cache.update(k.transpose(0, 1)[None], v.transpose(0, 1)[None], self.layer_idx)
         pack, p = lengths_on(given["attention_mask"]), p if self.training else 0.0
-        seed = dropout.some_seed(self, q) if p else None  # type: ignore[arg-type]
-        out = attention.attention(q, k, v, pack.lengths, scale, *tables, pack.levels, self.slopes(given), p, seed)
+        assert pack is not None  # `forward` has asked
+        seed = dropout.some_seed(self, q) if p else None
+        out = attention.attention(q, k, v, pack.lengths, scale, cos, sin, pack.levels, self.slopes(given), p, seed)
         return out.reshape(1, len(q), -1)
 
     rotates = False

@@ -414,16 +414,17 @@ def _pack_lengths(module: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> PackL
         return None
     if any(kwargs.get(name) is not None for name in (*CACHE_ARGUMENTS, "layer_past")) or not _trains(module):
         return None
-    if cu is None and pack is None:
+    if cu is not None and pack is None:
+        pack = PackLengths(tuple(cu.diff().tolist()))
+    if pack is None:
         return None
     if module.training and (module.attention_dropout or getattr(module, "residual_dropout", 0)):
         return None
     if getattr(module, "qk_layernorm", False) or getattr(module.config, "clip_qkv", None) is not None:
         return None
-    known: PackLengths = pack or PackLengths(tuple(cu.diff().tolist()))
     sees = sight.of(module)
-    if sees is None or not sees.is_causal(known.longest) or (known.levels and not whole_attention(x)):
+    if sees is None or not sees.is_causal(pack.longest) or (pack.levels and not whole_attention(x)):
         return None
     if getattr(module, "attn_logit_softcapping", None) is not None or _head_size(module) % 2:
         return None
-    return known
+    return pack

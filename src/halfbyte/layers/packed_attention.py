@@ -190,8 +190,10 @@ def _packed(
         blocks = not slides and (whole_attention(query) or (query.requires_grad and plain))
         if blocks and block_attention.takes(q, k, v):
             seed = masks.some_seed(module, q) if asked.dropout else None
-            how = {"levels": levels, "p": asked.dropout, "seed": seed}
-            return block_attention.attention(q, k, v, lengths, asked.scale(query), None, None, **how)[None]
+            out = block_attention.attention(
+                q, k, v, lengths, asked.scale(query), None, None, levels, None, asked.dropout, seed
+            )
+            return out[None]
     if levels:
         return _paths(query, key, value, pack, asked)
     runs = [(length, sum(1 for _ in same)) for length, same in groupby(lengths)]  # (L, how many)

@@ -127,7 +127,7 @@ def _measure_base(setup: Setup, trainer: StepTrainer, tell: Listener) -> None:
         loss = scores_of(setup.run.prepared.objective, one.base)["loss"]
         tell.note("base" if one is compared else "base text", f"loss {loss:.4f} on {one.words}, {how}")
     why = setup.world.from_first(lambda: _measure_source(setup, every))
-    beside = beside_source(compared.source, compared.base) if setup.world.first else None
+    beside = beside_source(compared.source, compared.base) if setup.world.first and compared.base is not None else None
     if beside is not None and not beside.is_base:
         why = f"{beside.text[0].upper()}{beside.text[1:]}"
         if beside.cost[1][0] > 0:

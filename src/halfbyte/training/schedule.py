@@ -52,8 +52,8 @@ def micro_batches(
     steps = plan_steps(prepared, tokens, examples, rank=rank, ranks=ranks, padded=padded)
     if prepared.evaluation is None:
         return steps, collate.Batches((), ())
-    how = {"rank": rank, "ranks": ranks, "padded": padded}
-    return steps, eval_batches(prepared, prepared.evaluation, tokens, examples, **how)
+    held_out = prepared.evaluation
+    return steps, eval_batches(prepared, held_out, tokens, examples, rank=rank, ranks=ranks, padded=padded)
 
 
 def eval_batches(

@@ -185,10 +185,11 @@ class LayerWriter:
         keys, values = caches or (tape.cache(key_heads, d, count), tape.cache(key_heads, d, count))
         scale = next(s for n in ("scaling", "inv_norm_factor", "softmax_scale") if (s := getattr(module, n, None)))
         together = parts.together or (config.model_type == "falcon" and not config.multi_query)
+        q_norm, k_norm = norms or (None, None)
         attention = CachedAttention(
             qkv, keys, values, self.positions, heads, key_heads, d, float(scale),
             float(getattr(module, "attn_logit_softcapping", None) or 0.0), self._window(module),
-            *(norms or (None, None)), self.places, self.slopes, together, parts.neighbours,
+            q_norm, k_norm, self.places, self.slopes, together, parts.neighbours,
         )  # fmt: skip
         out, to = tape.buffer(tape.m, heads * d), tape.vectors(heads * d)
         tape.attend(attention, *self.rope, out)
