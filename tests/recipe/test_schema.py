@@ -71,6 +71,7 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "data.mask": ("all", {}),
     "data.overlong": ("skip", {}),
     "data.packing": ("stream", {}),
+    "data.share_prefixes": ("off", {}),
     "data.chat_template": ("chat.jinja", {}),
     "train.per_device_train_batch_size": (2, {}),
     "train.gradient_accumulation_steps": (2, {}),
@@ -121,6 +122,7 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "train.gradient_checkpointing": (True, {}),
     "train.loraplus_lr_ratio": (16.0, {}),
     "train.save_minutes": (None, {}),
+    "train.within": ("30m", {}),
     "train.max_tokens_per_micro_batch": (512, {}),
 }
 # The only value that there is; the field is taken so that known scripts load, or for what comes later.

@@ -12,7 +12,7 @@ from halfbyte.runs.report import MeasuredLine, build, usual_seconds
 
 ROWS: list[dict[str, Any]] = [
     {"step": 1, "loss": 4.0, "tokens": 100, "seconds": 1.0, "rss_bytes": 700},
-    {"step": 2, "loss": 3.0, "tokens": 300, "seconds": 3.0, "rss_bytes": 900},
+    {"step": 2, "loss": 3.0, "tokens": 300, "computed_tokens": 250, "seconds": 3.0, "rss_bytes": 900},
     {"step": 2, "eval_loss": 3.5, "eval_tokens": 50},
     {"step": 3, "loss": 2.5, "tokens": 200, "seconds": 1.0},
     {"step": 3, "eval_loss": 2.75},
@@ -20,7 +20,7 @@ ROWS: list[dict[str, Any]] = [
 
 
 def report(rows: list[dict[str, Any]], peak_rss_bytes: int = 800) -> dict[str, Any]:
-    planned = {"tokens": 650, "steps": 3, "train_seconds": 5.5, "seconds": 7.0}
+    planned = {"tokens": 650, "computed_tokens": 600, "steps": 3, "train_seconds": 5.5, "seconds": 7.0}
     planned |= {"peak_rss_bytes": 1000, "peak_device_bytes": None}
     built = build(
         rows,
@@ -37,6 +37,7 @@ def report(rows: list[dict[str, Any]], peak_rss_bytes: int = 800) -> dict[str, A
 def test_every_field_is_there_and_measured() -> None:
     assert report(ROWS) == {
         "tokens": 600,
+        "computed_tokens": 550,
         "train_seconds": 5.0,
         "seconds": 8.0,
         "tokens_per_second": 120.0,
@@ -46,15 +47,18 @@ def test_every_field_is_there_and_measured() -> None:
         "peak_rss_bytes": 900,
         "peak_device_bytes": None,
         "planned": {
-            "tokens": 650, "steps": 3, "train_seconds": 5.5, "seconds": 7.0, "peak_rss_bytes": 1000,
+            "tokens": 650, "computed_tokens": 600, "steps": 3, "train_seconds": 5.5, "seconds": 7.0,
+            "peak_rss_bytes": 1000,
             "peak_device_bytes": None,
         },
         "measured": {
-            "tokens": 600, "steps": 3, "train_seconds": 5.0, "seconds": 8.0, "peak_rss_bytes": 900,
+            "tokens": 600, "computed_tokens": 550, "steps": 3, "train_seconds": 5.0, "seconds": 8.0,
+            "peak_rss_bytes": 900,
             "peak_device_bytes": None,
         },
         "errors": {
-            "tokens": 50 / 600, "steps": 0.0, "train_seconds": 0.1, "seconds": -0.125, "peak_rss_bytes": 100 / 900,
+            "tokens": 50 / 600, "computed_tokens": 50 / 550, "steps": 0.0, "train_seconds": 0.1, "seconds": -0.125,
+            "peak_rss_bytes": 100 / 900,
         },
         "lines": [{"name": "base", "planned": 90, "measured": 100, "error": -0.1}],
     }  # fmt: skip
