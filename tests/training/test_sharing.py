@@ -90,6 +90,7 @@ def test_data_check_says_what_is_shared_and_why_not(tmp_path: Path) -> None:
     from tests import tiny
 
     shutil.rmtree(tmp_path / "model")
-    tiny.save(tmp_path / "model", "bloom", vocab_size=tiny_run.VOCAB)
+    alibi = tiny.model("falcon", vocab_size=tiny_run.VOCAB, changes={"alibi": True})
+    alibi.save_pretrained(tmp_path / "model")
     tiny_run.tokenizer().save_pretrained(tmp_path / "model")
     assert "rows, not segments" in preview.check(tiny_run.recipe(tmp_path)).to_json()["run"]["shared"]

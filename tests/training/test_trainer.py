@@ -503,7 +503,8 @@ def test_the_report_has_the_fields_of_the_design(tmp_path: Path) -> None:
     assert set(report) == {
         "tokens", "train_seconds", "tokens_per_second", "steps", "loss", "eval_loss", "peak_rss_bytes",
         "peak_device_bytes", "planned", "measured", "errors", "lines", "versions", "machine", "data", "notices",
-        "verdict", "verified", "adapters", "spikes", "stopped_early", "compute", "seconds",
+        "verdict", "verified", "adapters", "spikes", "stopped_early", "compute", "seconds", "base_text",
+        "computed_tokens",
     }  # fmt: skip
     assert report["planned"]["seconds"] > report["planned"]["train_seconds"] > 0
     examples = prepare(loaded.recipe).train.examples

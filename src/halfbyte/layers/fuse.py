@@ -283,7 +283,7 @@ def install(model: nn.Module) -> Fused:
         elif (part := _part(module)) is not None and id(module) not in inside:
             counts[part[0]] += 1
             _become(module, part[1])
-            inside |= {id(child) for child in module.children() if part[1] is _FastGatedMlp}
+            inside |= {id(module.act_fn)} if part[1] is _FastGatedMlp else set()
     if experts := interface.install(model):
         counts["experts"] = experts
     return Fused(dict(counts), dict(unfused))

@@ -77,7 +77,7 @@ def _why_not_shared(prepared: Prepared, job: Job, machine: Device) -> str:
     kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ()
     if any(kind == "linear_attention" or "attention" not in kind for kind in kinds):
         return "its recurrent layers carry a state from token to token"
-    if job.layer.pairs in PADDED:
+    if job.layer.pairs in PADDED or getattr(text, "alibi", False):
         return "this architecture's layers take rows, not segments (ALiBi, or a state)"
     return why_not_shared(prepared.recipe, prepared.objective)
 
