@@ -14,6 +14,7 @@ from halfbyte.adapters import targets
 from halfbyte.layers import loss, packing, recurrent
 from halfbyte.layers.kernels import cpu
 from halfbyte.layers.kernels.cpu import tiles
+from halfbyte.models import structure
 from halfbyte.proofs.fusing import prove_fused
 from halfbyte.proofs.packing import prove_packing
 from tests import plain_peft, small_models, tiny
@@ -124,6 +125,24 @@ def test_what_the_kernels_do_not_take_runs_one_example_after_another(kind: str) 
     loss.micro_batch_loss(ours, tiny.batch_of(rows)).backward()
     assert plain_peft.apart(plain_peft.gradients(ours), plain_peft.learn(wanted, rows)[1]) <= TOLERANCE
     assert prove_packing(ours).layout == "cu_seq_lens"
+
+
+@pytest.mark.parametrize("kind", ["lfm2", "qwen3_next", "granitemoehybrid"])
+def test_layers_that_the_proof_has_not_seen_keep_examples_apart_too(kind: str) -> None:
+    """A proof runs on the first layers; the others are set up by the first forward."""
+    kinds = small_models.config(kind).layer_types
+    model = build(kind, num_hidden_layers=6, layer_types=[*kinds] * 3).requires_grad_(False)
+    names = targets.matched(model, targets.auto_targets(model))
+    rows = plain_peft.texts((5, 1, 9, 40), small_models.VOCAB)
+    wanted = plain_peft.learn(plain_peft.adapt(copy.deepcopy(model), names), rows)
+    ours = plain_peft.adapt(copy.deepcopy(model), names)
+    with structure.shallow(ours):
+        assert prove_packing(ours, 40).layout == "cu_seq_lens"
+    summed = loss.micro_batch_loss(ours, tiny.batch_of(rows))
+    summed.backward()
+    assert len(mixers(ours)) == 3
+    assert plain_peft.apart(plain_peft.gradients(ours), wanted[1]) <= TOLERANCE
+    assert abs(summed.item() - wanted[0]) <= TOLERANCE * wanted[0]
 
 
 def test_classes_come_back() -> None:

@@ -59,8 +59,7 @@ def install(model: Model, layout: Layout | None = None) -> Layout:
         PaddedRows(structure.body(lm))
     elif chosen != "rows" and hooks is not None:
         hooks.remove()
-    by_lengths = chosen == "cu_seq_lens" and lm.device.type == "cpu" and enabled()
-    (recurrent.install if by_lengths else recurrent.remove)(structure.body(lm))
+    (_keep_apart if chosen == "cu_seq_lens" else recurrent.remove)(structure.body(lm))
     before = lm.config._attn_implementation
     if before is not None and before.startswith("flash_attention"):  # its kernel is used on packs, where it can be
         _ASKED[structure.body(lm)] = before
@@ -75,6 +74,12 @@ def install(model: Model, layout: Layout | None = None) -> Layout:
     elif structure.body(lm) in _ASKED:
         lm.set_attn_implementation("sdpa")  # the same function, also in the fp32 of a proof
     return chosen
+
+
+def _keep_apart(body: nn.Module) -> None:
+    """Recurrent layers by lengths. Elsewhere than on a CPU with kernels they stay as they are, which the proof sees."""
+    if next(body.parameters()).device.type == "cpu" and enabled():
+        recurrent.install(body)
 
 
 # The attention that a model was opened with, where a user has asked for one.
@@ -182,6 +187,7 @@ def packed_inputs(body: nn.Module, batch: Batch) -> dict[str, Tensor]:
     if by_mask.is_on(body):
         by_mask.install(body)  # on layers that a proof on the first ones did not meet
         return {name: x for name, x in inputs.items() if name in inspect.signature(body.forward).parameters}
+    _keep_apart(body)  # those too that a proof on the first layers has not seen
     sight.look(body, longest)
     lengths: Document = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, LENGTHS: known}
     lengths |= {"max_length_q": longest, "max_length_k": longest}
