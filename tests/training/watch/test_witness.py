@@ -42,13 +42,17 @@ def wrong_lora_scale(patch: Patch) -> None:
 def rows_see_each_other(patch: Patch) -> None:
     real = packed_attention._packed
     patch.setattr(
-        packed_attention, "_packed", lambda q, k, v, pack, asked: real(q, k, v, type(pack)((sum(pack.lengths),)), asked)
+        packed_attention, "_packed", lambda q, k, v, pack, *rest: real(q, k, v, type(pack)((sum(pack.lengths),)), *rest)
     )
 
 
 def attention_of_another_scale(patch: Patch) -> None:
     real = attention.attention
-    patch.setattr(attention, "attention", lambda q, k, v, n, scale, *rest: real(q, k, v, n, scale * 1.001, *rest))
+
+    def faulty(q: Any, k: Any, v: Any, n: Any, scale: float, *rest: Any, **more: Any) -> Any:
+        return real(q, k, v, n, scale * 1.001, *rest, **more)
+
+    patch.setattr(attention, "attention", faulty)
 
 
 def wrong_scales(patch: Patch) -> None:

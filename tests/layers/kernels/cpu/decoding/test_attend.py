@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from halfbyte.layers.decoding.tape import CachedAttention, Tape, isa
+from halfbyte.layers.decoding.tape import CachedAttention, NormFormula, Tape, isa
 
 DTYPES = [d for d in (torch.bfloat16, torch.float32) if isa(d)]
 # Scores and sums are fp32: sums of d and of n products in any order, exp within 2e-7, a softmax over scores below 10.
@@ -24,8 +24,8 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return made
 
 
-def normed(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    return x if weight is None else x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+def normed(x: Tensor, norm: NormFormula | None) -> Tensor:
+    return x if norm is None else x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight.double()
 
 
 def reference(
@@ -34,9 +34,8 @@ def reference(
     """Text m's out (H d) in fp64; keys and values (K, T, d) are put there."""
     n, h, k = int(a.positions[m]) + 1, a.heads, a.key_heads
     q, own, v = qkv[m].double().view(-1, a.d).split([h, k, k])
-    weights = [None if w is None else w.double() for w in (a.q_norm, a.k_norm)]
-    q = rotated(normed(q, weights[0], a.eps), cos[m].double(), sin[m].double())
-    own = rotated(normed(own, weights[1], a.eps), cos[m].double(), sin[m].double())
+    q = rotated(normed(q, a.q_norm), cos[m].double(), sin[m].double())
+    own = rotated(normed(own, a.k_norm), cos[m].double(), sin[m].double())
     assert torch.allclose(keys[:, n - 1], own, rtol=2**-7 if a.keys.dtype == torch.bfloat16 else 1e-5, atol=1e-6)
     assert torch.equal(values[:, n - 1].to(a.values.dtype), v.to(a.values.dtype))
     first = max(0, n - a.window) if a.window else 0
@@ -73,12 +72,12 @@ def test_attention_is_that_of_its_formulas(case: dict[str, Any], dtype: torch.dt
     keys.normal_()
     values.normal_()
     whole = [cache.as_strided((m, k, 128, cache.stride(2)), cache.stride()) for cache in (keys, values)]
-    norms = [torch.randn(d).to(dtype) if case.get("normed") else None for _ in range(2)]
+    norms = [NormFormula(torch.randn(d).to(dtype), 1e-5) if case.get("normed") else None for _ in range(2)]
     places = torch.tensor(case["places"]) if "places" in case else None
     qkv, out = tape.buffer(m, (h + 2 * k) * d), tape.buffer(m, h * d + 5)
     a = CachedAttention(
         qkv, keys, values, positions, h, k, d, 1 / math.sqrt(d), case.get("cap", 0.0), case.get("window", 0), *norms,
-        eps=1e-5, places=places,
+        places=places,
     )  # fmt: skip
     angles = torch.rand(m, wide // 2) * 6
     cos, sin = torch.cat([angles.cos()] * 2, 1).contiguous(), torch.cat([angles.sin()] * 2, 1).contiguous()
