@@ -42,7 +42,7 @@ def wrong_lora_scale(patch: Patch) -> None:
 def rows_see_each_other(patch: Patch) -> None:
     real = packed_attention._packed
     patch.setattr(
-        packed_attention, "_packed", lambda q, k, v, pack, *rest: real(q, k, v, type(pack)((sum(pack.lengths),)), *rest)
+        packed_attention, "_packed", lambda m, q, k, v, pack, a: real(m, q, k, v, type(pack)((sum(pack.lengths),)), a)
     )
 
 
