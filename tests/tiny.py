@@ -79,14 +79,27 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 ARCHITECTURES: tuple[str, ...] = tuple(_CONFIGS)
 # Built by name, and not among those that every test of an architecture runs through.
-_MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
-    "mixtral": ("MixtralConfig", {**_LLAMA_LIKE, "num_local_experts": 4, "num_experts_per_tok": 2})
+_OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("MixtralConfig", {**_LLAMA_LIKE, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "gptj": (  # no tape writes it
+        "GPTJConfig",
+        {
+            "n_embd": HIDDEN,
+            "n_layer": LAYERS,
+            "n_head": HEADS,
+            "n_positions": POSITIONS,
+            "n_inner": INTERMEDIATE,
+            "rotary_dim": 8,
+            "initializer_range": _STD,
+            "tie_word_embeddings": False,
+        },
+    ),
 }
 
 
 def config(name: str, *, vocab_size: int = 256, changes: Mapping[str, Any] | None = None) -> Any:
     """The real transformers config class of `name` at tiny sizes. `changes` overrides single config fields."""
-    cls, sizes = (_CONFIGS | _MIXTURES)[name]
+    cls, sizes = (_CONFIGS | _OTHERS)[name]
     return getattr(transformers, cls)(**{**sizes, **_TOKENS, "vocab_size": vocab_size, **(changes or {})})
 
 

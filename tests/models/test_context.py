@@ -17,6 +17,7 @@ from tests import tiny
         ("llama", {}, 256, "max_position_embeddings 256, no rope scaling"),
         ("gpt2", {}, 256, "max_position_embeddings 256"),
         ("gemma3", {}, 256, "max_position_embeddings 256, no rope scaling"),
+        ("mpt", {}, 256, "max_seq_len 256"),
         ("bloom", {}, None, ""),
         ("falcon", {"alibi": True}, None, ""),
         ("llama", {"rope_type": "linear", "factor": 4.0}, 1024, "rope scaling linear: 256 x 4"),

@@ -215,7 +215,7 @@ def test_a_fault_of_the_tape_is_found_before_a_text_is_written(fault: str, monke
         ("llama", {"target_modules": ["q_proj"], "use_dora": True}, "DoRA"),
         ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]}, ""),
         ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [5, 7]}, "embedding"),
-        ("gpt2", {"target_modules": ["c_attn"]}, "not built like Llama"),
+        ("gptj", {"target_modules": ["q_proj"]}, "GPTJBlock has"),
     ],
 )
 def test_what_no_tape_can_mix_is_written_by_the_models_own_forward(name: str, settings: Any, why: str) -> None:

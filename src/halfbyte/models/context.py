@@ -45,13 +45,14 @@ def context_of(config: Config) -> Context | None:
     text = config.get_text_config()
     if getattr(text, "alibi", False):
         return None
-    return _context(getattr(text, "max_position_embeddings", None), getattr(text, "rope_parameters", None) or {})
+    name = _field(text.model_type)
+    return _context(name, getattr(text, name, None), getattr(text, "rope_parameters", None) or {})
 
 
 def context_in(config: ConfigFile) -> Context | None:
     """The same of a `config.json` as it is read, without transformers."""
     text = config.get("text_config") or config
-    if text.get("alibi") or text.get("model_type") in ("bloom", "mpt"):
+    if text.get("alibi") or text.get("model_type") == "bloom":
         return None
     rope = dict(text.get("rope_parameters") or text.get("rope_scaling") or {})
     if str(text.get("model_type", "")).startswith("gemma3"):
@@ -61,13 +62,19 @@ def context_in(config: ConfigFile) -> Context | None:
     original = text.get("original_max_position_embeddings")
     if original and rope:
         rope.setdefault("original_max_position_embeddings", original)
-    return _context(text.get("max_position_embeddings") or text.get("n_positions"), rope)
+    name = _field(text.get("model_type"))
+    return _context(name, text.get(name) or text.get("n_positions"), rope)
 
 
-def _context(positions: object, rope: Document) -> Context | None:
+def _field(model_type: object) -> str:
+    """MPT has ALiBi, and a table of its biases that is as long as this."""
+    return "max_seq_len" if model_type == "mpt" else "max_position_embeddings"
+
+
+def _context(name: str, positions: object, rope: Document) -> Context | None:
     if not isinstance(positions, int) or positions < 1:
         return None
-    why = f"max_position_embeddings {positions:,}"
+    why = f"{name} {positions:,}"
     kind, factor = rope.get("rope_type", "default"), rope.get("factor")
     if kind == "default":
         return Context(positions, f"{why}, no rope scaling" if rope else why)
