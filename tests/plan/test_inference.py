@@ -48,8 +48,9 @@ def test_an_evaluation_on_a_smaller_machine_takes_smaller_micro_batches_and_fewe
     large = cpu(64)
     one = job(large, "gpt2", ROWS)
     run = trained(plan_training(one, large))
+    assert run.needed_bytes > 1.8 * GB, "no machine as small has trained it"
     seen = []
-    for free in (64, 2, 1.5, 1.2, 1.0, 0.9, 0.8):
+    for free in (64, 1.8, 1.5, 1.2, 1.0, 0.9, 0.8):
         after = plan_inference(one, cpu(free), run, generated_tokens=1024)
         seen.append((after.max_tokens_per_micro_batch, after.sequences))
         if after.sequences > 1:
