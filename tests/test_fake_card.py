@@ -247,6 +247,8 @@ def test_a_run_whose_card_is_full_steps_down(tmp_path: Path) -> None:
         out = finetune.train(recipe, listener=told)
     assert losses(told.rows) == pytest.approx(wanted, rel=1e-5)
     assert any("an allocation failed: CUDA out of memory" in text for text in out.report["notices"])
+    # a part of the base text is longer than every row
+    assert out.report["base_text"] == {"text": "not read: memory ran out"}
 
 
 def test_selective_recomputation_is_no_way_down_on_a_card() -> None:

@@ -45,7 +45,7 @@ from halfbyte.training.deadline import Clock
 from halfbyte.training.events import Listener, stop_on_signals, without_a_terminal
 from halfbyte.training.model import open_model
 from halfbyte.training.preflight import RunStart
-from halfbyte.training.run import Ended, run_steps
+from halfbyte.training.run import Ended, run_steps, sums_of
 from halfbyte.training.setup import Setup, equip
 from halfbyte.training.watch import spikes
 from halfbyte.tuning import fits, results
@@ -286,10 +286,10 @@ def _verdict(setup: Setup, run: RunFolder, callback: RunCallback, compared: Rows
 def _on_base_text(setup: Setup, callback: RunCallback) -> Document:
     """What the saved adapter, whose weights the model has, loses on the text of the base's kind."""
     text = setup.comparison.text
-    if isinstance(text, str):
-        return {"text": f"not read: {text}"}
-    rows, _ = callback.trainer.row_sums(text.batches, text.chosen, whole=True)
-    verdict = text.judge(rows)
+    sums = None if isinstance(text, str) else sums_of(setup, callback.trainer, text, whole=True)
+    if isinstance(text, str) or sums is None:
+        return {"text": f"not read: {setup.comparison.text}"}
+    verdict = text.judge(sums[0])
     return {**{k: v for k, v in verdict.to_json().items() if k in ("base", "adapter", "interval", "source")},
             "text": verdict.losses}  # fmt: skip
 

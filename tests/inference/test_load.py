@@ -117,7 +117,13 @@ def test_progress_counts_the_rows_of_both_sides(world: Path, opened: Opened) -> 
     )  # fmt: skip
     assert [one for one in seen if one[0] == "base: answers"][-1] == ("base: answers", 6, 6)
     assert [one for one in seen if one[0] == "adapter: answers"][-1] == ("adapter: answers", 6, 6)
-    assert ("base: losses", 6, 6) in seen
+    (*_, last) = [one for one in seen if one[0] == "base: base text"]
+    assert last[1] == last[2] > 6
+    assert not any(what.endswith("losses") for what, *_ in seen)  # the answers' forward reads whole rows
+    lines = [json.dumps({"text": f"red cup {n}"}) for n in range(5)]
+    (world / "plain.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    scored(opened, data=world / "plain.jsonl", progress=lambda *what: seen.append(what))
+    assert ("adapter: losses", 5, 5) in seen
 
 
 def test_a_run_without_held_out_rows_names_the_way_out(world: Path, opened: Opened) -> None:

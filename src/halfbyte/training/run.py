@@ -18,7 +18,7 @@ from halfbyte.runs.checkpoint import Best
 from halfbyte.runs.folder import RunFolder
 from halfbyte.scoring.sheet import BASE_TEXT
 from halfbyte.scoring.verdict import beside_source
-from halfbyte.system import device, usage
+from halfbyte.system import accelerator, device, usage
 from halfbyte.training import source
 from halfbyte.training.callback import EarlyStopping, Follower, RunCallback
 from halfbyte.training.comparison import SOURCE, Comparison, Rows
@@ -98,6 +98,20 @@ def _text_score(setup: Setup, trainer: StepTrainer) -> dict[str, float]:
     return {BASE_TEXT: scores_of(setup.run.prepared.objective, rows)["loss"]}
 
 
+def sums_of(setup: Setup, trainer: StepTrainer, one: Comparison, *, whole: bool = False) -> tuple[Rows, bool] | None:
+    """As `row_sums`; None where memory ran out on the text of the base's kind, whose parts may be longer than all rows.
+    That ends no run that does not depend on it; `text` says so from then on."""
+    try:
+        return trainer.row_sums(one.batches, one.chosen, whole=whole)
+    except (RuntimeError, MemoryError) as error:
+        spared = one is setup.comparison.text and setup.run.prepared.recipe.train.max_forgetting is None
+        if not spared or not accelerator.out_of_memory(error):
+            raise
+    accelerator.empty_cache()
+    setup.comparison.text = "memory ran out"
+    return None
+
+
 def _remembers(setup: Setup, row: Document) -> bool:
     """Whether an evaluation is within `train.max_forgetting` of the base."""
     text, most = setup.comparison.text, setup.run.prepared.recipe.train.max_forgetting
@@ -118,12 +132,16 @@ def _measure_base(setup: Setup, trainer: StepTrainer, tell: Listener) -> None:
             one.base, how = np.array(kept), "kept with its store"
         else:
             with lora.base_alone(setup.model.assembled.model, setup.model.assembled.own_biases):
-                rows, stopped = trainer.row_sums(one.batches, one.chosen)
-            if stopped:
+                sums = sums_of(setup, trainer, one)
+            if sums is None:
+                tell.note("base text", f"not read: {setup.comparison.text}")
+                every = [compared]
+                break
+            if sums[1]:
                 return
-            one.base, how = rows, f"measured in {time.monotonic() - began:.1f} s"
+            one.base, how = sums[0], f"measured in {time.monotonic() - began:.1f} s"
             if setup.world.first:
-                one.keep(rows)
+                one.keep(one.base)
         loss = scores_of(setup.run.prepared.objective, one.base)["loss"]
         tell.note("base" if one is compared else "base text", f"loss {loss:.4f} on {one.words}, {how}")
     why = setup.world.from_first(lambda: _measure_source(setup, every))
