@@ -18,7 +18,6 @@ from halfbyte.layers.instances import Instance
 from halfbyte.layers.kernels import dropout
 from halfbyte.layers.kernels.cpu import whole_attention
 from halfbyte.layers.packed_attention import lengths_on
-from halfbyte.models import structure
 from halfbyte.types import Document
 
 
@@ -103,9 +102,8 @@ _CLASSES = {"BloomAttention": _Bloom, "BloomModel": _BloomBody, "MptAttention": 
 
 
 def fits(lm: nn.Module) -> bool:
-    """Whether every layer's attention is one of these, and the kernel is at hand for the model's dtype."""
-    layers = structure.decoder_layers(structure.body(lm))
-    there = all(any(True for _ in _known(layer)) for layer in layers) and not getattr(lm.config, "alibi", False)
+    """Whether its attention is one of these, and the kernel is at hand for the model's dtype."""
+    there = any(True for _ in _known(lm)) and not getattr(lm.config, "alibi", False)
     return there and whole_attention(torch.empty(0, dtype=lm.dtype, device=lm.device))
 
 

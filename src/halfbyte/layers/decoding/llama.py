@@ -238,12 +238,12 @@ def _enter_by(decoder: Decoder, body: nn.Module, config: Config) -> Tensor | Non
         decoder.entry = tape.buffer(tape.m, d)
         tape.add_norm(decoder.entry, decoder.hidden, formula_of(norm, d, tape.dtype), add=False)
         tape.then()
-    heads = int(config.num_attention_heads)
     if hasattr(body, "build_alibi_tensor"):
-        slopes: Tensor = body.build_alibi_tensor(torch.ones((1, 2), dtype=torch.int64), heads, torch.float32)[:, 0, 1]
+        ones = torch.ones((1, 2), dtype=torch.int64)
+        slopes: Tensor = body.build_alibi_tensor(ones, config.num_attention_heads, torch.float32)[:, 0, 1]
         return slopes.contiguous()
     if hasattr(body, "build_mpt_alibi_tensor"):
-        bias = body.build_mpt_alibi_tensor(heads, 2)
+        bias = body.build_mpt_alibi_tensor(config.num_attention_heads, 2)
         return (bias[:, 0, 1] - bias[:, 0, 0]).contiguous()
     return None
 
