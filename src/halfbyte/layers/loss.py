@@ -61,7 +61,7 @@ def micro_batch_loss(model: Model, batch: Batch, *, label_smoothing: float = 0.0
         return head_loss(*_labelled_hidden(model, batch), head, smoothing=label_smoothing, counts=counts)
     logits, targets = labelled_logits(model, batch)
     losses = F.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=label_smoothing)
-    return losses.sum() if counts is None else losses @ counts.to(losses.device)
+    return losses.sum() if counts is None else (losses * counts.to(losses.device)).sum()
 
 
 def text_losses(model: Model, batch: Batch) -> list[float]:
@@ -345,7 +345,8 @@ class _HeadLoss(torch.autograd.Function):
                 del gradient
         ctx.gradients = (None if grad is None else grad[:labelled], *head_gradients)
         ctx.dtypes = hidden.dtype, weight.dtype, *(None if x is None else x.dtype for x in (bias, values))
-        return losses[:labelled].sum() if counts is None else losses[:labelled] @ counts
+        # no dot product: BLAS adds in an order that depends on where in memory the numbers lie
+        return losses[:labelled].sum() if counts is None else (losses[:labelled] * counts).sum()
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
