@@ -133,10 +133,10 @@ class Crash(Heard):
 @pytest.mark.parametrize(
     "kills",
     [
-        [("probe", 1, "crash"), ("step", 3, "crash")],
         [("probe", 2, "signal"), ("step", 6, "crash")],
-        [("step", 5, "crash"), ("step", 7, "crash")],
-        [("step", 2, "signal"), ("step", 11, "signal")],
+        pytest.param([("probe", 1, "crash"), ("step", 3, "crash")], marks=pytest.mark.slow),
+        pytest.param([("step", 5, "crash"), ("step", 7, "crash")], marks=pytest.mark.slow),
+        pytest.param([("step", 2, "signal"), ("step", 11, "signal")], marks=pytest.mark.slow),
     ],
 )
 def test_killed_twice_it_ends_in_the_same_bytes(kills: list[tuple[str, int, str]], tmp_path: Path) -> None:
