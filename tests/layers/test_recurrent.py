@@ -127,11 +127,11 @@ def test_what_the_kernels_do_not_take_runs_one_example_after_another(kind: str) 
     assert prove_packing(ours).layout == "cu_seq_lens"
 
 
-@pytest.mark.parametrize("kind", ["lfm2", "qwen3_next", "granitemoehybrid"])
-def test_layers_that_the_proof_has_not_seen_keep_examples_apart_too(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "count"), [("lfm2", 3), ("qwen3_next", 3), ("granitemoehybrid", 3), ("falcon_h1", 6)])
+def test_layers_that_the_proof_has_not_seen_keep_examples_apart_too(kind: str, count: int) -> None:
     """A proof runs on the first layers; the others are set up by the first forward."""
-    kinds = small_models.config(kind).layer_types
-    model = build(kind, num_hidden_layers=6, layer_types=[*kinds] * 3).requires_grad_(False)
+    kinds = {} if kind == "falcon_h1" else {"layer_types": [*small_models.config(kind).layer_types] * 3}
+    model = build(kind, num_hidden_layers=6, **kinds).requires_grad_(False)
     names = targets.matched(model, targets.auto_targets(model))
     rows = plain_peft.texts((5, 1, 9, 40), small_models.VOCAB)
     wanted = plain_peft.learn(plain_peft.adapt(copy.deepcopy(model), names), rows)
@@ -140,7 +140,7 @@ def test_layers_that_the_proof_has_not_seen_keep_examples_apart_too(kind: str) -
         assert prove_packing(ours, 40).layout == "cu_seq_lens"
     summed = loss.micro_batch_loss(ours, tiny.batch_of(rows))
     summed.backward()
-    assert len(mixers(ours)) == 3
+    assert len(mixers(ours)) == count
     assert plain_peft.apart(plain_peft.gradients(ours), wanted[1]) <= TOLERANCE
     assert abs(summed.item() - wanted[0]) <= TOLERANCE * wanted[0]
 

@@ -142,14 +142,15 @@ class _StandIn(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("layer"), name)
 
-    def forward(self, *args: object, **kwargs: object) -> object:
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         marks = _MARKS.get() or []
         # Gemma 4 hands its later layers a slice of the mask
         given = [s for x in (*args, *kwargs.values()) for s, _ in marks if x is s or getattr(x, "_base", None) is s]
         self.notes[self.number] = given[0] if len(given) == 1 else None
         if len(self.notes) == self.count:
             raise _AllLayersReached
-        return args[0] if args else kwargs["hidden_states"]
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return hidden if hidden.dim() > 2 else hidden[None]  # of bodies that take the first of what a layer returns
 
 
 @contextmanager
