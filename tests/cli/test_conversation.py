@@ -30,7 +30,7 @@ class Told:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.alone, self.run = False, Path("run")
         self.recipe = SimpleNamespace(model="tiny")
-        text = SimpleNamespace(max_position_embeddings=CONTEXT, rope_parameters=None)
+        text = SimpleNamespace(model_type="llama", max_position_embeddings=CONTEXT, rope_parameters=None)
         self.model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text))
         self.tokenizer, self.base = None, False
         self.heard: list[tuple[bool, int]] = []

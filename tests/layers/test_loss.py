@@ -257,3 +257,16 @@ def test_a_cap_of_the_logits_is_seen_whatever_its_name(kind: str, dtype: torch.d
     assert loss.head_of(small_models.build(kind).to(dtype).requires_grad_(False)).softcap == 30.0
     monkeypatch.setattr(loss, "_CAPS", ())
     assert loss.head_of(small_models.build(kind).to(dtype).requires_grad_(False)) is None
+
+
+def test_the_loss_does_not_depend_on_where_in_memory_the_counts_lie() -> None:
+    """A dot product of BLAS adds in an order that depends on it."""
+    model, count = tiny.model("llama"), 97
+    head = loss.head_of(model)
+    assert head is not None
+    hidden, targets = torch.randn(count, tiny.HIDDEN), torch.randint(0, 256, (count,))
+    memory, seen = torch.ones(count + 16), set()
+    for offset in range(16):
+        counts = memory[offset : offset + count]
+        seen.add(float(loss.head_loss(hidden, targets, head, counts=counts)))
+    assert len(seen) == 1
