@@ -221,6 +221,7 @@ def test_numba_that_does_not_work_is_left_alone(monkeypatch: pytest.MonkeyPatch)
     assert not cpu.available(torch.zeros(2), torch.zeros(2, dtype=torch.float16))
 
 
+@pytest.mark.slow
 def test_a_kernel_from_the_cache_gives_the_bits_of_one_compiled_now(tmp_path: Path) -> None:
     """A run and its resumption must end in the same bytes, whichever of them came first on this machine."""
     code = """
