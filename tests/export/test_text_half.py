@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from halfbyte import finetune
 from halfbyte.export import export
 from halfbyte.export.job import ExportJob
 from halfbyte.inference.load import open_run
-from tests import small_models, tiny_run
+from tests import in_process, small_models, tiny_run
 
 VOCAB = tiny_run.VOCAB + 16  # some types' tokenizers add tokens
 IDS = torch.arange(20, 44)[None]
@@ -66,6 +67,41 @@ def test_a_run_on_a_checkpoint_with_towers(kind: str, tmp_path: Path) -> None:
         safe_open(tmp_path / "model/model.safetensors", "pt") as source,
     ):
         assert set(merged.keys()) == set(source.keys())
+
+
+@pytest.mark.parametrize(
+    ("program", "file", "name", "sides"),
+    [
+        ("vllm", "adapter_model.safetensors",
+         "base_model.model.language_model.model.layers.{}.self_attn.{}.lora_{}.weight", "AB"),
+        ("mlx", "adapters.safetensors", "language_model.model.layers.{}.self_attn.{}.lora_{}", "ab"),
+    ],
+)  # fmt: skip
+def test_an_adapter_under_another_programs_names(
+    program: str, file: str, name: str, sides: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the command; its product is that of the run's own adapter, with alpha in it."""
+    trained(tmp_path, "gemma3", quant__type="none", lora__target_modules=ANY_TARGETS)
+    command = in_process.runner(tmp_path, capsys)
+    ended = command("export", str(tmp_path / "run"), "--peft", "--for", program, "--out", str(tmp_path / "out"))
+    assert ended.code == 0, ended.err
+    source, written = load_file(tmp_path / "run/adapter/adapter_model.safetensors"), load_file(tmp_path / "out" / file)
+    layers = small_models.whole("gemma3", vocab_size=VOCAB).config.text_config.num_hidden_layers
+    assert {*written} == {name.format(i, leaf, side) for i in range(layers) for leaf in ANY_TARGETS for side in sides}
+    a, b = (written[name.format(0, "v_proj", side)] for side in sides)
+    product = b @ a if program == "vllm" else (a @ b).T
+    path = "base_model.model.model.language_model.layers.0.self_attn.v_proj.lora_{}.weight"
+    settings = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
+    own = source[path.format("B")] @ source[path.format("A")] * settings["lora_alpha"] / settings["r"]
+    assert own.abs().max() > 0
+    torch.testing.assert_close(product.float(), own.float(), rtol=1e-5, atol=1e-7)
+
+
+def test_a_program_that_lacks_a_layer_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained(tmp_path, "glm4v", quant__type="none", lora__target_modules=ANY_TARGETS)
+    command = in_process.runner(tmp_path, capsys)
+    ended = command("export", str(tmp_path / "run"), "--peft", "--for", "mlx", "--out", str(tmp_path / "out"))
+    assert ended.code == 1 and "which layers mlx has in a glm4v" in ended.err and not (tmp_path / "out").exists()
 
 
 def test_a_store_has_no_tower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
