@@ -21,7 +21,7 @@ from halfbyte.layers.kernels.cpu.parallel import array, each_block, kernel, per_
 from halfbyte.layers.kernels.cpu.recurrent import chunks
 from halfbyte.layers.kernels.cpu.recurrent.chunks import CHUNK, matrices, numbers, up_to
 from halfbyte.layers.kernels.cpu.recurrent.products import decayed, lower, multiply, scores, turned, upper
-from halfbyte.layers.kernels.cpu.recurrent.rows import dot, read_rows, scaled, summed, write_rows
+from halfbyte.layers.kernels.cpu.recurrent.rows import dot, next_state, read_rows, scaled, summed, write_rows
 from halfbyte.layers.kernels.cpu.scalar import inlined, load, store, up
 from halfbyte.layers.kernels.cpu.tiles import COLUMNS32 as COLUMNS
 from halfbyte.layers.kernels.cpu.tiles import ROWS32 as ROWS
@@ -141,15 +141,10 @@ def _updates(qkv, sizes, place, work, each, state, more, x):  # type: ignore[no-
 
 @inlined
 def _next_state(sizes, rows, work, each, before, more, state):  # type: ignore[no-untyped-def]
-    """The state behind a chunk: e^G_last before + sum_i k_i (e^(G_last - G_i) u_i)^T."""
+    """e^G_last before + sum_i k_i (e^(G_last - G_i) u_i)^T."""
     d, o = sizes[2], sizes[3]
     wd, wo = sizes[4], sizes[5]
-    scaled(work[U], wo, rows, o, each[LEFT], work[T])
-    if more:
-        f = each[GROWN, rows - 1]
-        for j in range(d * wo):
-            state[j] = f * before[j]
-    multiply(state, wo, work[K], 1, wd, work[T], wo, d, wo, rows, more)
+    next_state(work[K], wd, d, work[U], wo, o, work[T], rows, each[GROWN], each[LEFT], before, more, state)
 
 
 @inlined

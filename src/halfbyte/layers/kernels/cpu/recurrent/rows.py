@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from halfbyte.layers.kernels.cpu.recurrent.products import multiply
 from halfbyte.layers.kernels.cpu.scalar import exp_f32, inlined, load, store
 
 
@@ -49,3 +50,15 @@ def summed(a, heads, head, at, rows, gamma, grown, left):  # type: ignore[no-unt
         gamma[i] = total
     for i in range(rows):
         grown[i], left[i] = exp_f32(gamma[i]), exp_f32(total - gamma[i])
+
+
+@inlined
+def next_state(keys, wk, n, values, wide, o, scratch, rows, grown, left, before, more, state):  # type: ignore[no-untyped-def]
+    """The state (n, o) behind a chunk: e^G_last before, where there is one (`more`), + sum_i k_i (e^(G_last - G_i)
+    v_i)^T. `grown`, `left`: e^G_i and e^(G_last - G_i)."""
+    scaled(values, wide, rows, o, left, scratch)
+    if more:
+        f = grown[rows - 1]
+        for j in range(n * wide):
+            state[j] = f * before[j]
+    multiply(state, wide, keys, 1, wk, scratch, wide, n, wide, rows, more)

@@ -19,7 +19,7 @@ from halfbyte.layers.kernels.cpu.parallel import array, each_block, kernel, per_
 from halfbyte.layers.kernels.cpu.recurrent import chunks
 from halfbyte.layers.kernels.cpu.recurrent.chunks import CHUNK, matrices, numbers, up_to
 from halfbyte.layers.kernels.cpu.recurrent.products import decayed, lower, multiply, scores, turned, upper
-from halfbyte.layers.kernels.cpu.recurrent.rows import dot, read_rows, scaled, summed, write_rows
+from halfbyte.layers.kernels.cpu.recurrent.rows import dot, next_state, read_rows, scaled, summed, write_rows
 from halfbyte.layers.kernels.cpu.scalar import exp_f32, inlined, store, up
 from halfbyte.layers.kernels.cpu.tiles import COLUMNS32 as COLUMNS
 from halfbyte.layers.kernels.cpu.tiles import ROWS32 as ROWS
@@ -72,12 +72,7 @@ def _head(given, sizes, at, rows, head, work, each):  # type: ignore[no-untyped-
 def _next_state(sizes, rows, work, each, before, more, state):  # type: ignore[no-untyped-def]
     n, p = sizes[3], sizes[4]
     wn, wp = sizes[5], sizes[6]
-    scaled(work[XD], wp, rows, p, each[LEFT], work[T])
-    if more:
-        f = each[GROWN, rows - 1]
-        for j in range(n * wp):
-            state[j] = f * before[j]
-    multiply(state, wp, work[B], 1, wn, work[T], wp, n, wp, rows, more)
+    next_state(work[B], wn, n, work[XD], wp, p, work[T], rows, each[GROWN], each[LEFT], before, more, state)
 
 
 @inlined
