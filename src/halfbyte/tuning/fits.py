@@ -22,10 +22,10 @@ from halfbyte.system.words import duration
 from halfbyte.training.forecast import plan_by_names
 from halfbyte.training.prepare import Prepared, look
 from halfbyte.training.schedule import count_steps
+from halfbyte.tuning.search import LEAST_STEPS
 
 PROBES_SHARE = 0.15  # of the time, at most
 EVALUATION_SHARE, FEWEST_ROWS = 0.03, 8  # of the time; base and source are measured on the same rows, once
-LEAST_STEPS = 6  # of a probe, and of a run: fewer show nothing of a rate that falls to 0
 PROCESS_S, VERIFIED_FROM_S = 5.0, 60.0  # a second process looks at the adapter of a run of so many seconds
 
 

@@ -31,7 +31,7 @@ TARGETS, RANK = "lora.target_modules", "lora.r"
 BATCH, ACCUMULATION = "train.per_device_train_batch_size", "train.gradient_accumulation_steps"
 ROWS_EXPONENT, STEP_EXPONENT = 0.26, 0.5
 TIMES = (1.0, 2.0, 0.5, 4.0)  # of the rate that is known beforehand, the likeliest first
-LEAST_STEPS = 6  # of a probe
+LEAST_STEPS = 6  # of a probe, and of a run: fewer show nothing of a rate that falls to 0
 MOST_LONGER = 4.0  # a rung's rows over those of the rung before
 Arms = Callable[[Document], list[Document]]
 """What is tried from the best arm so far, the likeliest first."""
