@@ -9,9 +9,10 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from halfbyte.report import page, plots
+from halfbyte.report import plots
 from halfbyte.report.plots import Axis, Chart, Curve
 from halfbyte.report.series import Series
+from halfbyte.web import files as web
 
 SPACE = "{http://www.w3.org/2000/svg}"
 
@@ -87,7 +88,7 @@ def test_names_are_text_and_never_markup() -> None:
 
 
 def test_lines_differ_by_stroke_and_not_by_colour_alone() -> None:
-    style = (page.WEB / "style.css").read_text()
+    style = web.text("style.css")
     dashes = {f"run{i}": re.search(rf"\.line\.run{i}\{{stroke-dasharray:([\d ]+)\}}", style) for i in range(8)}
     strokes = {name: found[1] if found else "solid" for name, found in dashes.items()}
     assert len(set(strokes.values())) == 8

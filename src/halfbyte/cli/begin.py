@@ -5,20 +5,26 @@ the columns of the rows, the longest of them, and the machine's memory.
 Cost: one pass over the rows; no torch.
 """
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 import yaml
 
 from halfbyte.cli import show
+from halfbyte.cli.options import Json
 from halfbyte.errors import DataError, HalfbyteError, RecipeError, typed
 from halfbyte.recipe.start import START
 from halfbyte.types import Document
+
+if TYPE_CHECKING:
+    from halfbyte.plan import Plan
 
 MODEL, ROWS = "smollm2-135m", "train.jsonl"
 HELD_OUT = ("test", "eval", "valid", "validation", "dev")
@@ -34,6 +40,7 @@ class Draft:
     data: str
     values: dict[str, object] = field(default_factory=lambda: {name: start.value for name, start in START.items()})
     remarks: list[str] = field(default_factory=list)
+    plan: Plan | None = None
 
     @property
     def sets(self) -> list[str]:
@@ -49,18 +56,23 @@ def init(
     machine: Annotated[
         str | None, typer.Option(help="Where it will train: 24GB or 4x80GB for cards, cpu:16GB; default: here.")
     ] = None,
+    json_: Json = False,
 ) -> None:
     """Write a commented recipe to start from; at a terminal it asks for what is not given."""
     from halfbyte.recipe import command
 
     command.check_new(path)
-    asks = sys.stdin.isatty() and show.out.is_terminal and None in (model, data, machine)
+    asks = sys.stdin.isatty() and show.out.is_terminal and None in (model, data, machine) and not json_
     draft = asked(model, data, machine) if asks else given(model, data, machine)
     run = Path("runs") / Path(draft.data).stem
     if run.exists():  # a run is never overwritten
         free = next(number for number in count(2) if not run.with_name(f"{run.name}-{number}").exists())
         draft.values["output"] = f"{run}-{free}"
     command.write_template(path, draft.model, draft.data, draft.values, draft.remarks)
+    if json_:
+        plan = None if draft.plan is None else draft.plan.to_json()
+        show.document({"recipe": str(path), "remarks": draft.remarks, "plan": plan})
+        return
     show.text(f"wrote {path}")
     for remark in draft.remarks:
         show.paragraph(f"  {remark}")
@@ -248,3 +260,4 @@ def fit(draft: Draft, machine: str | None) -> None:
     needs = plan.memory_line
     trial.remarks.append("; ".join([f"planned for {machine or 'this machine'}: {needs}", *estimated.notes[:2]]))
     draft.values, draft.remarks = trial.values, trial.remarks
+    draft.plan = plan

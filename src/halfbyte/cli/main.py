@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from halfbyte.cli import begin, conversation, progress, reports, scores, ship, show, show_plan, train
+from halfbyte.cli import begin, conversation, progress, reports, scores, ship, show, show_plan, studio, train
 from halfbyte.cli import options as shared
 from halfbyte.cli.store import stores
 from halfbyte.errors import HalfbyteError, RecipeError, typed
@@ -37,6 +37,7 @@ for command in (train.train, train.tune, ship.merge, ship.export, ship.push, shi
 for page in (reports.report, reports.compare, reports.runs):
     app.command()(page)
 app.command(name="eval")(scores.evaluate)
+app.command(name="studio")(studio.serve_studio)
 app.command()(begin.init)
 
 
@@ -275,8 +276,13 @@ def check(
     with libraries.loading():
         from halfbyte.training import preview
 
-    checked = preview.check(loaded, row=row)
-    show.document(checked.to_json()) if json_ else show_plan.data_check(checked)
+    checked, within = preview.check(loaded, row=row), list[str]()
+    if loaded.recipe.train.within is not None:
+        from halfbyte.tuning import fits
+
+        fit = fits.forecast(loaded, 0.0)
+        within = [] if fit is None else [line for line in (fit.line, fit.remark) if line]
+    show.document(checked.to_json() | {"within": within}) if json_ else show_plan.data_check(checked, within)
     if checked.refused:
         raise typer.Exit(2)
 

@@ -29,6 +29,14 @@ Repetition = Annotated[
     float | None, typer.Option("--repetition-penalty", min=0.01, max=10.0, help="Default: the model's own.")
 ]
 Force = Annotated[bool, typer.Option("--force", help="Also where base or tokenizer are not those of the adapter.")]
+Host = Annotated[str, typer.Option("--host", help="An address other than this machine's own needs a key.")]
+Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any that is free.")]
+KeyFile = Annotated[
+    Path | None, typer.Option("--api-key-file", help="A key that clients must send; or HALFBYTE_API_KEY.")
+]
+AllowHost = Annotated[
+    list[str], typer.Option("--allow-host", help="A name that clients use for this machine; repeatable.")
+]
 BaseOnly = Annotated[bool, typer.Option("--base", help="The base alone, without the adapter.")]
 
 

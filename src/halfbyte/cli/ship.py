@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from halfbyte.cli import progress, show
-from halfbyte.cli.options import Force, Json, Quiet, Set
+from halfbyte.cli.options import AllowHost, Force, Host, Json, KeyFile, Port, Quiet, Set
 from halfbyte.errors import RecipeError
 from halfbyte.system import libraries
 
@@ -133,10 +133,8 @@ def serve(
     runs: Annotated[
         list[str], typer.Argument(metavar="[NAME=]RUN...", help="Runs, adapters' folders, or a model; all on one base.")
     ],
-    host: Annotated[
-        str, typer.Option("--host", help="An address other than this machine's own needs a key.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any that is free.")] = 8000,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
     context: Annotated[
         int | None, typer.Option("--context", min=16, help="Most tokens of a prompt and its answer; default: 4,096.")
     ] = None,
@@ -147,15 +145,11 @@ def serve(
     ] = False,
     time_limit: Annotated[float, typer.Option("--time-limit", min=1.0, help="Seconds of an answer.")] = 600.0,
     grace: Annotated[float, typer.Option("--grace", min=1.0, help="Seconds for running answers at the end.")] = 60.0,
-    key_file: Annotated[
-        Path | None, typer.Option("--api-key-file", help="A key that clients must send; or HALFBYTE_API_KEY.")
-    ] = None,
+    key_file: KeyFile = None,
     allow_adapters: Annotated[
         list[Path], typer.Option("--allow-adapters", help="A folder from which clients may load adapters; repeatable.")
     ] = [],  # noqa: B006
-    allow_host: Annotated[
-        list[str], typer.Option("--allow-host", help="A name that clients use for this machine; repeatable.")
-    ] = [],  # noqa: B006
+    allow_host: AllowHost = [],  # noqa: B006
     set_: Set = [],  # noqa: B006
     force: Force = False,
     quiet: Quiet = False,

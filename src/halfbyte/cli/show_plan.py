@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
@@ -196,7 +197,7 @@ def machine(device: Device) -> str:
     return f"{device.cores} cores ({device.cpu or 'CPU'}), {ram}"
 
 
-def data_check(value: DataCheck) -> None:
+def data_check(value: DataCheck, within: Sequence[str] = ()) -> None:
     from halfbyte.training import prepare
 
     prepared = value.prepared
@@ -224,6 +225,8 @@ def data_check(value: DataCheck) -> None:
     )
     show.field("", value.sharing["shared"])
     show.field("time", time.line)
+    for line in within:
+        show.field("within", line)
     for row in value.shown:
         show.text("")
         example(row)

@@ -6,8 +6,9 @@ Cost: under a second, and counting the tokens of the rows; no torch.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 
 from halfbyte.data.reading.formats import Row
 from halfbyte.errors import RecipeError
@@ -17,12 +18,14 @@ from halfbyte.plan import FAMILIES, Job, Plan, Rows, calibrate, plan_training
 from halfbyte.plan.alternatives import Method, compare
 from halfbyte.plan.timing import Rates
 from halfbyte.recipe.command import NO_ROWS
-from halfbyte.recipe.data import Data, Sources
+from halfbyte.recipe.data import Data, Mask, Sources
 from halfbyte.recipe.schema import Loaded, Recipe
 from halfbyte.system import usage
 from halfbyte.system.cards import Card
 from halfbyte.system.device import Device, detect
 from halfbyte.types import Document
+
+Count = Callable[[Sequence[str]], list[int]]
 
 DEFAULT_LENGTH = 512
 CHARACTERS_PER_TOKEN = 3.6  # English text under vocabularies of 32,000 to 150,000; other scripts have fewer
@@ -163,13 +166,16 @@ def longest_row(recipe: Recipe) -> int:
     return max(_sizes(recipe.data.train, unlimited, count)[0], default=0)
 
 
-def _sizes(names: Sources, data: Data, count: Callable[[str], int]) -> tuple[list[int], list[int]]:
+def _sizes(names: Sources, data: Data, count: Count) -> tuple[list[int], list[int]]:
     """About how many tokens each row has, and how many labelled ones; of blocks where texts are packed into them."""
     from halfbyte.data.reading.files import find
-    from halfbyte.data.reading.read import Reader
+    from halfbyte.data.reading.read import CHUNK_ROWS, Reader
 
-    reader = Reader(sources := find(names), data)
-    sizes = [_size(row, source.read_as(data), count) for source in sources for row in reader.rows_of(source)]
+    reader, sizes = Reader(sources := find(names), data), list[tuple[int, int]]()
+    rows = ((_texts(row), source.read_as(data).mask) for source in sources for row in reader.rows_of(source))
+    while some := list(islice(rows, CHUNK_ROWS)):
+        counts = iter(count([text for texts, _ in some for text in texts]))
+        sizes += [_size([next(counts) for _ in texts], mask) for texts, mask in some]
     reader.check()
     limit = data.max_length
     if data.packing == "stream":
@@ -179,27 +185,33 @@ def _sizes(names: Sources, data: Data, count: Callable[[str], int]) -> tuple[lis
     return [min(limit, tokens) for tokens, _ in sizes], [min(limit, labelled) for _, labelled in sizes]
 
 
-def _size(row: Row, data: Data, count: Callable[[str], int]) -> tuple[int, int]:
-    """Tokens of a row of any format, and labelled ones: what is answered, or all of it."""
+def _texts(row: Row) -> tuple[str, ...]:
+    """What a row of any format asks and what it answers; its text alone, of plain text."""
     if row.text is not None:
-        tokens = count(row.text) + 1  # and its end
-        return tokens, tokens
-    asked, answer = row.prompt or "", row.completion or ""
+        return (row.text,)
     if row.messages is not None:
         *before, answer = [str(message.content or "") for message in row.messages]
-        asked = "".join(before)
-    answered = count(answer)
-    tokens = count(asked) + answered + TEMPLATE_TOKENS
-    return tokens, tokens if data.mask == "all" else min(tokens, answered + 2)
+        return "".join(before), answer
+    return row.prompt or "", row.completion or ""
 
 
-def _counter(shape: describe.Shape) -> tuple[Callable[[str], int], str]:
-    """A function from text to a number of tokens, and what it rests on."""
+def _size(counts: Sequence[int], mask: Mask) -> tuple[int, int]:
+    """Tokens of a row, and labelled ones: what is answered, or all of it. `counts`: of each of its texts."""
+    if len(counts) == 1:
+        return counts[0] + 1, counts[0] + 1  # and its end
+    tokens = sum(counts) + TEMPLATE_TOKENS
+    return tokens, tokens if mask == "all" else min(tokens, counts[1] + 2)
+
+
+def _counter(shape: describe.Shape) -> tuple[Count, str]:
+    """A function from texts to their numbers of tokens, and what it rests on."""
     file = shape.path / "tokenizer.json" if shape.path is not None else None
     if file is not None and file.is_file():
         from tokenizers import Tokenizer
 
-        tokenizer = Tokenizer.from_file(str(file))
-        return (lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)), "counted, but for the template"
+        encode = Tokenizer.from_file(str(file)).encode_batch_fast
+        return (
+            lambda texts: [len(e.ids) for e in encode(texts, add_special_tokens=False)]
+        ), "counted, but for the template"
     how = f"estimated at {CHARACTERS_PER_TOKEN} characters a token"
-    return (lambda text: round(len(text) / CHARACTERS_PER_TOKEN)), how
+    return (lambda texts: [round(len(text) / CHARACTERS_PER_TOKEN) for text in texts]), how

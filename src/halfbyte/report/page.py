@@ -27,6 +27,7 @@ from halfbyte.scoring.intervals import CONFIDENCE
 from halfbyte.system import files
 from halfbyte.system.words import duration
 from halfbyte.types import Document
+from halfbyte.web import files as web
 
 WEB = Path(__file__).parent / "web"
 MAX_TEXT = 1_200  # characters of an answer, a prompt or a notice
@@ -78,9 +79,9 @@ def html(run: Record, *, live: bool = False) -> str:
 
 def render(name: str, charts: Sequence[plots.Chart], **values: object) -> str:
     """A template of `web/` as a page; the first chart is drawn wide too."""
-    script = (WEB / "page.js").read_text(encoding="utf-8")
+    script = web.text("tip.js") + (WEB / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    style = (WEB / "style.css").read_text(encoding="utf-8")
+    style = web.text("style.css")
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; connect-src 'self'"
     ours = {"script": Markup(script), "style": Markup(style)}  # files of this package  # nosec B704
     drawn = {"wide": plots.svg(charts[0], width=900, height=320), "charts": [plots.svg(chart) for chart in charts]}

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +17,8 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 
 @dataclass(frozen=True)
 class Settings:
-    """Args: answer_s: seconds of an answer. grace_s: seconds for what is being written when the server shall end."""
+    """Args: answer_s: seconds of an answer. grace_s: seconds for what is being written when the server shall end.
+    uploads: below it the application reads what is PUT, and bounds it."""
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -25,6 +27,7 @@ class Settings:
     answer_s: float = 600.0
     grace_s: float = 60.0
     body_bytes: int = 2_000_000
+    uploads: str | None = None
 
 
 def key_of(file: Path | None) -> str | None:
@@ -63,9 +66,9 @@ def bind(settings: Settings) -> socket.socket:
     return sock
 
 
-def check_installed() -> None:
+def check_installed(names: Sequence[str] = LIBRARIES) -> None:
     """Raises RecipeError: what of the extra is not installed."""
-    if missing := [name for name in LIBRARIES if find_spec(name) is None]:
+    if missing := [name for name in names if find_spec(name) is None]:
         raise RecipeError(
             f"serving needs {', '.join(missing)}, which is not here.", fix="pip install 'halfbyte[serve]'"
         )

@@ -173,6 +173,7 @@ class DataCheck:
                 "seconds": self.plan.time.run_s,
                 "seconds_from": self.plan.time.source,
             },
+            "plan": self.plan.to_json(),
             "histogram": [asdict(part) for part in self.histogram],
             "rows": [asdict(row) for row in self.shown],
         }

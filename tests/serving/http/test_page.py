@@ -1,4 +1,4 @@
-"""The page of `serve` in a browser, before a server that answers what it is told; and its colours."""
+"""The page of `serve` in a browser, before a server that answers what it is told."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from halfbyte.serving.http.app import WEB
+from halfbyte.serving.http.pages import TALK, TYPES
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
@@ -34,7 +34,7 @@ until(() => document.getElementById("left").options.length, () => {
 
 
 class Server(BaseHTTPRequestHandler):
-    """The three files, the models, and answers: the adapter's is cut, the base's is JSON."""
+    """The files, the models, and answers: the adapter's is cut, the base's is JSON."""
 
     asked: list[dict[str, Any]]
 
@@ -53,10 +53,9 @@ class Server(BaseHTTPRequestHandler):
         elif self.path == "/drive.js":
             self.send(DRIVE, "text/javascript")
         else:
-            name = self.path.strip("/") or "index.html"
-            text = (WEB / name).read_text().replace("</head>", '<script src="/drive.js" defer></script></head>')
-            kinds = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
-            self.send(text, kinds[name.rsplit(".")[-1]])
+            file = TALK[self.path.strip("/")]
+            text = file.read_text().replace("</head>", '<script src="/drive.js" defer></script></head>')
+            self.send(text, TYPES[file.suffix])
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -114,28 +113,6 @@ def test_settings_are_folded_on_a_phone(served: tuple[str, list[dict[str, Any]]]
 
 
 def test_settings_are_in_plain_words() -> None:
-    labels = re.findall(r"<label[^>]*>([^<]+)<", (WEB / "index.html").read_text())
+    labels = re.findall(r"<label[^>]*>([^<]+)<", TALK[""].read_text())
     words = [label.strip() for label in labels]
     assert words == ["answer by", "and beside it", "temperature", "longest answer", "instructions", "key"]
-
-
-def luminance(colour: str) -> float:
-    """WCAG 2.2, "relative luminance", of #rgb or #rrggbb."""
-    digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
-    parts = [int(digits[at : at + 2], 16) / 255 for at in (0, 2, 4)]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
-    return sum(share * c for share, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize(
-    ("front", "back"), [("dim", "bg"), ("fg", "soft"), ("bad", "bg"), ("online", "bg"), ("bg", "focus")]
-)
-def test_words_stand_out_from_what_is_behind_them(scheme: str, front: str, back: str) -> None:
-    """WCAG 2.2, 1.4.3: at least 4.5 to 1. A placeholder has the colour `dim`, whole."""
-    style = (WEB / "style.css").read_text()
-    assert re.search(r"::placeholder\{color:var\(--dim\);opacity:1\}", style)
-    roots = [dict(re.findall(r"--(\w+):(#\w+)", root)) for root in re.findall(r":root\{(.*?)\}", style)]
-    colours = roots[0] if scheme == "light" else {**roots[0], **roots[1]}
-    low, high = sorted((luminance(colours[front]), luminance(colours[back])))
-    assert (high + 0.05) / (low + 0.05) >= 4.5

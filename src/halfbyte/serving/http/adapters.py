@@ -15,8 +15,8 @@ from halfbyte.serving import adapters
 from halfbyte.serving.adapters import AdapterFolders
 from halfbyte.serving.engine import Change, Stopping
 from halfbyte.serving.http import wire
+from halfbyte.serving.http.refusal import Refusal
 from halfbyte.serving.http.service import Service, failed
-from halfbyte.serving.http.wire import Refusal
 from halfbyte.serving.models import Models
 from halfbyte.writing.text import TextWriter
 

@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Protocol
 
-from starlette.responses import Response
-
 from halfbyte.serving.engine import Ask
-from halfbyte.serving.http.wire import Refusal
+from halfbyte.serving.http.refusal import Refusal
 from halfbyte.serving.tools import AnswerPart, CallForm, CallReader
 from halfbyte.types import Document
 from halfbyte.writing.sampling import TokenLogprob
 from halfbyte.writing.text import TextChunk
-
-
-class Json(Response):
-    media_type = "application/json"
-
-    def __init__(self, content: Document, status_code: int = 200, headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(json.dumps(content).encode(), status_code, headers)
-
-    @classmethod
-    def of(cls, refusal: Refusal, *, close: bool = False) -> Json:
-        headers = {**refusal.headers, **({"Connection": "close"} if close else {})}
-        return cls(refusal.body, refusal.status, headers)
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
-from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -12,23 +11,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from halfbyte.serving.adapters import AdapterFolders
-from halfbyte.serving.http import adapters, chat, ollama, responses, tokens
-from halfbyte.serving.http.answers import Json
+from halfbyte.serving.http import adapters, chat, ollama, pages, responses, tokens
+from halfbyte.serving.http.refusal import Json, Refusal
 from halfbyte.serving.http.service import Gone, Service
-from halfbyte.serving.http.wire import Refusal
 from halfbyte.serving.models import ServedModel
 from halfbyte.types import Document
-
-WEB = Path(__file__).parent / "web"
-_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; base-uri 'none'; "
-    "form-action 'none'; frame-ancestors 'none'"
-)
-_PAGE = {
-    "/": ("index.html", "text/html"),
-    "/page.js": ("page.js", "text/javascript"),
-    "/style.css": ("style.css", "text/css"),
-}
 
 
 def application(service: Service, folders: AdapterFolders) -> Starlette:
@@ -68,7 +55,7 @@ def application(service: Service, folders: AdapterFolders) -> Starlette:
         Route("/v1/models/{name:path}", partial(_model, service)),
         Route("/health", partial(_health, service)),
         Route("/metrics", partial(_metrics, service)),
-        *(Route(path, _page) for path in _PAGE),
+        *pages.routes(pages.TALK),
     ]
     handlers = {Refusal: refused, Gone: gone, HTTPException: unknown, Exception: failed}
     return Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
@@ -97,9 +84,3 @@ async def _health(service: Service, http: Http) -> Response:
 
 async def _metrics(service: Service, http: Http) -> Response:
     return Response(service.gauges.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-
-async def _page(http: Http) -> Response:
-    name, kind = _PAGE[http.url.path]
-    body = (WEB / name).read_bytes()
-    return Response(body, media_type=kind, headers={"Content-Security-Policy": _POLICY})

@@ -10,8 +10,9 @@ from halfbyte.errors import DataError
 from halfbyte.serving.engine import Ask
 from halfbyte.serving.http import wire
 from halfbyte.serving.http.answers import OpenAIReply
+from halfbyte.serving.http.refusal import Refusal
 from halfbyte.serving.http.service import Service, as_events
-from halfbyte.serving.http.wire import ChatRequest, CompletionRequest, Refusal
+from halfbyte.serving.http.wire import ChatRequest, CompletionRequest
 from halfbyte.serving.models import ServedModel
 
 _STREAM = partial(as_events, last="[DONE]")

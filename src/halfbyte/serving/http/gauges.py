@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from halfbyte.serving.engine import Ask, Engine
-from halfbyte.serving.http.wire import Refusal
+from halfbyte.serving.http.refusal import Refusal
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 

@@ -13,6 +13,7 @@ Source: https://fetch.spec.whatwg.org (bodies, Origin); https://w3c.github.io/we
 import asyncio
 import hmac
 import ipaddress
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,13 +22,13 @@ from types import MappingProxyType
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from halfbyte.serving.http.answers import Json
-from halfbyte.serving.http.wire import Refusal
+from halfbyte.serving.http.refusal import Json, Refusal
 from halfbyte.serving.settings import Settings
 
 _DRAINED = 8  # times the limit
 BODY_S, AT_ONCE = 20.0, 512  # seconds that a body may take, requests
-OPEN = frozenset({"/", "/page.js", "/style.css", "/health"})  # nothing of a model, nothing that was asked
+# pages, of which a studio has some: nothing of a model, nothing that was asked
+OPEN = re.compile(r"(/ask/[\w-]+)?/((page|parts|tip|studio)\.js|style\.css)?|/health")
 _HEADERS = MappingProxyType({
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -59,11 +60,13 @@ class Guard:
         self.inside += 1
         try:
             self._check(scope)
-            body = await self._body(scope, receive)
+            below = self.settings.uploads
+            upload = below is not None and scope["method"] == "PUT" and scope["path"].startswith(below)
+            passed = receive if upload else _replayed(await self._body(scope, receive), receive)
         except Refusal as refusal:
             await Json.of(refusal, close=True)(scope, receive, with_headers)
         else:
-            await self.app(scope, _replayed(body, receive), with_headers)
+            await self.app(scope, passed, with_headers)
         finally:
             self.inside -= 1
 
@@ -78,7 +81,7 @@ class Guard:
         origin = headers.get("origin")
         if origin is not None and origin not in (f"http://{hosts[0]}", f"https://{hosts[0]}"):
             raise Refusal(403, "pages of other sites may not ask this server.", code="wrong_origin")
-        if key is not None and scope["path"] not in OPEN:
+        if key is not None and OPEN.fullmatch(scope["path"]) is None:
             given = headers.get("authorization", "").encode()
             if not hmac.compare_digest(given, f"Bearer {key}".encode()):
                 raise Refusal(401, "a key is required: Authorization: Bearer KEY", code="invalid_api_key",

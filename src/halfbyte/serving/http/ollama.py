@@ -24,9 +24,10 @@ from starlette.routing import Route
 from halfbyte.data.encoding.chatml import with_tools
 from halfbyte.serving.engine import Ask
 from halfbyte.serving.http import wire
-from halfbyte.serving.http.answers import Choice, Json
+from halfbyte.serving.http.answers import Choice
+from halfbyte.serving.http.refusal import Json, Refusal
 from halfbyte.serving.http.service import Service
-from halfbyte.serving.http.wire import ChatRequest, Refusal
+from halfbyte.serving.http.wire import ChatRequest
 from halfbyte.serving.models import ServedModel
 from halfbyte.serving.tools import CallForm
 from halfbyte.system.libraries import version

@@ -22,8 +22,9 @@ from starlette.routing import Route
 from halfbyte.serving.engine import Ask
 from halfbyte.serving.http import wire
 from halfbyte.serving.http.answers import Choice, usage
+from halfbyte.serving.http.refusal import Refusal
 from halfbyte.serving.http.service import Service, as_events
-from halfbyte.serving.http.wire import ChatRequest, Refusal
+from halfbyte.serving.http.wire import ChatRequest
 from halfbyte.serving.tools import CallForm
 from halfbyte.types import Document
 from halfbyte.writing.text import TextChunk

@@ -4,7 +4,6 @@ The first SIGTERM or SIGINT ends the server when what is being written is writte
 one ends it at once.
 """
 
-import signal
 import socket
 import threading
 from collections.abc import Callable
@@ -15,9 +14,9 @@ from sse_starlette.sse import AppStatus
 
 from halfbyte.serving.adapters import AdapterFolders
 from halfbyte.serving.engine import Engine
+from halfbyte.serving.http import loop
 from halfbyte.serving.http.app import application
 from halfbyte.serving.http.gauges import Gauges
-from halfbyte.serving.http.guard import Guard
 from halfbyte.serving.http.service import Service
 from halfbyte.serving.settings import Settings
 
@@ -41,11 +40,7 @@ def build(engine: Engine, settings: Settings, folders: AdapterFolders = _NONE) -
     """The server, to be run with a socket; it ends when its `should_exit` is set."""
     AppStatus.disable_automatic_graceful_drain()  # or a stream would end in the middle of its answer
     service = Service(engine, Gauges(engine), settings.answer_s)
-    config = uvicorn.Config(
-        Guard(application(service, folders), settings), log_config=None, access_log=False, server_header=False,
-        http="h11", ws="none", lifespan="on", timeout_keep_alive=20, timeout_graceful_shutdown=int(settings.grace_s),
-        proxy_headers=False, backlog=512,
-    )  # fmt: skip
+    config = loop.config(application(service, folders), settings)
     return _Server(config, engine)
 
 
@@ -57,14 +52,4 @@ def serve(
     folders: AdapterFolders = _NONE,
 ) -> None:
     """Serve until a signal. `ready` is called when connections are taken."""
-    server = build(engine, settings, folders)
-    # uvicorn raises a signal again when it has ended
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
-    sock.listen(512)
-    ready()
-    try:
-        server.run(sockets=[sock])
-    finally:
-        sock.close()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    loop.run(build(engine, settings, folders), sock, ready)

@@ -29,9 +29,10 @@ from halfbyte.errors import DataError
 from halfbyte.inference.generate import chat_ids
 from halfbyte.serving import grammar, tools
 from halfbyte.serving.engine import Ask, Engine, Full, Stopping, Unloaded
-from halfbyte.serving.http.answers import Json, Reply
+from halfbyte.serving.http.answers import Reply
 from halfbyte.serving.http.gauges import Gauges
-from halfbyte.serving.http.wire import ChatRequest, Refusal, Request
+from halfbyte.serving.http.refusal import Json, Refusal
+from halfbyte.serving.http.wire import ChatRequest, Request
 from halfbyte.serving.models import ServedModel
 from halfbyte.types import Document, Tokenizer
 from halfbyte.writing.sampling import SamplingParams

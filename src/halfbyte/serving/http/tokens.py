@@ -9,10 +9,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from halfbyte.serving.http import wire
-from halfbyte.serving.http.answers import Json
 from halfbyte.serving.http.chat import token_ids
+from halfbyte.serving.http.refusal import Json, Refusal
 from halfbyte.serving.http.service import Service
-from halfbyte.serving.http.wire import ChatRequest, Message, Refusal, Tool
+from halfbyte.serving.http.wire import ChatRequest, Message, Tool
 from halfbyte.types import Document
 
 

@@ -1,16 +1,15 @@
-"""OpenAI's requests, read strictly, and errors in its form.
+"""OpenAI's requests, read strictly.
 
 A field that would change the answer and cannot be followed is refused by name; those that change nothing are taken.
-Source: the `openai` package, 3.57: types/chat, types/completion; its client's handling of errors.
+Source: the `openai` package, 3.57: types/chat, types/completion.
 """
 
 import json
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from halfbyte.serving.http.refusal import Refusal
 from halfbyte.serving.tools import CallRules
 from halfbyte.types import Document
 from halfbyte.writing.sampling import SamplingParams
@@ -18,24 +17,6 @@ from halfbyte.writing.sampling import SamplingParams
 MOST_CHOICES, MOST_STOPS, MOST_LIKELY = 16, 16, 20
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Asked = TypeVar("Asked", bound="Strict")
-
-
-class Refusal(Exception):
-    """An answer that is an error, in OpenAI's form."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        code: str | None = None,
-        param: str | None = None,
-        kind: str = "invalid_request_error",
-        headers: Mapping[str, str] = MappingProxyType({}),
-    ) -> None:
-        super().__init__(message)
-        self.status, self.headers = status, headers
-        self.body: Document = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 class Strict(BaseModel):

@@ -1,32 +1,12 @@
 "use strict";
 // Text is only ever put into a page as text; nothing is fetched but from this server.
-const $ = (id) => document.getElementById(id);
 const sides = ["left", "right"];
 const talks = { left: [], right: [] }; // what each side was told and has said
 let running = null; // an AbortController while answers come
 
-function state(text, kind) {
-  $("state").textContent = text;
-  $("state").className = "state " + (kind || "");
-}
-
-function headers() {
-  const made = { "Content-Type": "application/json" };
-  if ($("key").value) made.Authorization = "Bearer " + $("key").value;
-  return made;
-}
-
-async function problem(response) {
-  try {
-    return (await response.json()).error.message;
-  } catch {
-    return "HTTP " + response.status;
-  }
-}
-
 async function connect() {
   try {
-    const response = await fetch("/v1/models", { headers: headers() });
+    const response = await fetch("v1/models", { headers: headers() });
     if (response.status === 401) {
       $("key-row").hidden = false;
       $("fold").open = true;
@@ -51,28 +31,6 @@ async function connect() {
   }
 }
 
-function put(parent, tag, className, text) {
-  const made = document.createElement(tag);
-  made.className = className;
-  if (text !== undefined) made.textContent = text;
-  parent.append(made);
-  return made;
-}
-
-async function* events(response) {
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let held = "";
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) return;
-    held += value;
-    const blocks = held.split("\n\n");
-    held = blocks.pop();
-    for (const block of blocks)
-      for (const line of block.split("\n")) if (line.startsWith("data: ")) yield line.slice(6);
-  }
-}
-
 // JSON is shown indented, bare or in a fence; anything else as it is.
 function show(text, said) {
   const inner = said.trim().replace(/^```(?:json)?\n([^]*)\n```$/, "$1");
@@ -82,18 +40,6 @@ function show(text, said) {
     const value = JSON.parse(inner);
     if (value !== null && typeof value === "object") text.textContent = JSON.stringify(value, null, 2);
   } catch { /* it is prose, or not whole */ }
-}
-
-async function copy(button, box) {
-  const text = box.querySelector(".text");
-  try {
-    await navigator.clipboard.writeText(text.textContent);
-  } catch { // a page that is not https, from another machine
-    getSelection().selectAllChildren(text);
-    document.execCommand("copy");
-  }
-  button.textContent = "Copied";
-  setTimeout(() => { button.textContent = "Copy"; }, 1500);
 }
 
 async function answer(side, model, box, signal) {
@@ -113,7 +59,7 @@ async function answer(side, model, box, signal) {
   const began = performance.now();
   box.classList.add("busy");
   try {
-    const response = await fetch("/v1/chat/completions", { method: "POST", headers: headers(), body: JSON.stringify(body), signal });
+    const response = await fetch("v1/chat/completions", { method: "POST", headers: headers(), body: JSON.stringify(body), signal });
     if (!response.ok) throw new Error(await problem(response));
     for await (const data of events(response)) {
       if (data === "[DONE]") break;
@@ -136,7 +82,7 @@ async function answer(side, model, box, signal) {
     box.classList.remove("busy");
     if (box.isConnected) talks[side].push({ role: "assistant", content: said });
     const buttons = put(box, "p", "tools");
-    put(buttons, "button", "copy", "Copy").addEventListener("click", (event) => copy(event.target, box));
+    put(buttons, "button", "copy", "Copy").addEventListener("click", (event) => copy(event.target, box.querySelector(".text")));
     put(buttons, "button", "again", "Again").addEventListener("click", () => again(side, model, box));
     for (const button of buttons.children) button.type = "button";
   }
@@ -186,6 +132,8 @@ function clear() {
   $("ask").focus();
 }
 
+$("back").hidden = !location.pathname.startsWith("/ask/"); // below a studio, which keeps the key
+if (!$("back").hidden) $("key").value = localStorage.getItem("key") || "";
 $("form").addEventListener("submit", (event) => { event.preventDefault(); ask(); });
 $("settings").addEventListener("submit", (event) => event.preventDefault());
 $("ask").addEventListener("keydown", (event) => {

@@ -1,0 +1,44 @@
+"""What is refused, in OpenAI's form of an error, and JSON as an answer. No torch.
+
+Source: the `openai` package, 3.57: its client's handling of errors.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from starlette.responses import Response
+
+from halfbyte.types import Document
+
+
+class Refusal(Exception):
+    """An answer that is an error, in OpenAI's form."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        kind: str = "invalid_request_error",
+        headers: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        super().__init__(message)
+        self.status, self.headers = status, headers
+        self.body: Document = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+class Json(Response):
+    media_type = "application/json"
+
+    def __init__(self, content: Document, status_code: int = 200, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(json.dumps(content).encode(), status_code, headers)
+
+    @classmethod
+    def of(cls, refusal: Refusal, *, close: bool = False) -> Json:
+        headers = {**refusal.headers, **({"Connection": "close"} if close else {})}
+        return cls(refusal.body, refusal.status, headers)

@@ -1,0 +1,100 @@
+"""Commands that go on without the page and without the server: started, found again, stopped.
+
+What: a folder a command: `job.json` (its words, when it began), `log` (what it printed), `code` (how it ended), `lock`,
+which the process itself holds, however it ends: a server that comes later knows what still runs. The code of a process
+that ended while no server was there is not known.
+Source: flock(2): a lock belongs to the open file, which the process inherits.
+"""
+
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from halfbyte.errors import typed
+from halfbyte.runs.folder import read_json, write_json
+from halfbyte.serving.http.refusal import Refusal
+from halfbyte.studio.workspace import Workspace
+from halfbyte.system import files
+from halfbyte.system.platforms import calls
+from halfbyte.types import Document
+
+LOG_BYTES, SHOWN = 20_000, 40
+_ID = re.compile(r"[\d-]{15}-[0-9a-f]{4}")
+_ADDRESS = re.compile(r"at http://127\.0\.0\.1:(\d+)/v1")
+_PYTHON = (sys.executable, "-P", "-m", "halfbyte")
+
+
+def command_line(words: Sequence[str]) -> str:
+    """A command as it is typed in the studio's folder."""
+    return " ".join(map(typed, ("halfbyte", *words)))
+
+
+@dataclass(frozen=True)
+class Jobs:
+    workspace: Workspace
+
+    def start(self, words: Sequence[str]) -> Document:
+        """Start a command, and say what became of it."""
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+        folder = self.workspace.jobs / name
+        folder.mkdir()
+        write_json(folder / "job.json", {"words": list(words), "began": time.time()})
+        plain = {**os.environ, "PYTHONUNBUFFERED": "1", "NO_COLOR": "1"}
+        with (folder / "log").open("wb") as log, (folder / "lock").open("w") as lock:
+            files.lock(lock, wait=False)
+            process = subprocess.Popen(
+                [*_PYTHON, *words], cwd=self.workspace.folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                env=plain, start_new_session=True, pass_fds=calls.handed_on(lock.fileno()),
+            )  # fmt: skip
+            lock.write(str(process.pid))
+        threading.Thread(target=_wait, args=(process, folder / "code"), daemon=True).start()
+        return self.read(name)
+
+    def read(self, name: str) -> Document:
+        """What became of a command: running, done, failed; ended where that is not known. `port`: where it serves."""
+        folder = self._folder(name)
+        job, runs = read_json(folder / "job.json"), _runs(folder / "lock")
+        with (folder / "log").open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - LOG_BYTES))
+            log = file.read().decode("utf-8", "replace")
+        code = int((folder / "code").read_text()) if (folder / "code").is_file() else None
+        failed = code or (code is None and re.search(r"^error: ", log, re.MULTILINE))
+        state = "running" if runs else "failed" if failed else "ended" if code is None else "done"
+        address = _ADDRESS.search(log) if runs and job["words"][0] == "serve" else None
+        command, port = command_line(job["words"]), address and int(address[1])
+        return {**job, "id": name, "command": command, "state": state, "code": code, "port": port, "log": log}
+
+    def listing(self) -> list[Document]:
+        """The newest ones, without their logs."""
+        names = sorted((p.name for p in self.workspace.jobs.iterdir() if _ID.fullmatch(p.name)), reverse=True)
+        return [{**self.read(name), "log": None} for name in names[:SHOWN]]
+
+    def stop(self, name: str) -> None:
+        """As Ctrl-C does: a run ends after its micro-batch, with a checkpoint; a second time at once."""
+        lock = self._folder(name) / "lock"
+        if not _runs(lock):
+            raise Refusal(409, "it does not run any more.", code="ended")
+        os.kill(int(lock.read_text(encoding="ascii")), signal.SIGTERM)
+
+    def _folder(self, name: str) -> Path:
+        folder = self.workspace.jobs / name
+        if not _ID.fullmatch(name) or not (folder / "lock").is_file():
+            raise Refusal(404, "there is no such command.", code="missing")
+        return folder
+
+
+def _wait(process: subprocess.Popen[bytes], code: Path) -> None:
+    files.write(code, str(process.wait()).encode())
+
+
+def _runs(lock: Path) -> bool:
+    with lock.open("r+") as file:
+        return not files.lock(file, shared=True, wait=False)
