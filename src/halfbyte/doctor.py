@@ -15,6 +15,7 @@ from halfbyte.adapters.assembly import assemble
 from halfbyte.base import load, stream
 from halfbyte.base.store import supply
 from halfbyte.errors import BaseModelError
+from halfbyte.layers.kernels.cpu import ahead
 from halfbyte.models import structure
 from halfbyte.models.sources.lookup import find_model
 from halfbyte.plan import calibrate
@@ -64,6 +65,12 @@ class Diagnosis:
 def lacking() -> dict[str, str]:
     """What the installed versions have no seam for -> what is done without."""
     return {seam.reason: seam.without for seam in SEAMS if seam.reason}
+
+
+def compile_kernels() -> None:
+    """All kernels of this machine's dtypes that are not in the cache yet."""
+    machine = device.detect()
+    ahead.compile_kernels(ahead.FILES, machine.cores, device.compute_dtype(machine)[0])
 
 
 def examine(recipe: Recipe | None = None, *, tell: Callable[[str], None] = lambda text: None) -> Diagnosis:

@@ -24,6 +24,7 @@ from halfbyte.distributed.launch import launch_file
 from halfbyte.distributed.world import World
 from halfbyte.errors import TrainError
 from halfbyte.inference import evaluate, verify
+from halfbyte.layers.kernels.cpu import ahead
 from halfbyte.objectives.objective import Objective
 from halfbyte.plan import calibrate, number_format
 from halfbyte.plan.estimate import format_note
@@ -154,6 +155,8 @@ def set_up(
     notices = preflight.check_resumed(start, learns, rows, run.job.steps, tell)
     fit.announce(plan, tell)
 
+    if run.job.uncompiled:
+        ahead.compile_kernels(run.job.uncompiled, machine.cores, plan.compute_dtype)
     model = open_model(run, start, tell, force=force)
     if line := agree.join(world, model.belongs_to, model.assembled.model, process.threads):
         tell.note("world", line)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,54 +16,47 @@ from prompt_toolkit.output import DummyOutput
 from typer.testing import CliRunner
 
 from halfbyte.cli import conversation, main, show
-from halfbyte.inference import generate
+from halfbyte.models.context import Context
 from halfbyte.writing.sampling import SamplingParams
 
 CONTEXT = 100
 
 
 class Told:
-    """Stands for an opened run; its `generate` says how many messages it heard, token by token."""
+    """Stands for what answers; it says how many letters it heard, token by token."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self) -> None:
         self.alone, self.run = False, Path("run")
         self.recipe = SimpleNamespace(model="tiny")
-        text = SimpleNamespace(model_type="llama", max_position_embeddings=CONTEXT, rope_parameters=None)
-        self.model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text))
-        self.tokenizer, self.base = None, False
+        self.context = Context(CONTEXT, "max_position_embeddings")
         self.heard: list[tuple[bool, int]] = []
         self.sessions: list[object] = []
         self.interrupts: dict[int, int] = {}
         self.says = 5
-        monkeypatch.setattr(generate, "chat_ids", lambda _, messages: list("".join(m["content"] for m in messages)))
-        monkeypatch.setattr(generate, "generate", self.generate)
 
-    @contextlib.contextmanager
-    def using(self, *, base: bool) -> Iterator[None]:
-        self.base = base
-        yield
-        self.base = False
+    def ids(self, messages: list[dict[str, str]]) -> list[Any]:
+        return list("".join(m["content"] for m in messages))
 
-    def generate(
-        self, model: object, tokenizer: object, prompts: list[Any], params: SamplingParams, **more: Any
-    ) -> list[str]:
-        self.heard.append((self.base, len(prompts[0])))
-        self.sessions.append(more["session"])
+    def remember(self, ids: object, session: object, *, base: bool) -> None: ...
+
+    def answer(self, ids: list[Any], params: SamplingParams, session: object, *, base: bool, **more: Any) -> str:
+        self.heard.append((base, len(ids)))
+        self.sessions.append(session)
         said = ""
         for number in range(min(self.says, params.max_tokens)):
             for _ in range(self.interrupts.get(number, 0)):
                 os.kill(os.getpid(), signal.SIGINT)
-            said += "b" if self.base else "a"
+            said += "b" if base else "a"
             if more["each"]():
                 break
         more["emit"](said)
-        return [said]
+        return said
 
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Told:
     monkeypatch.chdir(tmp_path)
-    return Told(monkeypatch)
+    return Told()
 
 
 def chat(told: Told, *lines: str, tokens: int = 20) -> conversation.Chat:
@@ -145,7 +136,7 @@ def test_what_cannot_be_done_is_said(told: Told, capsys: pytest.CaptureFixture[s
 def test_ctrl_c_at_the_prompt_leaves_at_the_second_time(
     told: Told, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines: Iterator[Any] = iter([KeyboardInterrupt(), "hello", KeyboardInterrupt(), KeyboardInterrupt(), "never"])
+    lines: Any = iter([KeyboardInterrupt(), "hello", KeyboardInterrupt(), KeyboardInterrupt(), "never"])
 
     def ask() -> str:
         line = next(lines)
@@ -179,8 +170,8 @@ def test_speed_is_of_the_tokens_after_the_first() -> None:
 
 def test_what_generate_is_told_reaches_the_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
     params = list[SamplingParams]()
-    monkeypatch.setattr(main.shared, "open_run", lambda *args, **more: SimpleNamespace(alone=False))
-    monkeypatch.setattr(conversation, "answer", lambda ready, talk, how, **more: params.append(how) or "red")
+    monkeypatch.setattr(main.shared, "speaker", lambda *args, **more: SimpleNamespace(alone=False))
+    monkeypatch.setattr(conversation, "answer", lambda ready, talk, how, session, **more: params.append(how) or "red")
     words = "generate run -p x --temperature 0.5 --top-k 7 --top-p 0.9 --min-p 0.1 --repetition-penalty 1.3 --seed 4"
     for command in (words, "generate run -p x"):
         assert CliRunner().invoke(main.app, command.split()).exit_code == 0

@@ -139,5 +139,7 @@ print(whole(), sum(whole.stats.cache_hits.values()))
 
     assert value() == "1 0"
     assert value() == "1 1", "taken from the cache"
+    (kernels / "deeper" / "other.py").write_text("from part import part\n")
+    assert value() == "1 1", "a file that it is not compiled of"
     (kernels / "deeper" / "part.py").write_text(PARTS["part.py"].format(2))
     assert value() == ("2 0" if asked else "1 1")

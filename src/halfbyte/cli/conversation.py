@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,9 +16,9 @@ from halfbyte.errors import HalfbyteError, typed
 from halfbyte.training.events import StopRequest, stop_on_signals
 
 if TYPE_CHECKING:
-    from halfbyte.inference.generate import Session
-    from halfbyte.inference.load import Opened
+    from halfbyte.inference.speaker import Speaker
     from halfbyte.writing.sampling import SamplingParams
+    from halfbyte.writing.text import Session
 
     Messages = Sequence[dict[str, str]]
 
@@ -59,39 +60,32 @@ class TokenWatch:
 
 
 def answer(
-    opened: Opened,
+    speaker: Speaker,
     messages: Messages,
     params: SamplingParams,
+    session: Session,
     *,
     base: bool = False,
     silent: bool = False,
     each: Callable[[], bool] | None = None,
-    session: Session | None = None,
 ) -> str:
-    """What the adapter says to a conversation, or the base alone; printed as it comes unless `silent`.
-
-    Args:
-        each: called after each token; True ends the answer there.
-        session: what this side has read of the conversation, and need not read again.
-    """
-    from halfbyte.inference import generate
-
-    ids = generate.chat_ids(opened.tokenizer, messages)
-    with opened.using(base=base):
-        emit = None if silent else show.stream
-        (text,) = generate.generate(
-            opened.model, opened.tokenizer, [ids], params, emit=emit, each=each, session=session
-        )
+    """What the adapter says to a conversation, or the base alone; printed as it comes unless `silent`. `session`: what
+    this side has read of the conversation, and need not read again. `each`: called after each token; True ends the
+    answer there."""
+    ids = speaker.ids(messages)
+    text = speaker.answer(ids, params, session, base=base, emit=None if silent else show.stream, each=each)
     if not silent:
         show.text("")
+    if (why := speaker.remember(ids, session, base=base)) is not None:
+        logging.getLogger(__name__).info("the next start opens the model again: %s", why)
     return text
 
 
 class Chat:
     """A conversation that grows line by line."""
 
-    def __init__(self, opened: Opened, params: SamplingParams, system: str | None) -> None:
-        self._opened, self._params = opened, params
+    def __init__(self, speaker: Speaker, params: SamplingParams, system: str | None) -> None:
+        self._speaker, self._params = speaker, params
         self._first = [{"role": "system", "content": system}] if system else []
         self.messages = list(self._first)
         self._file: Path | None = None
@@ -99,7 +93,7 @@ class Chat:
 
     def run(self) -> None:
         """Until the user leaves: /quit, Ctrl-D, or Ctrl-C twice at the prompt, where the first drops what is typed."""
-        who = self._opened
+        who = self._speaker
         show.text(f"{who.recipe.model}{'' if who.alone else f' with the adapter of {who.run}'}\n{HELP}")
         ask, leaving = show.asker(), False
         while True:
@@ -146,7 +140,7 @@ class Chat:
     def _beside(self, text: str, *, both: bool) -> None:
         """The base's answer to the last question or to `text`; `both`: then the adapter's, which stays in the talk
         where the question is a new one."""
-        if both and self._opened.alone:
+        if both and self._speaker.alone:
             show.text("there is no adapter here, only the base")
             return
         if text:
@@ -163,7 +157,7 @@ class Chat:
             show.heading("adapter")
             reply = self._answered(talk)
         if text:
-            self._keep(reply if both or self._opened.alone else None)
+            self._keep(reply if both or self._speaker.alone else None)
 
     def _save(self, name: str) -> None:
         """Add the conversation to a JSONL file: the one named, else the last one, else a new one."""
@@ -182,7 +176,7 @@ class Chat:
 
     def _answered(self, messages: Messages, *, base: bool = False) -> str | None:
         """An answer, as far as it came where Ctrl-C has stopped it; None where there is none. The chat goes on."""
-        from halfbyte.inference.generate import Session
+        from halfbyte.writing.text import Session
 
         session = self._sessions.setdefault(base, Session())
         try:
@@ -197,7 +191,7 @@ class Chat:
             # so that no forward is torn, the first Ctrl-C ends the answer with the token under way
             with stop_on_signals(signals=(SIGINT,)) as stop:
                 watch, params = TokenWatch(stop), replace(self._params, max_tokens=max_tokens)
-                text = answer(self._opened, messages, params, base=base, each=watch, session=session)
+                text = answer(self._speaker, messages, params, session, base=base, each=watch)
         except KeyboardInterrupt:
             show.text("\n(stopped)")
             return None
@@ -209,13 +203,10 @@ class Chat:
 
     def _left(self, messages: Messages) -> tuple[int, int | None]:
         """Tokens that are left for an answer, and those of the context; without a limit as many as are asked for."""
-        from halfbyte.inference import generate
-        from halfbyte.models.context import context_of
-
-        context = context_of(self._opened.model.config)
+        context = self._speaker.context
         if context is None:
             return self._params.max_tokens, None
-        return context.left(len(generate.chat_ids(self._opened.tokenizer, messages))), context.tokens
+        return context.left(len(self._speaker.ids(messages))), context.tokens
 
     def _report(self, watch: TokenWatch, left: int, context: int | None, max_tokens: int) -> None:
         """How long the answer was and how fast; and why it ends where that is not its own end."""

@@ -116,6 +116,9 @@ def doctor(
     model: Annotated[
         str | None, typer.Argument(metavar="[MODEL | RECIPE.yaml]", help="Also prove everything on it.")
     ] = None,
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="Compile all kernels now, which the first run would do on its way.")
+    ] = False,
     set_: shared.Set = [],  # noqa: B006  typer copies it
     json_: shared.Json = False,
 ) -> None:
@@ -127,6 +130,8 @@ def doctor(
     with libraries.loading():
         from halfbyte import doctor
 
+    if compile_:
+        doctor.compile_kernels()
     diagnosis = doctor.examine(recipe, tell=(lambda text: None) if json_ else show.aside)
     show.document(diagnosis.to_json()) if json_ else show.diagnosis(diagnosis)
     if not diagnosis.ok:
@@ -147,21 +152,24 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     set_: shared.Set = [],  # noqa: B006
     force: shared.Force = False,
+    prove: shared.Prove = False,
     json_: shared.Json = False,
 ) -> None:
     """Answer prompts with the adapter on its base, or with the base alone."""
     talks = [[{"role": "user", "content": text}] for text in prompt]
-    ready = shared.open_run(run, set_, silent=json_, force=force, asks=(talks, max_new_tokens))
+    asks = talks, max_new_tokens
+    ready = shared.speaker(run, set_, silent=json_, force=force, prove=prove, base=base, asks=asks)
     from halfbyte.writing.sampling import SamplingParams
+    from halfbyte.writing.text import Session
 
     params = SamplingParams(
         max_new_tokens, temperature, top_p, seed, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty
     )
-    answers = []
+    answers, session = list[str](), Session(exact=True)
     for number, talk in enumerate(talks, 1):
         if len(talks) > 1 and not json_:
             show.text(f"{'' if number == 1 else chr(10)}prompt {number}: {prompt[number - 1]}")
-        answers.append(conversation.answer(ready, talk, params, base=base, silent=json_))
+        answers.append(conversation.answer(ready, talk, params, session, base=base, silent=json_))
     if json_:
         rows = [{"prompt": p, "output": a} for p, a in zip(prompt, answers, strict=True)]
         show.document({"run": str(run), "with_adapter": not (base or ready.alone), "answers": rows})
@@ -175,9 +183,10 @@ def chat(
     temperature: shared.Temperature = 0.0,
     set_: shared.Set = [],  # noqa: B006
     force: shared.Force = False,
+    prove: shared.Prove = False,
 ) -> None:
     """Talk to the adapter. /base and /both ask the base too, /save keeps the talk, /reset forgets, /quit leaves."""
-    ready = shared.open_run(run, set_, silent=False, force=force)
+    ready = shared.speaker(run, set_, silent=False, force=force, prove=prove)
     from halfbyte.writing.sampling import SamplingParams
 
     conversation.Chat(ready, SamplingParams(max_new_tokens, temperature), system).run()

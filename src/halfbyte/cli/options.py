@@ -15,6 +15,7 @@ from halfbyte.system import libraries
 
 if TYPE_CHECKING:
     from halfbyte.inference.load import Opened
+    from halfbyte.inference.speaker import Speaker
 
 Json = Annotated[bool, typer.Option("--json", callback=show.as_json, help="Print one JSON document instead of text.")]
 Set = Annotated[list[str], typer.Option("--set", metavar="a.b=c", help="Change a value of the recipe; repeatable.")]
@@ -37,6 +38,7 @@ KeyFile = Annotated[
 AllowHost = Annotated[
     list[str], typer.Option("--allow-host", help="A name that clients use for this machine; repeatable.")
 ]
+Prove = Annotated[bool, typer.Option("--prove", help="Prove again what is remembered as proven on this machine.")]
 BaseOnly = Annotated[bool, typer.Option("--base", help="The base alone, without the adapter.")]
 
 
@@ -59,21 +61,37 @@ def one_each(words: list[str]) -> list[str]:
     return spread
 
 
-def open_run(
+def speaker(
     run: Path,
     overrides: list[str],
     *,
     silent: bool,
     force: bool,
+    prove: bool,
+    base: bool = False,
     asks: tuple[list[list[dict[str, str]]], int] = ([], 0),
-) -> Opened:
-    """A run, an adapter or a base, ready to answer. That there is none is said before a library is loaded. `asks`:
+) -> Speaker:
+    """What answers of a run, an adapter or a base. That there is none is said before a library is loaded. `asks`:
     conversations, and the tokens of an answer; too long ones are refused before the base is opened."""
     from halfbyte.inference import target
 
-    target.find(run, overrides)
-    with progress.waiting("opening base and adapter", silent=silent) as tell:
-        with libraries.loading():
-            from halfbyte.inference import generate, load
+    subject = target.find(run, overrides)
+    from halfbyte.inference import speaker as speakers
 
-        return load.open_run(run, tell, overrides, partial(generate.check, asks), force=force, alone=bool(asks[0]))
+    def opens() -> Opened:
+        if answers.changed:
+            show.aside(f"proven again, since this has changed: {', '.join(answers.changed)}")
+        with progress.waiting("opening base and adapter", silent=silent) as tell:
+            with libraries.loading():
+                from halfbyte.inference import generate, load
+
+            return load.open_target(subject, tell, partial(generate.check, asks), force=force, alone=bool(asks[0]))
+
+    answers = speakers.Speaker(subject, opens, base=base, prove=prove or force, keeps=not force)
+    answers.check(*asks)
+    return answers
+
+
+def open_run(run: Path, overrides: list[str], *, silent: bool, force: bool) -> Opened:
+    """A run, an adapter or a base, ready to be scored."""
+    return speaker(run, overrides, silent=silent, force=force, prove=True).opened

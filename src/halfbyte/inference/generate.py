@@ -8,7 +8,6 @@ Cost: each new token reads the base once for up to 16 texts; by the model's own 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
@@ -21,18 +20,11 @@ from halfbyte.types import Document, Model, Tokenizer
 from halfbyte.writing.places import MAX_TEXTS, FastPathUnavailable
 from halfbyte.writing.plain import PlainWriter
 from halfbyte.writing.sampling import SamplingParams
-from halfbyte.writing.text import Detokenizer, Text, TextWriter
+from halfbyte.writing.text import Detokenizer, Session, Text, TextWriter, sender
 from halfbyte.writing.writer import Writer
 
 _log = logging.getLogger(__name__)
 _logged: set[str] = set()
-
-
-@dataclass
-class Session:
-    """A conversation's writer, which keeps what it has read, by one adapter, from one answer to the next."""
-
-    writer: Writer | None = None
 
 
 def chat_ids(
@@ -125,17 +117,7 @@ def generate(
     Raises:
         DataError: prompt and answer are longer than what the model reads at once.
     """
-
-    def after_step(texts: Sequence[Text]) -> bool:
-        ends = each is not None and each()
-        if emit is not None:
-            if ends:
-                texts[0].end()
-            if (chunk := texts[0].chunk()) is not None and chunk.text:
-                emit(chunk.text)
-        return ends
-
-    ids = generate_ids(model, tokenizer, prompts, params, after_step, session)
+    ids = generate_ids(model, tokenizer, prompts, params, sender(emit, each), session)
     return [str(text) for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
@@ -182,7 +164,9 @@ def _read(model: Model, texts: Sequence[Text], session: Session | None) -> Write
     writer = None if session is None else session.writer
     if writer is None:
         length = max(len(text.prompt) + text.params.max_tokens for text in texts)
-        writer = Writer(model, len(texts), length, rough=texts[0].sampler.greedy, exact=session is None)
+        writer = Writer(
+            model, len(texts), length, rough=texts[0].sampler.greedy, exact=session is None or session.exact
+        )
     if session is not None:
         session.writer = writer
     for text in sorted(texts, key=lambda text: -len(text.prompt)):

@@ -61,27 +61,19 @@ class Opened:
 
 
 def open_run(
-    path: Path,
-    tell: supply.Tell | None = None,
-    overrides: Sequence[str] = (),
-    check: Callable[[Tokenizer, Context | None], None] = lambda tokenizer, context: None,
-    *,
-    force: bool = False,
-    alone: bool = False,
+    path: Path, tell: supply.Tell | None = None, overrides: Sequence[str] = (), *, force: bool = False
 ) -> Opened:
     """A finished run, an adapter or a base, as `target.find` tells them; a store that is not there any more is built.
 
     A base alone gets fresh adapters, which are switched off: it then gives the same numbers as beside an adapter.
 
     Args:
-        check: may refuse what will be asked, before the base is opened.
         force: use an adapter also where its passport says that it belongs to another base or tokenizer.
-        alone: no two texts will share a forward.
 
     Raises:
         AdapterError: it belongs to another; names both sides.
     """
-    return open_target(target.find(path, overrides), tell, check, force=force, alone=alone)
+    return open_target(target.find(path, overrides), tell, force=force)
 
 
 def open_target(
@@ -94,8 +86,9 @@ def open_target(
     lasting: bool = False,
     alone: bool = False,
 ) -> Opened:
-    """`open_run` of what has been found already. `beside`: more adapters on the same base, by PEFT's names. `lasting`:
-    many answers will be written. `alone`: no two texts will share a forward."""
+    """`open_run` of what has been found already. `check`: may refuse what will be asked, before the base is opened.
+    `beside`: more adapters on the same base, by PEFT's names. `lasting`: many answers will be written. `alone`: no two
+    texts will share a forward."""
     recipe, run = subject.recipe, subject.run
     checkpoint, machine = find_model(recipe), device.detect()
     threads.configure(machine.cores)

@@ -12,16 +12,18 @@ Cost: looks at some folders and forty files, once.
 import contextlib
 import hashlib
 import os
+import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from functools import cache
 from pathlib import Path
 
 from halfbyte.system import files
 
 VARIABLE = "NUMBA_CACHE_DIR"
+_IMPORT = re.compile(r"^[ \t]*(?:from|import) [^\n(]*(?:\([^)]*\))?", re.MULTILINE)
 _KERNELS = Path(__file__).parents[1] / "layers" / "kernels" / "cpu"
 
 
@@ -53,14 +55,33 @@ def find_place() -> None:
 
 
 def forget_older(env: Mapping[str, str] = os.environ) -> None:
-    """Remove numba's files of each kernel that was compiled before a file of the kernels was last changed."""
-    changed = max(file.stat().st_mtime for file in _KERNELS.rglob("*.py"))
-    if changed > time.time():  # the clock is wrong: what is compiled now would be older again
+    """Remove numba's files of each kernel that was compiled before a file that it is compiled of was last changed."""
+    changed = {file: file.stat().st_mtime for file in _KERNELS.rglob("*.py")}
+    newest = max(changed.values())
+    if newest > time.time():  # the clock is wrong: what is compiled now would be older again
         return
+    known: dict[str, float] = {}  # by the name of a kernel's file, when it or a part of it was last changed
     for index in _files(env, "*.nb[ic]"):
         with contextlib.suppress(OSError):  # another process was first, or it may not be written
-            if index.stat().st_mtime < changed:
+            at, stem = index.stat().st_mtime, index.name.partition(".")[0]
+            if at < newest and stem not in known:
+                known[stem] = max((changed[file] for file in _parts(stem, changed)), default=newest)
+            if at < newest and at < known[stem]:
                 index.unlink()
+
+
+def _parts(stem: str, sources: Iterable[Path]) -> set[Path]:
+    """The files of this name, those of the names that they import, and so on: rather too many than too few."""
+    parts, waiting = set[Path](), frozenset({stem})
+    while new := {file for file in sources if file.stem in waiting} - parts:
+        parts |= new
+        waiting = frozenset().union(*map(_words_of_imports, new))
+    return parts
+
+
+@cache
+def _words_of_imports(file: Path) -> frozenset[str]:
+    return frozenset(re.findall(r"\w+", " ".join(_IMPORT.findall(file.read_text(encoding="utf-8")))))
 
 
 def _files(env: Mapping[str, str], pattern: str) -> Iterator[Path]:

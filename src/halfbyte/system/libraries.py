@@ -6,6 +6,7 @@ Cost of importing all: three thousand modules, three seconds of a core.
 
 import atexit
 import gc
+import hashlib
 import logging
 import os
 import platform
@@ -13,13 +14,20 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
+from pathlib import Path
 
 from packaging.requirements import Requirement
+
+from halfbyte.system import files
+from halfbyte.types import Document
 
 LIBRARIES = (
     "halfbyte", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors", "tokenizers",
     "huggingface_hub", "numpy",
 )  # fmt: skip
+
+# Of the environment: which kernels are compiled, and how.
+KERNEL_VARIABLES = ("HALFBYTE_KERNELS", "NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "NUMBA_OPT")
 
 
 def version(library: str) -> str:
@@ -33,6 +41,25 @@ def version(library: str) -> str:
 def versions() -> dict[str, str]:
     """The version of Python and of each installed library that a result depends on."""
     return {"python": platform.python_version(), **{name: number for name in LIBRARIES if (number := version(name))}}
+
+
+def surroundings(threads: int, root: Path = Path("/")) -> Document:
+    """What a proof depends on beside its inputs, in a process of so many threads: halfbyte's code, the libraries, what
+    the processor says of itself, its flags among it. `root` holds `proc`."""
+    package = Path(__file__).parents[1]
+    code = [(str(file.relative_to(package)), files.sha256(file)) for file in sorted(package.rglob("*.py"))]
+    try:
+        core = (root / "proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+    except OSError:
+        core = [platform.machine(), platform.processor()]
+    return {
+        **versions(),
+        **{name: version(name) for name in ("numba", "llvmlite", "jinja2")},
+        "halfbyte's code": hashlib.sha256(repr(code).encode()).hexdigest(),
+        "processor": hashlib.sha256(repr([x for x in core if "MHz" not in x]).encode()).hexdigest(),
+        "threads": threads,
+        "variables": {name: os.environ.get(name) for name in KERNEL_VARIABLES},
+    }
 
 
 def outside_ranges() -> dict[str, str]:

@@ -17,7 +17,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -59,16 +59,20 @@ def region() -> Any | None:
 
 
 def libraries(maps: Path = Path("/proc/self/maps")) -> list[str]:
-    """Where the OpenMP library in this process lies: as Linux lists it, else the one that torch's wheel brings."""
+    """Where the OpenMP library in this process lies: as Linux lists it, else the one that torch's wheel brings, which
+    torch will load."""
     try:
         lines = maps.read_text(encoding="utf-8", errors="replace").splitlines()
-        mapped = {line.split(maxsplit=5)[5] for line in lines if "omp" in line}  # a path may hold spaces
     except OSError:
-        import torch
-
-        mapped = {str(path) for path in (Path(torch.__file__).parent / "lib").glob("lib*omp*")}
-    paths = {path for path in mapped if Path(path).name.startswith(("libgomp", "libomp", "libiomp"))}
+        lines = []
+    mapped = {line.split(maxsplit=5)[5] for line in lines if "omp" in line}  # a path may hold spaces
+    if not (paths := _named(mapped)) and (torch := find_spec("torch")) is not None:
+        paths = _named(str(path) for path in (Path(torch.origin or "").parent / "lib").glob("lib*omp*"))
     return [path for path in sorted(paths) if f"{os.sep}torch" in path] or sorted(paths)
+
+
+def _named(paths: Iterable[str]) -> set[str]:
+    return {path for path in paths if Path(path).name.startswith(("libgomp", "libomp", "libiomp"))}
 
 
 class EmptyTeam:

@@ -56,7 +56,7 @@ class FileMaps:
     @classmethod
     def read(cls) -> Self:
         """None at all on a system without `/proc/self/maps`."""
-        return cls(tuple(sorted(span for span, _, _ in _file_maps())))
+        return cls(tuple(sorted(span for span, *_ in file_maps())))
 
     def holds(self, start: int, size: int) -> bool:
         """Whether `size` bytes at `start` lie in a file, over neighbouring maps of it if need be."""
@@ -70,8 +70,9 @@ class FileMaps:
         return False
 
 
-def _file_maps() -> Iterator[tuple[Span, str, str]]:
-    """Each part of this process's memory that is a file: where, what it may be used for (`r-xp`), the file's path."""
+def file_maps() -> Iterator[tuple[Span, str, int, str]]:
+    """Each part of this process's memory that is a file: where, what it may be used for (`r-xp`), where in the file it
+    begins, the file's path."""
     try:
         with open("/proc/self/maps", encoding="utf-8", errors="replace") as file:
             lines = file.read().splitlines()
@@ -80,7 +81,7 @@ def _file_maps() -> Iterator[tuple[Span, str, str]]:
     for fields in (line.split(maxsplit=5) for line in lines):
         if len(fields) == 6 and fields[4] != "0" and fields[5].startswith("/"):
             start, end = fields[0].split("-")
-            yield Span(int(start, 16), int(end, 16)), fields[1], fields[5]
+            yield Span(int(start, 16), int(end, 16)), fields[1], int(fields[2], 16), fields[5]
 
 
 def whole_pages(areas: Iterable[tuple[int, int]], *, gap: int = PAGE) -> tuple[Span, ...]:
@@ -173,9 +174,18 @@ def let_go(tensors: Iterable[Tensor], maps: FileMaps) -> None:
 def release_code() -> None:
     """Take the code of libraries out of this process: what starting needed and is not run again does not come back, the
     rest with its next call. Only of maps that no thread can write to; nothing where pages cannot be looked up."""
-    for span, allowed, path in _file_maps() if supported() else ():
+    for span, allowed, _, path in file_maps() if supported() else ():
         if "w" not in allowed and ".so" in path.rpartition("/")[2]:
             release(span)
+
+
+def in_file(start: int, size: int, maps: Sequence[tuple[Span, str, int, str]]) -> tuple[str, int] | None:
+    """The file, and where in it, of memory that is as it was read; None of private memory. maps: as `file_maps`."""
+    for span, _, offset, path in maps if supported() else ():
+        if span.start <= start and start + size <= span.end:
+            whole = Span(start // PAGE * PAGE, -(-(start + size) // PAGE) * PAGE)
+            return (path, offset + start - span.start) if list(unmodified(whole)) == [whole] else None
+    return None
 
 
 def unmodified(span: Span) -> Iterator[Span]:

@@ -86,6 +86,8 @@ def training_arguments(
     """
     values = train.model_dump(exclude=set(NOT_FOR_TRAINER), exclude_none=True)
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+    if use_cpu and train.optim == "adamw_torch":  # one call for all adapters; else some of torch's for each
+        values["optim"] = "adamw_torch_fused"
     return OneModelArguments(
         **values,
         metric_for_best_model=train.metric_for_best_model,

@@ -16,7 +16,7 @@ from halfbyte.layers.decoding.linears import Unsupported
 from halfbyte.layers.decoding.llama import Decoder
 from halfbyte.layers.decoding.tape import MAX_VECTORS, TextAdapters
 from halfbyte.types import Model
-from halfbyte.writing.text import Text
+from halfbyte.writing.text import Text, same_beginning
 
 MAX_TEXTS = MAX_VECTORS
 SIZES = (1, 2, 4, 8, 16)
@@ -25,11 +25,6 @@ MIN_SHARED = 4  # tokens; fewer are read again rather than copied
 
 class FastPathUnavailable(Exception):
     """Why texts are left to the model's own forward."""
-
-
-def same_beginning(a: Sequence[int], b: Sequence[int]) -> int:
-    """Tokens that both begin with."""
-    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 class CachePlaces:

@@ -7,12 +7,15 @@ Repetition penalties (arXiv:1909.05858) are transformers' own. The order is tran
 min-p.
 """
 
+from __future__ import annotations
+
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
 
 _FIRST_LOOK = 512  # of the most likely tokens, for top_p; all are sorted only where these are not enough
 # Logits (1, V) after the tokens (1, N) of a text -> logits (1, V): transformers' processors, of a generation_config.
@@ -66,8 +69,11 @@ class Sampler:
         self.processors: Processors | None = None
         self._adjusts = bool(params.frequency_penalty or params.presence_penalty or params.logit_bias)
         self._largest = not self._adjusts and constraint is None and params.temperature <= 0 and params.logprobs is None
-        self.generator = torch.Generator() if params.temperature > 0 else None
-        if self.generator is not None:
+        self.generator: Generator | None = None
+        if params.temperature > 0:  # a greedy text needs no torch
+            import torch
+
+            self.generator = torch.Generator()
             self.generator.seed() if params.seed is None else self.generator.manual_seed(params.seed + index)
 
     @property
@@ -78,19 +84,23 @@ class Sampler:
     def choose(self, logits: Tensor, prompt: Sequence[int], written: Sequence[int]) -> int:
         """The next token after a prompt and what is written after it, from logits (V,) in fp32 on the CPU."""
         if self.processors is not None:
+            import torch
+
             logits = self.processors(torch.tensor([[*prompt, *written]]), logits[None].clone())[0]
         if self._adjusts:
             logits = adjusted(logits, written, self.params)
         if self.constraint is not None:
-            logits = logits.masked_fill(~self.constraint.allowed(len(logits)), -torch.inf)
+            logits = logits.masked_fill(~self.constraint.allowed(len(logits)), -math.inf)
         if self.params.temperature <= 0:
             return int(logits.numpy().argmax())  # numpy's is nine times as fast
-        probabilities = torch.softmax(logits.double() / self.params.temperature, -1)
-        return int(torch.multinomial(narrowed(probabilities, self.params), 1, generator=self.generator))
+        probabilities = (logits.double() / self.params.temperature).softmax(-1)
+        return int(narrowed(probabilities, self.params).multinomial(1, generator=self.generator))
 
 
 def adjusted(logits: Tensor, written: Sequence[int], params: SamplingParams) -> Tensor:
     """Logits (V,) with the penalties for what is written already, and the biases."""
+    import torch
+
     counts = torch.bincount(torch.tensor(written, dtype=torch.int64), minlength=len(logits))
     logits = logits - params.frequency_penalty * counts - params.presence_penalty * (counts > 0)
     if params.logit_bias:
@@ -102,7 +112,7 @@ def adjusted(logits: Tensor, written: Sequence[int], params: SamplingParams) -> 
 def narrowed(probabilities: Tensor, params: SamplingParams) -> Tensor:
     """Probabilities (V,), zero where top_k, top_p or min_p leaves a token out; they need not sum to 1."""
     if 0 < params.top_k < len(probabilities):
-        least = torch.topk(probabilities, params.top_k).values[-1]
+        least = probabilities.topk(params.top_k).values[-1]
         probabilities = probabilities.masked_fill(probabilities < least, 0.0)
         probabilities = probabilities / probabilities.sum()
     if params.top_p < 1:
@@ -115,16 +125,16 @@ def narrowed(probabilities: Tensor, params: SamplingParams) -> Tensor:
 def top_p_of(probabilities: Tensor, top_p: float) -> Tensor:
     """Probabilities (V,), zero but for the likeliest tokens that reach `top_p` together, the last of these included."""
     for count in (min(_FIRST_LOOK, len(probabilities)), len(probabilities)):
-        likeliest, order = torch.topk(probabilities, count)
+        likeliest, order = probabilities.topk(count)
         before = likeliest.cumsum(-1) - likeliest
         if float(before[-1] + likeliest[-1]) >= top_p:
             break
     nucleus = order[before < top_p]
-    return torch.zeros_like(probabilities).index_copy_(0, nucleus, probabilities[nucleus])
+    return probabilities.new_zeros(len(probabilities)).index_copy_(0, nucleus, probabilities[nucleus])
 
 
 def logprob_of(logits: Tensor, token: int, count: int) -> TokenLogprob:
     """Of a token, and of the `count` likeliest ones, from logits (V,)."""
-    logprobs = torch.log_softmax(logits.double(), -1)
-    best, which = torch.topk(logprobs, count)
+    logprobs = logits.double().log_softmax(-1)
+    best, which = logprobs.topk(count)
     return TokenLogprob(token, float(logprobs[token]), tuple(zip(which.tolist(), best.tolist(), strict=True)))

@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 from tokenizers.decoders import DecodeStream
-from torch import Tensor
 
-from halfbyte.data.encoding.examples import Example
 from halfbyte.types import Tokenizer
 from halfbyte.writing.sampling import Constraint, Sampler, SamplingParams, TokenLogprob, logprob_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from halfbyte.data.encoding.examples import Example
 
 Finish = Literal["stop", "length"]
 
@@ -105,10 +109,15 @@ class Text:
     def ended(self) -> bool:
         return self.finish is not None or self.error is not None
 
-    def take(self, logits: Tensor) -> None:
-        """Choose the next token from logits (V,). One that cannot be chosen is an `error`, which ends the text."""
+    def take(self, logits: Tensor | np.ndarray) -> None:
+        """Choose the next token from logits (V,), torch's or numpy's. One that cannot be chosen is an `error`, which
+        ends the text."""
         try:
-            if self.sampler.greedy and logits.device.type != "cpu":
+            if isinstance(logits, np.ndarray) and not self.sampler.greedy:
+                import torch
+
+                logits = torch.from_numpy(logits)
+            if self.sampler.greedy and (isinstance(logits, np.ndarray) or logits.device.type != "cpu"):
                 token = int(logits.argmax())
             else:
                 logits = logits.float().cpu()
@@ -181,6 +190,15 @@ class TextWriter(ABC):
         return texts
 
 
+@dataclass
+class Session:
+    """A conversation's writer, which keeps what it has read, by one adapter, from one answer to the next. `exact`: no
+    text's bits depend on what was read before it."""
+
+    writer: TextWriter | None = None
+    exact: bool = False
+
+
 def by_prompt(texts: Iterable[Text]) -> list[list[Text]]:
     """Texts after the same prompt together."""
     groups: list[list[Text]] = []
@@ -189,6 +207,26 @@ def by_prompt(texts: Iterable[Text]) -> list[list[Text]]:
             groups.append([])
         groups[-1].append(text)
     return groups
+
+
+def same_beginning(a: Sequence[int], b: Sequence[int]) -> int:
+    """Tokens that both begin with."""
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def sender(emit: Callable[[str], None] | None, each: Callable[[], bool] | None) -> Callable[[Sequence[Text]], bool]:
+    """Called after each token: sends what is new of the first text. `each`: called after each token; True ends all."""
+
+    def after_step(texts: Sequence[Text]) -> bool:
+        ends = each is not None and each()
+        if emit is not None:
+            if ends:
+                texts[0].end()
+            if (chunk := texts[0].chunk()) is not None and chunk.text:
+                emit(chunk.text)
+        return ends
+
+    return after_step
 
 
 def before_stop(text: str, stops: Sequence[str]) -> str:

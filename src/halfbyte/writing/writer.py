@@ -27,9 +27,9 @@ from halfbyte.models import structure
 from halfbyte.proofs import closeness
 from halfbyte.types import Batch, Model
 from halfbyte.writing import plain, prefill
-from halfbyte.writing.places import CachePlaces, FastPathUnavailable, same_beginning
+from halfbyte.writing.places import CachePlaces, FastPathUnavailable
 from halfbyte.writing.prefill import Prefilled, TapeReader
-from halfbyte.writing.text import Text, TextWriter, by_prompt
+from halfbyte.writing.text import Text, TextWriter, by_prompt, same_beginning
 
 # Root mean square of what rounding to bf16 changes, relative to the number: 2^-8 / sqrt(3) at the lower end of a
 # binade, half of it at the upper end; over numbers spread evenly by their logarithm 0.0016.
@@ -129,13 +129,13 @@ class Writer(TextWriter):
         """How many of the first of these are read together: as many as go through one forward, where one is needed."""
         tokens = count = 0
         for text, *others in by_prompt(texts):
-            more = 0 if self._by_tape(text, packed=packed) else len(text.row.input_ids if text.row else text.prompt)
+            more = 0 if self.by_tape(text, packed=packed) else len(text.row.input_ids if text.row else text.prompt)
             if tokens and more and (not self.packs or tokens + more > self.forward_tokens):
                 break
             tokens, count = tokens + more, count + 1 + len(others)
         return count
 
-    def _by_tape(self, text: Text, *, packed: bool) -> bool:
+    def by_tape(self, text: Text, *, packed: bool) -> bool:
         tape = prefill.by_tape(self.places.caches, len(text.prompt), packed=packed)
         return tape and self.streamed is None and text.row is None
 
@@ -149,7 +149,7 @@ class Writer(TextWriter):
             self._reader = None
         for text in texts:
             text.sampler.processors = plain.processors(self.lm, text)
-        taped = [text for text in firsts if self._by_tape(text, packed=packed)]
+        taped = [text for text in firsts if self.by_tape(text, packed=packed)]
         forwarded = [text for text in firsts if text not in taped]
         proves = len(longest.prompt) > self.proven.get(adapter, 0)
         result, likeliest = None, dict[int, list[int]]()

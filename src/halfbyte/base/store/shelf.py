@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 PARTIAL, BROKEN = ".partial", ".broken"
 LOCKS, USED = ".locks", "last-used"
-FOLDERS, FETCHING = ("gguf", "packaged", "tokens"), "fetch-"
+FOLDERS, FETCHING = ("gguf", "packaged", "tapes", "tokens"), "fetch-"
 # What has been written to so lately may be under way, where no lock tells.
 UNDER_WAY_S = 3600.0
 _KEY = re.compile(r"[\w.-]+-[0-9a-f]{16}")

@@ -8,11 +8,11 @@ Cost: a microsecond an operation to write; a run is one call on torch's threads.
 Letters: M vectors (texts at once), D in, O out, R rank.
 """
 
-import ctypes
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from halfbyte.layers.kernels import cpu
 from halfbyte.layers.kernels.cpu.decoding import slots as s
 from halfbyte.quant.number_format import BlockRows
 from halfbyte.system import pages
+
+if TYPE_CHECKING:
+    from halfbyte.layers.decoding.tape_run import TapeRun
 
 MAX_VECTORS = 16  # beyond, a matrix product on dequantised weights is faster
 _ITEM_BYTES = 64 * 1024  # of a matrix that a thread takes at once
@@ -123,18 +126,19 @@ class Tape:
         self.kernels, self.attention, self.code_tables = interpreter, attend, code_tables
         self.bf16, self.int16 = codes_bf16, codes_int16
         self.block_rows, self.block_vectors = block_rows, block_vectors
-        self.isa, self.dtype, self.adapters, self._kernel = name, dtype, adapters, "compiled"
+        self.isa, self.dtype, self.adapters, self.kernel = name, dtype, adapters, "compiled"
         self.m, self.max_tokens = vectors, max_tokens
         self.used = vectors  # those of them that a run computes; the first ones
         self._rows: list[np.ndarray] = []
         self._written_to: dict[int, Vectors] = {}  # by the number of the operation that writes them
         self.before, self._group = (0, 0), 0
-        self._alive: list[object] = []
+        self.constants: list[Tensor] = []  # what operations read, and buffers that were asked for by address
+        self.buffers: list[Tensor] = []
         self._tables: dict[tuple[object, bytes], Tensor] = {}
         self._caches: pages.Arena | None = None
         # What the largest operation needs: groups of 256 blocks, blocks of a row, bytes.
-        self._groups, self._blocks, self._scratch = 1, 1, 0
-        self._run: np.ndarray | None = None
+        self.groups, self._blocks, self._scratch = 1, 1, 0
+        self._run: TapeRun | None = None
 
     # ------------------------------------------------------------------ memory
     def keep(self, tensor: Tensor | None) -> int:
@@ -143,12 +147,12 @@ class Tape:
             return 0
         if not tensor.is_contiguous():
             raise ValueError("not contiguous")
-        self._alive.append(tensor)
+        self.constants.append(tensor)
         return tensor.data_ptr()
 
     def buffer(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         zeros = torch.zeros(shape, dtype=dtype)
-        self._alive.append(zeros)
+        self.buffers.append(zeros)
         return zeros
 
     def vectors(self, d: int) -> Vectors:
@@ -251,7 +255,7 @@ class Tape:
         rows = self._item_rows(o, row_bytes)
         numbers = self._matrix(codes, (o, d), x, x.stride(0) * 4, out, rows) | self._bias(add, bias)
         if isinstance(w, BlockRows):
-            self._kernel, self._scratch = "compiled_with_blocks", max(self._scratch, d * self.dtype.itemsize + 64)
+            self.kernel, self._scratch = "compiled_with_blocks", max(self._scratch, d * self.dtype.itemsize + 64)
             numbers |= {
                 s.DENSE_TYPE: w.kind, s.DENSE_BLOCKS: d // w.weights, s.DENSE_ROW_BYTES: row_bytes,
                 s.DENSE_ORDER: self.keep(w.order),
@@ -284,7 +288,7 @@ class Tape:
         o, d = shape
         rows = self._code_rows(o, d // 2)
         self._blocks = max(self._blocks, d // 64)
-        self._groups = max(self._groups, rows * (d // 64) // 256 + 2)
+        self.groups = max(self.groups, rows * (d // 64) // 256 + 2)
         numbers = self._matrix(codes, shape, self._in_order(x, 0), 2 * x.width, out, rows) | self._bias(add, bias)
         levels = self.code_tables.int16_levels if self.isa == "avx2" else self.code_tables.bf16_levels
         numbers |= {s.CODES_SCALES: self.keep(scales.absmax), s.CODES_LEVELS: self.keep(self._made(levels, values))}
@@ -314,7 +318,7 @@ class Tape:
         o, row_bytes, place = w.shape[0], w.codes.stride(0), 1 + self.block_rows.KINDS[w.kind].order
         rows = self._code_rows(o, row_bytes)
         row = self.block_vectors.ordered_row(x.width)
-        self._kernel, self._scratch = "compiled_with_blocks", max(self._scratch, self.bf16.SUMS * self.m + 64)
+        self.kernel, self._scratch = "compiled_with_blocks", max(self._scratch, self.bf16.SUMS * self.m + 64)
         numbers = self._matrix(w.codes, w.shape, self._in_order(x, place), row, out, rows) | self._bias(add, bias)
         numbers |= {s.BLOCKS_TYPE: w.kind, s.BLOCKS_ROW_BYTES: row_bytes, s.BLOCKS_ORDER: self.keep(w.order)}
         self._add(s.BLOCKS, -(-o // rows), numbers | self._lora(up, h))
@@ -381,58 +385,42 @@ class Tape:
     # --------------------------------------------------------------------- run
     def run(self, first: int = 0, last: int | None = None) -> None:
         """Run operations first .. last; a token begins with the first one."""
-        from halfbyte.layers.kernels.cpu import parallel
-
         threads, run = torch.get_num_threads(), self._run
         # within a token the shares stay: what is done is counted by them, and more or fewer threads may come
-        if run is None or run[s.TAPE_COUNT] != len(self._rows) or (first == 0 and run[s.TAPE_THREADS] != threads):
-            run = self._run = self._prepared(threads)
-        if first == 0:
-            self._counters.fill(0)
-        self._arrived.fill(0)
-        run[s.TAPE_FIRST], run[s.TAPE_LAST] = first, len(self._rows) if last is None else last
-        self._operations[s.USED :: s.WIDTH] = self.used
-        parallel.start(getattr(self.kernels, self._kernel)(self.dtype), run)
+        if run is None or run.count != len(self._rows) or (first == 0 and run.threads != threads):
+            run = self._run = self.prepared(threads)
+        run.used = self.used
+        run.run(first, last)
 
-    def _prepared(self, threads: int) -> np.ndarray:
-        """The slots of a run."""
-        line = self.kernels.LINE
+    def prepared(self, threads: int) -> "TapeRun":
+        """All operations, as so many threads run them."""
+        from halfbyte.layers.decoding.tape_run import TapeRun
+
         for number, to in self._written_to.items():
             for place, ordered in to.orders.items():
                 self._rows[number][s.NORM_ORDERS + place] = ordered.data_ptr()
-        self._operations = np.concatenate(self._rows)
-        self._counters = np.zeros((threads + 1) * len(self._rows) * line, np.int64)
-        self._arrived = np.zeros(line, np.int64)
-        run = np.zeros(s.WIDTH, np.int64)
-        for slot, number in {
-            s.TAPE_OPERATIONS: self._operations.ctypes.data, s.TAPE_COUNT: len(self._rows),
-            s.TAPE_COUNTERS: self._counters.ctypes.data, s.TAPE_GROUPS: self._groups,
-            s.TAPE_MAX_TOKENS: self.max_tokens, s.TAPE_YIELD: _yield_address(), s.TAPE_THREADS: threads,
-            s.TAPE_SCRATCH_BYTES: max(self._scratch, 12 * 1024 + 160 * self.m + 32 * self._blocks),
-            s.TAPE_ARRIVED: self._arrived.ctypes.data,
-        }.items():  # fmt: skip
-            run[slot] = number
-        self._name_matrices()
-        return run
+        operations = np.concatenate(self._rows)
+        _name_matrices(operations, self.dtype.itemsize)
+        return TapeRun(
+            operations, getattr(self.kernels, self.kernel)(self.dtype), threads,
+            groups=self.groups, max_tokens=self.max_tokens, scratch_bytes=self.scratch_bytes,
+        )  # fmt: skip
 
-    def _name_matrices(self) -> None:
-        """In each operation the next matrix, itself included: address, items, bytes of an item."""
-        itemsizes = {s.CODES: 0.5, s.HEAD_ROUGH: 1.0, s.DENSE: self.dtype.itemsize, s.BLOCKS: 0}
-        following = np.zeros(3, np.int64)
-        for row in self._operations.reshape(-1, s.WIDTH)[::-1]:
-            if row[s.KIND] in itemsizes:
-                item_bytes = int(row[s.ITEM_ROWS] * row[s.D] * itemsizes[int(row[s.KIND])])
-                if row[s.KIND] == s.BLOCKS or (row[s.KIND] == s.DENSE and row[s.DENSE_TYPE]):
-                    row_bytes = s.BLOCKS_ROW_BYTES if row[s.KIND] == s.BLOCKS else s.DENSE_ROW_BYTES
-                    item_bytes = int(row[s.ITEM_ROWS] * row[row_bytes])
-                following[:] = row[s.W], row[s.ITEMS], item_bytes
-            row[s.NEXT_W], row[s.NEXT_ITEMS], row[s.NEXT_ITEM_BYTES] = following
+    @property
+    def scratch_bytes(self) -> int:
+        """What an operation needs beside its operands."""
+        return max(self._scratch, 12 * 1024 + 160 * self.m + 32 * self._blocks)
 
 
-@cache
-def _yield_address() -> int:
-    """Of `sched_yield`, which lets other threads have the core; 0 where there is none."""
-    try:
-        return ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value or 0
-    except (OSError, AttributeError, TypeError):
-        return 0
+def _name_matrices(operations: np.ndarray, itemsize: int) -> None:
+    """In each operation the next matrix, itself included: address, items, bytes of an item."""
+    itemsizes = {s.CODES: 0.5, s.HEAD_ROUGH: 1.0, s.DENSE: itemsize, s.BLOCKS: 0}
+    following = np.zeros(3, np.int64)
+    for row in operations.reshape(-1, s.WIDTH)[::-1]:
+        if row[s.KIND] in itemsizes:
+            item_bytes = int(row[s.ITEM_ROWS] * row[s.D] * itemsizes[int(row[s.KIND])])
+            if row[s.KIND] == s.BLOCKS or (row[s.KIND] == s.DENSE and row[s.DENSE_TYPE]):
+                row_bytes = s.BLOCKS_ROW_BYTES if row[s.KIND] == s.BLOCKS else s.DENSE_ROW_BYTES
+                item_bytes = int(row[s.ITEM_ROWS] * row[row_bytes])
+            following[:] = row[s.W], row[s.ITEMS], item_bytes
+        row[s.NEXT_W], row[s.NEXT_ITEMS], row[s.NEXT_ITEM_BYTES] = following

@@ -7,15 +7,21 @@ Source: `gguf.quants`, whose operations are repeated one by one in fp32: no fuse
 Cost: a read of the blocks and a write of the weights (docs/log).
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
 from llvmlite import ir
 from numba import carray, njit, types
-from torch import Tensor
 
 from halfbyte.layers.kernels.cpu import parallel
 from halfbyte.layers.kernels.cpu.parallel import array, each_block, kernel, per_dtype
 from halfbyte.layers.kernels.cpu.scalar import Value, broadcast, instruction
 from halfbyte.models.gguf.blocks import BLOCKS
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 I8, I16, I32 = map(ir.IntType, (8, 16, 32))
 F32 = ir.FloatType()

@@ -4,36 +4,44 @@
 is the reference in the tests. numba compiles a kernel when it is first used and keeps it in its cache.
 """
 
+from __future__ import annotations
+
 import logging
 import os
 from functools import cache
 from importlib import import_module
-
-import torch
+from typing import TYPE_CHECKING
 
 from halfbyte.system import device, kernel_cache, openmp
 
-DTYPES = (torch.bfloat16, torch.float32)
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("torch.bfloat16", "torch.float32")
 
 
 @cache
-def enabled() -> bool:
-    """Whether numba works here, seen on one kernel, and HALFBYTE_KERNELS is not 0."""
+def enabled(threads: int | None = None) -> bool:
+    """Whether numba works here, seen on one kernel, and HALFBYTE_KERNELS is not 0. threads: None: as many as torch's,
+    else torch is not needed."""
     if os.environ.get("HALFBYTE_KERNELS", "1") == "0":
         return False
     try:
         kernel_cache.find_place()
         from halfbyte.layers.kernels.cpu import parallel
 
-        openmp.watch(torch.get_num_threads(), device.core_share())  # a script's own process is not configured by us
-        return parallel.works()
+        if threads is None:
+            import torch
+
+            openmp.watch(torch.get_num_threads(), device.core_share())  # a script's own process is not configured by us
+        return parallel.works(threads)
     except Exception:  # of any kind: a broken numba must not stop a training, torch does the same more slowly
         return False
 
 
 def available(*tensors: torch.Tensor) -> bool:
     """Whether kernels take these tensors: on the CPU, bf16 or fp32, numba at hand."""
-    return all(t.device.type == "cpu" and t.dtype in DTYPES for t in tensors) and enabled()
+    return all(t.device.type == "cpu" and str(t.dtype) in DTYPES for t in tensors) and enabled()
 
 
 def whole_attention(x: torch.Tensor) -> bool:
@@ -43,7 +51,7 @@ def whole_attention(x: torch.Tensor) -> bool:
         return False
     from halfbyte.layers.kernels.cpu import tiles
 
-    return tiles.available() if x.dtype == torch.bfloat16 else tiles.available32()
+    return tiles.available() if x.dtype.itemsize == 2 else tiles.available32()
 
 
 # Above this rank a library's product is as fast as those of `lora/`.
@@ -55,9 +63,9 @@ def lora_products(x: torch.Tensor, a: torch.Tensor) -> bool:
     rank, width = a.shape
     if width % 32 or not 0 < rank <= LARGEST_RANK or a.dtype != x.dtype or not x.is_contiguous():
         return False
-    if x.dtype == torch.bfloat16 and rank % 2:  # it multiplies pairs
+    if x.dtype.itemsize == 2 and rank % 2:  # it multiplies pairs
         return False
-    return whole_attention(x) and works("lora.bf16" if x.dtype == torch.bfloat16 else "lora.fp32")
+    return whole_attention(x) and works("lora.bf16" if x.dtype.itemsize == 2 else "lora.fp32")
 
 
 @cache

@@ -1,20 +1,14 @@
 """The gated activation of an MLP, act(gate) * up, forward and backward, and the elementwise half of LoRA's dropout."""
 
 import numpy as np
-from numba import carray, njit
+from numba import carray
 from torch import Tensor
 
 from halfbyte.layers.kernels import pool
 from halfbyte.layers.kernels.cpu.parallel import BLOCK_ELEMENTS, array, block_rows, each_block, kernel, per_dtype, run
-from halfbyte.layers.kernels.cpu.scalar import counter_bits, drop_pair, exp_f32, hash_u32, inlined, load, store
+from halfbyte.layers.kernels.cpu.scalar import SILU, counter_bits, drop_pair, hash_u32, inlined, load, sigmoid, store
 
-SILU = 0  # else gelu by tanh
 _K, _C = np.float32(0.7978845608028654), np.float32(0.044715)  # sqrt(2/pi)
-
-
-@njit(inline="always", error_model="numpy")
-def sigmoid(v):  # type: ignore[no-untyped-def]
-    return np.float32(1.0) / (np.float32(1.0) + exp_f32(-v))
 
 
 @inlined

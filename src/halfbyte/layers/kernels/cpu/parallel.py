@@ -10,19 +10,23 @@ macOS brings, exports it too. Intel's library on Windows does not: there Python'
 Cost: 5 microseconds a call; 50 by Python's threads.
 """
 
+from __future__ import annotations
+
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numba import carray, cfunc, types
-from torch import Tensor
 
 from halfbyte.layers.kernels.cpu.scalar import inlined, pointer, take
 from halfbyte.system import openmp
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 SLOTS = 32
 MOST_THREADS = 64  # of Python's, where they have to be used
@@ -67,18 +71,19 @@ def run(compiled: Any, rows: int, block: int, *values: Tensor | int | float) -> 
     floats = slots.view(np.float64)
     slots[:3] = counter.ctypes.data, rows, block
     for i, value in enumerate(values, 3):
-        if isinstance(value, Tensor):
-            slots[i] = value.data_ptr()
-        elif isinstance(value, float):
+        if isinstance(value, float):
             floats[i] = value
         else:
-            slots[i] = value
+            slots[i] = value.data_ptr() if hasattr(value, "data_ptr") else value
     start(compiled, slots)
 
 
-def start(compiled: Any, slots: np.ndarray) -> None:
-    """Call a kernel on every thread with these slots; returns when all are back."""
-    threads = torch.get_num_threads()
+def start(compiled: Any, slots: np.ndarray, threads: int | None = None) -> None:
+    """Call a kernel on every thread with these slots; returns when all are back. threads: None: as many as torch's."""
+    if threads is None:
+        import torch
+
+        threads = torch.get_num_threads()
     if threads == 1:
         compiled.ctypes(slots.ctypes.data)
     elif (region := openmp.region()) is not None:
@@ -90,7 +95,7 @@ def start(compiled: Any, slots: np.ndarray) -> None:
             other.result()
 
 
-def works() -> bool:
+def works(threads: int | None = None) -> bool:
     """Whether a kernel can be compiled, kept and called here."""
 
     @kernel
@@ -103,9 +108,10 @@ def works() -> bool:
                 break
             rows[row] += 1
 
-    numbers = torch.zeros(2, dtype=torch.int64)
-    run(count, 2, 1, numbers)
-    return numbers.tolist() == [1, 1]
+    numbers, slots = np.zeros(3, np.int64), np.zeros(SLOTS, np.int64)
+    slots[:4] = numbers.ctypes.data, 2, 1, numbers.ctypes.data + 8
+    start(count, slots, threads)
+    return numbers.tolist()[1:] == [1, 1]
 
 
 def block_rows(width: int) -> int:
@@ -120,6 +126,7 @@ def per_dtype(make: Callable[[type], object]) -> Callable[[torch.dtype], object]
 
     @cache
     def get(dtype: torch.dtype) -> object:
-        return make(np.uint16 if dtype == torch.bfloat16 else np.float32)
+        return make(np.uint16 if dtype.itemsize == 2 else np.float32)
 
+    get.per_dtype = True  # type: ignore[attr-defined]  # `ahead.py` looks for it
     return get

@@ -134,6 +134,14 @@ def exp_f32(x):  # type: ignore[no-untyped-def]
     return (p * r * r + r + f(1.0)) * _two_to(n)
 
 
+SILU = 0  # of a gate's activations; else GELU by tanh
+
+
+@njit(inline="always", error_model="numpy")
+def sigmoid(v):  # type: ignore[no-untyped-def]
+    return np.float32(1.0) / (np.float32(1.0) + exp_f32(-v))
+
+
 @inlined
 def up(n, step):  # type: ignore[no-untyped-def]
     return (n + step - 1) // step * step

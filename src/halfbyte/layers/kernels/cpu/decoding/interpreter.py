@@ -32,9 +32,8 @@ from halfbyte.layers.kernels.cpu.decoding import (
     slots,
 )
 from halfbyte.layers.kernels.cpu.decoding.emit import ask
-from halfbyte.layers.kernels.cpu.gate import SILU, sigmoid
 from halfbyte.layers.kernels.cpu.parallel import SLOTS, array, kernel, per_dtype
-from halfbyte.layers.kernels.cpu.scalar import FASTMATH, give, inlined, load, pause, read, store, take
+from halfbyte.layers.kernels.cpu.scalar import FASTMATH, SILU, give, inlined, load, pause, read, sigmoid, store, take
 from halfbyte.quant.kernels import gguf_cpu
 
 LINE = 8  # int64 of a cache line: each counter has its own

@@ -14,9 +14,8 @@ from numba import carray
 from torch import Tensor
 
 from halfbyte.layers.kernels import pool
-from halfbyte.layers.kernels.cpu.gate import sigmoid
 from halfbyte.layers.kernels.cpu.parallel import array, block_rows, each_block, kernel, per_dtype, run
-from halfbyte.layers.kernels.cpu.scalar import inlined, load, store
+from halfbyte.layers.kernels.cpu.scalar import inlined, load, sigmoid, store
 
 # What a pass makes of x: the convolution; SiLU of it; dy through SiLU; and the other way round, dy through the taps.
 PLAIN, SILU, SILU_BACK, TAPS_BACK = range(4)

@@ -12,9 +12,8 @@ from numba import carray
 from torch import Tensor
 
 from halfbyte.layers.kernels import pool
-from halfbyte.layers.kernels.cpu.gate import sigmoid
 from halfbyte.layers.kernels.cpu.parallel import array, block_rows, each_block, kernel, per_dtype, run
-from halfbyte.layers.kernels.cpu.scalar import inlined, load, store
+from halfbyte.layers.kernels.cpu.scalar import inlined, load, sigmoid, store
 
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 

@@ -1,0 +1,50 @@
+"""Kernels compiled before they are needed, several at once: numba compiles one after the other, on one core.
+
+Cost: a process for each core, of 0.3 GB, for half of the forty seconds that a new machine took before its first step.
+"""
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import Collection
+from importlib import import_module
+
+import numpy as np
+
+from halfbyte.system import kernel_cache
+from halfbyte.system.children import child
+
+_PASSES = ("entropy", "norm", "gate", "scores")
+# What needs them, as `kernel_cache.uncompiled` names it -> files of this folder, the longest first.
+FILES = {
+    "bf16": ("attention.bf16", "lora.bf16", *_PASSES),
+    "fp32": ("attention.fp32", "lora.fp32", "product", *_PASSES),
+    "integers": ("integer.rounding", "integer.sums", "integer.weights", "integer.block_weights"),
+    "decoding": ("decoding.interpreter",),
+}
+_LEFT_OUT = {"compiled_with_blocks"}  # for GGUF files' own blocks alone
+
+
+def compile_kernels(needed: Collection[str], cores: int, dtype: str) -> None:
+    """Compile what is needed, as `FILES` names it, on so many cores. `dtype`: bf16 or fp32, of integers and decoding.
+    What cannot be compiled so is compiled where it is used."""
+    kinds = {name: files for name, files in FILES.items() if name in needed}
+    tasks = [f"{file}:{name if name in ('bf16', 'fp32') else dtype}" for name, files in kinds.items() for file in files]
+    words = [[sys.executable, "-P", "-m", __name__, *tasks[i::cores]] for i in range(min(cores, len(tasks)))]
+    with contextlib.suppress(OSError):
+        for process in [subprocess.Popen(each, stderr=subprocess.DEVNULL) for each in words]:
+            process.wait()
+
+
+def _compile(file: str, dtype: str) -> None:
+    with contextlib.suppress(ImportError):  # the processor lacks its instructions
+        for name, thing in vars(import_module(f"halfbyte.layers.kernels.cpu.{file}")).copy().items():
+            if getattr(thing, "per_dtype", False) and name not in _LEFT_OUT:
+                thing(np.dtype(np.uint16 if dtype == "bf16" else np.float32))
+
+
+if __name__ == "__main__":
+    with child():
+        kernel_cache.find_place()
+        for task in sys.argv[1:]:
+            _compile(*task.split(":"))
