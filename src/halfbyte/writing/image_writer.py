@@ -87,11 +87,9 @@ def keep(writer: Writer, folder: Path, prompt: Sequence[int], most: int, threads
     from halfbyte.writing import prefill
     from halfbyte.writing.places import FastPathUnavailable
 
-    weight, exact, most = writer.embedding.weight, writer.exact, min(most, MOST_TOKENS)
-    text, layer_bytes = (
-        Text(prompt, SamplingParams(1), ()),
-        sum(p.nbytes for x in writer.layers for p in x.parameters()),
-    )
+    weight, exact = writer.embedding.weight, writer.exact
+    text, most = Text(prompt, SamplingParams(1), ()), min(most, MOST_TOKENS)
+    layer_bytes = sum(part.nbytes for layer in writer.layers for part in layer.parameters())
     if type(writer.embedding) is not torch.nn.Embedding or not writer.by_tape(text, packed=False):
         raise CannotKeep("the model's own forward is needed")
     exact, writer.exact = writer.exact, True
