@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -21,6 +22,16 @@ for _kept in ("gguf", "packaged"):
     (_users / _kept).mkdir(parents=True, exist_ok=True)
     (_cache / _kept).symlink_to(_users / _kept)
 os.environ["HALFBYTE_CACHE"] = str(_cache)
+
+
+_SLOW = [line for line in (Path(__file__).parent / "slow.txt").read_text().splitlines() if not line.startswith("#")]
+_is_slow = re.compile("|".join(re.escape(line).replace(r"\*", ".*") for line in _SLOW)).fullmatch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if _is_slow(item.nodeid):
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

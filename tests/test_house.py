@@ -486,6 +486,12 @@ def test_the_search_for_missing_names_finds_them(code: str, what: list[str]) -> 
     assert [name for name, _ in missing(ast.parse(code))] == what
 
 
+def test_slow_cases_are_cases() -> None:
+    lines = [line for line in (ROOT / "tests/slow.txt").read_text().splitlines() if not line.startswith("#")]
+    names = [line.partition("[")[0].split("::") for line in lines]
+    assert lines and not [n for file, n in names if f"def {n}(" not in (ROOT / file).read_text(encoding="utf-8")]
+
+
 def test_no_room_is_too_long() -> None:
     lengths = {name_of(path): len(path.read_text(encoding="utf-8").splitlines()) for path in everywhere()}
     assert not {name: n for name, n in lengths.items() if n > MAX_LINES}

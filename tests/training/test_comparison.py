@@ -189,6 +189,37 @@ def test_blocks_are_read_by_the_source_text_by_text(tmp_path: Path) -> None:
     assert not isinstance(sums, str) and sums[0].tolist() == pytest.approx((sums[1] + sums[2]).tolist())
 
 
+def test_the_source_reads_texts_of_few_lengths_and_loses_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from halfbyte.objectives.causal_lm import CausalLM
+    from halfbyte.system import device
+    from halfbyte.training import prepare, source
+
+    class Lengths(CausalLM):
+        seen: list[int] = []
+
+        def text_sums(self, model: Any, batch: Any) -> Any:
+            self.seen.append(batch["input_ids"].shape[1])
+            return super().text_sums(model, batch)
+
+    prepared = prepare.prepare(tiny_run.recipe(tmp_path, quant__compute_dtype="fp32", **held_out(tmp_path)).recipe)
+    rows = list(prepared.train.examples)[:6]
+    assert len({len(row.input_ids) for row in rows}) > 1, "of several lengths"
+
+    def sums() -> Any:
+        return source.sums(
+            prepared.recipe, prepared.checkpoint, Lengths(), rows, machine=device.detect(), most_bytes=1 << 40
+        )
+
+    longest, padded = max(len(row.input_ids) for row in rows), sums()
+    assert all(n % source.LENGTHS == 0 or n == longest for n in Lengths.seen)
+    monkeypatch.setattr(source, "LENGTHS", 1)
+    alone = sums()
+    assert np.array_equal(padded[:, 1], alone[:, 1])
+    np.testing.assert_allclose(padded[:, 0], alone[:, 0], rtol=1e-5)  # sums of fp32 in another order
+
+
 def test_what_is_kept_of_a_base_can_be_lost_or_damaged(tmp_path: Path) -> None:
     def run(name: str) -> str:
         tell = Notes()

@@ -137,6 +137,14 @@ def test_a_run_that_comes_near_gives_back_first_and_then_steps_down(monkeypatch:
     assert way.tokens == 30 and [sum(LENGTHS[r] for r in rows) for rows in way.between([(0, 1, 2)])] == [30, 30]
 
 
+def test_what_was_measured_before_the_first_step_is_no_micro_batchs_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    applied: list[str] = []
+    way = limited(said, applied, 990_000_000, 930_000_000, held=930_000_000, monkeypatch=monkeypatch)
+    way.begin()
+    assert way.between([(0, 1)]) == [(0, 1)] and not said
+
+
 def test_a_run_steps_down_before_a_micro_batch_that_would_be_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     applied: list[str] = []

@@ -63,6 +63,12 @@ class Pace:
     def margin(self) -> int:
         return max(MARGIN_BYTES, round(MARGIN_SHARE * self.ram_bytes))
 
+    def begin(self) -> None:
+        """Before the first step: what was measured until now has left nothing, and is no micro-batch's memory."""
+        give_back()
+        if self.peak is not None:
+            self.peak.take()
+
     def split(self, micro_batches: Sequence[pack.MicroBatch]) -> list[pack.MicroBatch]:
         """A step's micro-batches as they were planned, or arranged anew since the budget was lowered."""
         if all(self.largest([rows]) <= self.tokens or len(rows) == 1 for rows in micro_batches):

@@ -68,6 +68,7 @@ def run_steps(setup: Setup, folder: RunFolder, stop: StopRequest, tell: Listener
         trainer.add_callback(early)
     if not setup.is_probe:
         _measure_base(setup, trainer, tell)
+        setup.pace.begin()
     try:
         trainer.train(resume_from_checkpoint=str(resume) if resume is not None else None)
     except StepInterrupted:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from halfbyte.base import load
 from halfbyte.base.config import is_quantised_already, open_config
-from halfbyte.data.encoding.examples import Example
+from halfbyte.data.encoding.examples import IGNORED, Example
 from halfbyte.models import tensors
 from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.objectives import objective as objectives
@@ -27,6 +27,8 @@ from halfbyte.recipe.schema import Recipe
 from halfbyte.system import accelerator, usage
 from halfbyte.system.device import Device, compute_dtype
 from halfbyte.training.comparison import SOURCE_SHARE, source_bytes
+
+LENGTHS = 64  # tokens: texts are as long as a multiple of it
 
 
 def is_the_base(recipe: Recipe, checkpoint: Checkpoint) -> bool:
@@ -55,7 +57,8 @@ def sums(
     if (nbytes := source_bytes(recipe, checkpoint, itemsize)) > SOURCE_SHARE * most_bytes:
         return f"to open it takes {nbytes / 1e9:.2f} GB, and {max(0, most_bytes) / 1e9:.2f} GB are free for it"
     model = load.open_base(checkpoint, quant, machine, trust_remote_code=recipe.trust_remote_code).model
-    texts = [(row, text) for row, example in enumerate(examples) for text in _texts(example)]
+    longest = max(max(example.pieces) for example in examples)
+    texts = [(row, text) for row, example in enumerate(examples) for text in _texts(example, longest)]
     batches = (objective.collate([text]) for _, text in texts)
     of_texts = objectives.evaluate(objective, model, batches)
     rows = np.zeros((len(examples), of_texts.shape[1]))
@@ -67,8 +70,11 @@ def sums(
     return rows
 
 
-def _texts(example: Example) -> Iterator[Example]:
-    """The texts of a block, each alone."""
+def _texts(example: Example, longest: int) -> Iterator[Example]:
+    """The texts of a block, each alone, with its last token again behind it up to a few lengths, at most `longest`: for
+    each length oneDNN compiles products that it keeps, 2 MB a length of a small model (docs/log)."""
     for first, count in zip(example.starts, example.pieces, strict=True):
-        end = first + count
-        yield replace(example, input_ids=example.input_ids[first:end], labels=example.labels[first:end], starts=(0,))
+        end, more = first + count, min(-count % LENGTHS, longest - count)
+        ids = (*example.input_ids[first:end], *[example.input_ids[end - 1]] * more)
+        labels = (*example.labels[first:end], *[IGNORED] * more)
+        yield replace(example, input_ids=ids, labels=labels, starts=(0,))
