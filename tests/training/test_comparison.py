@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from halfbyte import finetune
@@ -196,11 +197,11 @@ def test_the_source_reads_texts_of_few_lengths_and_loses_the_same(
     from halfbyte.system import device
     from halfbyte.training import prepare, source
 
-    class Lengths(CausalLM):
-        seen: list[int] = []
+    seen: list[int] = []
 
+    class Lengths(CausalLM):
         def text_sums(self, model: Any, batch: Any) -> Any:
-            self.seen.append(batch["input_ids"].shape[1])
+            seen.append(batch["input_ids"].shape[1])
             return super().text_sums(model, batch)
 
     prepared = prepare.prepare(tiny_run.recipe(tmp_path, quant__compute_dtype="fp32", **held_out(tmp_path)).recipe)
@@ -213,7 +214,7 @@ def test_the_source_reads_texts_of_few_lengths_and_loses_the_same(
         )
 
     longest, padded = max(len(row.input_ids) for row in rows), sums()
-    assert all(n % source.LENGTHS == 0 or n == longest for n in Lengths.seen)
+    assert all(n % source.LENGTHS == 0 or n == longest for n in seen)
     monkeypatch.setattr(source, "LENGTHS", 1)
     alone = sums()
     assert np.array_equal(padded[:, 1], alone[:, 1])
