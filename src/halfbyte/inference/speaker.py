@@ -104,7 +104,7 @@ class Speaker:
         if self.changed:
             return None
         openmp.watch(self._threads, device.core_share())
-        for store in {Path(path).parent for path, _ in image.document["files"]}:
+        for store in {Path(path).parent for path, _ in image.facts["files"]}:
             if store.parent == shelf.folder():
                 shelf.hold(store.name)
                 shelf.touch(store)

@@ -31,18 +31,16 @@ _PROOF_PRODUCTS = 1e11
 
 
 class ImageWriter:
-    """A folder's image, opened for texts as they come. threads: to compute with. Raises CannotKeep: it is not whole."""
+    """A folder's image. threads: to compute with. Raises CannotKeep: it is not whole."""
 
     def __init__(self, folder: Path, threads: int) -> None:
-        self.folder, self.threads = folder, threads
-        self.document = images.read(folder)
-        self.facts: Document = self.document["facts"]
-        self._image: TapeImage | None = None
+        self.facts = images.read(folder)
+        self.image = TapeImage(folder, self.facts, threads)
         self._tokens: list[int] = []  # in the cache
 
     def takes(self, prompt: Sequence[int], params: SamplingParams) -> bool:
         """Whether a text is one of those that the proof was for."""
-        fits = len(prompt) + params.max_tokens <= self.document["max_tokens"]
+        fits = len(prompt) + params.max_tokens <= self.facts["most"]
         return fits and len(prompt) <= self.facts["longest"] and params.repetition_penalty is None
 
     def write(self, text: Text, after_step: Callable[[Sequence[Text]], bool]) -> None:
@@ -58,24 +56,19 @@ class ImageWriter:
 
     def begin(self, text: Text) -> np.ndarray:
         """Read the prompt; the logits (V,) after it."""
-        prompt, needed = text.prompt[:-1], len(text.prompt) + text.params.max_tokens
-        if self._image is None or needed > self._image.tokens:
-            length = needed if self._image is None else min(2 * needed, self.document["max_tokens"])
-            self._image, self._tokens = TapeImage(self.folder, self.document, length, self.threads), []
-        start, size = same_beginning(self._tokens, prompt), self.facts["vectors"]
-        self._tokens = list(prompt)
+        prompt, size = text.prompt[:-1], self.facts["vectors"]
+        start, self._tokens = same_beginning(self._tokens, prompt), list(prompt)
         for n in range(start, len(prompt), size):
             tokens = prompt[n : n + size]
-            embedded = self._image.embedded(tokens, self.facts["factor"])
-            self._image.decoders[1].read(embedded, range(n, n + len(tokens)), [0] * len(tokens))
+            embedded = self.image.embedded(tokens, self.facts["factor"])
+            self.image.decoders[1].read(embedded, range(n, n + len(tokens)), [0] * len(tokens))
         return self._step(text)
 
     def _step(self, text: Text) -> np.ndarray:
         """The logits (V,) after the last token of a text."""
-        assert self._image is not None
-        embedded, at = self._image.embedded([text.last], self.facts["factor"]), len(self._tokens)
+        embedded, at = self.image.embedded([text.last], self.facts["factor"]), len(self._tokens)
         self._tokens.append(text.last)
-        return self._image.decoders[0].step(embedded, [at], whole=not text.sampler.greedy)[0]
+        return self.image.decoders[0].step(embedded, [at], whole=not text.sampler.greedy)[0]
 
 
 def keep(writer: Writer, folder: Path, prompt: Sequence[int], most: int, threads: int, facts: Document) -> None:
@@ -110,7 +103,7 @@ def keep(writer: Writer, folder: Path, prompt: Sequence[int], most: int, threads
         writer.exact = exact
     if text.sampler.processors is not None or float(torch.tensor(writer.factor, dtype=weight.dtype)) != writer.factor:
         raise CannotKeep("the model changes logits or embeddings in a way of its own")
-    facts = {**facts, "factor": writer.factor, "longest": writer.proven[None], "vectors": prefill.VECTORS}
+    facts |= {"factor": writer.factor, "longest": writer.proven[None], "most": most, "vectors": prefill.VECTORS}
     images.save(folder, [first, reader], weight, facts)
     seen, token = ImageWriter(folder, threads).begin(text), int(logits.argmax())
     if int(seen.argmax()) != token or float(seen[token]) != float(logits[token]):

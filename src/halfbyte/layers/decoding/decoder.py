@@ -1,4 +1,4 @@
-"""A model's tape with its buffers: a token's whole way from its embedding to logits.
+"""A model's tape with its buffers: a token's whole way from its embedding to logits; and its run on all threads.
 
 The buffers are torch's where a model was written (`llama.py`), or numpy's where an image of that is run (`image.py`).
 
@@ -7,21 +7,71 @@ Letters: M texts, K key heads, T max_tokens of a cache, D in, V vocabulary, R ro
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from halfbyte.layers.kernels.cpu.decoding import slots as s
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from halfbyte.layers.decoding.tape import Tape
-    from halfbyte.layers.decoding.tape_run import TapeRun
 
 
 class CannotKeep(Exception):
     """Why a tape is not kept for the next start."""
+
+
+class TapeRun:
+    """Operations (n, WIDTH) in a row, for a kernel of `interpreter.py` and so many threads.
+
+    Args:
+        groups, scratch_bytes: what the largest operation needs. max_tokens: of a text.
+    """
+
+    def __init__(
+        self, operations: np.ndarray, kernel: object, threads: int, *, groups: int, max_tokens: int, scratch_bytes: int
+    ) -> None:
+        from halfbyte.layers.kernels.cpu.decoding.interpreter import LINE
+
+        self.operations, self.kernel = operations, kernel
+        self.threads, self.count = threads, len(operations) // s.WIDTH
+        self.used = 1  # of the vectors, the first ones
+        self._counters = np.zeros((threads + 1) * self.count * LINE, np.int64)
+        self._arrived = np.zeros(LINE, np.int64)
+        self._slots = np.zeros(s.WIDTH, np.int64)
+        for slot, number in {
+            s.TAPE_OPERATIONS: operations.ctypes.data, s.TAPE_COUNT: self.count,
+            s.TAPE_COUNTERS: self._counters.ctypes.data, s.TAPE_GROUPS: groups, s.TAPE_MAX_TOKENS: max_tokens,
+            s.TAPE_YIELD: _yield_address(), s.TAPE_THREADS: threads, s.TAPE_SCRATCH_BYTES: scratch_bytes,
+            s.TAPE_ARRIVED: self._arrived.ctypes.data,
+        }.items():  # fmt: skip
+            self._slots[slot] = number
+
+    def run(self, first: int = 0, last: int | None = None) -> None:
+        """Run operations first .. last; a token begins with the first one."""
+        from halfbyte.layers.kernels.cpu import parallel
+
+        if first == 0:
+            self._counters.fill(0)
+        self._arrived.fill(0)
+        self._slots[s.TAPE_FIRST], self._slots[s.TAPE_LAST] = first, self.count if last is None else last
+        self.operations[s.USED :: s.WIDTH] = self.used
+        parallel.start(self.kernel, self._slots, self.threads)
+
+
+@cache
+def _yield_address() -> int:
+    """Of `sched_yield`, which lets other threads have the core; 0 where there is none."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value or 0
+    except (OSError, AttributeError, TypeError):
+        return 0
 
 
 @dataclass
@@ -55,13 +105,6 @@ class Decoder:
     places_of: Tensor | None = None  # (P, D), what is added to the embedding of each place of a text
     rough: range | None = None  # operations of the head in 8 bits; those after are the whole head
     array: Callable[[Sequence[int]], object] = np.array  # of numpy, or of torch, as the rest is
-
-    def fill(self, layer: int, keys: Tensor, values: Tensor, lengths: list[int]) -> None:
-        """Take over a layer's cache of the prompts: (M, K, L, d), padded on the left."""
-        for m, length in enumerate(lengths):
-            n = min(length, keys.shape[2])
-            self.keys[layer][m, :, length - n : length] = keys[m, :, keys.shape[2] - n :]
-            self.values[layer][m, :, length - n : length] = values[m, :, values.shape[2] - n :]
 
     def step(
         self, embedded: Tensor, before: list[int], enter: Callable[[int], None] | None = None, *, whole: bool = False

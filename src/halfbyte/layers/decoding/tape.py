@@ -12,20 +12,17 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from halfbyte.layers.decoding.decoder import TapeRun
 from halfbyte.layers.decoding.operands import CachedAttention, NormFormula
 from halfbyte.layers.kernels import cpu
 from halfbyte.layers.kernels.cpu.decoding import slots as s
 from halfbyte.quant.number_format import BlockRows
 from halfbyte.system import pages
-
-if TYPE_CHECKING:
-    from halfbyte.layers.decoding.tape_run import TapeRun
 
 MAX_VECTORS = 16  # beyond, a matrix product on dequantised weights is faster
 _ITEM_BYTES = 64 * 1024  # of a matrix that a thread takes at once
@@ -392,10 +389,8 @@ class Tape:
         run.used = self.used
         run.run(first, last)
 
-    def prepared(self, threads: int) -> "TapeRun":
+    def prepared(self, threads: int) -> TapeRun:
         """All operations, as so many threads run them."""
-        from halfbyte.layers.decoding.tape_run import TapeRun
-
         for number, to in self._written_to.items():
             for place, ordered in to.orders.items():
                 self._rows[number][s.NORM_ORDERS + place] = ordered.data_ptr()
