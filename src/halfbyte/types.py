@@ -18,9 +18,11 @@ Model: TypeAlias = "PreTrainedModel"
 Config: TypeAlias = "PreTrainedConfig"
 Tokenizer: TypeAlias = "PreTrainedTokenizerBase"
 
-Document: TypeAlias = dict[str, Any]
+Value: TypeAlias = Any
+"""Of a field, as JSON or YAML has it."""
+Document: TypeAlias = dict[str, Value]
 """A JSON object, as it is read or printed."""
-ConfigFile: TypeAlias = Mapping[str, Any]
+ConfigFile: TypeAlias = Mapping[str, Value]
 """The object in a config.json, as it is read and not changed."""
 
 

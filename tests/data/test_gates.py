@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerFast
 
 from halfbyte import finetune
 from halfbyte.data import gates
-from halfbyte.data.encoding import chatml
 from halfbyte.data.encoding.encoder import EncodedRows
 from halfbyte.data.gates import Finding
 from halfbyte.data.reading.formats import ChatMessage, Row
@@ -74,30 +73,6 @@ def test_all_is_well(tokenizer: Any, make_data: Any) -> None:
         f"{len(tokenizer):,} tokens, the embedding has 10,000 rows",
     ]
     gates.refuse(tuple(found.values()))
-
-
-def test_thoughts_that_the_template_leaves_out(make_byte_level: Any, make_data: Any, templates: Any) -> None:
-    """Warned of where they would be learned, with a template that keeps them: it does."""
-    tokenizer = make_byte_level(templates.chatml)
-    thinks = ChatMessage("assistant", "4", more={"reasoning_content": "2 and 2"})
-    rows = [Row(f"t.jsonl:{n}", (ChatMessage("user", f"2+2? {n}"), thinks)) for n in (1, 2)]
-    rows += [Row("t.jsonl:3", (ChatMessage("user", "a"), ChatMessage("assistant", "b")))]
-
-    def judged(**values: Any) -> tuple[list[str], list[str]]:
-        data = make_data(**values)
-        encoded = encode(rows, tokenizer, data)
-        findings = gates.check(encoded, None, tokenizer, data, embedding_rows=10_000)
-        return encoded.tally.messages(), [f.line for f in findings if f.gate == "thoughts"]
-
-    left_out = "the chat template leaves out the thoughts of an assistant message"
-    fix = "--set data.chat_template=chatml-tools (or llama3-tools) keeps them"
-    assert judged() == (
-        [f"2 rows: {left_out}; {fix}"], [f"warning  thoughts       in 2 of 3 rows {left_out}; {fix}"]
-    )  # fmt: skip
-    assert judged(chat_template=chatml.bundled("chatml-tools", tokenizer)) == ([], [])
-    earlier = (ChatMessage("user", "a"), thinks, ChatMessage("user", "b"), ChatMessage("assistant", "c"))
-    rows = [Row("t.jsonl:1", earlier)]
-    assert judged()[1] == [] and len(judged(mask="assistant")[1]) == 1
 
 
 def test_almost_nothing_is_labelled(tokenizer: Any, make_data: Any) -> None:

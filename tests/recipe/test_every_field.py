@@ -340,6 +340,7 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case({"train__max_forgetting": 9.0}, lambda ran: ["eval_base_text_loss" in row for row in ran.metrics][-1],
              EVAL, want=True),
     ),
+    "train.max_source_rise": (Case({"train__max_source_rise": 0.1}, given=EVAL, refused="is about sources"),),
     "train.greater_is_better": (
         Case({"train__greater_is_better": True}, refused="loss .* is better when smaller"),
         Case({"train__greater_is_better": False, "train__metric_for_best_model": "exact_match"},
@@ -433,6 +434,12 @@ CASES: dict[str, tuple[Case, ...]] = {
     "data.chat_template": (
         Case({"data__chat_template": tiny_run.CHATML.replace("role'] + '\n'", "role'] + '\n\n'")}, column("tokens")),
     ),
+    "data.template_args": (
+        Case({"data__template_args": {"tone": "hm"}}, column("tokens"),
+             {"data__chat_template": "{{ tone }}" + tiny_run.CHATML}),
+        Case({"data__template_args": {"tone": "hm"}}, refused="the chat template does not read it"),
+    ),
+    "data.thoughts": (Case({"data__thoughts": "strip"}, column("tokens"), {"data__train": "THOUGHTS"}),),
     "eval.metrics": (
         Case({"eval__metrics": ["exact_match"]}, scored_names, EVAL, want={"eval_exact_match"}),
         Case({"eval__metrics": ["exact_match"], "train__metric_for_best_model": "exact_match"},
@@ -502,6 +509,7 @@ class Lab:
             "FORMS": folder / "forms.jsonl",
             "ONE WORD": self._pairs(folder / "one.jsonl", "cup", 16),
             "OTHER WORDS": self._pairs(folder / "words.jsonl", "tree road box green blue round small large old", 3),
+            "THOUGHTS": self._pairs(folder / "thoughts.jsonl", "<think>old</think>cup", 16),
             "OTHER": tiny_run.checkpoint(folder / "other", seed=1),
             "PICKLE": self._pickle(tiny_run.checkpoint(folder / "pickle")),
             "CODE": self._code(tiny_run.checkpoint(folder / "code")),

@@ -8,6 +8,7 @@ Cost: one pass over the rows; no torch.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
@@ -77,6 +78,34 @@ def init(
     for remark in draft.remarks:
         show.paragraph(f"  {remark}")
     show.text(f"  next: halfbyte data check {typed(path)}   then   halfbyte train {typed(path)}")
+
+
+def import_config(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="YAML of Axolotl, LLaMA-Factory, mlx-lm; .py, .ipynb.")],
+    out: Annotated[Path, typer.Option("--out", help="Where to write the recipe.")] = Path("recipe.yaml"),
+    json_: Json = False,
+) -> None:
+    """Make a recipe of another tool's config, or of a script that trains with TRL or Unsloth, which is not run."""
+    from halfbyte.recipe import command, peers
+
+    config = peers.read(file)
+    stops = [f"{item.name}: {item.text}" for item in config.items if item.kind == "stops"]
+    if not stops:
+        command.write_new(out, config.recipe(file.name), "--out NAME.yaml")
+    if show.as_json(json_):
+        show.document({"tool": config.tool, "recipe": None if stops else str(out), "values": config.values,
+                       "fields": [item._asdict() for item in config.items]})  # fmt: skip
+    else:
+        fields = show.table("field", "", "")
+        for item in config.items:
+            fields.add_row(show.escaped(item.name), item.kind, show.escaped(item.text))
+        show.out.print(fields)
+    if stops:
+        raise RecipeError(f"{file} asks for what halfbyte does not train:\n  - " + "\n  - ".join(stops))
+    if not json_:
+        counts = Counter(item.kind for item in config.items)
+        show.text(f"wrote {out} ({', '.join(f'{count} {kind}' for kind, count in counts.items())})")
+        show.text(f"  next: halfbyte data check {typed(out)}   then   halfbyte train {typed(out)}")
 
 
 def given(model: str | None, data: str | None, machine: str | None) -> Draft:

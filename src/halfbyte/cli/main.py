@@ -39,6 +39,7 @@ for page in (reports.report, reports.compare, reports.runs):
 app.command(name="eval")(scores.evaluate)
 app.command(name="studio")(studio.serve_studio)
 app.command()(begin.init)
+app.command(name="import")(begin.import_config)
 
 
 def _version(asked: bool) -> None:

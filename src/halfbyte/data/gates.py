@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from halfbyte.data.encoding.chatml import is_reserved
 from halfbyte.data.encoding.encoder import EncodedRows
-from halfbyte.data.encoding.render import THOUGHTS_LEFT_OUT
 from halfbyte.data.reading.problems import some
 from halfbyte.errors import DataError
 from halfbyte.models.context import Context
@@ -66,9 +65,8 @@ def check(
         "unseen tokens": _unseen(train, tokenizer, trained),
         "vocabulary": _vocabulary(train, held_out, tokenizer, embedding_rows),
     }
-    if lost := train.tally.notices[THOUGHTS_LEFT_OUT]:
-        text, fix = THOUGHTS_LEFT_OUT.split("; ")
-        verdicts["thoughts"] = "warning", f"in {lost:,} of {train.tally.kept:,} rows {text}", fix
+    if thoughts := _thoughts(train):
+        verdicts["thoughts"] = thoughts
     return tuple(Finding(gate, *verdict) for gate, verdict in verdicts.items())
 
 
@@ -157,6 +155,22 @@ def _empty(train: EncodedRows) -> Verdict:
     have = "row has" if empty.count == 1 else "rows have"
     text = f"{empty.count:,} {have} no labelled word, only special tokens ({empty.first()})"
     return "warning", text, "the model would learn to say nothing"
+
+
+def _thoughts(train: EncodedRows) -> Verdict | None:
+    """What is wrong with an assistant's thoughts; None where nothing is."""
+    tally = train.tally
+    if some := tally.open_thoughts:
+        text = f"in {some.count:,} messages <think> and </think> are no pair ({some.first()})"
+        return "refused", text, "close the thoughts, or take these rows out"
+    if some := tally.lost_thoughts:
+        text = f"the chat template leaves out the thoughts of {some.count:,} messages that are trained ({some.first()})"
+        fix = "data.thoughts: last (earlier turns become context) or strip; data.chat_template: chatml-tools keeps them"
+        return "refused", text, fix
+    if some := tally.empty_thoughts:
+        text = f"{some.count:,} messages have thoughts without a word ({some.first()})"
+        return "warning", text, "the model would learn to think nothing; data.thoughts: strip leaves them out"
+    return None
 
 
 def _overlap(train: EncodedRows, held_out: EncodedRows | None) -> Verdict:

@@ -10,8 +10,6 @@ a second for two million rows. No torch.
 """
 
 import math
-import random
-from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +17,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from halfbyte.data.mixture import Mixture, shuffled
 from halfbyte.data.prefixes import IdsOf, Tree, computed
 
 MicroBatch = tuple[int, ...]
@@ -79,11 +78,17 @@ class Steps:
     """The tokens of a row, where rows share their beginnings."""
     padded: bool = False
     """Rows are padded to the longest of their micro-batch."""
+    mixture: Mixture | None = None
+    """How sources are mixed; None: every row once in an epoch."""
     _orders: dict[int, NDArray[np.uint32]] = field(default_factory=dict, init=False)
 
     @property
+    def epoch_rows(self) -> int:
+        return len(self.lengths) if self.mixture is None else self.mixture.epoch_rows
+
+    @property
     def per_epoch(self) -> int:
-        return -(-len(self.lengths) // self.rows_per_step)
+        return -(-self.epoch_rows // self.rows_per_step)
 
     def __len__(self) -> int:
         return self.total
@@ -112,19 +117,23 @@ class Steps:
     def passes(self, step: int) -> float:
         """How often the data has been passed over after so many steps: 1.5 is all rows once, and half of them again."""
         whole, steps = divmod(step, self.per_epoch)
-        return whole + steps * self.rows_per_step / len(self.lengths)
+        return whole + steps * self.rows_per_step / self.epoch_rows
 
     @property
     def tokens(self) -> int:
         """Tokens of all steps together."""
         epochs, steps = divmod(self.total, self.per_epoch)
-        whole = epochs * int(self.lengths.sum())
+        if self.mixture is None:
+            whole = epochs * int(self.lengths.sum())
+        else:  # no two epochs need have the same rows
+            whole = sum(int(self.lengths[self._order(epoch)].sum()) for epoch in range(epochs))
         return whole + int(self.lengths[self._order(epochs)[: steps * self.rows_per_step]].sum()) if steps else whole
 
     def never_reached(self) -> NDArray[np.int64]:
         """The rows that no step has: those of a run that is shorter than an epoch."""
-        first = self._order(0)
-        return np.sort(first[self.total * self.rows_per_step :].astype(np.int64))
+        if self.total >= self.per_epoch:
+            return np.empty(0, np.int64)
+        return np.setdiff1d(np.arange(len(self.lengths)), self._order(0)[: self.total * self.rows_per_step])
 
     def longest_micro_batch(self) -> MicroBatch:
         """The rows of the micro-batch with the most tokens, of the first epoch's steps with the most tokens."""
@@ -141,7 +150,7 @@ class Steps:
 
     def most_tokens(self) -> int:
         """Tokens of the largest step of the first epochs: as many as have `LOOKED_AT_ROWS` rows together, or one."""
-        epochs = min(-(-self.total // self.per_epoch), max(1, LOOKED_AT_ROWS // len(self.lengths)))
+        epochs = min(-(-self.total // self.per_epoch), max(1, LOOKED_AT_ROWS // self.epoch_rows))
         return int(max(self.sums(epoch).max() for epoch in range(epochs)))
 
     def rows(self, index: int) -> list[int]:
@@ -170,9 +179,8 @@ class Steps:
     def _order(self, epoch: int) -> NDArray[np.uint32]:
         """The rows of one epoch in their order: (rows,) uint32; the last epoch asked for is kept."""
         if epoch not in self._orders:
-            order = array("I", range(len(self.lengths)))
-            random.Random(f"{self.seed}/{epoch}").shuffle(order)
-            self._orders = {epoch: np.frombuffer(order, dtype=np.uint32)}
+            mixed = self.mixture and self.mixture.order(epoch, self.seed)
+            self._orders = {epoch: shuffled(len(self.lengths), f"{self.seed}/{epoch}") if mixed is None else mixed}
         return self._orders[epoch]
 
 

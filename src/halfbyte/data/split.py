@@ -16,11 +16,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from halfbyte.data.encoding.encoder import EncodedRows
-from halfbyte.data.encoding.examples import SCHEMA, Examples, Subset
+from halfbyte.data.encoding.encoder import EncodedRows, SourceRows
+from halfbyte.data.encoding.examples import SCHEMA, Examples
 from halfbyte.data.encoding.tally import Tally
+from halfbyte.data.mixture import shuffled
+from halfbyte.data.reading import files as reading
 from halfbyte.errors import DataError, RunError
-from halfbyte.recipe.data import Data
+from halfbyte.recipe.data import Data, DataEntry, Sources, sources_of
 from halfbyte.system import files
 
 
@@ -35,7 +37,7 @@ def split(
     Raises:
         DataError: more rows are to be held out than there are, or auto finds too few where evaluations are asked for.
     """
-    total = len(rows.examples)
+    total, of = len(rows.examples), rows.sources
     count = 0 if data.eval == "auto" and wanted is False else data.held_out_of(total)
     if count >= total:
         raise DataError(
@@ -47,12 +49,37 @@ def split(
             f"evaluations are asked for, and {total:,} rows are too few to hold some of them out unasked.",
             fix="data.eval: 10%, or a file of other rows",
         )
-    held_out = choose(rows.examples.digests(), list(rows.tally.sources.values()), count, seed)
-    if not len(held_out):
+    digests = rows.examples.digests()
+    if of is None:
+        held_out = choose(digests, list(rows.tally.sources.values()), count, seed)
+    elif count:  # of each source as much as of a file of its own, but for a number, which is shared out
+        each = {name: len(some) for name, some in of.numbers().items()}
+        alone = data.eval == "auto" or str(data.eval).endswith("%")
+        many = {name: data.held_out_of(n) if alone else round(count * n / total) for name, n in each.items()}
+        some = [s[choose(digests[s], [len(s)], many[name], seed)] for name, s in of.numbers().items()]
+        held_out = np.flatnonzero(np.isin(digests, digests[np.concatenate(some)]))
+    if not count or not len(held_out):
         return rows, None
     left = np.setdiff1d(np.arange(total), held_out)
     tally = Tally(seen=len(held_out), kept=len(held_out))
-    return replace(rows, examples=Subset(rows.examples, left)), EncodedRows(Subset(rows.examples, held_out), tally)
+    return rows.take(left), replace(rows.take(held_out), tally=tally)
+
+
+def told_apart(rows: EncodedRows, names: Sources, seed: int) -> EncodedRows:
+    """Rows with the source of each, and of a source at most its `limit`, drawn by the seed; as they are where `names`
+    mixes nothing."""
+    sources, drawn = sources_of(names), list[NDArray[np.int64]]()
+    if not sources:
+        return rows
+    plain_first = sorted(range(len(sources)), key=lambda number: isinstance(names[number], DataEntry))
+    owner = {str((file.path, file.hub)): n for n in plain_first for file in reading.find([sources[n]])}
+    of_row = np.repeat([owner[key] for key in rows.tally.sources], [*rows.tally.sources.values()])
+    for number, source in enumerate(sources):
+        numbers = np.flatnonzero(of_row == number)
+        few = source.limit is not None and source.limit < len(numbers)
+        drawn.append(numbers[shuffled(len(numbers), f"{seed}/limit/{number}")[: source.limit]] if few else numbers)
+    rows = replace(rows, sources=SourceRows(tuple(str(source.name) for source in sources), of_row))
+    return rows.take(np.sort(np.concatenate(drawn)))
 
 
 def choose(digests: NDArray[np.uint64], of_files: Sequence[int], count: int, seed: int) -> NDArray[np.int64]:

@@ -132,6 +132,6 @@ def put_tokenizer(folder: Path, adapter: Path | None, recipe: Recipe, checkpoint
         for name in TOKENIZER:
             if (adapter / name).is_file():
                 shutil.copyfile(adapter / name, folder / name)
-    elif recipe.data.chat_template is not None:
+    elif recipe.data.chat_template is not None or recipe.data.template_args:
         text = chat_template(open_tokenizer(checkpoint), recipe.data)
         files.write(folder / "chat_template.jinja", (text or "").encode())

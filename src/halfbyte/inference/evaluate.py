@@ -140,13 +140,20 @@ def answer_scores(run: PlannedRun, model: Model, tokens: int) -> Callable[[], di
     longest = max(len(e.prompt_ids) for e in examples) + settings.max_new_tokens
     at_once = sequences_beside(run.job, plan.micro_batch_bytes, longest)
     scoring = Scoring.of(model, prepared.tokenizer, settings, settings.metrics, examples, shares=prepared.shares)
+    of, asks = prepared.evaluation.sources, [number for number, e in enumerate(examples) if e.completion]
+    of_row = [] if of is None else [of.names[of.of_row[number]] for number in asks]
+    of_sources = {f"{name}_": [n for n, source in enumerate(of_row) if source == name] for name in of_row}
 
     def scores() -> dict[str, float]:
         POOL.give_back()  # what a micro-batch had is for answers now
         usage.trim()
         answers = scoring.answers(at_once, tokens, lambda what, done, of: None)
-        by_name = {name: [answer.scores.get(name) for answer in answers] for name, _ in scoring.names}
-        return {name: intervals.RowSums.mean(values).value for name, values in by_name.items()}
+        means = dict[str, float]()
+        for source, numbers in {"": range(len(answers)), **of_sources}.items():
+            for name, _ in scoring.names:
+                values = intervals.RowSums.mean([answers[number].scores.get(name) for number in numbers])
+                means |= {source + name: values.value} if len(values.numerators) or not source else {}
+        return means
 
     return scores
 

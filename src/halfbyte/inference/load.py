@@ -131,6 +131,6 @@ def tokenizer_of(subject: target.Target, checkpoint: Checkpoint) -> Tokenizer:
         # ChatML, with tokens that the base's own does not have
         return open_tokenizer(replace(checkpoint, path=subject.adapter), trust_remote_code=recipe.trust_remote_code)
     tokenizer = open_tokenizer(checkpoint, trust_remote_code=recipe.trust_remote_code)
-    if recipe.data.chat_template is not None:
+    if recipe.data.chat_template is not None or recipe.data.template_args:
         tokenizer.chat_template = chat_template(tokenizer, recipe.data)
     return tokenizer

@@ -10,6 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 
+import numpy as np
+
+from halfbyte.data.mixture import Mixture
 from halfbyte.data.reading.formats import Row
 from halfbyte.errors import RecipeError
 from halfbyte.models import describe
@@ -143,18 +146,26 @@ def rows_of(loaded: Loaded, shape: describe.Shape, length: int | None) -> tuple[
         assumed = min(DEFAULT_LENGTH, context.tokens) if context is not None else DEFAULT_LENGTH
         return Rows.assume(assumed), [f"rows of {assumed} tokens each are assumed, all labelled: --length N"]
     count, how = _counter(shape)
-    lengths, labelled = _sizes(recipe.data.train, recipe.data, count)
-    evaluated, splits = list[int](), recipe.data.held_out_of(len(lengths))
-    if (names := recipe.data.eval_names) is not None:
-        evaluated, _ = _sizes(names, recipe.data, count)
-    elif splits and splits < len(lengths) and recipe.train.eval_strategy != "no":
-        held_out = {i * len(lengths) // splits for i in range(splits)}
-        evaluated = [lengths[i] for i in sorted(held_out)]
-        lengths, labelled = ([n for i, n in enumerate(sizes) if i not in held_out] for sizes in (lengths, labelled))
+    data, train = recipe.data, recipe.train
+    parts = [(_sizes((one,), data, count), one.limit) for one in data.sources] or [
+        (_sizes(data.train, data, count), None)
+    ]
+    sizes = [
+        (*row, number) for number, (part, limit) in enumerate(parts) for row in list(zip(*part, strict=True))[:limit]
+    ]
+    evaluated, splits = list[int](), data.held_out_of(len(sizes))
+    if (names := data.eval_names) is not None:
+        evaluated, _ = _sizes(names, data, count)
+    elif splits and splits < len(sizes) and train.eval_strategy != "no":
+        held_out = {i * len(sizes) // splits for i in range(splits)}
+        evaluated = [sizes[i][0] for i in sorted(held_out)]
+        sizes = [size for i, size in enumerate(sizes) if i not in held_out]
+    lengths, labelled, of_row = zip(*sizes, strict=True)
+    mixture = Mixture.of(data.sources, np.array(of_row), train.rows_per_step) if data.sources else None
     rows = "blocks" if recipe.data.packing == "stream" else "rows"
     mean = sum(lengths) / len(lengths)
     note = f"{len(lengths):,} {rows} of about {mean:.0f} tokens, the longest {max(lengths)}: {how}"
-    return Rows(lengths, labelled, evaluated), [note]
+    return Rows(lengths, labelled, evaluated, mixture=mixture), [note]
 
 
 def longest_row(recipe: Recipe) -> int:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.data import pack
+from halfbyte.data.mixture import Mixture
 from halfbyte.data.prefixes import Tree
 from halfbyte.errors import AdapterError
 from halfbyte.models import tensors
@@ -48,6 +49,7 @@ class Rows:
     labelled: Sizes = ()
     evaluated: Sizes = ()
     assumed: bool = False
+    mixture: Mixture | None = None
 
     def __post_init__(self) -> None:
         for name in ("lengths", "labelled", "evaluated"):
@@ -342,7 +344,8 @@ class Job:
     def steps(self) -> int:
         """Of the whole run; 1 where rows are assumed."""
         train, epochs = self.recipe.train, self.recipe.train.num_train_epochs
-        count, max_steps = len(self.rows.lengths), 1 if self.rows.assumed else train.max_steps
+        count = self.rows.mixture.epoch_rows if self.rows.mixture else len(self.rows.lengths)
+        max_steps = 1 if self.rows.assumed else train.max_steps
         return pack.count_steps(count, rows_per_step=self.rows_per_step, epochs=epochs, max_steps=max_steps)
 
     @cached_property
@@ -405,4 +408,5 @@ class Job:
         rows, train = np.asarray(self.rows.lengths), self.recipe.train
         if not self.steps or not len(rows):
             return None
-        return pack.Steps(rows, rows, self.rows_per_step, self.steps, train.order_seed, 1, 1)
+        seed, mixture = train.order_seed, self.rows.mixture
+        return pack.Steps(rows, rows, self.rows_per_step, self.steps, seed, 1, 1, mixture=mixture)

@@ -151,17 +151,22 @@ def _check_usable(overrides: Sequence[str], names: tuple[str, ...]) -> None:
         )
 
 
-def check_new(path: Path) -> None:
+def check_new(path: Path, another: str = "halfbyte init NAME.yaml") -> None:
     """A RecipeError where a file is there already."""
     if path.exists():
-        raise RecipeError(f"{path} exists and is not overwritten.", fix="name another file: halfbyte init NAME.yaml")
+        raise RecipeError(f"{path} exists and is not overwritten.", fix=f"name another file: {another}")
 
 
 def write_template(path: Path, model: str, data: str, values: Mapping[str, object], remarks: Sequence[str]) -> None:
     """Write the commented recipe of `halfbyte init`. Raises RecipeError: the file exists, or cannot be written."""
-    check_new(path)
+    write_new(path, init_template(model, data, values, remarks))
+
+
+def write_new(path: Path, text: str, another: str = "halfbyte init NAME.yaml") -> None:
+    """Write a recipe. Raises RecipeError: the file exists, or cannot be written."""
+    check_new(path, another)
     try:
-        path.write_text(init_template(model, data, values, remarks))
+        path.write_text(text)
     except OSError as error:
         if path.is_file():
             path.unlink()  # the beginning of a recipe, on a full disk

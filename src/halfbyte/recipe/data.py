@@ -1,12 +1,14 @@
 """The `data:` section of a recipe: which rows, how they are read, and what of them is trained. No torch; pydantic."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeAlias, TypeGuard
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_serializer, model_validator
+
+from halfbyte.types import Document
 
 
 class Section(BaseModel):
@@ -75,6 +77,10 @@ def _held_out(value: object) -> object:
     return match["count"] or f"{percent:g}%"
 
 
+MIXING = ("name", "weight", "repeat", "limit", "replay")
+"""Fields of an entry that do not say how its files are read."""
+
+
 class Fields(Section):
     """Which columns of a row hold what."""
 
@@ -93,13 +99,27 @@ class Fields(Section):
 
 
 class DataEntry(Section):
-    """Files that are read in a way of their own: `path` is a name as in `data.train`; null is as `data` says."""
+    """Files that are read in a way of their own, or mixed with others: `path` is a name as in `data.train`; null is as
+    `data` says."""
 
     path: Annotated[str, Field(min_length=1)]
     format: Format | None = None
     fields: Fields | None = None
     mask: Mask | None = None
     chat_template: str | None = None
+    name: Annotated[str, Field(pattern=r"^[\w-]{1,40}$")] | None = None
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """Its part of the rows of every step, beside those of the others."""
+    repeat: Annotated[int, Field(ge=1)] | None = None
+    """How often an epoch has each of its rows."""
+    limit: Annotated[int, Field(ge=1)] | None = None
+    replay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Its share of every step, of rows that keep what the base knows; an epoch does not count them."""
+
+    @property
+    def mixes(self) -> list[str]:
+        """The fields that say how it is mixed with others."""
+        return [name for name in MIXING if name != "name" and getattr(self, name) is not None]
 
     def __str__(self) -> str:
         return str(self.model_dump()).replace("'", "")
@@ -123,6 +143,20 @@ class DataEntry(Section):
         return {n: v.model_dump(exclude_defaults=True) if isinstance(v, Fields) else v for n, v in values.items()}
 
 
+def sources_of(names: object) -> tuple[DataEntry, ...]:
+    """The sources of a mixture, each with a name of its own; none where no entry says what it is called or how it is
+    mixed."""
+    given = [n if isinstance(n, DataEntry) else DataEntry(path=n) for n in names] if isinstance(names, tuple) else []
+    if not any(entry.name or entry.mixes for entry in given):
+        return ()
+    taken: list[str] = []
+    for entry in given:
+        stem = entry.name or re.sub(r"[^\w-]+", "-", Path(re.sub(r"[?*].*", "", entry.path)).stem).strip("-") or "rows"
+        again = (f"{stem}-{number}" for number in count(2))
+        taken.append(stem if stem not in taken else next(name for name in again if name not in taken))
+    return tuple(e.model_copy(update={"name": name}) for e, name in zip(given, taken, strict=True))
+
+
 def _entries(value: object) -> object:
     return tuple(map(DataEntry.of, value, count(1))) if isinstance(value, (tuple, list)) else value
 
@@ -142,13 +176,21 @@ HeldOut = Annotated[
 ]
 
 
+_ARGS = "a mapping of names that the template reads to values, such as {enable_thinking: false}"
+
+
+def _are_args(value: object) -> bool:
+    given = {"messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize"}
+    return isinstance(value, Mapping) and all(isinstance(k, str) and k.isidentifier() and k not in given for k in value)
+
+
 class Data(Section):
     """What is trained on."""
 
     train: RowNames = field(
         ...,
         "the rows to train on: JSONL, JSON, CSV, Parquet, .txt or .md; a glob, hub:org/name?split=train, or a list of "
-        "them and of {path, format, fields, mask, chat_template}",
+        "them and of {path, format, fields, mask, chat_template, name, weight, repeat, limit, replay}",
     )
     eval: HeldOut = field(
         "auto", "held-out rows: files; 5% or a number of the training rows; none; auto (5% of 200 rows and more)"
@@ -168,10 +210,63 @@ class Data(Section):
         None, "not the model's own: a Jinja template, its file, or chatml, chatml-tools, qwen-tools, llama3-tools"
     )
 
+    template_args: Annotated[Document, must(_ARGS, _are_args)] = field(
+        {}, "arguments of the chat template, such as {enable_thinking: false}; kept with the adapter, and used again"
+    )
+    thoughts: Literal["keep", "strip", "last"] = field(
+        "keep",
+        "an assistant's thoughts: keep, strip (none are learned), or last: those since the last question; earlier "
+        "turns that had some are context",
+    )
+
     def of(self, entry: DataEntry | None) -> Self:
         """As these files are read."""
-        given = {} if entry is None else {n: v for n, v in entry if n != "path" and v is not None}
+        given = {} if entry is None else {n: v for n, v in entry if n not in ("path", *MIXING) and v is not None}
         return self.model_copy(update=given) if given else self
+
+    @property
+    def sources(self) -> tuple[DataEntry, ...]:
+        """The sources that `train` mixes, as of `sources_of`."""
+        return sources_of(self.train)
+
+    @property
+    def scored_sources(self) -> list[str]:
+        """The names of the sources that held-out rows are of."""
+        names = self.eval_names
+        return [str(source.name) for source in (self.sources if names is None else sources_of(names))]
+
+    def source_of(self, metric: str) -> str:
+        """With what the name of a source's metric begins: `tickets_` of tickets_loss; empty for one of all rows."""
+        return next((f"{name}_" for name in self.scored_sources if metric.startswith(f"{name}_")), "")
+
+    def problems(self) -> Iterator[str]:
+        """What excludes each other in `data:`, in sentences."""
+        sources, given = (
+            self.sources,
+            [entry.name for entry in self.train if isinstance(entry, DataEntry) and entry.name],
+        )
+        kinds = {kind for source in sources for kind in source.mixes}
+        if twice := [name for name in given if name and (given.count(name) > 1 or name == "base_text")]:
+            yield f"data.train cannot have two sources {twice[0]}; base_text is the text that forgetting is measured on"
+        if {"weight", "repeat"} <= kinds:
+            yield "data.train: weight is a share of every step, repeat a number in an epoch; mix by one of them"
+        if any({"replay"} < {*source.mixes} - {"limit"} for source in sources):
+            yield "data.train: replay is a share of its own, beside weight and repeat of the others"
+        replays = [source.replay for source in sources if source.replay is not None]
+        if sources and (len(replays) == len(sources) or sum(replays) >= 1):
+            yield "data.train: replay is a share beside other sources, and nothing is left for them"
+        if self.packing == "stream" and kinds:
+            yield "data.packing stream lays all texts end to end, so that data.train cannot mix sources; say rows"
+        if any(source.mixes for source in sources_of(self.eval_names)):
+            yield "data.eval: weight, repeat, limit and replay are for data.train; a source that is scored has a name"
+        if self.packing != "stream":
+            return
+        if self.format not in ("auto", "text"):
+            yield f"data.packing stream is for plain text, and data.format is {self.format}; say rows, or format: text"
+        if self.mask == "assistant":
+            yield "data.packing stream is for plain text, in which no assistant speaks; data.mask: all"
+        if self.overlong != "error":
+            yield f"data.overlong {self.overlong} is not read with data.packing stream: long texts are cut into blocks"
 
     @property
     def eval_names(self) -> str | tuple[str | DataEntry, ...] | None:

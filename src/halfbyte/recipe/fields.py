@@ -12,7 +12,7 @@ from collections.abc import Iterator
 OURS = frozenset(
     {
         "adapter", "save_dtype", "loraplus_lr_ratio", "save_minutes", "max_tokens_per_micro_batch", "within",
-        "max_forgetting",
+        "max_forgetting", "max_source_rise",
         "early_stopping_patience", "early_stopping_threshold",  # arguments of transformers' EarlyStoppingCallback
     }
 )  # fmt: skip
@@ -26,7 +26,7 @@ MAY_CHANGE = frozenset(
     for name in (
         "logging_steps", "logging_first_step", "report_to", "run_name", "eval_strategy", "eval_steps", "eval_on_start",
         "per_device_eval_batch_size", "save_strategy", "save_steps", "save_total_limit", "save_minutes",
-        "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "max_forgetting",
+        "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "max_forgetting", "max_source_rise",
         "gradient_checkpointing", "max_tokens_per_micro_batch",
     )
 } | {

@@ -319,6 +319,26 @@ def _is_text(dotted: str) -> bool:
     return field is not None and (dotted in ("data.train", "data.eval") or field.annotation in (str, str | None))
 
 
+def nested(values: Mapping[str, object]) -> Document:
+    """Values by their dotted names as a recipe has them."""
+    sections: Document = {}
+    for dotted, value in values.items():
+        *outer, name = dotted.split(".")
+        if (section := _inside(sections, outer)) is not None:
+            section[name] = value
+    return sections
+
+
+def check_values(values: Mapping[str, object]) -> dict[str, str]:
+    """What is wrong with values, by their dotted names; of two that exclude each other, with the later one."""
+    wrong = dict[str, str]()
+    for item in _validate(nested(values))[1]:
+        for text in sentences(item, {}, {}):
+            names = fields_in(text) if item["type"] == "together" else [field_of(item)]
+            wrong |= dict.fromkeys([n for n in names if n in values][-1:], text)
+    return wrong
+
+
 def _validate(values: Document) -> tuple[Recipe | None, list[Problem]]:
     """The recipe, or every problem: of single fields, then of the other fields together, with the bad ones left out."""
     try:

@@ -220,12 +220,19 @@ class Train(Section):
     load_best_model_at_end: Bool = field(
         True, "with evaluations: the adapter is that of the best one, not of the last step"
     )
-    metric_for_best_model: Annotated[str, one_of(_best_metrics)] = field(
-        "loss", "the best evaluation has the lowest loss or perplexity, or the highest of a score in eval.metrics"
+    metric_for_best_model: Annotated[str, one_of(_best_metrics, ends=("loss", *METRICS))] = field(
+        "loss",
+        "the best evaluation has the lowest loss or perplexity, or the highest of a score in eval.metrics; of one "
+        "source NAME: NAME_loss, NAME_exact_match, ...",
     )
     max_forgetting: Annotated[Float, Field(ge=0)] | None = field(
         None,
         "only an evaluation whose loss on a text of the base's kind is at most this above the base's can be the best",
+        "0.02 to 0.1",
+    )
+    max_source_rise: Annotated[Float, Field(ge=0)] | None = field(
+        None,
+        "only an evaluation in which no source has lost more than this above the base can be the best",
         "0.02 to 0.1",
     )
     greater_is_better: Bool | None = field(
@@ -268,7 +275,7 @@ class Train(Section):
     @property
     def best_is_greatest(self) -> bool:
         """Whether the best evaluation is that with the greatest metric."""
-        return self.best_metric not in LOSSES
+        return not self.best_metric.endswith(LOSSES)
 
     @property
     def order_seed(self) -> int:
@@ -296,7 +303,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _together(self) -> Recipe:
-        problems = [*_in_source(self), *in_quant(self.quant), *_in_lora(self), *_in_train(self), *_in_data(self)]
+        problems = [*_in_source(self), *in_quant(self.quant), *_in_lora(self), *_in_train(self), *self.data.problems()]
         if problems:
             raise PydanticCustomError("together", "values that exclude each other", {"problems": problems})
         return self
@@ -364,6 +371,7 @@ def _in_train(recipe: Recipe) -> Iterator[str]:
             "eval_on_start true": train.eval_on_start,
             f"early_stopping_patience {train.early_stopping_patience}": train.early_stopping_patience is not None,
             f"max_forgetting {train.max_forgetting}": train.max_forgetting is not None,
+            f"max_source_rise {train.max_source_rise}": train.max_source_rise is not None,
         }
         for name in (name for name, asks in asking.items() if asks):
             yield f"train.{name} asks for evaluations, but data.eval is none; data.eval: 5% holds rows out for them"
@@ -372,8 +380,13 @@ def _in_train(recipe: Recipe) -> Iterator[str]:
     if strategy == "no" and train.early_stopping_patience is not None:
         yield "train.early_stopping_patience counts evaluations, and train.eval_strategy is no"
     name, greatest = train.best_metric, train.best_is_greatest
-    if greatest and name not in (recipe.eval.metrics or ()):
+    if greatest and name.removeprefix(recipe.data.source_of(name)) not in (recipe.eval.metrics or ()):
         yield f"train.metric_for_best_model {name} is not among eval.metrics, so no evaluation would have it"
+    elif name not in (*LOSSES, *METRICS) and not recipe.data.source_of(name):
+        known = ", ".join(recipe.data.scored_sources) or "none, as no entry of data.train has a name"
+        yield f"train.metric_for_best_model {name} is of no source of the held-out rows; they are of {known}"
+    if train.max_source_rise is not None and not recipe.data.scored_sources:
+        yield "train.max_source_rise is about sources, and data.train names none: a list of {path: FILE, name: NAME}"
     if train.greater_is_better is not None and train.greater_is_better != greatest:
         better = "greater" if greatest else "smaller"
         as_given = str(train.greater_is_better).lower()
@@ -402,18 +415,6 @@ def _in_train(recipe: Recipe) -> Iterator[str]:
 def _unread(name: str, owner: str, takes: tuple[str, ...], given: set[str]) -> Iterator[str]:
     if unknown := ", ".join(sorted(given - set(takes))):
         yield f"train.{name}: train.{owner} takes {', '.join(takes) or 'nothing'}, got {unknown}"
-
-
-def _in_data(recipe: Recipe) -> Iterator[str]:
-    data = recipe.data
-    if data.packing != "stream":
-        return
-    if data.format not in ("auto", "text"):
-        yield f"data.packing stream is for plain text, and data.format is {data.format}; say rows, or format: text"
-    if data.mask == "assistant":
-        yield "data.packing stream is for plain text, in which no assistant speaks; data.mask: all"
-    if data.overlong != "error":
-        yield f"data.overlong {data.overlong} is not read with data.packing stream: long texts are cut into blocks"
 
 
 def is_path(model: str) -> bool:

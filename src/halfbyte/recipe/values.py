@@ -40,15 +40,18 @@ def init(value: object) -> object:
 
 
 def one_of(
-    allowed: Collection[str] | Callable[[], Collection[str]], refused: Mapping[str, str] = MappingProxyType({})
+    allowed: Collection[str] | Callable[[], Collection[str]],
+    refused: Mapping[str, str] = MappingProxyType({}),
+    ends: Collection[str] = (),
 ) -> BeforeValidator:
-    """One of a few words, which a function may give when it is asked; a word that is refused says why."""
+    """One of a few words, which a function may give when it is asked; a word that is refused says why. `ends`: of these
+    also NAME_word."""
 
     def check(value: object) -> object:
         words = allowed() if callable(allowed) else allowed
         if isinstance(value, str) and value in refused:
             raise ValueError(f"cannot be {value!r}: {refused[value]}")
-        if not isinstance(value, str) or value not in words:
+        if not isinstance(value, str) or not (value in words or value.endswith(tuple(f"_{end}" for end in ends))):
             raise ValueError(f"must be one of {', '.join(words)}")
         return value
 

@@ -1,6 +1,7 @@
 """Which charts a page has: of a run its loss, evaluations, learning rate, gradient norm, speed and memory beside its
 plan; of several runs their curves over each other."""
 
+import re
 from collections.abc import Iterable
 
 from halfbyte.report import series
@@ -12,7 +13,7 @@ from halfbyte.report.series import Metrics, Series
 NOT_PLOTTED = frozenset(
     {"eval_loss", "eval_perplexity", "eval_labelled_tokens", "eval_tokens", "eval_rows", "eval_runtime", "eval_seconds"}
 )
-MAX_EVALS = 4
+MAX_EVALS, MAX_LINES = 4, 8
 HOURS_FROM = 300.0  # minutes
 NATS = "nats a trained token"
 
@@ -86,10 +87,21 @@ def evaluations(metrics: Metrics) -> list[Chart]:
     charts = []
     if (held_out := metrics.evals.get("eval_loss")) is not None and len(held_out) > 1:
         charts.append(Chart("Evaluation: loss", NATS, "step", [Curve("held-out rows", held_out, "eval")]))
-    for name in [name for name in metrics.evals if name not in NOT_PLOTTED][:MAX_EVALS]:
+    sources = by_source(metrics)
+    if sources:
+        lines = [Curve(name, line, f"run{i}") for i, (name, line) in enumerate([*sources.items()][:MAX_LINES])]
+        charts.append(Chart("Evaluation: loss by source", NATS, "step", lines))
+    plotted = {*NOT_PLOTTED, *(f"eval_{name}_loss" for name in sources)}
+    for name in [name for name in metrics.evals if name not in plotted][:MAX_EVALS]:
         words = name.removeprefix("eval_").replace("_", " ")
         charts.append(Chart(f"Evaluation: {words}", "", "step", [Curve(words, metrics.evals[name], "eval")]))
     return charts
+
+
+def by_source(metrics: Metrics) -> dict[str, Series]:
+    """The held-out losses of each source of a mixture, and on the text of the base's kind beside them."""
+    named = {m[1]: line for name, line in metrics.evals.items() if (m := re.fullmatch("eval_(.+)_loss", name))}
+    return named if named.keys() - {"base_text"} else {}
 
 
 def memory(record: Record) -> Chart:

@@ -112,6 +112,8 @@ def facts(run: Record) -> list[tuple[str, str]]:
         figures.append(("held-out loss, last", f"{held_out[-1]:.4f}"))
         if lowest != len(held_out) - 1:
             figures.append(("held-out loss, lowest", f"{held_out[lowest]:.4f} at step {steps[lowest]:.0f}"))
+    for name, line in curves.by_source(metrics).items():
+        figures.append((f"held-out loss of {name}, last", f"{line.known.y[-1]:.4f}"))
     if (text := report.get("base_text") or {}).get("adapter") is not None:
         figures.append(("loss on base text", f"{text['adapter']:.4f} ({text['base']:.4f} of the base)"))
     seconds = float(series.minutes(metrics.steps["seconds"])[-1] * 60) if len(metrics.steps["seconds"]) else 0.0

@@ -192,6 +192,8 @@ def choose(
     if seconds is None:
         seconds = max(SHORT_S, SHARE * plan.time.step_s * len(steps)) / 2
     count = max(FEWEST, min(most, int((costs <= seconds).sum())))
+    if prepared.recipe.train.max_source_rise is not None:  # of every source as it is evaluated
+        count = len(numbers)
     return rows, np.sort(numbers[order[:count]]), which
 
 

@@ -62,7 +62,7 @@ def job_of(
         ranks: processes that share the rows of a step. done: steps that earlier processes have made.
     """
     held_out = prepared.evaluation.lengths if prepared.evaluation is not None else ()
-    rows = Rows(prepared.train.lengths, prepared.train.labelled, held_out)
+    rows = Rows(prepared.train.lengths, prepared.train.labelled, held_out, mixture=prepared.mixture)
     job = Job.of_checkpoint(prepared.recipe, prepared.checkpoint, model, rows, machine, targets=targets)
     written = job.tokenizer_json_bytes if prepared.chatml is not None else None
     job = replace(job, tokenizer_bytes=written or 0, ranks=ranks, objective=prepared.objective.cost, done=done)

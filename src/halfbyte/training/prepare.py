@@ -18,6 +18,7 @@ from halfbyte.data import blocks, gates, split
 from halfbyte.data.encoding import chatml, encode
 from halfbyte.data.encoding.encoder import EncodedRows
 from halfbyte.data.encoding.examples import Example, Examples
+from halfbyte.data.mixture import Mixture
 from halfbyte.data.prefixes import IdsOf
 from halfbyte.data.reading import read
 from halfbyte.errors import HalfbyteError
@@ -50,8 +51,14 @@ class Prepared:
     """Where the model has no chat template of its own; then `recipe` trains the rows of its new tokens."""
     held_out: Examples | None = None
     """The rows (texts, not blocks of them) that were taken out of the training rows."""
+    mixture: Mixture | None = None
+    """How the sources of `data.train` are mixed; None where they are not."""
     shares: bool = False
     """Whether rows share their beginnings (`data/prefixes.py`), as far as is known."""
+
+    @property
+    def epoch_rows(self) -> int:
+        return len(self.train.examples) if self.mixture is None else self.mixture.epoch_rows
 
     def ids_of(self, rows: EncodedRows) -> IdsOf | None:
         """The tokens of a row, where rows share their beginnings."""
@@ -88,7 +95,10 @@ def look(recipe: Recipe, objective: Objective | None = None) -> Prepared:
         settled = chatml.install(tokenizer, data, embedding_rows=rows, tied=tied)
         recipe = with_trained(recipe, settled.new_tokens)
     train = encode.encode(data.train, tokenizer, data, cores=cores)
+    train = split.told_apart(train, data.train, recipe.train.order_seed)
     train, evaluation, held_out = _held_out(recipe, train, tokenizer)
+    of = train.sources
+    mixture = of and Mixture.of(data.sources, of.of_row, recipe.train.rows_per_step)
     trained = frozenset(recipe.lora.trainable_token_indices or (settled.new_tokens if settled else ()))
     findings = gates.check(
         train, evaluation, tokenizer, recipe.data, embedding_rows=rows, trained=trained, context=context_of(config)
@@ -100,8 +110,9 @@ def look(recipe: Recipe, objective: Objective | None = None) -> Prepared:
     objective = objective or CausalLM(recipe.train.label_smoothing_factor)
     shares = not why_not_shared(recipe, objective)
     return Prepared(
-        recipe, objective, checkpoint, config, tokenizer, train, evaluation, findings, settled, held_out, shares
-    )
+        recipe, objective, checkpoint, config, tokenizer, train, evaluation, findings, settled, held_out, mixture,
+        shares,
+    )  # fmt: skip
 
 
 def why_not_shared(recipe: Recipe, objective: Objective) -> str:
@@ -122,7 +133,8 @@ def _held_out(
     """The rows that train, those that are held out, and these again where they were taken out of the training rows."""
     data, asks = recipe.data, recipe.train
     if data.eval_names is not None:
-        return train, encode.encode(data.eval_names, tokenizer, data, cores=device.cores()), None
+        evaluation = encode.encode(data.eval_names, tokenizer, data, cores=device.cores())
+        return train, split.told_apart(evaluation, data.eval_names, asks.order_seed), None
     stops = asks.early_stopping_patience is not None
     wanted = True if stops or asks.eval_on_start or asks.eval_strategy in ("steps", "epoch") else None
     wanted = False if asks.eval_strategy == "no" else wanted
@@ -159,9 +171,10 @@ def data_note(prepared: Prepared) -> str:
     stats, texts = prepared.train.stats, prepared.train.texts
     rows = f"{stats.rows:,} rows" if texts is None else f"{texts:,} texts in {stats.rows:,} blocks"
     held_out = f"; {prepared.evaluation.stats.rows:,} rows held out" if prepared.evaluation else ""
+    mixed = f"; {prepared.mixture.note(prepared.recipe.train.order_seed)}" if prepared.mixture else ""
     return (
         f"{rows}, {stats.tokens:,} tokens ({stats.min_length} to {stats.max_length} a row), "
-        f"{stats.labelled_share:.0%} of them trained{held_out}"
+        f"{stats.labelled_share:.0%} of them trained{held_out}{mixed}"
     )
 
 
@@ -196,6 +209,8 @@ def fingerprints(prepared: Prepared) -> Document:
         digest = hashlib.sha256()
         for column in columns if weights is encoded.labelled else [*columns, weights]:
             digest.update(column.tobytes())
+        if prepared.mixture is not None and encoded is prepared.train:
+            digest.update(prepared.mixture.content)
         return {"rows": len(encoded.examples), "digest": digest.hexdigest()}
 
     return {"train": of(prepared.train), "eval": of(prepared.evaluation)}
@@ -208,7 +223,9 @@ def notices(prepared: Prepared) -> list[str]:
         count, asked = len(prepared.held_out), prepared.recipe.data.eval
         off = "; data.eval: none trains on them too" if asked == "auto" else ""
         total, why = prepared.train.tally.kept, ""
-        if count != prepared.recipe.data.held_out_of(total):
+        if prepared.mixture is not None:
+            total, why = len(prepared.train.examples) + count, " of each source"
+        elif count != prepared.recipe.data.held_out_of(total):
             again = total - len(np.unique(Examples(prepared.held_out.batches).digests()))
             why = f"; of rows with the same tokens all are or none, and {again:,} rows are another one again"
         first.append(f"{count:,} of {total:,} rows are held out (data.eval: {asked}{why}){off}")

@@ -121,6 +121,20 @@ def _remembers(setup: Setup, row: Document) -> bool:
     return bool(row[f"eval_{BASE_TEXT}"] <= scores_of(setup.run.prepared.objective, text.base)["loss"] + most)
 
 
+def _no_source_rises(setup: Setup, trainer: StepTrainer) -> bool:
+    """Whether the last evaluation is within `train.max_source_rise` of the base on each source, row by row."""
+    prepared, compared = setup.run.prepared, setup.comparison
+    most, of = prepared.recipe.train.max_source_rise, prepared.evaluation and prepared.evaluation.sources
+    if most is None or not of or compared.base is None:
+        return True
+    rows, of_row = trainer.evaluated[1][compared.chosen], of.of_row[compared.chosen]
+    losses = (
+        [scores_of(prepared.objective, sums[of_row == number])["loss"] for sums in (rows, compared.base)]
+        for number in np.unique(of_row)
+    )
+    return all(now <= base + most for now, base in losses)
+
+
 def _measure_base(setup: Setup, trainer: StepTrainer, tell: Listener) -> None:
     """What the base alone loses on the rows of each comparison: as its store keeps it, or measured and kept there."""
     compared, text = setup.comparison, setup.comparison.text
@@ -211,6 +225,7 @@ def _trainer(setup: Setup, folder: RunFolder, hooks: RunHooks) -> StepTrainer:
         shards=setup.shards,
         ends_with_evaluation=setup.comparison.ends,
         schedule=setup.schedule,
+        sources=of.numbers() if (of := prepared.evaluation and prepared.evaluation.sources) else {},
     )
 
 
@@ -229,7 +244,7 @@ def _run_callback(
         stop=stop,
         best=Best.of(prepared.recipe, folder) if prepared.evaluation is not None else None,
         comparison=setup.comparison,
-        allowed=partial(_remembers, setup),
+        allowed=lambda row: _remembers(setup, row) and _no_source_rises(setup, trainer),
         trained=setup.trained,
         witness=Witness(prepared.objective, assembled.model, assembled.packed.ok, readable),
         resume=resume,

@@ -15,10 +15,7 @@ from halfbyte.training.prepare import Prepared
 def count_steps(prepared: Prepared) -> int:
     train = prepared.recipe.train
     return pack.count_steps(
-        len(prepared.train.examples),
-        rows_per_step=train.rows_per_step,
-        epochs=train.num_train_epochs,
-        max_steps=train.max_steps,
+        prepared.epoch_rows, rows_per_step=train.rows_per_step, epochs=train.num_train_epochs, max_steps=train.max_steps
     )
 
 
@@ -41,6 +38,7 @@ def plan_steps(
         weights=prepared.objective.weights(prepared.train),
         ids=None if padded else prepared.ids_of(prepared.train),
         padded=padded,
+        mixture=prepared.mixture,
     )
 
 
@@ -125,7 +123,7 @@ def count_evaluations(prepared: Prepared, done: int = 0) -> int:
 
 
 def _steps_per_epoch(prepared: Prepared) -> int:
-    return math.ceil(len(prepared.train.examples) / prepared.recipe.train.rows_per_step)
+    return math.ceil(prepared.epoch_rows / prepared.recipe.train.rows_per_step)
 
 
 def _count(value: float, prepared: Prepared) -> int:

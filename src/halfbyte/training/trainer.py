@@ -11,11 +11,12 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from operator import itemgetter
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -52,6 +53,7 @@ NOT_FOR_TRAINER = frozenset(
         "save_minutes", "load_best_model_at_end", "metric_for_best_model", "loraplus_lr_ratio",
         "max_tokens_per_micro_batch", "data_seed", "eval_strategy", "eval_steps",
         "early_stopping_patience", "early_stopping_threshold", "greater_is_better", "within", "max_forgetting",
+        "max_source_rise",
     }
 )  # fmt: skip
 
@@ -184,7 +186,9 @@ class StepTrainer(Trainer):
         shards: Shards | None = None,
         ends_with_evaluation: bool = False,
         schedule: Schedule | None = None,
+        sources: Mapping[str, NDArray[np.int64]] = MappingProxyType({}),
     ) -> None:
+        self.sources = sources
         self.objective, self.pace = objective, pace
         self.schedule = schedule
         self.ends_with_evaluation = ends_with_evaluation
@@ -327,6 +331,9 @@ class StepTrainer(Trainer):
         last = self.is_done or isinstance(self.lr_scheduler, ReduceLROnPlateau)
         rows, stopped = self.row_sums(self.eval_batches, np.arange(len(self.eval_batches.examples)), whole=last)
         scores, self.evaluated = objectives.scores_of(self.objective, rows), (self.state.global_step, rows)
+        for name, numbers in self.sources.items():
+            of_source = objectives.scores_of(self.objective, rows[numbers])
+            scores |= {f"{name}_{k}": v for k, v in of_source.items() if isinstance(v, float) and k != "perplexity"}
         if last or not stopped:
             scores |= self.world.from_first(self.hooks.answer_scores)
         self._ended = time.perf_counter()

@@ -43,7 +43,20 @@ def is_reserved(token: str) -> bool:
 
 def chat_template(tokenizer: Tokenizer, data: Data) -> str | None:
     """The chat template as Jinja text: the recipe's (a bundled name, text, or a file of it), else the tokenizer's own,
-    else None.
+    else None. `data.template_args` stand at its top as defaults, so that whoever renders it has them. Raises DataError:
+    an argument that it does not read; as `_template`."""
+    text, args = _template(tokenizer, data), data.template_args
+    if text is None:
+        return None
+    if strange := [name for name in args if not re.search(rf"\b{name}\b", text)]:
+        raise DataError(f"data.template_args.{strange[0]}: the chat template does not read it.", fix="leave it out")
+    # each on a line of its own, which Jinja takes away as transformers sets it up
+    top = "".join(f"{{% if {n} is not defined %}}{{% set {n} = {v!r} %}}{{% endif %}}\n" for n, v in args.items())
+    return text if text.startswith(top) else top + text
+
+
+def _template(tokenizer: Tokenizer, data: Data) -> str | None:
+    """The same without arguments.
 
     Raises:
         DataError: a file that cannot be read, a bundled template whose tokens the tokenizer has not, or several

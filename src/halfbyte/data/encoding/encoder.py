@@ -10,7 +10,7 @@ Cost: one tokenisation a row (three where the tokenizer cannot be cut), about 0.
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from typing import Self
@@ -20,7 +20,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from halfbyte.data.encoding import chatml
-from halfbyte.data.encoding.examples import Examples, TokenizedRow, batch
+from halfbyte.data.encoding.examples import Examples, Subset, TokenizedRow, batch
 from halfbyte.data.encoding.render import Refused, RenderedRow, Renderer, common_length
 from halfbyte.data.encoding.tally import Tally
 from halfbyte.data.reading.formats import Row
@@ -48,6 +48,19 @@ class Stats:
         return self.labelled_tokens / self.tokens
 
 
+@dataclass(frozen=True, eq=False)
+class SourceRows:
+    """Which source of a mixture each row is of: `names[of_row[i]]` for row i; (rows,) int64."""
+
+    names: tuple[str, ...]
+    of_row: NDArray[np.int64]
+
+    def numbers(self) -> dict[str, NDArray[np.int64]]:
+        """The rows of each source that has any."""
+        every = {name: np.flatnonzero(self.of_row == number) for number, name in enumerate(self.names)}
+        return {name: rows for name, rows in every.items() if len(rows)}
+
+
 @dataclass(frozen=True)
 class EncodedRows:
     """All rows of a recipe's `data.train` or `data.eval` as tokens, and what was counted meanwhile."""
@@ -56,6 +69,12 @@ class EncodedRows:
     tally: Tally
     texts: int | None = None
     """How many texts the blocks hold, with `data.packing: stream`; else None."""
+    sources: SourceRows | None = None
+
+    def take(self, numbers: NDArray[np.int64]) -> Self:
+        """Some of the rows, by their numbers, ascending."""
+        of = self.sources and SourceRows(self.sources.names, self.sources.of_row[numbers])
+        return replace(self, examples=Subset(self.examples, numbers), sources=of)
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
@@ -131,7 +150,7 @@ class Encoder:
                 fix="data.packing: rows, or data.format: text",
             )
         tally, rendered = Tally(seen=len(rows), texts=sum(row.text is not None for row in rows)), list[RenderedRow]()
-        self._renderer.counts = tally.notices
+        self._renderer.seen = tally
         for row in rows:
             try:
                 rendered.append(self._renderer.render(row))

@@ -14,13 +14,14 @@ turn under mask assistant, two more for one that calls tools.
 import itertools
 import re
 from bisect import bisect_left
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from jinja2 import TemplateSyntaxError
 
+from halfbyte.data.encoding import thoughts
 from halfbyte.data.encoding.chatml import chat_template
+from halfbyte.data.encoding.tally import Tally
 from halfbyte.data.reading.formats import ChatMessage, Row
 from halfbyte.errors import DataError, first_line
 from halfbyte.recipe.data import Data
@@ -31,10 +32,6 @@ _TAIL_CHARS = 8  # characters of a prompt's end that are searched for, where the
 _PRIVATE_USE = range(0xE000, 0xF900)  # characters that no text holds and no template strips
 _UNWRITTEN = "messages[{i}]: the chat template does not write the {what} of this assistant message"
 _TOOLS_FIX = "data.chat_template: chatml-tools (or qwen-tools, llama3-tools)"
-THOUGHTS_LEFT_OUT = (
-    "the chat template leaves out the thoughts of an assistant message; --set data.chat_template=chatml-tools (or "
-    "llama3-tools) keeps them"
-)
 _QUESTION, _ANSWER = ChatMessage("user", "a"), ChatMessage("assistant", chr(_PRIVATE_USE[0]))
 
 
@@ -68,8 +65,9 @@ class Renderer:
         self._tokenizer = tokenizer
         self._mask = data.mask
         self._template = chat_template(tokenizer, data)
-        self.counts: Counter[str] = Counter()
-        """Notices for the user, and the number of rows that each is about."""
+        self._thoughts = data.thoughts
+        self.seen = Tally()
+        """Counts of what the user should know of the rows."""
         self._tools: tuple[Document, ...] | None = None
         added = {t.content: t for t in tokenizer.added_tokens_decoder.values() if t.content.strip()}
         special = {c for c, t in added.items() if t.special} | set(tokenizer.all_special_tokens)
@@ -80,6 +78,7 @@ class Renderer:
         self._lead = ""
         self._header = self._generation_prompt() if self._template is not None else ""
         self._ends = self._end_marks() if self._template is not None else set()
+        self._form = self._form_of_thoughts() if self._template is not None else "text"
 
     def render(self, row: Row) -> RenderedRow:
         """Raises Refused: the template cannot render this row, or not so that its assistant texts can be found.
@@ -110,6 +109,7 @@ class Renderer:
 
     def _chat(self, where: str, messages: tuple[ChatMessage, ...]) -> RenderedRow:
         last = len(messages) - 1
+        messages = self._thinking(where, messages)
         text = self._apply(messages)
         for i in range(last):
             self._check_calls(text, messages, i)
@@ -118,20 +118,62 @@ class Renderer:
         end = ending.end() if ending else stop
         if not ending:  # no token ends the turn: what the template writes after it would keep the model from stopping
             text = text[:stop]
-        spans: list[tuple[int, int]] = []
+        trained = [i for i, m in enumerate(messages[:last]) if m.role == "assistant" and m.train]
+        trained = trained if self._mask != "completion" else []
+        spans = [(0, len(text))] * len(trained)
         if self._mask == "assistant":
-            trained = [i for i, m in enumerate(messages[:last]) if m.role == "assistant" and m.train]
             spans = [self._earlier(text, messages, i, ends=bool(ending)) for i in trained]
+        if messages[last].train:
+            spans.append((0, len(text)) if self._mask == "all" else (start, end))
+        self._check_thoughts(where, text, messages, dict(zip([*trained, last], spans, strict=False)))
         if self._mask == "all":
             spans = [(0, len(text))]
-        elif messages[last].train:
-            spans.append((start, end))
         if self._mask == "completion" and any(m.role == "assistant" and m.train for m in messages[:last]):
-            self.counts["of several assistant turns only the last is trained; data.mask: assistant trains each"] += 1
+            self.seen.notices[
+                "of several assistant turns only the last is trained; data.mask: assistant trains each"
+            ] += 1
         if any(a[1] > b[0] for a, b in itertools.pairwise(spans)):
             raise Refused("the chat template does not write the messages in their order")
         self._notice(text, messages, spans)
         return RenderedRow(where, text, tuple(spans), prompt, messages[last].content, ends=not ending)
+
+    def _thinking(self, where: str, messages: tuple[ChatMessage, ...]) -> tuple[ChatMessage, ...]:
+        """The messages with their thoughts as `data.thoughts` leaves them, and as the template takes them."""
+        asked = max((i for i, m in enumerate(messages) if m.role == "user"), default=0)
+        talk = [*messages]
+        for i, message in enumerate(messages):
+            thought = thoughts.of(message)
+            if message.role != "assistant" or (thought.text is None and thought.is_whole):
+                continue
+            if not thought.is_whole:
+                self.seen.open_thoughts.add(f"{where}, messages[{i}]")
+            elif self._thoughts == "strip":
+                message = thoughts.without(message)
+            elif self._thoughts == "last" and i < asked:
+                message = replace(thoughts.without(message), train=False)
+            elif not str(thought.text).strip():
+                self.seen.empty_thoughts.add(f"{where}, messages[{i}]")
+            talk[i] = thoughts.put(message, self._form)
+        return tuple(talk)
+
+    def _check_thoughts(
+        self, where: str, text: str, messages: tuple[ChatMessage, ...], spans: Mapping[int, tuple[int, int]]
+    ) -> None:
+        """Count messages that are trained, by their spans, and whose thoughts the template has not written."""
+        for i, (start, stop) in spans.items():
+            if (thought := thoughts.of(messages[i]).text) and thought.strip() not in text[start:stop]:
+                self.seen.lost_thoughts.add(f"{where}, messages[{i}]")
+
+    def _form_of_thoughts(self) -> thoughts.Form:
+        """How the template takes an assistant's thoughts, by what it writes of some."""
+        mark, answer = _ANSWER.content, ChatMessage("assistant", "b")
+        try:
+            if mark in self._apply((_QUESTION, replace(answer, more=dict.fromkeys(thoughts.KEYS, mark)))):
+                return "keys"
+            inline = replace(answer, content=f"{thoughts.OPEN}\n{mark}\n{thoughts.CLOSE}\n\nb")
+            return "text" if mark in self._apply((_QUESTION, inline)) else "none"
+        except (Refused, DataError):
+            return "text"
 
     def _check_calls(self, text: str, messages: tuple[ChatMessage, ...], i: int) -> None:
         """Refuse a turn whose tool calls the template leaves out: an empty turn would stand in their place."""
@@ -149,7 +191,7 @@ class Renderer:
         ending = (self._endings.match(text, at) or self._added.match(text, at)) if ends else None
         if ending:
             return start, ending.end()
-        self.counts["no end-of-turn token after an earlier assistant turn; only its text is labelled"] += 1
+        self.seen.notices["no end-of-turn token after an earlier assistant turn; only its text is labelled"] += 1
         return start, stop
 
     def _after_calls(self, text: str, messages: tuple[ChatMessage, ...], i: int, stop: int) -> int:
@@ -186,7 +228,7 @@ class Renderer:
             opens = start if opens is None else opens
             return opens, stop, text[:opens]
         if self._header and i == len(messages) - 1:
-            self.counts["the generation prompt is not how the chat template begins the row"] += 1
+            self.seen.notices["the generation prompt is not how the chat template begins the row"] += 1
         # Without a header, the prompt's end still tells where the model's own text begins (white space, or the mark of
         # a call): at the place whose text before it agrees longest with the prompt's end.
         places = {*range(len(text[:start].rstrip()), start + 1), *self._places(text, prompt[-_TAIL_CHARS:], start)}
@@ -212,13 +254,10 @@ class Renderer:
     def _notice(self, text: str, messages: tuple[ChatMessage, ...], spans: list[tuple[int, int]]) -> None:
         self._count_special(m.content for m in messages)
         for role in {m.role for m in messages if m.role != "assistant" and m.content.strip() not in text}:
-            self.counts[f"the chat template changes or leaves out the text of a {role} message"] += 1
-        learned = messages[-1:] if self._mask == "completion" else messages
-        if any(t.strip() not in text for m in learned if m.train and (t := m.more.get("reasoning_content"))):
-            self.counts[THOUGHTS_LEFT_OUT] += 1
+            self.seen.notices[f"the chat template changes or leaves out the text of a {role} message"] += 1
         names = [(tool.get("function") or tool).get("name") for tool in self._tools or ()]
         if any(isinstance(name, str) and name not in text for name in names):
-            self.counts[f"the chat template leaves out the tools; {_TOOLS_FIX}"] += 1
+            self.seen.notices[f"the chat template leaves out the tools; {_TOOLS_FIX}"] += 1
 
     def _apply(self, messages: Sequence[ChatMessage], *, prompt: bool = False) -> str:
         chat = [m.to_template() for m in messages]
@@ -273,7 +312,7 @@ class Renderer:
 
     def _count_special(self, texts: Iterable[str]) -> None:
         if any(self._special.search(t) for t in texts):
-            self.counts["the text holds a special token of this tokenizer, and is read as that token"] += 1
+            self.seen.notices["the text holds a special token of this tokenizer, and is read as that token"] += 1
 
 
 def common_length(a: Sequence[object], b: Sequence[object]) -> int:

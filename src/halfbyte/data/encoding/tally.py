@@ -18,6 +18,8 @@ from halfbyte.errors import DataError
 from halfbyte.recipe.data import Data
 from halfbyte.types import Document
 
+_THOUGHTS = ("lost_thoughts", "open_thoughts", "empty_thoughts")
+
 
 @dataclass
 class Tally:
@@ -40,6 +42,11 @@ class Tally:
     """Kept rows without an end token among their labels."""
     empty: Problems = field(default_factory=Problems)
     """Kept rows whose labels are all special tokens: an empty answer."""
+    lost_thoughts: Problems = field(default_factory=Problems)
+    """Trained messages whose thoughts the chat template does not write."""
+    open_thoughts: Problems = field(default_factory=Problems)
+    """Messages with <think> and no </think>, or the other way round."""
+    empty_thoughts: Problems = field(default_factory=Problems)
     notices: Counter[str] = field(default_factory=Counter)
     sources: Counter[str] = field(default_factory=Counter)
     """Kept rows of each file, in the order of the rows."""
@@ -104,6 +111,6 @@ class Tally:
         tally = cls(**{**values, "used": {int(token): n for token, n in values["used"].items()}})
         for name in ("notices", "sources", "different", "used"):
             setattr(tally, name, Counter(getattr(tally, name)))
-        for name in ("refused", "long", "skipped", "endless", "empty"):
+        for name in ("refused", "long", "skipped", "endless", "empty", *_THOUGHTS):
             setattr(tally, name, Problems(**values[name]))
         return tally

@@ -25,14 +25,14 @@ from halfbyte.data.encoding.examples import SCHEMA, Examples, batch
 from halfbyte.data.encoding.tally import Tally
 from halfbyte.data.reading.files import find
 from halfbyte.errors import DataError
-from halfbyte.recipe.data import Data, Sources
+from halfbyte.recipe.data import MIXING, Data, Sources
 from halfbyte.runs.folder import read_json
 from halfbyte.system import files
 from halfbyte.system.libraries import version
 from halfbyte.types import Tokenizer
 
 # Counts up when rendering, tokenising or the file's layout changes.
-FORMAT = 7
+FORMAT = 8
 MIN_ROWS = 1000  # fewer are tokenised in no time
 MAX_BYTES = 5_000_000_000
 LARGE_BYTES = 64_000_000  # smaller files are hashed in no time
@@ -61,7 +61,9 @@ def key(names: Sources, tokenizer: Tokenizer, data: Data) -> str | None:
                 [str(source.path), source.label, digest(source.path), chat_template(tokenizer, source.read_as(data))]
                 for source in sources
             ],
-            "read": [source.entry and source.entry.model_dump(mode="json", exclude={"path"}) for source in sources],
+            "read": [
+                source.entry and source.entry.model_dump(mode="json", exclude={"path", *MIXING}) for source in sources
+            ],
             "tokenizer": hashlib.sha256(backend.to_str().encode()).hexdigest(),
             "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
             "data": data.model_dump(mode="json", exclude=_ELSEWHERE),
