@@ -62,6 +62,15 @@ def test_the_columns_and_the_held_out_rows_are_found(halfbyte: Cli) -> None:
     passes(halfbyte)
 
 
+def test_as_json_it_says_what_it_wrote_and_planned(halfbyte: Cli) -> None:
+    rows(Path("train.jsonl"), "question", "answer")
+    begun = json.loads(halfbyte("init", "r.yaml", "--model", "model", "--json").out)
+    assert begun["recipe"] == "r.yaml" and begun["plan"]["peak_bytes"] > 0
+    assert any("the column question asks" in remark for remark in begun["remarks"])
+    refused = halfbyte("init", "r.yaml", "--json")
+    assert refused.code == 2 and "is not overwritten" in json.loads(refused.out)["error"]["message"]
+
+
 def test_a_long_row_gets_its_room(halfbyte: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     rows(Path("train.jsonl"), "prompt", "completion", words=9)
     monkeypatch.setattr(begin, "COUNTED_WRONG", 20.0)  # this model reads 256 tokens, the default allows 1024

@@ -93,6 +93,14 @@ def test_its_figures_are_those_of_the_run(halfbyte: Cli) -> None:
     assert found["train"] == report["data"]["train"] and found["gates"] == report["data"]["gates"]
     assert sum(b["rows"] for b in found["histogram"]) == found["train"]["rows"] == 16
     assert [row["row"] for row in found["rows"]] == [1, 2]
+    assert found["plan"]["time"]["steps"] == report["steps"] and found["within"] == []
+
+
+def test_it_says_what_fits_into_a_time(halfbyte: Cli) -> None:
+    asked = ["--set", "train.within=20m", "--set", "data.eval=4"]
+    found = json.loads(halfbyte("data", "check", "recipe.yaml", "--json", *asked).out)
+    assert found["within"][0].startswith("20:00 are about ")
+    assert "within    20:00 are about " in halfbyte("data", "check", "recipe.yaml", *asked).out
 
 
 def test_steps_have_no_more_rows_than_there_are(halfbyte: Cli) -> None:

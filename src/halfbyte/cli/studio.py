@@ -36,7 +36,7 @@ def serve_studio(
     sock = where.bind(settings)
     import uvicorn
 
-    from halfbyte.serving.http import loop
+    from halfbyte.serving.http import pages
     from halfbyte.studio.app import Studio, application
     from halfbyte.studio.jobs import Jobs
     from halfbyte.studio.worker import Worker
@@ -46,9 +46,9 @@ def serve_studio(
     folders = space.begin()
     key = os.environ[where.KEY] = settings.key or folders  # `serve` takes it from there
     studio = Studio(space, Jobs(space), Worker(space.folder))
-    server = uvicorn.Server(loop.config(application(studio), replace(settings, key=key), "off"))
+    server = uvicorn.Server(pages.config(application(studio), replace(settings, key=key), "off"))
     Thread(target=studio.worker.run, args=("version",), daemon=True).start()  # its libraries, before they are needed
     address = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}/#key={key}"
     note = "" if quiet else "\n  who has this address can start runs as you; Ctrl-C ends the page, and runs go on"
-    loop.run(server, sock, lambda: show.text(f"studio of {space.folder} at {address}{note}"))
+    pages.run(server, sock, lambda: show.text(f"studio of {space.folder} at {address}{note}"))
     studio.worker.end()

@@ -22,7 +22,6 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from halfbyte.errors import HalfbyteError
-from halfbyte.recipe.file import load_recipe, without_defaults
 from halfbyte.runs import listing
 from halfbyte.runs.folder import RunFolder
 from halfbyte.serving.http import pages
@@ -59,17 +58,12 @@ class Studio:
         there, folder = self.workspace.listing(), self.workspace.folder / "runs"
         paths = [p for name in there["runs"] if ((p := folder / name) / "recipe.yaml").is_file()]
         runs = [_summary(path, _stamp(path)) for path in paths if (path / "checkpoints").is_dir()]
-        return {
-            **there,
-            "names": there["runs"],
-            "runs": sorted(runs, key=lambda run: -run["changed"]),
-            "jobs": self.jobs.listing(),
-        }
+        runs.sort(key=lambda run: -run["changed"])
+        return {**there, "names": there["runs"], "runs": runs, "jobs": self.jobs.listing()}
 
     def recipe(self, name: str) -> Document:
-        path = self.workspace.folder / self.workspace.path("recipes", name)
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return {"values": values, "text": without_defaults(load_recipe(path).recipe)}
+        text = (self.workspace.folder / self.workspace.path("recipes", name)).read_text(encoding="utf-8")
+        return {"values": yaml.safe_load(text), "text": text}
 
     def words(self, asked: Document, commands: Sequence[str]) -> list[str]:
         """The words of a command, each one that a page may say: a name in the folder, a flag, a number."""

@@ -34,10 +34,9 @@ class Worker:
             except (OSError, ValueError):
                 raise Refusal(500, f"halfbyte {words[0]} was ended: by its time, or for want of memory.") from None
         document: Document = json.loads(answer["out"]) if answer["out"].startswith("{") else {}
-        if isinstance(error := document.get("error"), dict):
-            raise Refusal(422, error["message"], code=error["kind"], param=error["fix"])
-        if answer["code"] and not document:
-            raise Refusal(422, answer["err"].strip()[-2_000:] or f"halfbyte {words[0]} has failed.")
+        words_of_it = {"message": answer["err"].strip()} if answer["code"] and not document else None
+        if error := document.get("error", words_of_it):
+            raise Refusal(422, error["message"], code=error.get("kind"), param=error.get("fix"))
         return document
 
     def _ask(self, words: tuple[str, ...]) -> Document:

@@ -1,13 +1,21 @@
-"""Files that a browser gets: pages, scripts, style; under a policy that lets nothing from elsewhere in. No torch."""
+"""What a server of ours needs beside its answers: the files of its page, under a policy that lets nothing from
+elsewhere in; and uvicorn around it, until a signal. No torch."""
 
-from collections.abc import Mapping
+import signal
+import socket
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
+import uvicorn
 from starlette.requests import Request as Http
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
+from halfbyte.serving.http.guard import Guard
+from halfbyte.serving.settings import Settings
 from halfbyte.web import files as web
 
 TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
@@ -28,3 +36,25 @@ def routes(files: Mapping[str, Path], below: str = "/", policy: str = POLICY) ->
 async def _file(path: Path, policy: str, http: Http) -> Response:
     headers = {"Content-Security-Policy": policy}
     return Response(path.read_bytes(), media_type=TYPES[path.suffix], headers=headers)
+
+
+def config(app: ASGIApp, settings: Settings, lifespan: Literal["on", "off"] = "on") -> uvicorn.Config:
+    return uvicorn.Config(
+        Guard(app, settings), log_config=None, access_log=False, server_header=False, http="h11", ws="none",
+        lifespan=lifespan, timeout_keep_alive=20, timeout_graceful_shutdown=int(settings.grace_s), proxy_headers=False,
+        backlog=512,
+    )  # fmt: skip
+
+
+def run(server: uvicorn.Server, sock: socket.socket, ready: Callable[[], None]) -> None:
+    """Serve until a signal. `ready` is called when connections are taken."""
+    # uvicorn raises a signal again when it has ended
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    sock.listen(512)
+    ready()
+    try:
+        server.run(sockets=[sock])
+    finally:
+        sock.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -14,7 +14,7 @@ from sse_starlette.sse import AppStatus
 
 from halfbyte.serving.adapters import AdapterFolders
 from halfbyte.serving.engine import Engine
-from halfbyte.serving.http import loop
+from halfbyte.serving.http import pages
 from halfbyte.serving.http.app import application
 from halfbyte.serving.http.gauges import Gauges
 from halfbyte.serving.http.service import Service
@@ -40,7 +40,7 @@ def build(engine: Engine, settings: Settings, folders: AdapterFolders = _NONE) -
     """The server, to be run with a socket; it ends when its `should_exit` is set."""
     AppStatus.disable_automatic_graceful_drain()  # or a stream would end in the middle of its answer
     service = Service(engine, Gauges(engine), settings.answer_s)
-    config = loop.config(application(service, folders), settings)
+    config = pages.config(application(service, folders), settings)
     return _Server(config, engine)
 
 
@@ -52,4 +52,4 @@ def serve(
     folders: AdapterFolders = _NONE,
 ) -> None:
     """Serve until a signal. `ready` is called when connections are taken."""
-    loop.run(build(engine, settings, folders), sock, ready)
+    pages.run(build(engine, settings, folders), sock, ready)

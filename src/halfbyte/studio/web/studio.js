@@ -316,7 +316,8 @@ function showPlan(plan, remarks) {
     for (const text of plan.warnings) put(box, "p", "note", text);
     const lines = put(box, "details", "");
     put(lines, "summary", "", "line by line");
-    const table = put(put(put(lines, "div", "scroll"), "table", ""), "tbody", "");
+    const scroll = put(lines, "div", "scroll"), table = put(put(scroll, "table", ""), "tbody", "");
+    scroll.tabIndex = 0;
     for (const line of [...plan.lines, ...plan.host_lines, ...plan.disk]) {
       const row = put(table, "tr", "");
       put(row, "th", "", line.name + (line.where === "disk" ? " (disk)" : "")).scope = "row";
