@@ -171,7 +171,7 @@ def _read(model: Model, texts: Sequence[Text], session: Session | None) -> Write
         session.writer = writer
     for text in sorted(texts, key=lambda text: -len(text.prompt)):
         writer.insert([text])
-    return writer
+    return writer  # type: ignore[return-value]
 
 
 @contextmanager

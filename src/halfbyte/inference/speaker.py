@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +23,7 @@ from halfbyte.models.context import Context
 from halfbyte.models.sources.lookup import at_hand, find_model
 from halfbyte.system import device, files, libraries, openmp, threads
 from halfbyte.types import Document
-from halfbyte.writing.plain_tokenizer import PlainTokenizer
+from halfbyte.writing.plain_tokenizer import CannotKeep, PlainTokenizer
 from halfbyte.writing.text import Detokenizer, Session, Text, sender
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from halfbyte.writing.sampling import SamplingParams
 
     Messages = Sequence[dict[str, str]]
+MOST_IMAGES = 8  # of some tens of MB; the oldest goes
 LARGE_BYTES = 50_000_000  # of a file that is known by its size and time
 
 
@@ -70,7 +72,8 @@ class Speaker:
         """All that an image depends on, as it is now."""
         base, adapter = find_model(self.recipe), self.subject.adapter
         parts = {"base": base.path, **({} if adapter is None else {"adapter": adapter})}
-        return {**libraries.surroundings(self._threads), **{name: _state(folder) for name, folder in parts.items()}}
+        around = {**libraries.surroundings(self._threads), "device": device.detect().kind}
+        return {**around, **{name: _state(folder) for name, folder in parts.items()}}
 
     def _folder(self, *, base: bool) -> Path:
         fields, template = {"model", "revision", "quant", "lora", "trust_remote_code"}, self.recipe.data.chat_template
@@ -92,7 +95,7 @@ class Speaker:
 
         if not cpu.enabled(self._threads):
             return None
-        from halfbyte.writing.image_writer import CannotKeep, ImageWriter
+        from halfbyte.writing.image_writer import ImageWriter
 
         try:
             image = ImageWriter(folder, self._threads)
@@ -162,7 +165,7 @@ class Speaker:
         if "opened" not in self.__dict__ or session.writer is None or base in self._done:
             return None
         from halfbyte.inference.generate import chat_ids, stop_ids
-        from halfbyte.writing.image_writer import CannotKeep, keep
+        from halfbyte.writing.image_writer import keep
 
         self._done.add(base)
         opened, context = self.opened, self.context
@@ -172,8 +175,11 @@ class Speaker:
             facts: Document = {"made_with": self._made_with, "chat": plain.chat}
             facts["stop_ids"] = stop_ids(opened.model, opened.tokenizer)
             facts["context"] = None if context is None else [context.tokens, context.why]
+            for old in sorted(folder.parent.iterdir(), key=lambda path: path.stat().st_mtime)[:-MOST_IMAGES]:
+                shutil.rmtree(old, ignore_errors=True)
             with opened.using(base=base):
-                keep(session.writer, folder, ids, context.tokens if context else 1 << 20, self._threads, facts)
+                most = context.tokens if context else 1 << 20
+                keep(session.writer, folder, ids, most, self._threads, facts)  # type: ignore[arg-type]
         except (CannotKeep, OSError, AttributeError) as why:
             return str(why)
         return None

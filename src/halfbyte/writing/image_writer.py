@@ -76,7 +76,7 @@ def keep(writer: Writer, folder: Path, prompt: Sequence[int], most: int, threads
     `most` tokens. Raises CannotKeep."""
     import torch
 
-    from halfbyte.layers.decoding import llama
+    from halfbyte.layers.decoding import linears, llama
     from halfbyte.writing import prefill
     from halfbyte.writing.places import FastPathUnavailable
 
@@ -97,7 +97,7 @@ def keep(writer: Writer, folder: Path, prompt: Sequence[int], most: int, threads
             writer.remove(text)
             first = llama.decoder(writer.lm, 1, most, largest=True)
             reader = llama.decoder(writer.lm, prefill.VECTORS, most, beside=first, reads=True)
-    except (FastPathUnavailable, llama.Unsupported) as why:
+    except (FastPathUnavailable, linears.Unsupported) as why:
         raise CannotKeep(str(why)) from why
     finally:
         writer.exact = exact

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 
 from halfbyte.layers.decoding import llama
+from halfbyte.layers.decoding.decoder import Decoder
 from halfbyte.layers.decoding.linears import Unsupported
-from halfbyte.layers.decoding.llama import Decoder
 from halfbyte.layers.decoding.tape import MAX_VECTORS, TextAdapters
 from halfbyte.types import Model
 from halfbyte.writing.text import Text, same_beginning

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from tokenizers import Tokenizer as Backend
 
 from halfbyte.errors import DataError
-from halfbyte.layers.decoding.decoder import CannotKeep
+from halfbyte.layers.decoding.decoder import CannotKeep as CannotKeep
 from halfbyte.system import files, limits
 from halfbyte.types import Document, Tokenizer
 

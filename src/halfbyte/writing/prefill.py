@@ -17,7 +17,7 @@ from halfbyte.data import collate
 from halfbyte.data.encoding.examples import IGNORED, Example
 from halfbyte.layers import loss, packing
 from halfbyte.layers.decoding import llama
-from halfbyte.layers.decoding.llama import Decoder
+from halfbyte.layers.decoding.decoder import Decoder
 from halfbyte.models import structure
 from halfbyte.types import Batch, Model
 from halfbyte.upstream.transformers import cache_argument

@@ -109,7 +109,7 @@ class Text:
     def ended(self) -> bool:
         return self.finish is not None or self.error is not None
 
-    def take(self, logits: Tensor | np.ndarray) -> None:
+    def take(self, logits: Tensor) -> None:
         """Choose the next token from logits (V,), torch's or numpy's. One that cannot be chosen is an `error`, which
         ends the text."""
         try:

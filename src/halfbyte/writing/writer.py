@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from halfbyte.base import stream
 from halfbyte.errors import BaseModelError
 from halfbyte.layers import loss, packing
+from halfbyte.layers.decoding.decoder import Decoder
 from halfbyte.layers.decoding.linears import Unsupported
-from halfbyte.layers.decoding.llama import Decoder
 from halfbyte.models import structure
 from halfbyte.proofs import closeness
 from halfbyte.types import Batch, Model

@@ -87,7 +87,7 @@ class Decoder:
         ropes: cos and sin (T, R) with the buffers (M, R) that a token's row goes to.
     """
 
-    tape: Tape | TapeRun
+    tape: Tape  # of an image a `TapeRun`
     hidden: Tensor
     logits: Tensor
     positions: Tensor

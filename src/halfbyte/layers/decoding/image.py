@@ -152,7 +152,8 @@ class TapeImage:
         integers, fields = {"positions": np.int64, "places": np.int64}, dict(each["settings"])
         fields |= {name: self._array(at, integers.get(name, np.float32)) for name, at in each["buffers"].items()}
         ropes = [(self._array(table), self._array(row)) for table, row in each["ropes"]]
-        return Decoder(tape=tape, ropes=ropes, rough=each["rough"] and range(*each["rough"]), **fields)
+        rough = each["rough"] and range(*each["rough"])
+        return Decoder(tape=tape, ropes=ropes, rough=rough, **fields)  # type: ignore[arg-type]
 
     def embedded(self, tokens: Sequence[int], factor: float) -> np.ndarray:
         """(n, D) in fp32."""
