@@ -56,3 +56,9 @@ class Batch(TypedDict, total=False):
     label_starts: Tensor  # (n + 1,) where each text's begin in `label_of`
     text_lengths: Tensor  # (n,) tokens of each text
     sharers: Tensor  # (T,) how many texts have this token
+    # what methods add to it (`objectives/`)
+    reference: Tensor  # (n,) what the reference gives the answer of each text: log p
+    answers: Tensor  # bool, of each text's labels, one after another: whether it is the answer's
+    desirable: Tensor  # (n,) bool: whether a text's answer is a good one
+    step: Document  # what a loss must know of its whole step
+    watched: Document  # what it says beside itself: by name (sum, what it is of)

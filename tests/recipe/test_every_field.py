@@ -28,7 +28,7 @@ from halfbyte.models.sources import lookup
 from halfbyte.recipe.file import load_recipe
 from halfbyte.recipe.schema import SECTIONS, Recipe, leaves
 from halfbyte.training import run
-from tests import scored, tiny_run
+from tests import pairs, scored, tiny_run
 
 Change = dict[str, Any]
 
@@ -168,6 +168,9 @@ SHARED: Change = {"data__train": "BOTH", "data__format": "sharegpt"}
 NUMBERS: Change = {"data__eval": "FORMS", "eval__metrics": ["number"]}
 AUTO: Change = {"quant__compute_dtype": "auto"}
 FORMS: Change = {"data__eval": "FORMS"}
+BETTER: Change = {"data__train": "PREFERENCES", "train__method": "dpo"}
+RANKED: Change = {"data__train": "RANKED", "train__method": "dpo"}
+VERDICTS: Change = {"data__train": "VERDICTS", "train__method": "kto"}
 
 
 def scored_names(ran: Ran) -> Any:
@@ -363,6 +366,20 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case({"train__save_minutes": 1e-9}, checkpoints, {"train__save_total_limit": 9}, want=[1, 2, 3]),
     ),
     "train.within": (Case({"train__within": "1h"}, lambda ran: (ran.folder / "schedule.jsonl").is_file(), want=True),),
+    "train.method": (Case({"train__method": "orpo"}, first_loss, BETTER),),
+    "train.beta": (Case({"train__beta": 0.5}, given=BETTER),),
+    "train.loss_type": (
+        Case({"train__loss_type": "hinge"}, first_loss, BETTER),
+        Case({"train__loss_type": "apo_zero_unpaired"}, given=VERDICTS),
+    ),
+    "train.label_smoothing": (Case({"train__label_smoothing": 0.2}, given=BETTER),),
+    "train.ld_alpha": (Case({"train__ld_alpha": 0.1}, given=BETTER),),
+    "train.rpo_alpha": (Case({"train__rpo_alpha": 1.0}, first_loss, BETTER),),
+    "train.discopop_tau": (Case({"train__discopop_tau": 1.0}, given={**BETTER, "train__loss_type": "discopop"}),),
+    "train.desirable_weight": (Case({"train__desirable_weight": 2.0}, first_loss, VERDICTS),),
+    "train.undesirable_weight": (Case({"train__undesirable_weight": 2.0}, first_loss, VERDICTS),),
+    "train.cpo_alpha": (Case({"train__cpo_alpha": 0.0}, first_loss, {**BETTER, "train__method": "cpo"}),),
+    "train.simpo_gamma": (Case({"train__simpo_gamma": 0.0}, first_loss, {**BETTER, "train__method": "simpo"}),),
     "train.max_tokens_per_micro_batch": (Case({"train__max_tokens_per_micro_batch": 50}, column("micro_batches")),),
     "quant.type": (
         Case({"quant__type": "fp4"}, first_loss),
@@ -418,8 +435,13 @@ CASES: dict[str, tuple[Case, ...]] = {
             ("tools", "other_tools", {"data__train": "BOTH", "data__format": "messages",
                                       "data__chat_template": "{{ tools }}" + tiny_run.CHATML}),
             ("text", "other", {"data__train": "BOTH", "data__format": "text"}),
+            ("chosen", "other", BETTER),
+            ("rejected", "other", BETTER),
+            ("answers", "others", RANKED),
         )
     },
+    "data.fields.scores": (Case({"data__fields__scores": "other"}, first_loss, {**RANKED, "train__rpo_alpha": 1.0}),),
+    "data.fields.label": (Case({"data__fields__label": "other"}, first_loss, VERDICTS),),
     "data.max_length": (Case({"data__max_length": 19}, column("tokens"), {"data__overlong": "skip"}),),
     "data.mask": (Case({"data__mask": "all"}, column("labelled_tokens")),),
     "data.overlong": (
@@ -516,6 +538,12 @@ class Lab:
             "ELSEWHERE": folder / "llama" / "elsewhere",
         }
         self.at["BOTH"].write_text("".join(json.dumps(self._row(i)) + "\n" for i in range(16)))
+
+        for name, verdicts in (("PREFERENCES", False), ("VERDICTS", True)):
+            self.at[name] = pairs.rows(folder / f"{name}.jsonl", verdicts=verdicts, other=True)
+        answers = {"answers": ["red", "blue cup"], "scores": [1, 2], "other": [2, 1], "others": ["a longer one", "b"]}
+        self.at["RANKED"] = folder / "ranked.jsonl"
+        self.at["RANKED"].write_text((json.dumps({"prompt": "a cup", **answers}) + "\n") * 8)
 
         forms = [{"a": 1}, {"a": 2, "n": "#### 2"}, {"a": 3, "n": "#### 3"}]
         rows = [{"prompt": "red", "completion": json.dumps(form)} for form in forms]

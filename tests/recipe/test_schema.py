@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from halfbyte.errors import RecipeError
 from halfbyte.recipe.data import Data, DataEntry
 from halfbyte.recipe.file import init_template, load_recipe, recipe_from, to_yaml
+from halfbyte.recipe.method import METHODS
 from halfbyte.recipe.schema import Loaded, Recipe, leaves, rows
 
 LEAST = "model: m\ndata: {train: t.jsonl}\n"
@@ -83,6 +84,18 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "train.learning_rate": (1e-3, {}),
     "train.max_forgetting": (0.1, {"data.eval": "e.jsonl"}),
     "train.max_source_rise": (0.1, {"data.eval": [{"path": "e.jsonl", "name": "e"}]}),
+    "train.method": ("dpo", {}),
+    "train.beta": (0.2, {"train.method": "dpo"}),
+    "train.loss_type": ("hinge", {"train.method": "dpo"}),
+    "train.label_smoothing": (0.2, {"train.method": "dpo"}),
+    "train.ld_alpha": (0.2, {"train.method": "dpo"}),
+    "train.rpo_alpha": (0.2, {"train.method": "dpo"}),
+    "train.discopop_tau": (0.2, {"train.method": "dpo"}),
+    "train.desirable_weight": (0.2, {"train.method": "kto"}),
+    "train.undesirable_weight": (0.2, {"train.method": "kto"}),
+    "train.cpo_alpha": (0.2, {"train.method": "cpo"}),
+    "train.simpo_gamma": (0.2, {"train.method": "simpo"}),
+    **{f"data.fields.{name}": ("other", {}) for name in ("chosen", "rejected", "label", "answers", "scores")},
     "train.lr_scheduler_type": ("cosine", {}),
     "train.lr_scheduler_kwargs": ({"num_cycles": 2}, {"train.lr_scheduler_type": "cosine_with_restarts"}),
     "train.warmup_steps": (0.1, {}),
@@ -279,7 +292,11 @@ def test_another_value_is_taken_and_survives_writing_and_reading(load: Load, fie
     before, after = dict(leaves(plain)), dict(leaves(changed.recipe))
     assert before[field] != after[field]
     assert changed.origins[field].kind == "recipe"
-    assert {name for name in before if before[name] != after[name]} <= {field, "quant.compute_dtype"}
+    others = {"quant.compute_dtype"}
+    if field == "train.method":  # it says how rows are read, and its own fields have values
+        others = {"data.format", "data.mask", "lora.lora_dropout", "train.learning_rate"}
+        others |= {f"train.{name}" for name in METHODS["dpo"]}
+    assert {name for name in before if before[name] != after[name]} <= {field, *others}
     again = load(to_yaml(changed.recipe))
     assert again.recipe == changed.recipe
     assert (

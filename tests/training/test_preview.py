@@ -82,7 +82,7 @@ def test_its_plan_by_names_is_that_of_the_built_model(tmp_path: Path, model: str
     loaded = tiny_run.recipe(tmp_path, lora__target_modules=targets)
     prepared, machine = prepare.look(loaded.recipe), device.detect()
     planned = forecast.plan_by_names(prepared, machine)
-    assert planned is not None and planned[1].to_json() == fit.with_plan(prepared, machine).plan.to_json()
+    assert planned is not None and planned[2].to_json() == fit.with_plan(prepared, machine).plan.to_json()
 
 
 def test_its_figures_are_those_of_the_run(halfbyte: Cli) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from halfbyte.plan.alternatives import Method
     from halfbyte.plan.estimate import Estimate
     from halfbyte.system.device import Device
-    from halfbyte.training.preview import DataCheck, Resolution, ShownRow
+    from halfbyte.training.preview import DataCheck, Piece, Resolution, ShownRow
 
 BAR = 30
 LEVELS = {"ok": "green", "warning": "yellow", "refused": "bold red"}
@@ -236,12 +236,21 @@ def example(row: ShownRow) -> None:
     """One row: labelled and special tokens stand out; without colours, labels are put between ⟦ and ⟧."""
     colours = show.out.is_terminal and not show.out.no_color
     show.text(f"row {row.row} ({row.where}): {row.tokens:,} tokens, {row.labelled:,} labelled")
+    if row.rejected:
+        both = Table("chosen", "rejected", expand=True, header_style="bold")
+        both.add_row(_marked(row.pieces, colours), _marked(row.rejected, colours))
+        show.out.print(both)
+    else:
+        show.out.print(_marked(row.pieces, colours))
+
+
+def _marked(pieces: Sequence[Piece], colours: bool) -> Text:
     text, inside = Text(), False
-    for piece in row.pieces:
+    for piece in pieces:
         if piece.labelled != inside and not colours:
             text.append("⟦" if piece.labelled else "⟧")
         inside = piece.labelled
         style = "bold green" if piece.labelled else "dim"
         text.append(show.visible(piece.text), f"{style} reverse" if piece.special else style)
     text.append("⟧" if inside and not colours else "")
-    show.out.print(text)
+    return text

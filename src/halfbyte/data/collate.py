@@ -55,10 +55,11 @@ def collate(examples: Sequence[Example]) -> Batch:
 
 def collate_tree(examples: Sequence[Example]) -> Batch:
     """The same with what texts have in common at their beginnings once (`prefixes.Tree`), as `types.Batch` has it; a
-    plain batch where nothing is, or where a row is several texts."""
-    rows = [np.array(e.input_ids, np.uint32) for e in examples]
+    plain batch where nothing is."""
+    texts = [text for example in examples for text in example.texts]
+    rows = [np.array(text.input_ids, np.uint32) for text in texts]
     tree = prefixes.Tree.of(rows)
-    if not any(tree.shared) or any(len(e.starts) > 1 for e in examples):
+    if not any(tree.shared):
         return collate(examples)
     segments, tokens = tree.segments(), 0
     places = [np.empty(length, np.int64) for length in tree.lengths]  # of each row's tokens in the pack
@@ -67,8 +68,8 @@ def collate_tree(examples: Sequence[Example]) -> Batch:
             places[row][:start] = places[row - 1][:start]
         places[row][start:stop] = np.arange(tokens, tokens + stop - start)
         tokens += stop - start
-    of_texts = [places[row] for row in np.argsort(tree.order)]  # in the order of the examples
-    labels = [np.array(e.labels) for e in examples]
+    of_texts = [places[row] for row in np.argsort(tree.order)]  # in the order of the texts
+    labels = [np.array(text.labels) for text in texts]
     labelled = [np.flatnonzero(row[1:] != IGNORED) for row in labels]  # the token before each label
     every = np.concatenate([place[at] for place, at in zip(of_texts, labelled, strict=True)])
     tokens_of = np.concatenate([row[1:][at] for row, at in zip(labels, labelled, strict=True)])

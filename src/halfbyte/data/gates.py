@@ -8,11 +8,10 @@ Cost: the counts were taken with the tokens (`tally`); a sort of one number a ro
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
+from halfbyte.data import pairs
 from halfbyte.data.encoding.chatml import is_reserved
 from halfbyte.data.encoding.encoder import EncodedRows
 from halfbyte.data.reading.problems import some
@@ -21,8 +20,8 @@ from halfbyte.models.context import Context
 from halfbyte.recipe.data import Data
 from halfbyte.types import Tokenizer
 
-Level = Literal["ok", "warning", "refused"]
-Verdict = tuple[Level, str, str | None]  # level, what was found, fix
+Level = pairs.Level
+Verdict = pairs.Verdict
 LEAST_LABELLED_SHARE = 0.01
 
 
@@ -65,6 +64,8 @@ def check(
         "unseen tokens": _unseen(train, tokenizer, trained),
         "vocabulary": _vocabulary(train, held_out, tokenizer, embedding_rows),
     }
+    if train.examples.seconds() is not None:
+        verdicts |= pairs.verdicts(train.examples, held_out.examples if held_out is not None else None)
     if thoughts := _thoughts(train):
         verdicts["thoughts"] = thoughts
     return tuple(Finding(gate, *verdict) for gate, verdict in verdicts.items())
@@ -108,7 +109,7 @@ def _length(train: EncodedRows, held_out: EncodedRows | None, data: Data) -> Ver
             return "refused", text, tally.length_fix()
     tally = train.tally
     if not tally.longest:
-        return "ok", f"the longest row has {stats.max_length:,} tokens of {limit:,}", None
+        return "ok", f"the longest row has {train.text_lengths.max():,} tokens of {limit:,}", None
     over = tally.truncated + tally.skipped.count
     text = (
         f"{over:,} of {tally.seen:,} rows are over {limit:,} tokens, the longest has {tally.longest:,}: "
@@ -118,7 +119,7 @@ def _length(train: EncodedRows, held_out: EncodedRows | None, data: Data) -> Ver
 
 
 def _context(encoded: Sequence[EncodedRows], data: Data, context: Context | None) -> Verdict:
-    lengths = np.concatenate([rows.lengths for rows in encoded])
+    lengths = np.concatenate([rows.text_lengths for rows in encoded])
     if data.packing == "stream":  # blocks of that many
         lengths = np.array([min(data.max_length, max(int(rows.lengths.sum()) for rows in encoded))])
     if context is None:
@@ -144,7 +145,7 @@ def _duplicates(train: EncodedRows) -> Verdict:
         text = f"{len(digests):,} rows of different text have all become the same {train.stats.max_length:,} tokens"
         return "refused", text, "check the model's tokenizer: it does not know this text"
     are = "row is" if len(again) == 1 else "rows are"
-    text = f"{len(again):,} {are} an earlier one again ({_named(train, again)})"
+    text = f"{len(again):,} {are} an earlier one again ({pairs.named(train.examples, again)})"
     return "warning", text, "take them out, unless they are meant to count twice"
 
 
@@ -180,7 +181,7 @@ def _overlap(train: EncodedRows, held_out: EncodedRows | None) -> Verdict:
     both = np.flatnonzero(np.isin(theirs, train.examples.digests()))
     if not len(both):
         return "ok", f"none of {len(theirs):,} held-out rows is trained on", None
-    text = f"{len(both):,} of {len(theirs):,} held-out rows are trained on ({_named(held_out, both)})"
+    text = f"{len(both):,} of {len(theirs):,} held-out rows are trained on ({pairs.named(held_out.examples, both)})"
     return "warning", text, "the eval loss will look better than it is"
 
 
@@ -209,7 +210,3 @@ def _vocabulary(train: EncodedRows, held_out: EncodedRows | None, tokenizer: Tok
         return "warning", f"{text}; no row uses a token beyond them", None
     shown = some([f"{tokenizer.convert_ids_to_tokens(i)} ({i})" for i in beyond[:3]], len(beyond))
     return "refused", f"{text}, and the rows use {shown}", "use the tokenizer that belongs to this checkpoint"
-
-
-def _named(encoded: EncodedRows, rows: NDArray[np.int64]) -> str:
-    return some([encoded.examples.where(int(row)) for row in rows[:3]], len(rows))

@@ -29,8 +29,12 @@ def common(a: Tokens, b: Tokens) -> int:
     """How many tokens of their beginning two rows share."""
     n = min(len(a), len(b))
     differ = a[:n] != b[:n]
-    same = int(differ.argmax()) if differ.any() else n
-    shared = (same - 1) // EVEN * EVEN
+    return worth(int(differ.argmax()) if differ.any() else n)
+
+
+def worth(alike: int) -> int:
+    """How many of the tokens that two rows begin with alike are computed once."""
+    shared = (alike - 1) // EVEN * EVEN
     return shared if shared >= LEAST else 0
 
 

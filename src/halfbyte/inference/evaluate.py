@@ -21,6 +21,7 @@ from halfbyte.data.encoding import encode
 from halfbyte.data.encoding.examples import IGNORED, Example
 from halfbyte.errors import DataError
 from halfbyte.inference import batch, choices, target
+from halfbyte.inference.preferences import PreferenceScoring
 from halfbyte.layers import loss
 from halfbyte.layers.kernels.pool import POOL
 from halfbyte.models.context import context_of
@@ -58,12 +59,14 @@ def evaluate(
     settings, (examples, source) = options.settings, _rows(opened, data, options.limit)
     names = options.names
     if names is None:
-        names = ("exact_match",) if any(e.completion for e in examples) else ()
+        answers = opened.recipe.train.method == "sft" and any(e.completion for e in examples)
+        names = ("exact_match",) if answers else ()
     shares = opened.recipe.data.share_prefixes == "auto"
     scoring = Scoring.of(opened.model, opened.tokenizer, settings, names, examples, shares=shares)
     asking = scoring.asking
     longest = max((len(e.prompt_ids) for e in asking), default=0)
     batches, plan = micro_batches(opened, examples, generated_tokens=longest + settings.max_new_tokens)
+    compares = PreferenceScoring.of(opened, examples, batches)
     order = opened.sides(with_base=options.with_base)
     adapter = None if opened.alone else sheet.adapter_of(folder_of(opened.run))
     sides = {}
@@ -73,13 +76,18 @@ def evaluate(
             progress(f"{name}: {what}", done, of)
 
         with opened.using(base=name == "base"):
-            sides[name] = scoring.side(examples, batches, plan, tell)
+            sides[name] = scoring.side(examples, batches, plan, tell, compares)
     text, text_sides = _on_base_text(opened, order, progress)
-    as_came = _source(opened, (examples, text), progress) if options.with_base and not opened.alone else ""
+    asks = options.with_base and not opened.alone and compares is None
+    as_came = _source(opened, (examples, text), progress) if asks else ""
     of_source, of_text = (None, None) if isinstance(as_came, str) else as_came
     scores = tuple(
         sheet.score(name, sides, settings, yes_no=yes_no, sure=options.sure, source=of_source)
-        for name, yes_no in (("loss", False), ("perplexity", False), *scoring.names)
+        for name, yes_no in (
+            ("loss", False),
+            *(compares.names if compares else [("perplexity", False)]),
+            *scoring.names,
+        )
     )
     scores += (sheet.score(sheet.BASE_TEXT, text_sides, settings, yes_no=False, sure=options.sure, source=of_text),)
     questions = tuple(
@@ -206,13 +214,17 @@ class Scoring:
         return names + [("choice", True)] * self.chooses
 
     def side(
-        self, examples: Sequence[Example], batches: collate.Batches, plan: InferencePlan, tell: Progress
-    ) -> sheet.Side:
-        """Losses of all rows, and answers with their scores of those that ask."""
+        self, examples: Sequence[Example], batches: collate.Batches, plan: InferencePlan, tell: Progress,
+        compares: PreferenceScoring | None = None,
+    ) -> sheet.Side:  # fmt: skip
+        """Losses of all rows, and answers with their scores of those that ask; of rows that say which answer is better
+        also what the model makes of that."""
         tokens = [sum(label != IGNORED for label in e.labels) for e in examples]
         read: dict[int, float] = {}  # where every row is answered, one forward is enough
         at_once, limit = plan.sequences, plan.max_tokens_per_micro_batch
         answers = self.answers(at_once, limit, tell, read if len(self.asking) == len(examples) else None)
+        if compares is not None:
+            return compares.side(answers if self.metrics else ())
         losses = [read[i] for i in range(len(examples))] if read else row_losses(self.model, batches, tell)
         return sheet.Side(tuple(losses), tuple(tokens), tuple(answers))
 
@@ -267,13 +279,13 @@ def micro_batches(
 ) -> tuple[collate.Batches, InferencePlan]:
     """Rows in micro-batches as planned for them; the base stays where it is. `generated_tokens`: of a sequence: its
     prompt and what is written. Raises DataError: a row is longer than what the model reads."""
-    lengths = [len(e.input_ids) for e in examples]
+    lengths, texts = [len(e.input_ids) for e in examples], [max(e.pieces) for e in examples]
     labelled = [sum(label != IGNORED for label in e.labels) for e in examples]
     context = context_of(opened.model.config)
-    if context is not None and max(lengths) > context.tokens:
-        longest = max(examples, key=lambda e: len(e.input_ids))
+    if context is not None and max(texts) > context.tokens:
+        longest = examples[texts.index(max(texts))]
         reads = f"the model reads {context.tokens:,} ({context.why})"
-        raise DataError(f"{longest.where} has {len(longest.input_ids):,} tokens; {reads}.", fix="shorter rows")
+        raise DataError(f"{longest.where} has {max(texts):,} tokens; {reads}.", fix="shorter rows")
     plan = plan_inference(
         replace(opened.job, rows=Rows(lengths, labelled, lengths)),
         opened.machine,

@@ -64,6 +64,17 @@ def micro_batch_loss(model: Model, batch: Batch, *, label_smoothing: float = 0.0
     return losses.sum() if counts is None else (losses * counts.to(losses.device)).sum()
 
 
+def label_losses(model: Model, batch: Batch) -> Tensor:
+    """Cross-entropy of each labelled token of a packed micro-batch, fp32, with its graph: (K,). Less it, the
+    log-probability of each label; `log_likelihoods` sums them over texts. A head that trains makes all logits at once.
+    """
+    head = head_of(model)
+    if head is not None and not any(x is not None and x.requires_grad for x in (head.weight, head.bias, head.values)):
+        return head_loss(*_labelled_hidden(model, batch), head, each=True)
+    logits, targets = labelled_logits(model, batch)
+    return F.cross_entropy(logits.float(), targets, reduction="none")
+
+
 def text_losses(model: Model, batch: Batch) -> list[float]:
     """Summed cross-entropy of each text of a micro-batch, without gradients, as `micro_batch_loss` sums over all."""
     head = head_of(model)
@@ -276,14 +287,20 @@ def head_logits(hidden: Tensor, head: Head) -> Tensor:
 
 
 def head_loss(
-    hidden: Tensor, targets: Tensor, head: Head, *, smoothing: float = 0.0, counts: Tensor | None = None
+    hidden: Tensor,
+    targets: Tensor,
+    head: Head,
+    *,
+    smoothing: float = 0.0,
+    counts: Tensor | None = None,
+    each: bool = False,
 ) -> Tensor:
     """Summed cross-entropy of `targets` (K,) under the head's logits of `hidden` (K, D), in chunks; each as often as
-    `counts` (K,) says, None: once. Scalar, fp32."""
+    `counts` (K,) says, None: once. Scalar, fp32. `each`: not summed, (K,), of a head that is frozen."""
     where = head.weight.device  # over several cards, a tied head lies beside its embedding
     hidden, targets = hidden.to(where, head.dtype or head.weight.dtype), targets.to(where)
     counts = None if counts is None else counts.to(where)
-    loss: Tensor = _HeadLoss.apply(hidden, head.weight, head.bias, head.values, targets, head, smoothing, counts)
+    loss: Tensor = _HeadLoss.apply(hidden, head.weight, head.bias, head.values, targets, head, smoothing, counts, each)
     return loss
 
 
@@ -302,6 +319,7 @@ class _HeadLoss(torch.autograd.Function):
         head: Head,
         smoothing: float,
         counts: Tensor | None,
+        each: bool,
     ) -> Tensor:
         head_gradients = [
             torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) if x is not None and needed else None
@@ -345,6 +363,8 @@ class _HeadLoss(torch.autograd.Function):
                 del gradient
         ctx.gradients = (None if grad is None else grad[:labelled], *head_gradients)
         ctx.dtypes = hidden.dtype, weight.dtype, *(None if x is None else x.dtype for x in (bias, values))
+        if each:
+            return losses[:labelled]
         # no dot product: BLAS adds in an order that depends on where in memory the numbers lie
         return losses[:labelled].sum() if counts is None else (losses[:labelled] * counts).sum()
 
@@ -353,9 +373,10 @@ class _HeadLoss(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("backward a second time through a graph whose buffers are freed")
         gradients, ctx.gradients = ctx.gradients, None
-        scaled = (None if g is None else g.mul_(grads[0].to(g.dtype)) for g in gradients)
+        times = grads[0][:, None] if grads[0].dim() else grads[0]  # of each label its own, or one for all
+        scaled = (None if g is None else g.mul_(times.to(g.dtype)) for g in gradients)
         cast = (None if g is None else g.to(dtype) for g, dtype in zip(scaled, ctx.dtypes, strict=True))
-        return *cast, None, None, None, None
+        return *cast, None, None, None, None, None
 
 
 def _part(hidden: Tensor, targets: Tensor, head: Head, smoothing: float, *, gradient: bool) -> tuple[Tensor, Tensor]:

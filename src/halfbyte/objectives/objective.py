@@ -2,12 +2,13 @@
 
 What: an `Objective` says of its rows what is laid out, what is labelled and how much each counts; of a micro-batch its
 loss, as a sum; of an evaluation its scores, from sums; and what all of it costs. Trainer, pace, watch, plan and resume
-ask it and know no method themselves. Supervised fine-tuning (`causal_lm.py`) is the first.
+ask it and know no method themselves. Supervised fine-tuning (`causal_lm.py`) is the first; `preference.py` learns of
+pairs.
 Why sums: the loss of a step is the sum over all its rows divided once by their weights, so any split into micro-batches
 and over processes trains the same.
-A new method is a class with these members in a file of this room; `finetune.train(..., objective=...)` takes it. A row
-may be several texts (`Example.starts`), as a pair of answers is; a reference model is a forward under
-`adapters.lora.base_alone`, counted in `cost.forwards`.
+A new method is a class with these members in a file of this room; `preference.of` makes it of a recipe, and
+`finetune.train(..., objective=...)` takes any. A row may be several texts (`Example.starts`), as a pair of answers is;
+what a reference gives them comes with the row (`training/reference.py`).
 """
 
 import sys
@@ -51,7 +52,12 @@ class Objective(Protocol):
     def collate(self, examples: Sequence[Example]) -> Batch:
         """The batch of some rows: `data.collate.collate`, and whatever else the loss reads of them."""
 
-    # An objective that also has `collate_tree`, as `data.collate.collate_tree`, lets rows share their beginnings.
+    # What an objective may have beside these:
+    # - `collate_tree`, as `data.collate.collate_tree`: rows share their beginnings;
+    # - `watches`, names of figures of a step: `loss` puts (sum, what it is of) of each into `batch["watched"]`, a dict,
+    #   where there is one; they come into the step's row of the metrics as means;
+    # - `step_names` and `step_sums(model, batches)`, by these names: what the loss of a micro-batch must know of its
+    #   whole step. Summed over processes it is in `batch["step"]`; a batch without it counts as a step of its own.
 
     def loss(self, model: Model, batch: Batch) -> Tensor:
         """The loss of a micro-batch in training, summed and not yet divided: a scalar, fp32, with its graph."""

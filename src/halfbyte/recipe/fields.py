@@ -14,6 +14,9 @@ OURS = frozenset(
         "adapter", "save_dtype", "loraplus_lr_ratio", "save_minutes", "max_tokens_per_micro_batch", "within",
         "max_forgetting", "max_source_rise",
         "early_stopping_patience", "early_stopping_threshold",  # arguments of transformers' EarlyStoppingCallback
+        "method",
+        "beta", "loss_type", "label_smoothing", "ld_alpha", "rpo_alpha", "discopop_tau", "desirable_weight",  # TRL's
+        "undesirable_weight", "cpo_alpha", "simpo_gamma",
     }
 )  # fmt: skip
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from halfbyte.recipe import fields, number_formats
+from halfbyte.recipe import fields, method, number_formats
 from halfbyte.recipe.data import Data, Fields, Int, Section, field, must
 from halfbyte.recipe.evaluation import LOSSES, METRICS, Eval
 from halfbyte.system.words import seconds_of
@@ -158,8 +158,8 @@ class Lora(Section):
     )
 
 
-class Train(Section):
-    """The training, under the names of transformers.TrainingArguments."""
+class Train(method.MethodFields):
+    """The training, under the names of transformers.TrainingArguments, and the method, under TRL's."""
 
     per_device_train_batch_size: Count = field(
         4, "examples that count as one batch", "with accumulation, 8 to 64 a step"
@@ -301,9 +301,12 @@ class Recipe(Section):
     allow_pickle: Bool = field(False, "read a .bin checkpoint (with weights_only)")
     trust_remote_code: Bool = field(False, "run Python code that the checkpoint brings")
 
+    _defaults_of_method = model_validator(mode="before")(method.with_defaults)
+
     @model_validator(mode="after")
     def _together(self) -> Recipe:
         problems = [*_in_source(self), *in_quant(self.quant), *_in_lora(self), *_in_train(self), *self.data.problems()]
+        problems += method.problems(self.train, self.data)
         if problems:
             raise PydanticCustomError("together", "values that exclude each other", {"problems": problems})
         return self

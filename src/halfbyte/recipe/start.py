@@ -30,6 +30,8 @@ START: Mapping[str, StartValue] = MappingProxyType(
         ),
         "lora.target_modules": StartValue("all-linear", "learns more in a minute than attention alone"),
         "train.gradient_accumulation_steps": StartValue(1, "steps of few rows learn more of each row"),
-        "train.learning_rate": StartValue(AUTO, "", frozenset({"train.optim", "train.loraplus_lr_ratio"})),
+        "train.learning_rate": StartValue(
+            AUTO, "", frozenset({"train.optim", "train.loraplus_lr_ratio", "train.method"})
+        ),
     }
 )

@@ -31,6 +31,7 @@ def of_run(record: Record) -> list[Chart]:
     return [
         Chart("Loss", NATS, "step", loss, events=events, may_be_log=True),
         *evaluations(metrics),
+        *watched(metrics),
         Chart("Learning rate", "", "step", rate, from_zero=True),
         Chart("Gradient norm", "before clipping", "step", norm, events=unnamed, may_be_log=True),
         Chart("Speed", "tokens/s", "step", speed, from_zero=True),
@@ -52,10 +53,12 @@ def of_runs(runs: Iterable[tuple[str, Record]]) -> list[Chart]:
     held_out = [
         Curve(name, metrics.evals["eval_loss"], kind) for name, metrics, kind in columns if "eval_loss" in metrics.evals
     ]
+    margins = smooth("margin")
     return [
         Chart("Loss, smoothed", NATS, "step", smooth("loss"), may_be_log=True),
         *([Chart("Held-out rows: loss", NATS, "step", held_out)] if held_out else []),
         Chart("Loss over time", NATS, "minutes of training", by_time, may_be_log=True),
+        *([Chart("Margin, smoothed", "", "step", margins)] if any(len(c.points.known) for c in margins) else []),
         Chart("Gradient norm, smoothed", "before clipping", "step", smooth("grad_norm"), may_be_log=True),
         Chart("Speed, smoothed", "tokens/s", "step", smooth("tokens_per_second"), from_zero=True),
     ]
@@ -102,6 +105,16 @@ def by_source(metrics: Metrics) -> dict[str, Series]:
     """The held-out losses of each source of a mixture, and on the text of the base's kind beside them."""
     named = {m[1]: line for name, line in metrics.evals.items() if (m := re.fullmatch("eval_(.+)_loss", name))}
     return named if named.keys() - {"base_text"} else {}
+
+
+def watched(metrics: Metrics) -> list[Chart]:
+    """What a run of pairs shows step by step; nothing of others."""
+    kinds = ("chosen", "smooth"), ("rejected", "eval")
+    both = [Curve(name, _smooth_or_raw(metrics.column(f"{name}_logp")), kind) for name, kind in kinds]
+    every = [(name, _raw_and_smooth(metrics.column(name))) for name in ("accuracy", "margin", "kl")]
+    charts = [Chart(name.capitalize(), "", "step", curves) for name, curves in every]
+    charts.append(Chart("Log p of an answer", "nats", "step", both))
+    return [chart for chart in charts if any(len(curve.points.known) for curve in chart.curves)]
 
 
 def memory(record: Record) -> Chart:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 Values = NDArray[np.float64]
 
 STEP_COLUMNS = ("step", "loss", "learning_rate", "grad_norm", "tokens", "seconds", "tokens_per_second", "rss_bytes",
-                "peak_device_bytes")  # fmt: skip
+                "peak_device_bytes", "accuracy", "margin", "kl", "chosen_logp", "rejected_logp")  # fmt: skip
 BUCKETS = 300  # of a curve; each keeps its first, lowest, highest and last point, and its first gap
 
 

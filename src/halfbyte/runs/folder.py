@@ -54,6 +54,7 @@ class RunFolder:
         self.report = self.path / "report.json"
         self.adapter = self.path / "adapter"
         self.held_out = self.path / "held_out.arrow"
+        self.reference = self.path / "reference.json"
         self.checkpoints = self.path / "checkpoints"
         self.proof = self.path / "proof.json"
         self.started = self.path / "started.json"

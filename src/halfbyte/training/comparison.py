@@ -125,7 +125,8 @@ def compare(
     chosen = np.array(first, np.int64)
     batches = eval_batches(prepared, rows, *limits, rank=world.rank, ranks=world.size, chosen=chosen)
     context = json.dumps([repr(prepared.objective), str(products), versions()])
-    kept = None if store is None else store / KEPT
+    referenced = prepared.recipe.train.referenced  # what a base loses then depends on the run's reference
+    kept = None if store is None or referenced else store / KEPT
     text = _on_base_text(prepared, steps, plan, world, limits, kept)
     if isinstance(text, Comparison):
         text.context = context

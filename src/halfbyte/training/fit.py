@@ -34,7 +34,7 @@ from halfbyte.system import files, usage
 from halfbyte.system.device import Device
 from halfbyte.system.usage import Usage
 from halfbyte.training.events import Listener
-from halfbyte.training.forecast import LOOKED_AT, asks_theirs, check_steps, job_of, plan_of, sharing_note
+from halfbyte.training.forecast import LOOKED_AT, asks_theirs, check_steps, job_of, plan_of, settle, sharing_note
 from halfbyte.training.pace import Pace, give_back, recompute_as, rehearse
 from halfbyte.training.prepare import Prepared, data_note, prepare
 from halfbyte.training.schedule import count_steps, plan_steps
@@ -99,8 +99,8 @@ def with_plan(
         tell.note("data", finding.line)
     meta = meta_model(prepared.config, trust_remote_code=recipe.trust_remote_code)
     targets, modules = lora.choose_targets(meta, recipe.lora)
-    job = job_of(prepared, machine, model=meta, targets=targets.names, ranks=ranks, done=done)
-    prepared = replace(prepared, shares=bool(job.trees))
+    job_for = partial(job_of, machine=machine, model=meta, targets=targets.names, ranks=ranks, done=done)
+    prepared, job = settle(prepared, machine, job_for)
     rates = calibrate.cached(machine, job.dtype)
     if rates is None and listener is not None and choose.best_plan(job, machine).time.run_s >= CALIBRATE_FROM_S:
         rates = calibrate.ensure(machine, job.dtype, say=partial(tell.note, "machine"))
@@ -235,12 +235,19 @@ def decide_sharing(run: PlannedRun, model: Model, tell: Listener) -> PlannedRun:
     prepared = run.prepared
     if not prepared.shares:
         return run
-    steps = plan_steps(prepared, 1, 1)
-    index = max(range(min(len(steps), LOOKED_AT)), key=lambda i: max(steps.tree(i).shared))
-    rows = steps.rows(index)
-    proof = prove_sharing(model, [prepared.train.examples[rows[place]] for place in steps.tree(index).alike()])
+    examples, shared = prepared.train.examples, prepared.train.shared
+    if shared is not None:
+        alike = examples[int(shared.argmax())].texts
+    else:
+        steps = plan_steps(prepared, 1, 1)
+        index = max(range(min(len(steps), LOOKED_AT)), key=lambda i: max(steps.tree(i).shared))
+        rows = steps.rows(index)
+        alike = [examples[rows[place]] for place in steps.tree(index).alike()]
+    if shared is not None and not shared.any():
+        return replace(run, prepared=prepared.apart)
+    proof = prove_sharing(model, alike)
     tell.note("shared", proof.reason)
-    return run if proof.ok else replace(run, prepared=replace(prepared, shares=False))
+    return run if proof.ok else replace(run, prepared=prepared.apart)
 
 
 def decide_compute(run: PlannedRun, base: AdaptedBase, step: pack.Step, tell: Listener) -> integers.Decision:

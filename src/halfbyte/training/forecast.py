@@ -7,8 +7,9 @@ Cost: the headers of the checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from halfbyte.data.prefixes import Tree
 from halfbyte.errors import RecipeError
@@ -69,6 +70,16 @@ def job_of(
     return replace(job, evaluations=count_evaluations(prepared, done), trees=trees(prepared, job, machine))
 
 
+def settle(prepared: Prepared, machine: Device, job_for: Callable[[Prepared], Job]) -> tuple[Prepared, Job]:
+    """Rows as far as they, or their texts, share their beginnings on this machine; and the job of them."""
+    job = job_for(prepared)
+    if prepared.train.shared is None:
+        return replace(prepared, shares=bool(job.trees)), job
+    if not _why_not_shared(prepared, job, machine):
+        return prepared, job
+    return prepared.apart, job_for(prepared.apart)
+
+
 def _why_not_shared(prepared: Prepared, job: Job, machine: Device) -> str:
     """As `prepare.why_not_shared`, with what is known of model and machine before a weight is loaded."""
     if machine.kind != "cpu":
@@ -84,7 +95,8 @@ def _why_not_shared(prepared: Prepared, job: Job, machine: Device) -> str:
 
 def trees(prepared: Prepared, job: Job, machine: Device) -> tuple[Tree, ...]:
     """What the rows of some steps have in common; empty where that is nothing, or is not shared."""
-    if not prepared.shares or _why_not_shared(prepared, job, machine) or not job.steps:
+    texts = prepared.train.shared is not None  # of a row; rows are not looked at
+    if texts or not prepared.shares or _why_not_shared(prepared, job, machine) or not job.steps:
         return ()
     looked_at = plan_steps(prepared, 1, 1).trees(LOOKED_AT)
     return tuple(looked_at) if any(any(tree.shared) for tree in looked_at) else ()
@@ -92,6 +104,10 @@ def trees(prepared: Prepared, job: Job, machine: Device) -> tuple[Tree, ...]:
 
 def sharing_note(prepared: Prepared, job: Job, plan: Plan, machine: Device) -> str:
     """What rows have in common, in words."""
+    if prepared.train.shared is not None:
+        shared, tokens = int(prepared.train.shared.sum()), int(prepared.train.lengths.sum())
+        share = shared / (shared + tokens)
+        return f"the texts of a row share their beginning: {tokens:,} tokens are computed, {share:.0%} less"
     if not job.trees:
         why = _why_not_shared(prepared, job, machine) or "rows of a step begin differently"
         return f"no beginnings are shared: {why}"
@@ -110,16 +126,16 @@ def plan_of(prepared: Prepared, job: Job, machine: Device, rates: Rates | None) 
     return replace(plan, time=replace(plan.time, around=around))
 
 
-def plan_by_names(prepared: Prepared, machine: Device) -> tuple[Job, Plan] | None:
-    """The job and the plan that a run will make, without building its model; None where only a built one tells."""
+def plan_by_names(prepared: Prepared, machine: Device) -> tuple[Prepared, Job, Plan] | None:
+    """Rows, job and plan that a run will make, without building its model; None where only a built one tells."""
     check_steps(count_steps(prepared))
     config = tensors.read_config(prepared.checkpoint.path)
     if not _is_plain(prepared.recipe) or config.get("model_type") not in FAMILIES:
         return None
     if prepared.checkpoint.pickle or tensors.is_quantised(config):
         return None
-    job = job_of(prepared, machine)
-    return job, plan_of(prepared, job, machine, calibrate.cached(machine, job.dtype))
+    prepared, job = settle(prepared, machine, partial(job_of, machine=machine))
+    return prepared, job, plan_of(prepared, job, machine, calibrate.cached(machine, job.dtype))
 
 
 def _is_plain(recipe: Recipe) -> bool:

@@ -44,10 +44,12 @@ def open_model(
         notices = list[str]()
     factors = residual.ensure(base, recipe.lora, tell.note) if start.point is None else None
     model = assemble(base, recipe, start=start.adapter, factors=factors, note=tell.note)
-    if not model.packed.ok and recipe.data.packing == "stream":
+    if not model.packed.ok and (recipe.data.packing == "stream" or run.prepared.train.examples.seconds() is not None):
+        stream = recipe.data.packing == "stream"
+        what = "data.packing stream" if stream else f"train.method {recipe.train.method}"
         raise DataError(
-            f"data.packing stream lays several texts end to end, and here that is not safe: {model.packed.reason}",
-            fix="data.packing: rows",
+            f"{what} lays several texts end to end, and here that is not safe: {model.packed.reason}",
+            fix="data.packing: rows" if stream else "train.method: sft on the better answers",
         )
     tell.note("packing", f"{model.packed.mode}: {model.packed.reason}")
     tell.note("engine", model.engine)

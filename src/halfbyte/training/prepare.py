@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Self
 
 import numpy as np
 
 from halfbyte.base.config import open_config
 from halfbyte.base.tokenizer import open_tokenizer
-from halfbyte.data import blocks, gates, split
+from halfbyte.data import blocks, gates, prefixes, split
 from halfbyte.data.encoding import chatml, encode
 from halfbyte.data.encoding.encoder import EncodedRows
 from halfbyte.data.encoding.examples import Example, Examples
@@ -26,7 +27,7 @@ from halfbyte.models.context import context_of
 from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.sources.lookup import find_model
 from halfbyte.models.tensors import is_embedding
-from halfbyte.objectives.causal_lm import CausalLM
+from halfbyte.objectives import preference
 from halfbyte.objectives.objective import Objective
 from halfbyte.recipe.schema import Recipe
 from halfbyte.scoring import metrics
@@ -62,7 +63,13 @@ class Prepared:
 
     def ids_of(self, rows: EncodedRows) -> IdsOf | None:
         """The tokens of a row, where rows share their beginnings."""
-        return rows.examples.ids if self.shares else None
+        return rows.examples.ids if self.shares and rows.shared is None else None
+
+    @property
+    def apart(self) -> Self:
+        """The same where rows and texts share nothing."""
+        train, held_out = (rows and replace(rows, shared=None) for rows in (self.train, self.evaluation))
+        return replace(self, shares=False, train=train, evaluation=held_out)
 
     @property
     def lay_out(self) -> Callable[[Sequence[Example]], Batch]:
@@ -107,12 +114,19 @@ def look(recipe: Recipe, objective: Objective | None = None) -> Prepared:
     if data.packing == "stream":
         train = blocks.stream(train, data.max_length)
         evaluation = blocks.stream(evaluation, data.max_length) if evaluation is not None else None
-    objective = objective or CausalLM(recipe.train.label_smoothing_factor)
+    objective = objective or preference.of(recipe.train)
     shares = not why_not_shared(recipe, objective)
+    if shares and train.examples.seconds() is not None:
+        train, evaluation = (rows and _together(rows) for rows in (train, evaluation))
     return Prepared(
         recipe, objective, checkpoint, config, tokenizer, train, evaluation, findings, settled, held_out, mixture,
         shares,
     )  # fmt: skip
+
+
+def _together(rows: EncodedRows) -> EncodedRows:
+    """Rows of several texts that share their beginnings."""
+    return replace(rows, shared=np.array([prefixes.worth(n) for n in rows.examples.alike().tolist()], np.int64))
 
 
 def why_not_shared(recipe: Recipe, objective: Objective) -> str:

@@ -6,7 +6,7 @@ Cost: tokenising, and the shapes of the model; no weight is read.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import groupby, islice
 from typing import TYPE_CHECKING
 
@@ -129,6 +129,8 @@ class ShownRow:
     tokens: int
     labelled: int
     pieces: tuple[Piece, ...]
+    rejected: tuple[Piece, ...] = ()
+    """Of a pair the worse text; then `pieces` are the better one."""
 
 
 @dataclass(frozen=True)
@@ -194,9 +196,8 @@ def check(loaded: Loaded, *, row: int | None = None) -> DataCheck:
         from halfbyte.training.fit import with_plan
 
         run = with_plan(prepared, machine)
-        planned = run.job, run.plan
-    job, plan = planned
-    prepared = replace(prepared, shares=bool(job.trees))
+        planned = run.prepared, run.job, run.plan
+    prepared, job, plan = planned
     steps = plan_steps(prepared, plan.max_tokens_per_micro_batch, None)
     counted = [len(step.micro_batches) for step in islice(steps, COUNTED_STEPS)]
     numbers = [row - 1] if row is not None else range(min(SHOWN_ROWS, count))
@@ -227,10 +228,18 @@ def histogram(lengths: pack.Sizes) -> tuple[Bin, ...]:
 def show_row(example: Example, row: int, tokenizer: Tokenizer) -> ShownRow:
     """A row as text, cut where a label or a special token begins or ends."""
     special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special} | set(tokenizer.all_special_ids)
-    marked = [(i, label >= 0, i in special) for i, label in zip(example.input_ids, example.labels, strict=True)]
     as_it_is = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-    pieces = [
-        Piece(str(tokenizer.decode([i for i, _, _ in group], **as_it_is)), labelled, is_special)
-        for (labelled, is_special), group in groupby(marked, key=lambda token: token[1:])
-    ]
-    return ShownRow(row, example.where, len(marked), sum(labelled for _, labelled, _ in marked), tuple(pieces))
+
+    def pieces(text: Example) -> tuple[Piece, ...]:
+        marked = [(i, label >= 0, i in special) for i, label in zip(text.input_ids, text.labels, strict=True)]
+        return tuple(
+            Piece(str(tokenizer.decode([i for i, _, _ in group], **as_it_is)), labelled, is_special)
+            for (labelled, is_special), group in groupby(marked, key=lambda token: token[1:])
+        )
+
+    texts = example.texts if example.prompt_ids else [example]  # a block of several is one
+    texts = texts[:1] if example.desirable is not None else texts
+    tokens, labelled = (
+        sum(n) for n in zip(*((len(t.labels), sum(x >= 0 for x in t.labels)) for t in texts), strict=True)
+    )
+    return ShownRow(row, example.where, tokens, labelled, *map(pieces, texts))

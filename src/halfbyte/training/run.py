@@ -19,7 +19,7 @@ from halfbyte.runs.folder import RunFolder
 from halfbyte.scoring.sheet import BASE_TEXT
 from halfbyte.scoring.verdict import beside_source
 from halfbyte.system import accelerator, device, usage
-from halfbyte.training import source
+from halfbyte.training import reference, source
 from halfbyte.training.callback import EarlyStopping, Follower, RunCallback
 from halfbyte.training.comparison import SOURCE, Comparison, Rows
 from halfbyte.training.events import Listener, StopRequest
@@ -66,6 +66,8 @@ def run_steps(setup: Setup, folder: RunFolder, stop: StopRequest, tell: Listener
     trainer.add_callback(callback or Follower(trainer=trainer, stop=stop_of_all, resume=resume))
     if early is not None:
         trainer.add_callback(early)
+    if not reference.ensure(setup, folder, trainer, tell):
+        return Ended(setup.start.step, stop_of_all.signal, callback)
     if not setup.is_probe:
         _measure_base(setup, trainer, tell)
         setup.pace.begin()
@@ -173,6 +175,8 @@ def _measure_source(setup: Setup, every: list[Comparison]) -> str:
     """What the model as it came loses on the rows of the comparisons, in the first process; empty, or why it is not
     known."""
     prepared, unread = setup.run.prepared, list[Comparison]()
+    if prepared.recipe.train.method != "sft":
+        return ""  # its loss is measured from the base that trains
     itself = source.is_the_base(prepared.recipe, prepared.checkpoint)
     for one in every:
         kept = None if itself else one.read(SOURCE)
@@ -246,6 +250,6 @@ def _run_callback(
         comparison=setup.comparison,
         allowed=lambda row: _remembers(setup, row) and _no_source_rises(setup, trainer),
         trained=setup.trained,
-        witness=Witness(prepared.objective, assembled.model, assembled.packed.ok, readable),
+        witness=Witness(assembled.model, assembled.packed.ok, readable),
         resume=resume,
     )

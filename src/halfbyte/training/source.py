@@ -73,8 +73,6 @@ def sums(
 def _texts(example: Example, longest: int) -> Iterator[Example]:
     """The texts of a block, each alone, with its last token again behind it up to a few lengths, at most `longest`: for
     each length oneDNN compiles products that it keeps, 2 MB a length of a small model (docs/log)."""
-    for first, count in zip(example.starts, example.pieces, strict=True):
-        end, more = first + count, min(-count % LENGTHS, longest - count)
-        ids = (*example.input_ids[first:end], *[example.input_ids[end - 1]] * more)
-        labels = (*example.labels[first:end], *[IGNORED] * more)
-        yield replace(example, input_ids=ids, labels=labels, starts=(0,))
+    for text in example.texts:
+        ids, more = text.input_ids, min(-len(text.input_ids) % LENGTHS, longest - len(text.input_ids))
+        yield replace(text, input_ids=(*ids, *[ids[-1]] * more), labels=(*text.labels, *[IGNORED] * more))

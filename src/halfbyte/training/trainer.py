@@ -11,7 +11,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from operator import itemgetter
@@ -36,6 +36,7 @@ from halfbyte.errors import RecipeError, first_line
 from halfbyte.layers.kernels import dropout
 from halfbyte.objectives import objective as objectives
 from halfbyte.objectives.objective import Objective
+from halfbyte.recipe.method import MethodFields
 from halfbyte.recipe.schema import Train
 from halfbyte.system import device
 from halfbyte.training.deadline import Schedule
@@ -54,6 +55,7 @@ NOT_FOR_TRAINER = frozenset(
         "max_tokens_per_micro_batch", "data_seed", "eval_strategy", "eval_steps",
         "early_stopping_patience", "early_stopping_threshold", "greater_is_better", "within", "max_forgetting",
         "max_source_rise",
+        *MethodFields.model_fields,
     }
 )  # fmt: skip
 
@@ -250,6 +252,8 @@ class StepTrainer(Trainer):
         total = torch.zeros((), device=self.args.device)
         parts: list[tuple[pack.MicroBatch, torch.Tensor]] = []
         waiting, done = self.pace.between(step.micro_batches), 0
+        watches: tuple[str, ...] = getattr(self.objective, "watches", ())
+        watched, of_step = np.zeros((len(watches), 2)), self._step_sums(model, micro_batches)
         if self._sum is not None:
             self._sum.begin()
         while self._another(waiting, done):
@@ -258,13 +262,14 @@ class StepTrainer(Trainer):
                 continue
             before = self.pace.gradients_to_restore(model)
             try:
-                batch = micro_batches.of(waiting[0])
+                batch = {**micro_batches.of(waiting[0]), **of_step, "watched": {}}
                 with self._dropout_of(step, waiting[0], batch), self._sharded_pass():
                     part = self._run_micro_batch(model, batch, step.weight)
             except (RuntimeError, MemoryError) as error:
                 waiting = self.pace.after_failure(error, model, before, waiting)
                 continue
             total += part.to(total.device)
+            watched += [batch["watched"][name] for name in watches] if watches else 0.0
             parts.append((waiting[0], part))
             done, waiting = done + 1, self.pace.between(waiting[1:])
         total, bad = self._over_all(total, interrupted=bool(waiting))
@@ -276,7 +281,22 @@ class StepTrainer(Trainer):
             self._checked_first = True
             gradients.check_first(self.model, self.pace.largest([(r,) for rows in step.micro_batches for r in rows]))
         self._record(step, value, norm, done)
+        sums_of = np.reshape(self._sums(watched.ravel().tolist()), watched.shape)
+        self.last |= {name: a / n for name, (a, n) in zip(watches, sums_of.tolist(), strict=True) if n}
         return total
+
+    def _step_sums(self, model: Model, micro_batches: collate.Batches) -> Batch:
+        """What the loss of each micro-batch must know of the whole step, where the objective asks for something."""
+        names = getattr(self.objective, "step_names", ())
+        if not names:
+            return {}
+        with torch.no_grad():
+            sums: dict[str, float] = self.objective.step_sums(model, micro_batches)
+        return {"step": dict(zip(names, self._sums([sums[name] for name in names]), strict=True))}
+
+    def _sums(self, values: Sequence[float]) -> Sequence[float]:
+        """The sum of each over all processes."""
+        return values if self.world.alone or not values else sums(self.world, values)
 
     def _another(self, waiting: list[pack.MicroBatch], done: int) -> bool:
         """Whether a micro-batch follows, in this process or, of a sharded base, in any."""
@@ -346,22 +366,28 @@ class StepTrainer(Trainer):
         return metrics
 
     def row_sums(
-        self, batches: collate.Batches, numbers: NDArray[np.int64], *, whole: bool = False
+        self,
+        batches: collate.Batches,
+        numbers: NDArray[np.int64],
+        *,
+        whole: bool = False,
+        objective: Objective | None = None,
     ) -> tuple[NDArray[np.float64], bool]:
         """What the objective's evaluation adds up of each row, over all processes, and whether one of them was asked
         to stop; then rows may be missing, which are zeros, unless they are asked for as a `whole`.
 
         Args:
-            batches: this process's share of them. numbers: all the rows, ascending: (n,).
+            batches: this process's share of them. numbers: all the rows, ascending: (n,). objective: another one.
         """
+        objective = objective or self.objective
         parts: Iterable[Batch] = batches
         if not whole:
             parts = takewhile(lambda _: not self.hooks.stops_evaluation(), batches)
         if self.shards is not None:
             lengths = [len(example.labels) for example in batches.examples]
             row = batches.of((self.shards.empty(lengths),))
-            parts = self.shards.with_empty_passes(iter(parts), lambda: self.objective.text_sums(self.model, row))
-        texts = objectives.evaluate(self.objective, self.model, parts)
+            parts = self.shards.with_empty_passes(iter(parts), lambda: objective.text_sums(self.model, row))
+        texts = objectives.evaluate(objective, self.model, parts)
         rows = np.zeros((len(numbers), texts.shape[1]))
         self._ended = time.perf_counter()
         np.add.at(rows, np.searchsorted(numbers, batches.text_rows[: len(texts)]), texts)

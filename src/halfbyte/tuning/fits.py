@@ -136,7 +136,7 @@ def forecast(loaded: Loaded, spent_s: float) -> Fit | None:
     prepared = look(loaded.recipe)
     if (planned := plan_by_names(prepared, device.detect())) is None:
         return None
-    _, plan = planned
+    plan = planned[-1]
     some = limit_held_out(prepared, plan.time.forward_s, within_s)
     return fit(some, plan, within_s, spent_s, probes=loaded.origins["train.learning_rate"].kind == "auto")
 

@@ -69,6 +69,8 @@ class EncodedRows:
     tally: Tally
     texts: int | None = None
     """How many texts the blocks hold, with `data.packing: stream`; else None."""
+    shared: NDArray[np.int64] | None = None
+    """(rows,) tokens of each row that its texts share, and that are computed once; None: none are."""
     sources: SourceRows | None = None
 
     def take(self, numbers: NDArray[np.int64]) -> Self:
@@ -79,7 +81,13 @@ class EncodedRows:
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each row: (rows,) int64."""
-        return self.examples.lengths()
+        return self.examples.lengths() if self.shared is None else self.examples.lengths() - self.shared
+
+    @cached_property
+    def text_lengths(self) -> NDArray[np.int64]:
+        """Tokens of the longest text of each row: (rows,) int64."""
+        lengths, seconds = self.examples.lengths(), self.examples.seconds()
+        return lengths if seconds is None else np.maximum(seconds, lengths - seconds)
 
     @cached_property
     def labelled(self) -> NDArray[np.int64]:
@@ -151,15 +159,22 @@ class Encoder:
             )
         tally, rendered = Tally(seen=len(rows), texts=sum(row.text is not None for row in rows)), list[RenderedRow]()
         self._renderer.seen = tally
+        several = list[Row]()  # rows whose texts are rendered, one after another
         for row in rows:
             try:
-                rendered.append(self._renderer.render(row))
+                rendered += [self._renderer.render(text) for text in row.texts]
+                several.append(row)
             except Refused as refused:
                 tally.refused.add(f"{row.where}: {refused}")
-        tally.different.update(
-            hashlib.sha256(t.encode()).hexdigest() for t in islice(dict.fromkeys(r.text for r in rendered), 2)
-        )
-        fitting = [fit for row in self._lexer.tokenize(rendered) if (fit := self._fit(row, tally)) is not None]
+        of_row = len(several[0].texts) if several else 1
+        whole = ("".join(r.text for r in rendered[i : i + of_row]) for i in range(0, len(rendered), of_row))
+        tally.different.update(hashlib.sha256(t.encode()).hexdigest() for t in islice(dict.fromkeys(whole), 2))
+        tokenized = self._lexer.tokenize(rendered)
+        each = [[self._fit(text, tally) for text in islice(tokenized, len(row.texts))] for row in several]
+        fits = [(row, [t for t in texts if t is not None]) for row, texts in zip(several, each, strict=True)]
+        fits = [(row, texts) for row, texts in fits if len(texts) == of_row]
+        before = [texts[0] for _, texts in fits[-1:] + fits[:-1]]
+        fitting = [_as_row(row, texts, b, self._data.max_length) for (row, texts), b in zip(fits, before, strict=True)]
         tally.keep(fitting, self._ends, self._special)
         return batch(fitting), tally
 
@@ -185,6 +200,22 @@ class Encoder:
             tally.truncated += 1
             return cut
         return None
+
+
+def _as_row(row: Row, texts: list[TokenizedRow], before: TokenizedRow, most: int) -> TokenizedRow:
+    """The texts of a row as one. The second one of an answer with a verdict is the answer of the row `before`, of at
+    most `most` tokens: KTO asks how likely an answer is that does not belong to its prompt."""
+    first = texts[0]
+    if row.desirable is not None:
+        start, begins = first.spans[0][0], before.spans[0][0]
+        spans = [(a - begins + start, b - begins + start) for a, b in before.spans]
+        texts = [first, replace(before, ids=first.ids[:start] + before.ids[begins:], spans=spans).cut(most)]
+    if len(texts) == 1:
+        return first
+    start, alike = len(first.ids), common_length(first.ids, texts[1].ids)
+    spans = first.spans + [(a + start, b + start) for a, b in texts[1].spans]
+    row_of = replace(first, ids=first.ids + texts[1].ids, spans=spans, starts=(start,), alike=alike)
+    return replace(row_of, desirable=row.desirable)
 
 
 class _Lexer:

@@ -29,6 +29,9 @@ SCHEMA = pa.schema(
         ("completion", pa.large_string()),
         ("where", pa.large_string()),
         ("digest", pa.uint64()),
+        ("starts", pa.list_(pa.uint32())),  # of the second text and later ones; a row is nearly always one
+        ("alike", pa.uint32()),  # tokens that its first two texts begin with alike
+        ("desirable", pa.int32()),  # whether the answer is a good one; -1 where nobody says
     ]
 )
 
@@ -46,12 +49,25 @@ class Example:
     completion: str
     """The reference answer: the last assistant text; empty for plain text."""
     starts: tuple[int, ...] = (0,)
-    """Where each text begins; attention does not cross it. Only a block of several texts has more than one."""
+    """Where each text begins; attention does not cross it. A block of several texts has more than one, and a pair of
+    answers, each behind its prompt."""
+    desirable: bool | None = None
+    """Whether the answer is a good one; None where nobody says."""
+    reference: tuple[float, ...] = ()
+    """Of each text the log-probability that the reference gives its labels, once it is known."""
 
     @property
     def pieces(self) -> list[int]:
         """Tokens of each text in it."""
         return [b - a for a, b in pairwise((*self.starts, len(self.input_ids)))]
+
+    @property
+    def texts(self) -> list[Self]:
+        """Each text alone."""
+        if len(self.starts) == 1:
+            return [self]
+        parts = [slice(a, b) for a, b in pairwise((*self.starts, len(self.input_ids)))]
+        return [replace(self, input_ids=self.input_ids[p], labels=self.labels[p], starts=(0,)) for p in parts]
 
 
 @dataclass
@@ -64,6 +80,11 @@ class TokenizedRow:
     prompt: list[int]
     """What generation starts from; nearly always the row's own first ids."""
     completion: str
+    starts: tuple[int, ...] = ()
+    """Of the texts after the first."""
+    alike: int = 0
+    """Tokens that the first two texts begin with alike."""
+    desirable: bool | None = None
 
     @property
     def labelled(self) -> int:
@@ -78,7 +99,10 @@ def batch(rows: Sequence[TokenizedRow]) -> pa.RecordBatch:
     """Rows as a record batch of `SCHEMA`, from buffers: `pa.array` would import pandas."""
     ids = [row.ids for row in rows]
     begins = [row.ids[: len(row.prompt)] == row.prompt for row in rows]
-    digests = (hashlib.blake2b(array("I", row).tobytes(), digest_size=8).digest() for row in ids)
+    # of an answer with a verdict without the other row's
+    ends = ((len(r.ids), r.starts) if r.desirable is None else (r.starts[0], (int(r.desirable),)) for r in rows)
+    parts = ([*r[:end], *more] for r, (end, more) in zip(ids, ends, strict=True))
+    digests = (hashlib.blake2b(array("I", part).tobytes(), digest_size=8).digest() for part in parts)
     columns = {
         "ids": _lists(ids, "q"),
         "spans": _lists([list(chain.from_iterable(row.spans)) for row in rows], "i"),
@@ -88,6 +112,9 @@ def batch(rows: Sequence[TokenizedRow]) -> pa.RecordBatch:
         "completion": _texts([row.completion for row in rows]),
         "where": _texts([row.where for row in rows]),
         "digest": _numbers([int.from_bytes(digest, "little") for digest in digests], "Q"),
+        "starts": _lists([row.starts for row in rows], "i"),
+        "alike": _numbers([row.alike for row in rows], "I"),
+        "desirable": _numbers([-1 if row.desirable is None else int(row.desirable) for row in rows], "i"),
     }
     return pa.RecordBatch.from_arrays([columns[name] for name in SCHEMA.names], schema=SCHEMA)
 
@@ -120,6 +147,9 @@ def _texts(texts: Sequence[str]) -> pa.Array:
 class Examples(Sequence[Example]):
     """All rows, as record batches of `SCHEMA`; each is made into an `Example` when it is asked for."""
 
+    reference: NDArray[np.float64] | None = None
+    """(rows, texts) of `Example.reference`, once it is known."""
+
     def __init__(self, batches: Iterable[pa.RecordBatch]) -> None:
         self.batches = [b for b in batches if b.num_rows]
         self._starts = np.cumsum([0, *(b.num_rows for b in self.batches)])  # of each batch, and the number of all rows
@@ -146,6 +176,15 @@ class Examples(Sequence[Example]):
         """Labelled tokens of each row: (rows,) int64."""
         return self._column("labelled").astype(np.int64)
 
+    def seconds(self) -> NDArray[np.int64] | None:
+        """Where the second text of each row begins: (rows,) int64; None where rows are one text."""
+        starts = self._column("starts") if self._has_texts() else ()
+        return starts.astype(np.int64) if len(starts) else None
+
+    def alike(self) -> NDArray[np.int64]:
+        """Tokens that the two texts of each row begin with alike: (rows,) int64."""
+        return self._column("alike").astype(np.int64)
+
     def digests(self) -> NDArray[np.uint64]:
         """A 64-bit hash of each row's tokens: (rows,) uint64."""
         return self._column("digest")
@@ -153,6 +192,15 @@ class Examples(Sequence[Example]):
     def ids(self, index: int) -> NDArray[np.uint32]:
         """The tokens of a row, without a copy: (length,) uint32."""
         return np.asarray(np.from_dlpack(self._value("ids", index).values), np.uint32)
+
+    def desirable(self) -> NDArray[np.int64]:
+        """Whether each row's answer is a good one, -1 where nobody says: (rows,) int64."""
+        return self._column("desirable").astype(np.int64)
+
+    def prompt(self, index: int) -> NDArray[np.uint32]:
+        """The tokens that generation starts from."""
+        length = self._value("prompt_length", index).as_py()
+        return self.ids(index)[:length] if length >= 0 else np.array(self._value("prompt", index).as_py(), np.uint32)
 
     def where(self, index: int) -> str:
         return str(self._value("where", index))
@@ -166,14 +214,25 @@ class Examples(Sequence[Example]):
         labels = [IGNORED] * len(ids)
         for a, b in zip(spans[::2], spans[1::2], strict=True):
             labels[a:b] = ids[a:b]
-        return Example(tuple(ids), tuple(labels), where, tuple(ids[:length] if length >= 0 else prompt), completion)
+        example = Example(tuple(ids), tuple(labels), where, tuple(ids[:length] if length >= 0 else prompt), completion)
+        if not self._has_texts():
+            return example
+        starts, label = (self._value(name, index).as_py() for name in ("starts", "desirable"))
+        reference = () if self.reference is None else tuple(self.reference[index].tolist())
+        desirable = None if label < 0 else bool(label)
+        return replace(example, starts=(0, *starts), desirable=desirable, reference=reference)
+
+    def _has_texts(self) -> bool:
+        """Whether rows may be several texts; older files do not say so."""
+        return bool(self.batches) and "starts" in self.batches[0].schema.names
 
     def _value(self, name: str, index: int) -> pa.Scalar:
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self.batches[number].column(name)[index - int(self._starts[number])]
 
     def _column(self, name: str) -> NDArray[Any]:
-        return np.concatenate([np.from_dlpack(b.column(name)) for b in self.batches])  # `to_numpy` would import pandas
+        columns = (b.column(name) for b in self.batches)  # of lists the values; `to_numpy` would import pandas
+        return np.concatenate([np.from_dlpack(getattr(column, "values", column)) for column in columns])
 
 
 class Subset(Examples):
@@ -198,4 +257,5 @@ class Subset(Examples):
         return super()._value(name, int(self._numbers[index]))
 
     def _column(self, name: str) -> NDArray[Any]:
-        return super()._column(name)[self._numbers]
+        column = super()._column(name)
+        return column[self._numbers] if len(column) else column

@@ -25,7 +25,7 @@ SPEAKERS = {
     "bard": "assistant", "bing": "assistant", "model": "assistant", "system": "system", "tool": "tool",
     "observation": "tool", "function_response": "tool", "function_call": "assistant", "developer": "system",
 }  # fmt: skip
-TELLING = ("prompt", "completion", "messages", "conversations", "instruction", "output", "text")
+TELLING = ("prompt", "completion", "messages", "conversations", "instruction", "output", "text", "chosen", "rejected")
 """The fields whose columns tell a format; the others may be absent from a row."""
 _KNOWN = ("role", "content", "train", "tool_calls", "tool_call_id", "name", "reasoning_content", "thinking", "weight")
 
@@ -54,6 +54,14 @@ class Row:
     completion: str | None = None
     text: str | None = None
     tools: tuple[Any, ...] | None = None
+    rejected: "Row | None" = None
+    """The same with the worse answer, where this one has the better (`pairs.py`)."""
+    desirable: bool | None = None
+    """Whether the answer is a good one; None where nobody says."""
+
+    @property
+    def texts(self) -> "tuple[Row, ...]":
+        return (self,) if self.rejected is None else (self, self.rejected)
 
 
 Parser = Callable[[str, Mapping[str, object]], Row]
@@ -76,6 +84,11 @@ def detect_format(record: Mapping[str, object], data: Data, where: str = "the fi
         return "alpaca"
     if f.text in record:
         return "text"
+    if f.chosen in record or f.answers in record:
+        raise DataError(
+            f"{where}: {keys(record)} say which answer is better, and train.method sft does not read that.",
+            fix="--set train.method=dpo",
+        )
     raise DataError(
         f"{where}: cannot tell the format. Needed: the key {f.messages!r} or {f.conversations!r}, or both {f.prompt!r} "
         f"and {f.completion!r}, or {f.instruction!r} and {f.output!r}, or {f.text!r}; got {keys(record)}."
@@ -85,12 +98,15 @@ def detect_format(record: Mapping[str, object], data: Data, where: str = "the fi
 def unread(shape: Format, data: Data, columns: Collection[str]) -> list[str]:
     """The columns of a row that nothing is read from."""
     f = data.fields
+    others = (f.messages, f.conversations, f.system, f.tools)
     read = {
         "messages": (f.messages, f.conversations, f.tools, f.system),
         "sharegpt": (f.messages, f.conversations, f.tools, f.system),
         "alpaca": (f.instruction, f.input, f.output, f.system),
         "prompt_completion": (f.prompt, f.completion, f.tools, f.system),
         "text": (f.text,),
+        "preference": (f.prompt, f.chosen, f.rejected, *others, f.instruction, f.input, f.answers, f.scores),
+        "unpaired_preference": (f.prompt, f.completion, f.label, *others),
     }[shape]
     return [column for column in columns if column not in read]
 
@@ -99,6 +115,10 @@ def parser(shape: Format, data: Data, record: Collection[str]) -> Parser:
     """What turns a record of this format into a row, or raises `BadRow`. `record`: the first one, or its keys; they
     tell which of the two columns holds the conversation."""
     f = data.fields
+    if shape in ("preference", "unpaired_preference"):
+        from halfbyte.data.reading import pairs
+
+        return partial(pairs.pair if shape == "preference" else pairs.answer, f)
     if shape in ("messages", "sharegpt"):
         shares = shape == "sharegpt"
         column, other = (f.conversations, f.messages) if shares else (f.messages, f.conversations)
@@ -106,11 +126,11 @@ def parser(shape: Format, data: Data, record: Collection[str]) -> Parser:
             column = other
         role = f.role or ("from" if shares else "role")
         content = f.content or ("value" if shares else "content")
-        return partial(_conversation, f, column, role, content, shares)
-    return partial({"alpaca": _alpaca, "prompt_completion": _pair, "text": _text}[shape], f)
+        return partial(conversation, f, column, role, content, shares)
+    return partial({"alpaca": alpaca, "prompt_completion": prompted, "text": _text}[shape], f)
 
 
-def _conversation(
+def conversation(
     f: Fields, column: str, role: str, content: str, shares: bool, where: str, record: Mapping[str, object]
 ) -> Row:
     value = value_of(record, column)
@@ -253,7 +273,7 @@ def _row(
     return Row(where, tuple(messages), tools=tools)
 
 
-def _alpaca(f: Fields, where: str, record: Mapping[str, object]) -> Row:
+def alpaca(f: Fields, where: str, record: Mapping[str, object]) -> Row:
     asked = text_in(record, f.instruction)
     given = record.get(f.input)
     given = "" if given is None else text_of(given, f.input, empty=True)
@@ -261,23 +281,23 @@ def _alpaca(f: Fields, where: str, record: Mapping[str, object]) -> Row:
     return _row(f, where, record, [talk, ChatMessage("assistant", _answer(record, f.output))])
 
 
-def _pair(f: Fields, where: str, record: Mapping[str, object]) -> Row:
+def prompted(f: Fields, where: str, record: Mapping[str, object]) -> Row:
     if isinstance(record.get(f.prompt), list) or isinstance(record.get(f.completion), list):
-        return _lists(f, where, record)
+        return lists(f, where, record)
     prompt, completion = text_in(record, f.prompt), _answer(record, f.completion)
     if record.get(f.system):
         return _row(f, where, record, [ChatMessage("user", prompt), ChatMessage("assistant", completion)])
     return Row(where, prompt=prompt, completion=completion)
 
 
-def _lists(f: Fields, where: str, record: Mapping[str, object]) -> Row:
+def lists(f: Fields, where: str, record: Mapping[str, object], *, shares: bool = False) -> Row:
     """TRL's conversational prompt and completion: two lists of messages, of which only the second is trained."""
     talk: list[ChatMessage] = []
     for column, role in ((f.prompt, "user"), (f.completion, "assistant")):
         value = value_of(record, column)
-        items = value if isinstance(value, list) else [{"role": role, "content": text_in(record, column)}]
-        names = f.role or "role", f.content or "content"
-        messages = [_message(m, f"{column}[{i}]", *names, shares=False) for i, m in enumerate(items)]
+        names = f.role or ("from" if shares else "role"), f.content or ("value" if shares else "content")
+        items = value if isinstance(value, list) else [dict(zip(names, (role, text_in(record, column)), strict=True))]
+        messages = [_message(m, f"{column}[{i}]", *names, shares) for i, m in enumerate(items)]
         if column == f.completion and (not messages or messages[-1].role != "assistant"):
             raise BadRow(f"{column}: the last message must be of the assistant")
         context = column == f.prompt

@@ -183,7 +183,7 @@ class Reader:
             )
             entry = self._entry(source, asking, answering)
             how = f"say how this file is read, {entry}" if entry else f"name the columns, as in {' '.join(sets)}"
-            raise DataError(error.message, fix=how) from None
+            raise DataError(error.message, fix=error.fix or how) from None
         text = data.fields.text
         alone = shape == "text" and data.format == "auto"
         if alone and (likely := kinds.answering([first, *(d for _, d in documents)], text)):

@@ -9,7 +9,7 @@ Cost: a sort of 32 numbers a step.
 import math
 from collections import deque
 from collections.abc import Iterable, Sequence
-from statistics import median
+from statistics import fmean, median
 
 from halfbyte.types import Document
 
@@ -50,3 +50,16 @@ def notice(rows: Sequence[Document]) -> list[str]:
         return []
     some = f"{', '.join(map(str, steps[:8]))}{' ...' if len(steps) > 8 else ''}"
     return [f"{len(steps)} of {sum('loss' in row for row in rows)} steps spike in loss or gradient: {some}"]
+
+
+def falling(rows: Sequence[Document]) -> list[str]:
+    """A line for the report where a run of pairs makes its better answers less likely without end: in each quarter of
+    its steps less than in the one before, and at the end half as fast as at first, or faster."""
+    values = [row["chosen_reward"] for row in rows if row.get("chosen_reward") is not None]
+    if len(values) < 2 * FEWEST_STEPS:
+        return []
+    first, second, third, last = (fmean(values[i * len(values) // 4 : (i + 1) * len(values) // 4]) for i in range(4))
+    if not (first > second > third > last < 0 and 2 * (third - last) >= first - second):
+        return []
+    fix = "a lower train.learning_rate, a larger train.beta or train.rpo_alpha keep them up"
+    return [f"the chosen answers became less likely without end (reward {first:.3f}, then {last:.3f}); {fix}"]

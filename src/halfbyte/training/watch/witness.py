@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from halfbyte.adapters import learning
+from halfbyte.data import collate
 from halfbyte.data.encoding.examples import IGNORED, Example
 from halfbyte.errors import TrainError, first_line, typed
 from halfbyte.models import structure
-from halfbyte.objectives.objective import Objective
 from halfbyte.proofs import dequantising, setting
 from halfbyte.proofs.closeness import distance
 from halfbyte.types import Model
@@ -36,7 +36,6 @@ class Witness:
     """What a model computes of fixed rows with fixed adapters. `readable`: in which weights can be read without a
     forward."""
 
-    objective: Objective
     model: Model
     packed: bool  # rows share a micro-batch
     readable: Callable[[], AbstractContextManager[object]] = nullcontext
@@ -87,13 +86,12 @@ class Witness:
             model.eval()
             lm = structure.causal_lm(model)
             rows = setting.random_examples(lm, setting.short_lengths(packed=self.packed))
-            batch = self.objective.collate([_example(ids.tolist()) for ids in rows])
+            batch = collate.collate([_example(ids.tolist()) for ids in rows])
             # the names of a layer's A and B are long
             parameters = {f"{name}.{i}": p for name, pair in learning.pairs(model).items() for i, p in enumerate(pair)}
             with torch.no_grad():
                 logits = setting.logits(lm, rows).cpu()
-            loss = self.objective.loss
-            _, gradients = setting.loss_and_gradients(model, [batch], parameters=parameters, loss=loss)
+            _, gradients = setting.loss_and_gradients(model, [batch], parameters=parameters)
         return {_LOGITS: logits} | {name: gradient.cpu() for name, gradient in gradients.items()}
 
 

@@ -1,0 +1,121 @@
+"""Rows of which answer is better: a pair (chosen, rejected), several ranked ones, or one answer with a verdict.
+
+Why: the same pair is written as TRL's three columns, of texts or of messages, as two whole conversations
+(UltraFeedback), as two transcripts (Anthropic's HH), as ShareGPT's conversation with two messages (LLaMA-Factory), as
+Alpaca's task with two outputs, or as answers with scores. All become two rows of `formats.py` with one beginning.
+Source: TRL's dataset formats (explicit and implicit prompts, unpaired preference), LLaMA-Factory's `data/README.md`.
+Cost: that of two rows.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from halfbyte.data.reading import formats
+from halfbyte.data.reading.formats import Row
+from halfbyte.data.reading.problems import BadRow, kind, shorten, value_of
+from halfbyte.recipe.data import Fields
+
+Record = Mapping[str, object]
+_SPEAKS = re.compile(r"\n\n(Human|Assistant):[ ]?")
+_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+def pair(f: Fields, where: str, record: Record) -> Row:
+    """A row whose `rejected` is the other one; what they have in common is context."""
+    if f.chosen not in record and f.answers in record:
+        record = _ranked(f, record)
+    a, b = (value_of(record, column) for column in (f.chosen, f.rejected))
+    if isinstance(a, str) and isinstance(b, str):
+        if _SPEAKS.match(a) and _SPEAKS.match(b):
+            record = {**record, f.chosen: _transcript(a), f.rejected: _transcript(b)}
+        elif not {f.prompt, f.messages, f.conversations, f.instruction} & record.keys():
+            record = _split(f, record, a, b)
+    chosen, rejected = (_side(f, where, record, column) for column in (f.chosen, f.rejected))
+    if chosen.messages is not None and rejected.messages is not None:
+        alike = _alike(chosen.messages, rejected.messages)
+        alike -= chosen.messages == rejected.messages  # the same answer twice: a gate says so
+        if alike in (len(chosen.messages), len(rejected.messages)):
+            raise BadRow(f"{f.chosen} and {f.rejected}: one is the beginning of the other")
+        chosen, rejected = _after(chosen, alike), _after(rejected, alike)
+    return replace(chosen, rejected=rejected)
+
+
+def answer(f: Fields, where: str, record: Record) -> Row:
+    """A row with whether its answer is a good one."""
+    label = value_of(record, f.label)
+    if str(label).lower() not in ("true", "false", "1", "0"):
+        raise BadRow(f"{f.label}: true or false is needed, got {kind(label)}")
+    column = next((n for n in (f.completion, f.messages, f.conversations) if n in record), f.completion)
+    row = _side(f, where, record, column)
+    row = row if row.messages is None else _after(row, len(row.messages) - 1)
+    return replace(row, desirable=str(label).lower() in ("true", "1"))
+
+
+def _side(f: Fields, where: str, record: Record, column: str) -> Row:
+    """The row of one answer, in `column`: with a conversation of its own, or behind a prompt, another one or a task."""
+    value = value_of(record, column)
+    if isinstance(value, dict):  # one message
+        value = [value]
+        record = {**record, column: value}
+    first = value[0] if isinstance(value, list) and value else None
+    if isinstance(first, dict) and first.get(f.role or "role", first.get("from")) not in ("assistant", "gpt", None):
+        asked, words = record.get(f.prompt), first.get(f.content or "content", first.get("value"))
+        if isinstance(asked, str) and first.get("role") == "user" and asked.strip() != str(words).strip():
+            raise BadRow(f"{column}: it begins with another question than {f.prompt}: {shorten(str(words))!r}")
+        shares = "from" in first
+        names = f.role or ("from" if shares else "role"), f.content or ("value" if shares else "content")
+        return formats.conversation(f, column, *names, shares, where, record)
+    own = f.model_copy(update={"completion": column})
+    talk = next((n for n in (f.conversations, f.messages) if n in record and f.prompt not in record), None)
+    if talk is not None:
+        own, asked = own.model_copy(update={"prompt": talk}), record[talk]
+        shares = isinstance(asked, list) and any("from" in m for m in asked if isinstance(m, dict))
+        return formats.lists(own, where, record, shares=shares)
+    if f.instruction in record and f.prompt not in record:
+        return formats.alpaca(f.model_copy(update={"output": column}), where, record)
+    return formats.prompted(own, where, record)
+
+
+def _after(row: Row, first: int) -> Row:
+    """The row, of which only the messages from `first` on are its answer."""
+    messages = row.messages or ()
+    context = (replace(m, train=False) if m.role == "assistant" else m for m in messages[:first])
+    return replace(row, messages=(*context, *messages[first:]))
+
+
+def _split(f: Fields, record: Record, a: str, b: str) -> Record:
+    """The prompt is what two texts have in common, up to a space, as TRL takes it."""
+    alike = _alike(a, b)
+    alike -= a[alike - 1 : alike] == " "
+    if not a[:alike].strip():
+        raise BadRow(f"{f.prompt}: missing, and {f.chosen} and {f.rejected} do not begin alike")
+    return {**record, f.prompt: a[:alike], f.chosen: a[alike:], f.rejected: b[alike:]}
+
+
+def _transcript(text: str) -> list[dict[str, str]]:
+    """A transcript of Human and Assistant as messages."""
+    _, *parts = _SPEAKS.split(text)
+    turns = zip(parts[::2], parts[1::2], strict=True)
+    return [{"role": _ROLES[who], "content": words.strip()} for who, words in turns]
+
+
+def _alike(a: Sequence[object], b: Sequence[object]) -> int:
+    """How many items two sequences begin with alike."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _ranked(f: Fields, record: Record) -> Record:
+    """The best and the worst of several answers: by their scores, else in their order."""
+    answers, scores = record[f.answers], record.get(f.scores)
+    if not isinstance(answers, list) or len(answers) < 2:
+        raise BadRow(f"{f.answers}: a list of two answers or more is needed, got {kind(answers)}")
+    if scores is None:
+        return {**record, f.chosen: answers[0], f.rejected: answers[-1]}
+    numbers = [s for s in scores if isinstance(s, int | float)] if isinstance(scores, list) else []
+    if len(numbers) != len(answers):
+        raise BadRow(f"{f.scores}: a number for each of the {len(answers)} answers is needed, got {kind(scores)}")
+    best, worst = numbers.index(max(numbers)), numbers.index(min(numbers))
+    if best == worst:
+        raise BadRow(f"{f.scores}: all answers have the same score, {numbers[0]:g}, so none is better")
+    return {**record, f.chosen: answers[best], f.rejected: answers[worst]}

@@ -1,0 +1,241 @@
+"""Which answer is better: DPO and its kin, IPO, ORPO, CPO, SimPO of pairs, and KTO of answers with a verdict.
+
+What: a row is two texts behind one prompt, which is computed once: the better and the worse answer; of KTO its answer
+and another row's. A model gives each answer log p, the sum over its labels; what the reference gives it comes with the
+row. The loss is a formula of these (`pair_losses.py`). What it needs of a whole step is taken before the step's first
+micro-batch, so that any split trains the same: how many tokens the better answers have, whose own loss may be added
+(ORPO, CPO, `rpo_alpha`); of KTO the mean log ratio of the mismatched answers, which TRL takes of a micro-batch.
+Cost: a pass over both answers; of KTO a pass over one, and a forward of the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import torch
+
+from halfbyte.data import collate, pack
+from halfbyte.data.encoding.encoder import EncodedRows
+from halfbyte.data.encoding.examples import IGNORED, Example
+from halfbyte.objectives import pair_losses
+from halfbyte.objectives.causal_lm import CausalLM
+from halfbyte.objectives.pair_losses import Answers
+from halfbyte.plan.job import ObjectiveCost
+from halfbyte.recipe.method import MethodFields
+from halfbyte.recipe.schema import Train
+from halfbyte.types import Batch, Model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from halfbyte.objectives.objective import Objective, Sums
+
+
+def of(train: Train) -> Objective:
+    """The objective of a recipe."""
+    if train.method == "sft":
+        return CausalLM(train.label_smoothing_factor)
+    asks = MethodFields(**{name: getattr(train, name) for name in MethodFields.model_fields})
+    return Unpaired(asks) if train.method == "kto" else Preference(asks)
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Of pairs. `asks`: the method of a recipe's `train:`, and its fields."""
+
+    asks: MethodFields
+
+    watches: ClassVar[tuple[str, ...]] = ("accuracy", "margin", "chosen_reward", "chosen_logp", "rejected_logp")
+    sum_names: ClassVar[tuple[str, ...]] = ("loss", "pairs", *watches)
+
+    @property
+    def name(self) -> str:
+        return self.asks.method
+
+    @property
+    def cost(self) -> ObjectiveCost:
+        return ObjectiveCost()
+
+    @property
+    def own(self) -> float:
+        """The weight of the better answers' own loss."""
+        return 1.0 if self.name == "orpo" else self.asks.cpo_alpha or self.asks.rpo_alpha or 0.0
+
+    @property
+    def step_names(self) -> tuple[str, ...]:
+        return ("pairs", "own_tokens") if self.own else ()
+
+    def weights(self, rows: EncodedRows) -> pack.Weights:
+        return np.ones(len(rows.examples), np.int64)
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        return self.lay_out(collate.collate, examples)
+
+    def collate_tree(self, examples: Sequence[Example]) -> Batch:
+        return self.lay_out(collate.collate_tree, examples)
+
+    def lay_out(self, lay_out: Callable[[Sequence[Example]], Batch], examples: Sequence[Example]) -> Batch:
+        """Examples with what the reference gives them, where it is known. ORPO labels all of the better text, and
+        `answers` says which of the labels are those of the answer."""
+        more: Batch = {}
+        if all(example.reference for example in examples):
+            more["reference"] = torch.tensor([each for example in examples for each in example.reference])
+        if self.name == "orpo":
+            given = [label for example in examples for label in example.labels]
+            whole = [(IGNORED, *e.input_ids[1 : e.starts[1]], *e.labels[e.starts[1] :]) for e in examples]
+            examples = [replace(e, labels=labels) for e, labels in zip(examples, whole, strict=True)]
+            every = (label for labels in whole for label in labels)
+            more["answers"] = torch.tensor([a != IGNORED for a, b in zip(given, every, strict=True) if b != IGNORED])
+        return {**lay_out(examples), **more}
+
+    def weight(self, batch: Batch) -> float:
+        return len(batch.get("text_lengths", batch["cu_seq_lens_q"][1:])) / 2
+
+    def step_sums(self, model: Model, batches: collate.Batches) -> Sums:
+        counts = [[len(text) for text in _texts(batch, batch["targets"])][::2] for batch in batches]
+        return {"pairs": float(sum(map(len, counts))), "own_tokens": float(sum(map(sum, counts)))}
+
+    def loss(self, model: Model, batch: Batch) -> Tensor:
+        better, worse, own = self._pairs(model, batch)
+        losses = pair_losses.of_pairs(better, worse, self.asks)
+        if "watched" in batch:
+            batch["watched"].update({n: (float(v.sum()), len(v)) for n, v in self._figures(better, worse).items()})
+        if not self.own:
+            return losses.sum()
+        step = batch.get("step", {"pairs": len(losses), "own_tokens": float(own.tokens.sum())})
+        return losses.sum() - self.own * step["pairs"] / step["own_tokens"] * own.logp.sum()
+
+    def text_sums(self, model: Model, batch: Batch) -> list[Sums]:
+        better, worse, own = self._pairs(model, batch)
+        losses = pair_losses.of_pairs(better, worse, self.asks) - self.own * own.logp / own.tokens  # mean of each pair
+        return self._by_text({"loss": losses, "pairs": torch.ones_like(losses), **self._figures(better, worse)})
+
+    def _by_text(self, figures: dict[str, Tensor]) -> list[Sums]:
+        """The figures of each row (n,) on its first text, and nothing on its second."""
+        rows = zip(*(figures[name].tolist() for name in self.sum_names), strict=True)
+        none = dict.fromkeys(self.sum_names, 0.0)
+        return [sums for row in rows for sums in (dict(zip(self.sum_names, row, strict=True)), none)]
+
+    def scores(self, sums: Sums) -> dict[str, float]:
+        """`loss` and the others, of a row; and how many rows these are."""
+        first, rows, *others = self.sum_names
+        return {**{n: sums[n] / max(sums[rows], 1) for n in (first, *others)}, rows: int(sums[rows])}
+
+    def _pairs(self, model: Model, batch: Batch) -> tuple[Answers, Answers, Answers]:
+        """Of each pair the better and the worse answer; and all labels of the better text."""
+        texts = _label_log_likelihoods(model, batch)
+        own = self._side(texts[::2], {})
+        if "answers" in batch:
+            parts = batch["answers"].to(own.logp.device).split([len(text) for text in texts])
+            texts = [text[part] for text, part in zip(texts, parts, strict=True)]
+        shorter = [min(len(a), len(b)) for a, b in zip(texts[::2], texts[1::2], strict=True) for _ in range(2)]
+        both = self._side(texts, batch, None if self.asks.ld_alpha is None else shorter)
+        better, worse = (Answers(both.logp[i::2], both.ratio[i::2], both.tokens[i::2]) for i in (0, 1))
+        return better, worse, own
+
+    def _side(self, texts: list[Tensor], batch: Batch, whole: list[int] | None = None) -> Answers:
+        """`texts`: log p of the labels of each. `whole`: how many of them count as one; those after them `ld_alpha`.
+        Where the reference is not known a model is its own."""
+        if whole is not None:
+            alpha = self.asks.ld_alpha or 0.0
+            parts = zip(texts, whole, strict=True)
+            logp = torch.stack([text[:count].sum() + alpha * text[count:].sum() for text, count in parts])
+        else:
+            logp = torch.stack([text.sum() for text in texts])
+        reference = batch["reference"].to(logp) if "reference" in batch else logp.detach()
+        ratio = logp - reference if self.asks.referenced else logp
+        return Answers(logp, ratio, logp.new_tensor([len(text) for text in texts]))
+
+    def _figures(self, better: Answers, worse: Answers) -> dict[str, Tensor]:
+        """What is watched of each pair: (n,)."""
+        by_token, beta = self.name in ("orpo", "simpo"), self.asks.beta or 0.0
+        a, b = (beta * (side.mean if by_token else side.ratio).detach() for side in (better, worse))
+        logps = {"chosen_logp": better.logp.detach(), "rejected_logp": worse.logp.detach()}
+        return {"accuracy": ((a - b).sign() + 1) / 2, "margin": a - b, "chosen_reward": a, **logps}
+
+
+@dataclass(frozen=True)
+class LogLikelihoods(Preference):
+    """What a model gives the answers of both texts of a row, as its loss counts them: what a reference is asked for."""
+
+    sum_names: ClassVar[tuple[str, ...]] = ("first", "second")
+
+    def text_sums(self, model: Model, batch: Batch) -> list[Sums]:
+        first, second, _ = self._pairs(model, batch)
+        return self._by_text({"first": first.logp, "second": second.logp})
+
+
+@dataclass(frozen=True)
+class Unpaired(Preference):
+    """Of answers that are good or bad. A batch is the first text of each row, its own; the second one is laid out where
+    it is asked for. An evaluation takes KL as 0."""
+
+    watches: ClassVar[tuple[str, ...]] = ("accuracy", "kl", "chosen_reward", "rejected_reward")
+    sum_names: ClassVar[tuple[str, ...]] = ("loss", "answers", "accuracy")
+
+    @property
+    def cost(self) -> ObjectiveCost:
+        return ObjectiveCost(forwards=1.0 if self.step_names else 0.0)
+
+    @property
+    def step_names(self) -> tuple[str, ...]:
+        return ("kl", "answers") if self.asks.loss_type == "kto" else ()
+
+    def lay_out(
+        self, lay_out: Callable[[Sequence[Example]], Batch], examples: Sequence[Example], which: int = 0
+    ) -> Batch:
+        texts = [replace(e.texts[which], reference=e.reference[which : which + 1]) for e in examples]
+        desirable = torch.tensor([bool(e.desirable) for e in examples])
+        return {**super().lay_out(lay_out, texts), "desirable": desirable}
+
+    def weight(self, batch: Batch) -> float:
+        return float(len(batch["desirable"]))
+
+    def step_sums(self, model: Model, batches: collate.Batches) -> Sums:
+        sums = {"kl": 0.0, "answers": 0.0}
+        for batch in replace(batches, lay_out=lambda rows: self.lay_out(collate.collate, rows, 1)):
+            sums["kl"] += float(self._side(_label_log_likelihoods(model, batch), batch).ratio.sum())
+            sums["answers"] += self.weight(batch)
+        return sums
+
+    def loss(self, model: Model, batch: Batch) -> Tensor:
+        step = batch.get("step", {"kl": 0.0, "answers": 1.0})
+        losses, good, ratio = self._losses(model, batch, kl := max(0.0, step["kl"] / step["answers"]))
+        if "watched" in batch:
+            count, reward = len(good), (self.asks.beta or 0.0) * ratio.detach()
+            batch["watched"].update(
+                {
+                    "accuracy": (float(((reward > 0) == good).sum()), count),
+                    "kl": (kl * count, count),
+                    "chosen_reward": (float(reward[good].sum()), int(good.sum())),
+                    "rejected_reward": (float(reward[~good].sum()), int((~good).sum())),
+                }
+            )
+        return losses.sum()
+
+    def _losses(self, model: Model, batch: Batch, kl: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each answer its loss, whether it is good, and its log ratio: (n,)."""
+        ratio = self._side(_label_log_likelihoods(model, batch), batch).ratio
+        good = batch["desirable"].to(ratio.device)
+        return pair_losses.of_answers(ratio, good, kl, self.asks), good, ratio
+
+    def text_sums(self, model: Model, batch: Batch) -> list[Sums]:
+        losses, good, ratio = self._losses(model, batch, 0.0)
+        accuracy = ((ratio > 0) == good).to(losses)
+        return self._by_text({"loss": losses, "answers": torch.ones_like(losses), "accuracy": accuracy})
+
+
+def _texts(batch: Batch, labels: Tensor) -> list[Tensor]:
+    """What is of the labels (K,), for each text."""
+    from halfbyte.layers import loss
+
+    return [labels[part] for part in loss.labels_of_texts(batch)]
+
+
+def _label_log_likelihoods(model: Model, batch: Batch) -> list[Tensor]:
+    from halfbyte.layers import loss
+
+    return _texts(batch, -loss.label_losses(model, batch))
