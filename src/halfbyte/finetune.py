@@ -349,7 +349,6 @@ def _finish(
             *setup.notices,
             *callback.notices,
             *spikes.notice(rows),
-            *spikes.falling(rows),
             *(f"memory: {down}" for down in setup.pace.downs),
         ],
     }

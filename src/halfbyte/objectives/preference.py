@@ -99,18 +99,20 @@ class Preference:
         return {"pairs": float(sum(map(len, counts))), "own_tokens": float(sum(map(sum, counts)))}
 
     def loss(self, model: Model, batch: Batch) -> Tensor:
-        better, worse, own = self._pairs(model, batch)
+        better, worse, whole = self._pairs(model, batch)
         losses = pair_losses.of_pairs(better, worse, self.asks)
         if "watched" in batch:
             batch["watched"].update({n: (float(v.sum()), len(v)) for n, v in self._figures(better, worse).items()})
         if not self.own:
             return losses.sum()
-        step = batch.get("step", {"pairs": len(losses), "own_tokens": float(own.tokens.sum())})
-        return losses.sum() - self.own * step["pairs"] / step["own_tokens"] * own.logp.sum()
+        step = batch.get("step", {"pairs": len(losses), "own_tokens": float(whole.tokens.sum())})
+        return losses.sum() - self.own * step["pairs"] / step["own_tokens"] * whole.logp.sum()
 
     def text_sums(self, model: Model, batch: Batch) -> list[Sums]:
-        better, worse, own = self._pairs(model, batch)
-        losses = pair_losses.of_pairs(better, worse, self.asks) - self.own * own.logp / own.tokens  # mean of each pair
+        better, worse, whole = self._pairs(model, batch)
+        losses = (
+            pair_losses.of_pairs(better, worse, self.asks) - self.own * whole.logp / whole.tokens
+        )  # mean of each pair
         return self._by_text({"loss": losses, "pairs": torch.ones_like(losses), **self._figures(better, worse)})
 
     def _by_text(self, figures: dict[str, Tensor]) -> list[Sums]:
@@ -127,14 +129,14 @@ class Preference:
     def _pairs(self, model: Model, batch: Batch) -> tuple[Answers, Answers, Answers]:
         """Of each pair the better and the worse answer; and all labels of the better text."""
         texts = _label_log_likelihoods(model, batch)
-        own = self._side(texts[::2], {})
+        all_labels = self._side(texts[::2], {})
         if "answers" in batch:
-            parts = batch["answers"].to(own.logp.device).split([len(text) for text in texts])
+            parts = batch["answers"].to(all_labels.logp.device).split([len(text) for text in texts])
             texts = [text[part] for text, part in zip(texts, parts, strict=True)]
         shorter = [min(len(a), len(b)) for a, b in zip(texts[::2], texts[1::2], strict=True) for _ in range(2)]
         both = self._side(texts, batch, None if self.asks.ld_alpha is None else shorter)
         better, worse = (Answers(both.logp[i::2], both.ratio[i::2], both.tokens[i::2]) for i in (0, 1))
-        return better, worse, own
+        return better, worse, all_labels
 
     def _side(self, texts: list[Tensor], batch: Batch, whole: list[int] | None = None) -> Answers:
         """`texts`: log p of the labels of each. `whole`: how many of them count as one; those after them `ld_alpha`.

@@ -7,7 +7,7 @@ is a method here, with the beta of its paper (arXiv:2405.14734).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
@@ -15,7 +15,7 @@ from halfbyte.recipe.data import Data, DataEntry, Section, field
 from halfbyte.recipe.values import Float, one_of
 
 # Method -> its fields with their defaults; None: off.
-METHODS: dict[str, dict[str, Any]] = {
+METHODS: dict[str, dict[str, object]] = {
     "sft": {},
     "dpo": {"beta": 0.1, "loss_type": "sigmoid", "label_smoothing": 0.0, "ld_alpha": None, "rpo_alpha": None,
             "discopop_tau": 0.05},
@@ -98,7 +98,8 @@ def with_defaults(values: object) -> object:
 
 def problems(method: MethodFields, data: Data) -> Iterator[str]:
     """What the method of a recipe's `train:` excludes, in sentences."""
-    name, loss, wanted = method.method, method.loss_type, FORMATS.get(method.method)
+    name, loss = method.method, method.loss_type
+    wanted = FORMATS.get(name)
     for other in MethodFields.model_fields:
         if getattr(method, other) is not None and other not in ("method", *METHODS[name]):
             readers = ", ".join(m for m, fields in METHODS.items() if other in fields)

@@ -33,7 +33,8 @@ from halfbyte.types import Document
 def ensure(setup: Setup, folder: RunFolder, trainer: StepTrainer, tell: Listener) -> bool:
     """Every row has what the reference gives it, where the run's method asks for that. False where the run was stopped
     meanwhile. Raises RunError: it is not there, and the model of the beginning is gone; or it is of other rows."""
-    prepared, objective, world = setup.run.prepared, setup.run.prepared.objective, setup.world
+    prepared, world = setup.run.prepared, setup.world
+    objective = prepared.objective
     if not isinstance(objective, preference.Preference) or not objective.asks.referenced:
         return True
     sets = {"train": prepared.train, **({"eval": prepared.evaluation} if prepared.evaluation is not None else {})}

@@ -115,10 +115,6 @@ def parser(shape: Format, data: Data, record: Collection[str]) -> Parser:
     """What turns a record of this format into a row, or raises `BadRow`. `record`: the first one, or its keys; they
     tell which of the two columns holds the conversation."""
     f = data.fields
-    if shape in ("preference", "unpaired_preference"):
-        from halfbyte.data.reading import pairs
-
-        return partial(pairs.pair if shape == "preference" else pairs.answer, f)
     if shape in ("messages", "sharegpt"):
         shares = shape == "sharegpt"
         column, other = (f.conversations, f.messages) if shares else (f.messages, f.conversations)

@@ -8,17 +8,24 @@ Cost: that of two rows.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from halfbyte.data.reading import formats
-from halfbyte.data.reading.formats import Row
+from halfbyte.data.reading.formats import Parser, Row
 from halfbyte.data.reading.problems import BadRow, kind, shorten, value_of
-from halfbyte.recipe.data import Fields
+from halfbyte.recipe.data import Data, Fields, Format
 
 Record = Mapping[str, object]
 _SPEAKS = re.compile(r"\n\n(Human|Assistant):[ ]?")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+def parser(shape: Format, data: Data, record: Collection[str]) -> Parser:
+    """As `formats.parser`, and of rows of which answer is better."""
+    ours = {"preference": pair, "unpaired_preference": answer}
+    return partial(ours[shape], data.fields) if shape in ours else formats.parser(shape, data, record)
 
 
 def pair(f: Fields, where: str, record: Record) -> Row:
@@ -66,15 +73,13 @@ def _side(f: Fields, where: str, record: Record, column: str) -> Row:
         shares = "from" in first
         names = f.role or ("from" if shares else "role"), f.content or ("value" if shares else "content")
         return formats.conversation(f, column, *names, shares, where, record)
-    own = f.model_copy(update={"completion": column})
-    talk = next((n for n in (f.conversations, f.messages) if n in record and f.prompt not in record), None)
-    if talk is not None:
-        own, asked = own.model_copy(update={"prompt": talk}), record[talk]
+    before = next((n for n in (f.prompt, f.conversations, f.messages, f.instruction) if n in record), f.prompt)
+    f = f.model_copy(update={"completion": column, "output": column, "prompt": before})
+    if before in (f.conversations, f.messages):
+        asked = record[before]
         shares = isinstance(asked, list) and any("from" in m for m in asked if isinstance(m, dict))
-        return formats.lists(own, where, record, shares=shares)
-    if f.instruction in record and f.prompt not in record:
-        return formats.alpaca(f.model_copy(update={"output": column}), where, record)
-    return formats.prompted(own, where, record)
+        return formats.lists(f, where, record, shares=shares)
+    return (formats.alpaca if before == f.instruction else formats.prompted)(f, where, record)
 
 
 def _after(row: Row, first: int) -> Row:

@@ -16,8 +16,9 @@ from pathlib import Path
 from halfbyte.data.reading import columns as kinds
 from halfbyte.data.reading import records
 from halfbyte.data.reading.files import RowSource, find
-from halfbyte.data.reading.formats import TELLING, Row, detect_format, parser
+from halfbyte.data.reading.formats import TELLING, Row, detect_format
 from halfbyte.data.reading.formats import unread as unread_columns
+from halfbyte.data.reading.pairs import parser
 from halfbyte.data.reading.problems import BadRow, Problems, keys, near, shorten
 from halfbyte.errors import DataError, RecipeError, typed
 from halfbyte.recipe.data import Data, Fields, Format, Sources

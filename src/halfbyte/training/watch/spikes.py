@@ -44,12 +44,15 @@ class Spikes:
 
 
 def notice(rows: Sequence[Document]) -> list[str]:
-    """A line for the report; none where no step spikes."""
+    """Lines for the report; none where no step spikes and nothing falls."""
     steps = [row["step"] for row in rows if row.get("spike")]
     if not steps:
-        return []
+        return falling(rows)
     some = f"{', '.join(map(str, steps[:8]))}{' ...' if len(steps) > 8 else ''}"
-    return [f"{len(steps)} of {sum('loss' in row for row in rows)} steps spike in loss or gradient: {some}"]
+    return [
+        f"{len(steps)} of {sum('loss' in row for row in rows)} steps spike in loss or gradient: {some}",
+        *falling(rows),
+    ]
 
 
 def falling(rows: Sequence[Document]) -> list[str]:
