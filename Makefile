@@ -31,7 +31,7 @@ test: $(INSTALLED_DEV)
 	$(PYTEST) -m "not slow"
 
 test-slow: $(INSTALLED_DEV)
-	$(BIN)/python -m pip install --quiet -e '.[harness,bench,clients,notebook]'
+	$(BIN)/python -m pip install --quiet -e '.[harness,bench,clients,notebook,browser]'
 	$(PYTEST) -m slow
 
 # The sets are in tests/version_sets.py. Each is tested, even if one before it fails.

@@ -261,8 +261,22 @@ def test_a_field_that_is_moved_is_in_the_recipe(client: TestClient, studio: Stud
     changed = client.patch("/api/recipes/rows.yaml", json=values).json()
     assert changed["values"]["lora"] == {"r": 8, "lora_alpha": 16}
     assert "within: 30m" in changed["text"] and "eval: data/test.csv" in changed["text"]
-    client.patch("/api/recipes/rows.yaml", json={"train.within": None, "data.eval": "5%"})
-    assert yaml.safe_load(path.read_text())["train"] == {}
+    client.patch("/api/recipes/rows.yaml", json={"train.within": None, "data.eval": "5%", "data.rows": 64})
+    written = yaml.safe_load(path.read_text())
+    assert written["train"] == {} and written["data"]["train"] == [{"path": "data/rows.csv", "limit": 64}]
+    client.patch("/api/recipes/rows.yaml", json={"data.rows": None})
+    assert yaml.safe_load(path.read_text())["data"]["train"] == "data/rows.csv"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[1, 2]", "model: [", "data: 3", "model: x\ndata: {train: data/rows.csv}\nlora: 3\n"]
+)
+def test_a_recipe_that_somebody_broke_is_told_in_words(client: TestClient, studio: Studio, text: str) -> None:
+    path = recipe(studio)
+    path.write_text(text)
+    for answer in (client.get("/api/recipes/rows.yaml"), client.patch("/api/recipes/rows.yaml", json={"data.rows": 3})):
+        assert answer.status_code == 422 and answer.json()["error"]["code"] == "RecipeError"
+    assert path.read_text() == text
 
 
 @pytest.mark.parametrize(

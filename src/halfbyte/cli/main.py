@@ -24,7 +24,6 @@ app = typer.Typer(
     cls=shared.Commands,
     help="Fine-tune a language model at half a byte per weight, on the machine you have.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},
 )

@@ -22,6 +22,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from halfbyte.errors import HalfbyteError
+from halfbyte.recipe.file import load_recipe
 from halfbyte.runs import listing
 from halfbyte.runs.folder import RunFolder
 from halfbyte.serving.http import pages
@@ -62,7 +63,9 @@ class Studio:
         return {**there, "names": there["runs"], "runs": runs, "jobs": self.jobs.listing()}
 
     def recipe(self, name: str) -> Document:
-        text = (self.workspace.folder / self.workspace.path("recipes", name)).read_text(encoding="utf-8")
+        path = self.workspace.folder / self.workspace.path("recipes", name)
+        load_recipe(path)  # tells in words what is wrong with it
+        text = path.read_text(encoding="utf-8")
         return {"values": yaml.safe_load(text), "text": text}
 
     def words(self, asked: Document, commands: Sequence[str]) -> list[str]:

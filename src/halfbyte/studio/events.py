@@ -61,6 +61,6 @@ async def events(
                 yield {name: value}
 
     for number in count():
-        for document in await asyncio.to_thread(lambda number=number: list(look(number))):
+        for document in await asyncio.to_thread(list, look(number)):
             yield {"data": json.dumps(files.finite(document))}
         await asyncio.sleep(LOOK_S)

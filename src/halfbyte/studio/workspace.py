@@ -24,11 +24,12 @@ from halfbyte.system import files
 from halfbyte.types import Document
 
 SUFFIXES = {"data": ROW_SUFFIXES, "recipes": frozenset({".yaml"}), "runs": None}
+ROWS = "data.rows"  # how many of the file: `limit` of its entry in data.train
 SETTABLE = frozenset({
-    "quant.type", "lora.r", "lora.lora_alpha", "lora.lora_dropout", "lora.target_modules", "data.eval", "data.fields",
-    "data.format", "data.mask", "data.max_length", "data.overlong", "train.gradient_accumulation_steps", "train.seed",
-    "train.learning_rate", "train.max_steps", "train.num_train_epochs", "train.per_device_train_batch_size",
-    "train.within",
+    ROWS, "quant.type", "lora.r", "lora.lora_alpha", "lora.lora_dropout", "lora.target_modules", "data.eval",
+    "data.fields", "data.format", "data.mask", "data.max_length", "data.overlong", "train.learning_rate", "train.seed",
+    "train.gradient_accumulation_steps", "train.max_steps", "train.num_train_epochs", "train.within",
+    "train.per_device_train_batch_size",
 })  # fmt: skip
 _NAME = re.compile(r"\w[\w.+@ -]{0,99}")
 _HELD_OUT = re.compile(r"None|none|auto|\d+|[\d.]+ ?%")
@@ -127,10 +128,14 @@ class Workspace:
         path = self.folder / self.path("recipes", name)
         if wrong := [field for field in values if field not in SETTABLE]:
             raise Refusal(400, f"{wrong[0][:80]} is not set here; edit {path}.", code="field")
+        load_recipe(path)  # as it is
         recipe, temporary = yaml.safe_load(path.read_text(encoding="utf-8")), path.with_name(f".{os.getpid()}.yaml")
         for field, value in values.items():
             section, _, key = field.partition(".")
             inner = recipe.setdefault(section, {})
+            if field == ROWS:
+                names = inner["train"][0]["path"] if isinstance(inner["train"], list) else inner["train"]
+                key, value = "train", names if value is None else [{"path": names, "limit": value}]
             inner.pop(key, None)
             if value is not None:
                 inner[key] = self.rows(value) if field == "data.eval" and not _HELD_OUT.fullmatch(str(value)) else value

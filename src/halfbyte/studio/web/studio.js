@@ -4,6 +4,7 @@ const powers = (low, high) => Array.from({ length: high - low + 1 }, (_, n) => 2
 const SETTINGS = [ // field, words, choices of a slider or a list; none: text
   ["lora.r", "rank of the adapter", powers(0, 8)],
   ["train.per_device_train_batch_size", "rows a step", powers(0, 6)],
+  ["data.rows", "how many of the rows; all", null],
   ["train.num_train_epochs", "passes over the rows", [0.25, 0.5, 1, 2, 3, 4, 5, 6, 8, 10]],
   ["data.max_length", "context: tokens of the longest row", powers(6, 15)],
   ["train.within", "or a time for all of it, such as 30m", null],
@@ -212,8 +213,10 @@ async function openRecipe(name) {
 
 function showRecipe(value) {
   const form = $("settings-of"), of = (field) => field.split(".").reduce((section, key) => (section || {})[key], value.values);
+  const train = of("data.train"), file = Array.isArray(train) ? train[0].path || train[0] : train;
+  value.values.data.rows = Array.isArray(train) ? train[0].limit : undefined;
   $("base").value = value.values.model || "";
-  options($("rows"), ["", ...now.data], "choose", String(of("data.train")).replace("data/", ""));
+  options($("rows"), ["", ...now.data], "choose", String(file).replace("data/", ""));
   for (const [field, words, choices] of SETTINGS) {
     const given = of(field), slides = choices && typeof choices[0] === "number";
     let input = form.elements[field];
