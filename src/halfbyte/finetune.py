@@ -24,7 +24,9 @@ from halfbyte.distributed.launch import launch_file
 from halfbyte.distributed.world import World
 from halfbyte.errors import TrainError
 from halfbyte.inference import evaluate, verify
+from halfbyte.layers import heads
 from halfbyte.layers.kernels.cpu import ahead
+from halfbyte.objectives.labels import Labels
 from halfbyte.objectives.objective import Objective
 from halfbyte.plan import calibrate, number_format
 from halfbyte.plan.estimate import format_note
@@ -257,6 +259,8 @@ def _save(setup: Setup, run: RunFolder, callback: RunCallback) -> int | None:
     def beside(folder: Path) -> None:
         if prepared.chatml is not None:
             prepared.tokenizer.save_pretrained(folder)
+        if isinstance(prepared.objective, Labels):
+            heads.write_config(folder, model.get_base_model(), prepared.objective.config, prepared.tokenizer)
         passport.write(folder, setup.trained, reporting.reached(rows, step))
 
     dtype = load.DTYPES[recipe.lora.save_dtype]

@@ -164,6 +164,7 @@ EACH: Change = {**EVAL, "train__eval_strategy": "steps", "train__eval_steps": 1}
 WORSE: Change = {**EACH, "train__early_stopping_threshold": 9}
 BOARD: Change = {"train__report_to": ["tensorboard"], "train__logging_steps": 3}
 PAIRS: Change = {"data__train": "BOTH", "data__format": "prompt_completion"}
+LABELS: Change = {"task": "classify", "data__train": "BOTH"}
 SHARED: Change = {"data__train": "BOTH", "data__format": "sharegpt"}
 NUMBERS: Change = {"data__eval": "FORMS", "eval__metrics": ["number"]}
 AUTO: Change = {"quant__compute_dtype": "auto"}
@@ -441,7 +442,10 @@ CASES: dict[str, tuple[Case, ...]] = {
         )
     },
     "data.fields.scores": (Case({"data__fields__scores": "other"}, first_loss, {**RANKED, "train__rpo_alpha": 1.0}),),
-    "data.fields.label": (Case({"data__fields__label": "other"}, first_loss, VERDICTS),),
+    "data.fields.label": (
+        Case({"data__fields__label": "other"}, first_loss, VERDICTS),
+        Case({"data__fields__label": "other_label"}, shapes, LABELS),
+    ),
     "data.max_length": (Case({"data__max_length": 19}, column("tokens"), {"data__overlong": "skip"}),),
     "data.mask": (Case({"data__mask": "all"}, column("labelled_tokens")),),
     "data.overlong": (
@@ -484,6 +488,12 @@ CASES: dict[str, tuple[Case, ...]] = {
     "eval.max_new_tokens": (Case({"eval__max_new_tokens": 1}, written, EVAL),),
     "eval.resamples": (Case({"eval__resamples": 100}, interval, EVAL),),
     "eval.seed": (Case({"eval__seed": 1}, interval, EVAL),),
+    "task": (
+        Case({"task": "classify"}, config("task_type"), {"data__train": "BOTH"}, want="SEQ_CLS"),
+        Case({"task": "tag"}, refused="labels of single tokens are not built"),
+    ),
+    "labels": (Case({"labels": ["a", "b", "c"]}, shapes, LABELS),),
+    "data.fields.text_pair": (Case({"data__fields__text_pair": "output"}, column("tokens"), LABELS),),
     "model": (Case({"model": "OTHER"}, first_loss),),
     "revision": (Case({"revision": "v1"}, refused="revision"),),
     "output": (Case({"output": "ELSEWHERE"}, lambda ran: ran.folder.name, want="elsewhere"),),
@@ -557,6 +567,7 @@ class Lab:
         row = {"prompt": "red " * (1 + i % 3), "completion": "cup", "other": "a longer text in its place"}
         row |= {"instruction": "red", "input": "cup", "output": "box", "text": "tree"}
         shared = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+        row |= {"label": "ab"[i % 2], "other_label": "abc"[i % 3]}
         row |= {"conversations": shared, "other_shared": shared * 3, "tools": [{"a": 1}], "other_tools": [{"bb": 22}]}
         return {**row, "messages": said("tree road"), "other_messages": said("small box of cups")}
 

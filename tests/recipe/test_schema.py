@@ -27,6 +27,8 @@ Load = Callable[..., Loaded]
 # A value other than the default for every leaf, and what else a recipe needs to hold it.
 OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "model": ("other", {}),
+    "task": ("classify", {}),
+    "labels": (["a", "b"], {"task": "classify"}),
     "revision": ("main", {"model": "org/name"}),
     "output": ("runs/other", {}),
     "allow_pickle": (True, {}),
@@ -66,7 +68,18 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "data.fields.messages": ("chat", {}),
     **{
         f"data.fields.{name}": ("mine", {})
-        for name in ("conversations", "role", "content", "instruction", "input", "output", "text", "system", "tools")
+        for name in (
+            "conversations",
+            "role",
+            "content",
+            "instruction",
+            "input",
+            "output",
+            "text",
+            "system",
+            "tools",
+            "text_pair",
+        )
     },
     "data.max_length": (2048, {}),
     "data.mask": ("all", {}),
@@ -292,7 +305,7 @@ def test_another_value_is_taken_and_survives_writing_and_reading(load: Load, fie
     before, after = dict(leaves(plain)), dict(leaves(changed.recipe))
     assert before[field] != after[field]
     assert changed.origins[field].kind == "recipe"
-    others = {"quant.compute_dtype"}
+    others = {"quant.compute_dtype", "data.format"} if field == "task" else {"quant.compute_dtype"}
     if field == "train.method":  # it says how rows are read, and its own fields have values
         others = {"data.format", "data.mask", "lora.lora_dropout", "train.learning_rate"}
         others |= {f"train.{name}" for name in METHODS["dpo"]}
@@ -427,8 +440,8 @@ def test_a_mistake_is_told_word_for_word(load: Load, text: str, message: str) ->
 WHOLE_FILES: list[tuple[str | bytes, str]] = [
     ("", "r.yaml is empty."),
     ("# only a comment\n", "r.yaml is empty."),
-    ("- model: m\n", "r.yaml holds a list; a recipe is a mapping with the keys model, revision, quant, lora, data, train, eval, output, allow_pickle, trust_remote_code."),
-    ("model\n", "r.yaml holds a single value; a recipe is a mapping with the keys model, revision, quant, lora, data, train, eval, output, allow_pickle, trust_remote_code."),
+    ("- model: m\n", "r.yaml holds a list; a recipe is a mapping with the keys model, revision, task, labels, quant, lora, data, train, eval, output, allow_pickle, trust_remote_code."),
+    ("model\n", "r.yaml holds a single value; a recipe is a mapping with the keys model, revision, task, labels, quant, lora, data, train, eval, output, allow_pickle, trust_remote_code."),
     ("model: m\n\tdata: x\n", "r.yaml: line 2, column 1: not YAML: found character '\\t' that cannot start any token."),
     ("model: [m\n", "r.yaml: line 2, column 1: not YAML: expected ',' or ']', but got '<stream end>'."),
     ("model: m\n---\nmodel: n\n", "r.yaml: line 2, column 1: not YAML: but found another document."),
@@ -459,7 +472,7 @@ SETS: list[tuple[str, str]] = [
     ("=3", "--set =3: must be FIELD=VALUE, such as lora.r=32"),
     ("model.x=3", "--set model.x=3: model.x is inside a value that is not a section"),
     ("output=", "--set output must be text, got null"),
-    ("nonsense=1", "--set nonsense is not a field; a recipe has model, revision, quant, lora, data, train, eval, output, allow_pickle, trust_remote_code"),
+    ("nonsense=1", "--set nonsense is not a field; a recipe has model, revision, task, labels, quant, lora, data, train, eval, output, allow_pickle, trust_remote_code"),
     ("train.optim=[", "--set train.optim must be one of adamw_torch, adamw_torch_fused, adafactor, sgd, adagrad, rmsprop, adamw_bnb_8bit, adamw_8bit, paged_adamw_32bit, paged_adamw_8bit, lion_32bit, lion_8bit, paged_lion_32bit, paged_lion_8bit, ademamix, ademamix_8bit, rmsprop_bnb, rmsprop_bnb_8bit, rmsprop_bnb_32bit, got '['"),
 ]  # fmt: skip
 

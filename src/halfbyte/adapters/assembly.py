@@ -11,11 +11,12 @@ from types import MappingProxyType
 
 from halfbyte.adapters import first_step, lora
 from halfbyte.base import load, residual
-from halfbyte.layers import fuse, loss
+from halfbyte.layers import fuse, heads, loss
 from halfbyte.layers.kernels.cpu.integer import products as integer
 from halfbyte.models import structure
 from halfbyte.proofs.dequantising import DequantProof, prove_dequantised
 from halfbyte.proofs.fusing import FusedProof, prove_fused
+from halfbyte.proofs.heads import prove_pooling
 from halfbyte.proofs.packing import PackingProof, prove_packing
 from halfbyte.recipe.schema import Recipe
 from halfbyte.types import Model
@@ -79,6 +80,8 @@ def assemble(
     with structure.shallow(model) as layers:
         packed = prove_packing(model, recipe.data.max_length, alone=alone)
         loss.head_of(model)  # seen here, on few layers
+        if heads.head_of(model) is not None:
+            note("head", prove_pooling(model, packed=packed.ok))
     fused, engine = _fused(model, recipe, packed=packed.ok)
     return AdaptedBase(base, model, dequantised, packed, fused, engine, layers, own_biases)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
@@ -30,6 +30,7 @@ from halfbyte.adapters.targets import (  # isort: skip
     Targets, matched, matched_stacks, remark_on_experts, resolve_targets, without_match,
 )  # fmt: skip
 from halfbyte.errors import AdapterError, first_line
+from halfbyte.layers import heads
 from halfbyte.models.lora_sites import leaf_of
 from halfbyte.quant.stack import ExpertStack
 from halfbyte.recipe.adapter import ADAPTER_FILES, read_config
@@ -188,6 +189,8 @@ def writer(
     config = copy(adapted.peft_config[adapted.active_adapter])
     config.base_model_name_or_path, config.revision = base_id, revision
     config.inference_mode = True
+    if heads.head_of(adapted) is not None:
+        config.task_type = "SEQ_CLS"
     if isinstance(config.target_modules, set):  # its order changes from process to process
         config.target_modules = sorted(config.target_modules)
     saved = get_peft_model_state_dict(adapted, save_embedding_layers=False)
@@ -211,7 +214,11 @@ def load(model: Model, folder: Path, *, trainable: bool = False) -> Model:
     fit: names tensors whose shape differs or that the base has no place for."""
 
     def put() -> Model:
-        return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+        how: Document = {}
+        if heads.head_of(model) is not None:
+            how["config"] = PeftConfig.from_pretrained(str(folder))
+            how["config"].task_type = "CAUSAL_LM"  # what the model under the head is
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, **how)
 
     adapted = _fitting(folder, put)
     if not trainable:

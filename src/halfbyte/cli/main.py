@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from halfbyte.cli import begin, conversation, progress, reports, scores, ship, show, show_plan, studio, train
+from halfbyte.cli import begin, conversation, labels, progress, reports, scores, ship, show, show_plan, studio, train
 from halfbyte.cli import options as shared
 from halfbyte.cli.store import stores
 from halfbyte.errors import HalfbyteError, RecipeError, typed
@@ -37,6 +37,7 @@ for page in (reports.report, reports.compare, reports.runs):
     app.command()(page)
 app.command(name="eval")(scores.evaluate)
 app.command(name="studio")(studio.serve_studio)
+app.command()(labels.predict)
 app.command()(begin.init)
 app.command(name="import")(begin.import_config)
 

@@ -70,12 +70,13 @@ def speaker(
     prove: bool,
     base: bool = False,
     asks: tuple[list[list[dict[str, str]]], int] = ([], 0),
+    tasks: tuple[str, ...] = ("causal_lm",),
 ) -> Speaker:
     """What answers of a run, an adapter or a base. That there is none is said before a library is loaded. `asks`:
     conversations, and the tokens of an answer; too long ones are refused before the base is opened."""
     from halfbyte.inference import target
 
-    subject = target.find(run, overrides)
+    subject = target.find(run, overrides, tasks)
     from halfbyte.inference import speaker as speakers
 
     def opens() -> Opened:
@@ -92,6 +93,8 @@ def speaker(
     return answers
 
 
-def open_run(run: Path, overrides: list[str], *, silent: bool, force: bool) -> Opened:
+def open_run(
+    run: Path, overrides: list[str], *, silent: bool, force: bool, tasks: tuple[str, ...] = ("causal_lm",)
+) -> Opened:
     """A run, an adapter or a base, ready to be scored."""
-    return speaker(run, overrides, silent=silent, force=force, prove=True).opened
+    return speaker(run, overrides, silent=silent, force=force, prove=True, tasks=tasks).opened

@@ -10,15 +10,16 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from halfbyte.cli import progress, show
+from halfbyte.cli import labels, progress, show
 from halfbyte.cli.options import Force, Json, Run, Set, open_run
 from halfbyte.cli.show import field, out, text, visible
 from halfbyte.scoring.intervals import CONFIDENCE
 from halfbyte.system.words import duration
 
 if TYPE_CHECKING:
+    from halfbyte.inference.load import Opened
     from halfbyte.inference.quality import Report
-    from halfbyte.scoring.sheet import Score, Sheet, Value
+    from halfbyte.scoring.sheet import EvalOptions, Score, Sheet, Value
     from halfbyte.types import Document
 
 _LOSSES = ("loss", "perplexity", "base_text_loss")
@@ -52,11 +53,12 @@ def evaluate(
 ) -> None:
     """Loss, perplexity and what answers are worth, on held-out rows; with --base beside base and source model."""
     from halfbyte.inference import target
+    from halfbyte.recipe.task import TASKS
     from halfbyte.runs.folder import check_writable
     from halfbyte.scoring import sheet
 
     overrides = [*set_, *([f"eval.max_new_tokens={max_new_tokens}"] if max_new_tokens is not None else [])]
-    subject = target.find(run, overrides)
+    subject = target.find(run, overrides, TASKS if not (task or metric or max_new_tokens) else ("causal_lm",))
     folder = to or (sheet.folder_of(run, None if task else data) if subject.run is not None else None)
     if folder is not None:
         check_writable(folder, "name another one: --out DIR")
@@ -69,20 +71,34 @@ def evaluate(
             results = harness.run(ready, task, task_path, limit=limit, with_base=base, progress=tell)
         sheet.write_harness(results, folder)
         show.document(results) if json_ else tasks(results)
-        return
+        return None
     target.held_out(subject.recipe, run, data)
     wanted = sheet.EvalOptions.of(subject.recipe.eval, metric, limit=limit, with_base=base, sure=sure)
-    ready = open_run(run, overrides, silent=json_, force=force)
+    ready = open_run(run, overrides, silent=json_, force=force, tasks=TASKS)
+    if subject.recipe.task != "causal_lm":
+        return _score_task(ready, wanted, data, folder, json_=json_)
     from halfbyte.inference import evaluate as scoring
 
     with progress.scoring(silent=json_) as tell:
         scored = scoring.evaluate(ready, wanted, data=data, progress=tell)
     if folder is not None:
         _keep(scored, folder, run if subject.run is not None else None)
-    if json_:
-        show.document({**scored.to_json(), "folder": None if folder is None else str(folder)})
-    else:
-        table(scored, samples, folder)
+    show.document(scored.to_json() | {"folder": folder and str(folder)}) if json_ else table(scored, samples, folder)
+    return None
+
+
+def _score_task(ready: Opened, wanted: EvalOptions, data: Path | None, folder: Path | None, *, json_: bool) -> None:
+    """The same of a run with a head."""
+    from halfbyte.inference import labels as scoring
+    from halfbyte.scoring import sheet
+    from halfbyte.system import files
+
+    with progress.scoring(silent=json_) as tell:
+        scored = scoring.score(ready, wanted, data=data, progress=tell)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write(folder / sheet.SCORES, files.as_json(scored))
+    show.document(scored) if json_ else labels.table(scored, folder)
 
 
 def _keep(scored: Sheet, folder: Path, run: Path | None) -> None:

@@ -99,6 +99,15 @@ def collate_tree(examples: Sequence[Example]) -> Batch:
     }
 
 
+def collate_texts(examples: Sequence[Example]) -> Batch:
+    """The batch of texts that are read whole: `keep` is each one's last token (`starts` of an example say where its
+    texts begin); `targets` are zeros, (n,)."""
+    batch = collate(examples)
+    batch["keep"] = batch["cu_seq_lens_q"][1:].long() - 1
+    batch["targets"] = torch.zeros_like(batch["keep"])
+    return batch
+
+
 @dataclass(frozen=True)
 class Batches:
     """The batches of a step's micro-batches, or of an evaluation's (`pack.eval_micro_batches`), one after another."""

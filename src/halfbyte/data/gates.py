@@ -68,6 +68,9 @@ def check(
         verdicts |= pairs.verdicts(train.examples, held_out.examples if held_out is not None else None)
     if thoughts := _thoughts(train):
         verdicts["thoughts"] = thoughts
+    if data.format == "labels":  # no answer is written
+        for gate in ("labels", "end token", "empty answers"):
+            del verdicts[gate]
     return tuple(Finding(gate, *verdict) for gate, verdict in verdicts.items())
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from halfbyte.data import base_text, blocks, collate, split
 from halfbyte.data.encoding import encode
+from halfbyte.data.encoding.encoder import EncodedRows
 from halfbyte.data.encoding.examples import IGNORED, Example
 from halfbyte.errors import DataError
 from halfbyte.inference import batch, choices, target
@@ -56,7 +57,8 @@ def evaluate(
     the model cannot read, or a metric that has nothing to compare with in them."""
     began = time.monotonic()
     options = options or sheet.EvalOptions.of(opened.recipe.eval)
-    settings, (examples, source) = options.settings, _rows(opened, data, options.limit)
+    settings, (encoded, source) = options.settings, rows_to_score(opened, data)
+    examples = encoded.examples[: options.limit]
     names = options.names
     if names is None:
         answers = opened.recipe.train.method == "sft" and any(e.completion for e in examples)
@@ -166,7 +168,7 @@ def answer_scores(run: PlannedRun, model: Model, tokens: int) -> Callable[[], di
     return scores
 
 
-def _rows(opened: Opened, data: Path | None, limit: int | None) -> tuple[list[Example], str]:
+def rows_to_score(opened: Opened, data: Path | None) -> tuple[EncodedRows, str]:
     """The rows to score, and what they are called."""
     recipe = opened.recipe
     names = target.held_out(recipe, opened.run, data)
@@ -181,7 +183,7 @@ def _rows(opened: Opened, data: Path | None, limit: int | None) -> tuple[list[Ex
         encoded = blocks.stream(encoded, recipe.data.max_length)
     if not len(encoded.examples):
         raise DataError(f"{source} has no rows to score.")
-    return encoded.examples[:limit], source
+    return encoded, source
 
 
 @dataclass(frozen=True)

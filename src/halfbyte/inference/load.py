@@ -18,11 +18,14 @@ from halfbyte.base.store import supply
 from halfbyte.base.tokenizer import check_vocabulary, open_tokenizer
 from halfbyte.data.encoding.chatml import chat_template
 from halfbyte.inference import target
+from halfbyte.layers import heads
 from halfbyte.models.context import Context, context_of
 from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.sources.lookup import find_model
+from halfbyte.objectives.labels import Labels
 from halfbyte.plan import GENERATED_TOKENS, InferencePlan, Job, Rows, RunChoices, plan_inference
 from halfbyte.recipe.schema import Recipe
+from halfbyte.recipe.task import CAUSAL_LM, TASKS
 from halfbyte.system import device, threads
 from halfbyte.types import Model, Tokenizer
 
@@ -73,7 +76,7 @@ def open_run(
     Raises:
         AdapterError: it belongs to another; names both sides.
     """
-    return open_target(target.find(path, overrides), tell, force=force)
+    return open_target(target.find(path, overrides, TASKS), tell, force=force)
 
 
 def open_target(
@@ -102,6 +105,8 @@ def open_target(
         for text in check_belongs(one, base, words, force=force):
             (tell or supply.Tell()).say(text, label="note")
     trained = RunChoices.from_json(json.loads(run.plan.read_text())) if run is not None and run.plan.is_file() else None
+    if recipe.task != CAUSAL_LM and subject.adapter is not None:
+        heads.attach(base.model, Labels.at(subject.adapter).width, seed=recipe.train.seed)
     longest = (trained.max_tokens_per_micro_batch if trained else GENERATED_TOKENS,)
     rows = Rows(longest, evaluated=longest)
     job = Job.of_checkpoint(recipe, checkpoint, base.model, rows, machine)

@@ -1,18 +1,19 @@
 """What `eval`, `generate` and `chat` are given: a run, an adapter alone, or a base alone. No torch."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from halfbyte.data.reading import read
-from halfbyte.errors import AdapterError, DataError, SourceError, typed
+from halfbyte.errors import AdapterError, DataError, RunError, SourceError, typed
 from halfbyte.models.sources import hub, pypi
 from halfbyte.plan import number_format
-from halfbyte.recipe.adapter import ADAPTER_FILES, read_config, read_passport
+from halfbyte.recipe.adapter import ADAPTER_FILES, HEAD, read_config, read_passport
 from halfbyte.recipe.command import to_use, to_use_alone
 from halfbyte.recipe.data import Sources
 from halfbyte.recipe.schema import Lora, Recipe
+from halfbyte.recipe.task import CAUSAL_LM, CLASSIFY
 from halfbyte.runs.folder import RunFolder
 
 
@@ -26,9 +27,18 @@ class Target:
     run: RunFolder | None = None
 
 
-def find(path: Path, overrides: Sequence[str] = ()) -> Target:
+def find(path: Path, overrides: Sequence[str] = (), tasks: Collection[str] = (CAUSAL_LM,)) -> Target:
     """What a name stands for: a run folder, a PEFT folder, or a model that is on this machine. Raises RunError: it is
-    none of them. RecipeError: a value is set that must stay. AdapterError: it names no base."""
+    none of them, or none of these `tasks`. RecipeError: a value is set that must stay. AdapterError: it names no
+    base."""
+    subject = _find(path, overrides)
+    if (task := subject.recipe.task) not in tasks:
+        use = "halfbyte generate" if task == CAUSAL_LM else "halfbyte predict"
+        raise RunError(f"{path} is of task {task}, which this is not for.", fix=f"{use} {typed(path)}")
+    return subject
+
+
+def _find(path: Path, overrides: Sequence[str]) -> Target:
     if not (path / "recipe.yaml").is_file():
         if (path / ADAPTER_FILES[1]).is_file():
             return _adapter(path, overrides)
@@ -62,6 +72,8 @@ def _adapter(path: Path, overrides: Sequence[str]) -> Target:
         values = {f"quant.{name}": value for name, value in trained["quant"].items()}
         values |= {"data.chat_template": trained["chat_template"]} if trained["chat_template"] else {}
         named += [f"{name}={json.dumps(value)}" for name, value in values.items()]
+    if config.get("task_type") == "SEQ_CLS" and (path / HEAD).is_dir():
+        named += [f"task={CLASSIFY}"]
     recipe = number_format.settle(to_use_alone(str(base), overrides, named)).recipe
     lora = Lora.model_validate({name: config[name] for name in ("r", "bias", "use_dora") if name in config})
     return Target(path, recipe.model_copy(update={"lora": lora}), path)

@@ -58,7 +58,7 @@ def micro_batch_loss(model: Model, batch: Batch, *, label_smoothing: float = 0.0
     """
     head, counts = head_of(model) if fused else None, batch.get("counts")
     if head is not None:
-        return head_loss(*_labelled_hidden(model, batch), head, smoothing=label_smoothing, counts=counts)
+        return head_loss(*labelled_hidden(model, batch), head, smoothing=label_smoothing, counts=counts)
     logits, targets = labelled_logits(model, batch)
     losses = F.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=label_smoothing)
     return losses.sum() if counts is None else (losses * counts.to(losses.device)).sum()
@@ -70,7 +70,7 @@ def label_losses(model: Model, batch: Batch) -> Tensor:
     """
     head = head_of(model)
     if head is not None and not any(x is not None and x.requires_grad for x in (head.weight, head.bias, head.values)):
-        return head_loss(*_labelled_hidden(model, batch), head, each=True)
+        return head_loss(*labelled_hidden(model, batch), head, each=True)
     logits, targets = labelled_logits(model, batch)
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
@@ -79,7 +79,7 @@ def text_losses(model: Model, batch: Batch) -> list[float]:
     """Summed cross-entropy of each text of a micro-batch, without gradients, as `micro_batch_loss` sums over all."""
     head = head_of(model)
     with torch.no_grad():
-        states, targets = labelled_logits(model, batch) if head is None else _labelled_hidden(model, batch)
+        states, targets = labelled_logits(model, batch) if head is None else labelled_hidden(model, batch)
         texts = [(states[labels], targets[labels]) for labels in labels_of_texts(batch)]
         if head is not None:
             return [float(head_loss(hidden, labels, head)) for hidden, labels in texts]
@@ -120,7 +120,7 @@ def labelled_logits(model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
     return logits, targets.to(logits.device)
 
 
-def _labelled_hidden(model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
+def labelled_hidden(model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
     """The hidden states (K, D) that predict the labelled tokens, and the labels (K,)."""
     inputs, keep, targets = _inputs(model, batch)
     with torch.autocast(keep.device.type, enabled=False):

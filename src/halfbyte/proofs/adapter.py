@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 
+from halfbyte.data import collate
 from halfbyte.data.encoding.examples import IGNORED, Example
 from halfbyte.errors import RunError
-from halfbyte.layers import packing
+from halfbyte.layers import heads, packing
 from halfbyte.layers.loss import keeps_some
 from halfbyte.models import structure
 from halfbyte.system import files
@@ -54,7 +55,7 @@ def keep_logits(
     """Write what an adapter says of the first rows to a JSON file. `alone`: in which the model is the base without its
     adapter. `saved`: the dtype of the adapter's file."""
     samples: list[Document] = []
-    chosen = [row for row in rows[: 4 * ROWS] if any(label != IGNORED for label in row.labels)][:ROWS]
+    chosen = [row for row in rows[: 4 * ROWS] if any(label != IGNORED for label in row.labels[1:])][:ROWS]
     for row in chosen:
         first = next(i for i, label in enumerate(row.labels) if label != IGNORED)
         part = slice(max(0, first - REACH), first + REACH)
@@ -62,8 +63,10 @@ def keep_logits(
         positions = [i - 1 for i, label in enumerate(labels) if label != IGNORED]
         positions = positions[:: -(-len(positions) // TOKENS)]
         logits = logits_at(model, ids, positions)
-        following = torch.tensor([[ids[i + 1]] for i in positions], device=logits.device)
-        tokens = torch.cat([following, logits.topk(min(LIKELIEST, logits.shape[1])).indices], 1)
+        tokens = logits.topk(min(LIKELIEST, logits.shape[1])).indices
+        if heads.head_of(model) is None:  # a head's scores are not of tokens
+            following = torch.tensor([[ids[i + 1]] for i in positions], device=logits.device)
+            tokens = torch.cat([following, tokens], 1)
         samples.append(
             {
                 "where": row.where, "ids": ids, "at": positions, "tokens": tokens.tolist(),
@@ -103,13 +106,17 @@ def _largest_difference(model: Model, samples: Sequence[Document]) -> float:
 
 
 def logits_at(model: Model, ids: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
-    """(positions, vocabulary) fp32, of one row in evaluation."""
+    """(positions, vocabulary) fp32, of one row in evaluation; of a model with a head its scores of the row up to each
+    position: (positions, labels)."""
     was_training = model.training
     model.eval()
     at = torch.tensor(list(positions), device=model.device)
     options = {"use_cache": False} if packing.takes_use_cache(structure.causal_lm(model)) else {}
     try:
         with torch.no_grad():
+            if heads.head_of(model) is not None:
+                rows = (Example(tuple(ids[: p + 1]), (IGNORED,) * (p + 1), "", (), "") for p in positions)
+                return torch.cat([heads.scores(model, collate.collate_texts([row])) for row in rows])
             row = torch.tensor([list(ids)], device=model.device)
             if keeps_some(model):
                 return model(input_ids=row, logits_to_keep=at, **options).logits[0].float()

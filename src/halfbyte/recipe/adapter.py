@@ -18,6 +18,7 @@ from halfbyte.types import Document
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 PASSPORT, PASSPORT_FORMAT = "halfbyte.json", 1
+HEAD = "head"  # the folder beside the adapter that holds the config of its head
 MOST_BYTES, MOST_RANK = 5_000_000, 16_384
 MOST_PATTERN, MOST_REPEATS = 10_000, 4
 # Fields that a new run chooses for itself.

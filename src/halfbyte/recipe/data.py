@@ -55,7 +55,9 @@ def is_name_or_list(value: object) -> bool:
 
 
 Int = Annotated[int, must("a number", lambda v: not isinstance(v, bool))]
-Format = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text", "preference", "unpaired_preference"]
+Format = Literal[
+    "messages", "sharegpt", "alpaca", "prompt_completion", "text", "preference", "unpaired_preference", "labels"
+]  # fmt: skip
 Mask = Literal["completion", "assistant", "all"]
 _LIKE = "rows: files, a glob, a hub: dataset, or a list of them; 5% or a number of the training rows; none; or auto"
 _SPLIT = re.compile(r"(?P<count>[1-9]\d*)|(?P<percent>\d+(\.\d+)?)\s*%|(?P<share>0?\.\d+)")
@@ -98,9 +100,10 @@ class Fields(Section):
     tools: str = field("tools", "the tools that a conversation may call, or their JSON", min_length=1)
     chosen: str = field("chosen", "of two answers the better one", min_length=1)
     rejected: str = field("rejected", "of two answers the worse one", min_length=1)
-    label: str = field("label", "whether an answer is a good one: true or false", min_length=1)
+    label: str = field("label", "a text's label, labels or number; kto: whether an answer is good (true)", min_length=1)
     answers: str = field("answers", "several answers, the best first or each with one of the scores", min_length=1)
     scores: str = field("scores", "what each of several answers is worth", min_length=1)
+    text_pair: str = field("text_pair", "of task classify or regress, a second text; may be absent", min_length=1)
 
 
 class DataEntry(Section):

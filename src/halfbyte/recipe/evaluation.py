@@ -49,6 +49,9 @@ def _choices(value: object) -> object:
     return value
 
 
+Choices = Annotated[tuple[str, ...] | None, BeforeValidator(_choices)]
+
+
 class Eval(Section):
     """What answers are scored by, in `halfbyte eval` and, where `metrics` names any, while training."""
 
@@ -60,9 +63,7 @@ class Eval(Section):
         None, "regex: a regular expression; its first group counts, or all that it matches, at its first match"
     )
     json_fields: Names | None = field(None, "json_fields: only these, such as [name, date]; null: all of the expected")
-    choices: Annotated[tuple[str, ...] | None, BeforeValidator(_choices)] = field(
-        None, "choice: the answers to choose from; null: those that the rows expect"
-    )
+    choices: Choices = field(None, "choice: the answers to choose from; null: those that the rows expect")
     max_new_tokens: Count = field(256, "the longest answer, in tokens")
     rows: Count | None = field(None, "held-out rows that are answered in an evaluation of a training; null: all")
     resamples: Annotated[Int, Field(ge=100)] = field(2000, "resamples of the rows, of an interval of losses (95%)")

@@ -19,8 +19,9 @@ from halfbyte.recipe.data import DataEntry
 from halfbyte.recipe.fields import shown
 from halfbyte.recipe.messages import Problem, field_of, fields_in, first_of_each, sentences, unusual
 from halfbyte.recipe.number_formats import AUTO, UNSET
-from halfbyte.recipe.schema import SECTIONS, Loaded, Origin, Recipe, is_path, leaves
+from halfbyte.recipe.schema import SECTIONS, Loaded, Origin, Recipe, leaves
 from halfbyte.recipe.start import StartValue
+from halfbyte.recipe.values import is_path
 from halfbyte.system import files
 from halfbyte.types import Document
 

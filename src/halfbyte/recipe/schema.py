@@ -7,7 +7,6 @@ Source: names under `lora:` are those of peft.LoraConfig, under `train:` those o
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,13 +16,14 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_va
 from pydantic_core import PydanticCustomError
 
 from halfbyte.recipe import fields, method, number_formats
+from halfbyte.recipe import task as tasks
 from halfbyte.recipe.data import Data, Fields, Int, Section, field, must
-from halfbyte.recipe.evaluation import LOSSES, METRICS, Eval
+from halfbyte.recipe.evaluation import LOSSES, METRICS, Choices, Eval
 from halfbyte.system.words import seconds_of
 
 from halfbyte.recipe.values import (  # isort: skip
     Bool, Count, Float, Index, Modules, ModulesOrNone, Names, NamesOrNone, NamesOrText, OffIsNo, Seed, Steps, assigns,
-    init, integrations, is_span, one_of, settings,
+    init, integrations, is_path, is_span, one_of, settings,
 )  # fmt: skip
 
 
@@ -287,11 +287,13 @@ class Train(method.MethodFields):
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
 
-class Recipe(Section):
+class Recipe(tasks.FormatOfTask):
     """Everything a run depends on."""
 
     model: str = field(..., "hub id[@revision], local folder, .gguf file, or a packaged name", min_length=1)
     revision: str | None = field(None, "branch, tag or commit of a hub id; the same as model: id@revision")
+    task: tasks.Task = field(tasks.CAUSAL_LM, "what the model becomes: causal_lm (it writes), classify or regress")
+    labels: Choices = field(None, "task classify: all labels, in order; null: those of the training rows, sorted")
     quant: Quant = field(Quant(), "how the frozen base is kept")
     lora: Lora = field(Lora(), "the adapters, as peft.LoraConfig names them")
     data: Data = field(..., "what is trained on")
@@ -306,7 +308,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _together(self) -> Recipe:
         problems = [*_in_source(self), *in_quant(self.quant), *_in_lora(self), *_in_train(self), *self.data.problems()]
-        problems += method.problems(self.train, self.data)
+        problems += [*method.problems(self.train, self.data), *tasks.problems(self.model_dump(exclude_defaults=True))]
         if problems:
             raise PydanticCustomError("together", "values that exclude each other", {"problems": problems})
         return self
@@ -420,10 +422,6 @@ def _unread(name: str, owner: str, takes: tuple[str, ...], given: set[str]) -> I
         yield f"train.{name}: train.{owner} takes {', '.join(takes) or 'nothing'}, got {unknown}"
 
 
-def is_path(model: str) -> bool:
-    return os.path.exists(os.path.expanduser(model))  # False, not an error, for a name that no path can have
-
-
 class Loaded(NamedTuple):
     """A recipe with the origin of every leaf value (by dotted path), and what is allowed but unusual."""
 
@@ -434,8 +432,7 @@ class Loaded(NamedTuple):
 
 
 SECTIONS: dict[str, type[Section]] = {
-    "": Recipe, "quant": Quant, "lora": Lora, "data": Data, "data.fields": Fields, "train": Train,
-    "eval": Eval,
+    "": Recipe, "quant": Quant, "lora": Lora, "data": Data, "data.fields": Fields, "train": Train, "eval": Eval,
 }  # fmt: skip
 
 

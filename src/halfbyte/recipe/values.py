@@ -1,6 +1,7 @@
 """Kinds of values that a recipe's fields take, each with its refusal in words of ours. No torch; pydantic."""
 
 import importlib.util
+import os
 import re
 from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
@@ -23,6 +24,10 @@ def regex(value: object) -> object:
         except re.error as error:
             raise ValueError(f"must be a list of names or a regular expression ({error})") from None
     return value
+
+
+def is_path(model: str) -> bool:
+    return os.path.exists(os.path.expanduser(model))  # False, not an error, for a name that no path can have
 
 
 def is_span(value: object) -> bool:

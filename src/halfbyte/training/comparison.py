@@ -125,8 +125,9 @@ def compare(
     chosen = np.array(first, np.int64)
     batches = eval_batches(prepared, rows, *limits, rank=world.rank, ranks=world.size, chosen=chosen)
     context = json.dumps([repr(prepared.objective), str(products), versions()])
-    referenced = prepared.recipe.train.referenced  # what a base loses then depends on the run's reference
-    kept = None if store is None or referenced else store / KEPT
+    # what a base loses depends on the run: on its reference, or on the start of its head
+    known = prepared.objective.name == CAUSAL_LM and not prepared.recipe.train.referenced
+    kept = store / KEPT if store is not None and known else None
     text = _on_base_text(prepared, steps, plan, world, limits, kept)
     if isinstance(text, Comparison):
         text.context = context
@@ -215,7 +216,7 @@ def verdict_s(prepared: Prepared, plan: Plan, machine: Device) -> float:
 def _source_s(prepared: Prepared, plan: Plan, machine: Device, tokens: int) -> float:
     """Seconds to measure the source on rows of so many tokens; 0 where it is the base, or where a run has no room."""
     recipe, checkpoint = prepared.recipe, prepared.checkpoint
-    if not recipe.quant.quantises or recipe.quant.in_file or checkpoint.pickle:
+    if not recipe.quant.quantises or recipe.quant.in_file or checkpoint.pickle or recipe.task != CAUSAL_LM:
         return 0.0
     if tensors.is_quantised(tensors.read_config(checkpoint.path)):
         return 0.0

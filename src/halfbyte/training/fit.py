@@ -19,8 +19,9 @@ from halfbyte.base.load import Base
 from halfbyte.data import collate, pack
 from halfbyte.distributed import shard
 from halfbyte.errors import RunError
-from halfbyte.layers import packing
+from halfbyte.layers import heads, packing
 from halfbyte.models.structure import meta_model
+from halfbyte.objectives.labels import Labels
 from halfbyte.objectives.objective import Objective
 from halfbyte.plan import Job, Plan, calibrate, choose, memory
 from halfbyte.plan.result import POOL_RESERVE, RESERVE, Recompute
@@ -98,6 +99,10 @@ def with_plan(
     for finding in prepared.findings:
         tell.note("data", finding.line)
     meta = meta_model(prepared.config, trust_remote_code=recipe.trust_remote_code)
+    if isinstance(prepared.objective, Labels):
+        name = heads.attach(meta, prepared.objective.width, seed=0)
+        recipe = recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"modules_to_save": (name,)})})
+        prepared = replace(prepared, recipe=recipe)
     targets, modules = lora.choose_targets(meta, recipe.lora)
     job_for = partial(job_of, machine=machine, model=meta, targets=targets.names, ranks=ranks, done=done)
     prepared, job = settle(prepared, machine, job_for)

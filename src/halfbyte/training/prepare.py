@@ -28,8 +28,10 @@ from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.sources.lookup import find_model
 from halfbyte.models.tensors import is_embedding
 from halfbyte.objectives import preference
+from halfbyte.objectives.labels import Labels
 from halfbyte.objectives.objective import Objective
 from halfbyte.recipe.schema import Recipe
+from halfbyte.recipe.task import CAUSAL_LM
 from halfbyte.scoring import metrics
 from halfbyte.system import device
 from halfbyte.training import preflight
@@ -101,9 +103,10 @@ def look(recipe: Recipe, objective: Objective | None = None) -> Prepared:
         tied = bool(getattr(text, "tie_word_embeddings", False))
         settled = chatml.install(tokenizer, data, embedding_rows=rows, tied=tied)
         recipe = with_trained(recipe, settled.new_tokens)
-    train = encode.encode(data.train, tokenizer, data, cores=cores)
-    train = split.told_apart(train, data.train, recipe.train.order_seed)
-    train, evaluation, held_out = _held_out(recipe, train, tokenizer)
+    every = encode.encode(data.train, tokenizer, data, cores=cores)
+    every = split.told_apart(every, data.train, recipe.train.order_seed)
+    train, evaluation, held_out = _held_out(recipe, every, tokenizer)
+    objective = objective or _objective(recipe, every, evaluation)
     of = train.sources
     mixture = of and Mixture.of(data.sources, of.of_row, recipe.train.rows_per_step)
     trained = frozenset(recipe.lora.trainable_token_indices or (settled.new_tokens if settled else ()))
@@ -114,7 +117,6 @@ def look(recipe: Recipe, objective: Objective | None = None) -> Prepared:
     if data.packing == "stream":
         train = blocks.stream(train, data.max_length)
         evaluation = blocks.stream(evaluation, data.max_length) if evaluation is not None else None
-    objective = objective or preference.of(recipe.train)
     shares = not why_not_shared(recipe, objective)
     if shares and train.examples.seconds() is not None:
         train, evaluation = (rows and _together(rows) for rows in (train, evaluation))
@@ -127,6 +129,13 @@ def look(recipe: Recipe, objective: Objective | None = None) -> Prepared:
 def _together(rows: EncodedRows) -> EncodedRows:
     """Rows of several texts that share their beginnings."""
     return replace(rows, shared=np.array([prefixes.worth(n) for n in rows.examples.alike().tolist()], np.int64))
+
+
+def _objective(recipe: Recipe, train: EncodedRows, evaluation: EncodedRows | None) -> Objective:
+    """By the task; a DataError where rows lack what it reads. `train`: those that are held out of them included."""
+    if recipe.task == CAUSAL_LM:
+        return preference.of(recipe.train)
+    return Labels.of(recipe, train, evaluation)
 
 
 def why_not_shared(recipe: Recipe, objective: Objective) -> str:
@@ -219,6 +228,8 @@ def fingerprints(prepared: Prepared) -> Document:
         if encoded is None:
             return None
         columns = [encoded.examples.digests(), encoded.lengths, encoded.labelled]
+        if prepared.recipe.task != CAUSAL_LM:  # what a text is labelled with is none of its tokens
+            columns.append(np.array([text for text, _ in encoded.examples.completions()]))
         weights = prepared.objective.weights(encoded)
         digest = hashlib.sha256()
         for column in columns if weights is encoded.labelled else [*columns, weights]:

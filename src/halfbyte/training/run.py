@@ -14,6 +14,7 @@ from halfbyte.data import collate
 from halfbyte.distributed import agree
 from halfbyte.distributed.shard import first_layers_whole
 from halfbyte.objectives.objective import scores_of
+from halfbyte.recipe.task import CAUSAL_LM
 from halfbyte.runs.checkpoint import Best
 from halfbyte.runs.folder import RunFolder
 from halfbyte.scoring.sheet import BASE_TEXT
@@ -175,8 +176,8 @@ def _measure_source(setup: Setup, every: list[Comparison]) -> str:
     """What the model as it came loses on the rows of the comparisons, in the first process; empty, or why it is not
     known."""
     prepared, unread = setup.run.prepared, list[Comparison]()
-    if prepared.recipe.train.method != "sft":
-        return ""  # its loss is measured from the base that trains
+    if prepared.recipe.train.method != "sft" or prepared.recipe.task != CAUSAL_LM:
+        return ""  # its loss is measured from the base that trains, or a fresh head on it says nothing
     itself = source.is_the_base(prepared.recipe, prepared.checkpoint)
     for one in every:
         kept = None if itself else one.read(SOURCE)

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from halfbyte.data.encoding import chatml
+from halfbyte.data.encoding import chatml, texts
 from halfbyte.data.encoding.examples import Examples, Subset, TokenizedRow, batch
 from halfbyte.data.encoding.render import Refused, RenderedRow, Renderer, common_length
 from halfbyte.data.encoding.tally import Tally
@@ -157,6 +157,14 @@ class Encoder:
                 "data.packing stream is for plain text, and the rows are conversations or prompts.",
                 fix="data.packing: rows, or data.format: text",
             )
+        if any(row.parts for row in rows):
+            tally = Tally(seen=len(rows))
+            tally.different.update(islice(dict.fromkeys(str(row.parts) for row in rows), 2))
+            cut = self._data.max_length if self._data.overlong == "truncate" else None
+            tokenized = texts.tokenize(self._tokenizer, rows, cut)
+            fitting = [fit for row in tokenized if (fit := self._fit(row, tally)) is not None]
+            tally.keep(fitting, self._ends, self._special)
+            return batch(fitting), tally
         tally, rendered = Tally(seen=len(rows), texts=sum(row.text is not None for row in rows)), list[RenderedRow]()
         self._renderer.seen = tally
         several = list[Row]()  # rows whose texts are rendered, one after another

@@ -8,7 +8,7 @@ Cost: 4 bytes a token on disk or in memory; about 30 microseconds to make one `E
 
 import hashlib
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain, pairwise
 from typing import Any, Self, overload
@@ -188,6 +188,11 @@ class Examples(Sequence[Example]):
     def digests(self) -> NDArray[np.uint64]:
         """A 64-bit hash of each row's tokens: (rows,) uint64."""
         return self._column("digest")
+
+    def completions(self) -> Iterator[tuple[str, str]]:
+        """Each row's reference answer, and its name."""
+        for part in self.parts():
+            yield from zip(part.column("completion").to_pylist(), part.column("where").to_pylist(), strict=True)
 
     def ids(self, index: int) -> NDArray[np.uint32]:
         """The tokens of a row, without a copy: (length,) uint32."""

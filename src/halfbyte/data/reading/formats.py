@@ -59,6 +59,9 @@ class Row:
     desirable: bool | None = None
     """Whether the answer is a good one; None where nobody says."""
 
+    parts: tuple[str, ...] = ()
+    """Of a task other than causal_lm: the texts; `completion` is then the label, labels or number, as JSON."""
+
     @property
     def texts(self) -> "tuple[Row, ...]":
         return (self,) if self.rejected is None else (self, self.rejected)
@@ -107,6 +110,7 @@ def unread(shape: Format, data: Data, columns: Collection[str]) -> list[str]:
         "text": (f.text,),
         "preference": (f.prompt, f.chosen, f.rejected, *others, f.instruction, f.input, f.answers, f.scores),
         "unpaired_preference": (f.prompt, f.completion, f.label, *others),
+        "labels": (f.text, f.text_pair, f.label),
     }[shape]
     return [column for column in columns if column not in read]
 
@@ -123,7 +127,7 @@ def parser(shape: Format, data: Data, record: Collection[str]) -> Parser:
         role = f.role or ("from" if shares else "role")
         content = f.content or ("value" if shares else "content")
         return partial(conversation, f, column, role, content, shares)
-    return partial({"alpaca": alpaca, "prompt_completion": prompted, "text": _text}[shape], f)
+    return partial({"alpaca": alpaca, "prompt_completion": prompted, "text": _text, "labels": _labels}[shape], f)
 
 
 def conversation(
@@ -309,3 +313,20 @@ def _answer(record: Mapping[str, object], key: str) -> str:
 
 def _text(f: Fields, where: str, record: Mapping[str, object]) -> Row:
     return Row(where, text=text_in(record, f.text))
+
+
+def texts_of(f: Fields, record: Mapping[str, object]) -> tuple[str, ...]:
+    """The text, or the two texts, that get a label."""
+    second = record.get(f.text_pair)
+    pair = () if second in (None, "") else (text_of(second, f.text_pair),)
+    return (text_in(record, f.text), *pair)
+
+
+def _labels(f: Fields, where: str, record: Mapping[str, object]) -> Row:
+    value = value_of(record, f.label)
+    if isinstance(value, str) and value.startswith("["):  # CSV has no lists
+        value = _from_json(value, f.label)
+    every = value if isinstance(value, list) else [value]
+    if not all(isinstance(one, str | int | float) and str(one).strip() for one in every):
+        raise BadRow(f"{f.label}: a label, a list of labels or a number is needed, got {kind(value)}")
+    return Row(where, parts=texts_of(f, record), completion=json.dumps(value, ensure_ascii=False))

@@ -1,0 +1,291 @@
+"""Labels and numbers: what is learned is what transformers and PEFT learn, and what is saved opens there."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from transformers.loss.loss_utils import ForSequenceClassificationLoss
+
+from halfbyte import finetune
+from halfbyte.adapters import lora
+from halfbyte.errors import BaseModelError, DataError, RecipeError, RunError
+from halfbyte.inference import labels, target
+from halfbyte.inference.load import Opened, open_run
+from halfbyte.layers import heads, loss
+from halfbyte.objectives.labels import Labels
+from halfbyte.proofs.heads import prove_pooling
+from halfbyte.proofs.packing import prove_packing
+from halfbyte.recipe.evaluation import Eval
+from halfbyte.recipe.schema import Loaded
+from halfbyte.runs.folder import RunFolder
+from halfbyte.scoring import labels as scoring
+from halfbyte.scoring.sheet import EvalOptions
+from halfbyte.training.prepare import prepare
+from tests import tiny, tiny_run
+
+WORDS = {"colour": ["red", "green", "blue"], "shape": ["round", "square"], "thing": ["cup", "box", "tree", "road"]}
+
+
+def rows(path: Path, count: int = 16, seed: int = 0, label: Any = lambda name, text: name) -> Path:
+    """Ragged texts of a few words, each with the name of what its words are."""
+    draw, lines = random.Random(seed), []
+    for _ in range(count):
+        name = draw.choice(sorted(WORDS))
+        text = " ".join(draw.choices(WORDS[name], k=draw.randint(1, 9)))
+        lines.append({"text": text, "label": label(name, text)})
+    if path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["text", "label"])
+            writer.writeheader()
+            writer.writerows(lines)
+    else:
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def recipe(folder: Path, name: str = "llama", **changes: Any) -> Loaded:
+    if not (folder / "model").exists():
+        tiny_run.checkpoint(folder / "model", name)
+    data = rows(folder / "rows.jsonl")
+    settings = {
+        "task": "classify",
+        "data__train": data,
+        "data__eval": "none",
+        "quant__type": "none",
+        "train__max_steps": 2,
+    }
+    return tiny_run.recipe(folder, **{**settings, **changes})
+
+
+def plain_steps(loaded: Loaded) -> list[tuple[float, float]]:
+    """Loss and norm of each step by transformers' class and PEFT, a text at a time."""
+    train, prepared = loaded.recipe.train, prepare(loaded.recipe)
+    names = sorted(WORDS)
+    model = AutoModelForSequenceClassification.from_pretrained(loaded.recipe.model, num_labels=3, dtype=torch.float32)
+    start = torch.Generator().manual_seed(train.seed)
+    model.score.weight.data = torch.empty(model.score.weight.shape).normal_(
+        0, model.config.initializer_range, generator=start
+    )
+    torch.manual_seed(train.seed)
+    targets = list(
+        lora.choose_targets(
+            tiny.model(model.config.model_type.removesuffix("_text"), vocab_size=tiny_run.VOCAB), loaded.recipe.lora
+        )[0].names
+    )
+    config = LoraConfig(
+        r=loaded.recipe.lora.r, lora_alpha=loaded.recipe.lora.lora_alpha, target_modules=targets, task_type="SEQ_CLS"
+    )
+    model = get_peft_model(model, config).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=train.learning_rate, weight_decay=train.weight_decay)
+    tokenizer = AutoTokenizer.from_pretrained(loaded.recipe.model)
+    lines = [json.loads(line) for line in Path(loaded.recipe.data.train).read_text().splitlines()]
+    order = list(range(len(prepared.train.examples)))
+    random.Random(f"{train.seed}/0").shuffle(order)
+    steps = []
+    for i in range(train.max_steps):
+        total = 0.0
+        for row in order[i * train.rows_per_step : (i + 1) * train.rows_per_step]:
+            ids = tokenizer(lines[row]["text"], return_tensors="pt").input_ids
+            label = torch.tensor([names.index(lines[row]["label"])])
+            part = model(input_ids=ids, labels=label).loss / train.rows_per_step
+            part.backward()
+            total += float(part.detach())
+        norm = float(torch.nn.utils.clip_grad_norm_(trained, train.max_grad_norm))
+        optimizer.step()
+        optimizer.zero_grad()
+        steps.append((total, norm))
+    return steps
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "gpt2", pytest.param("qwen3", marks=pytest.mark.slow), pytest.param("gemma3", marks=pytest.mark.slow)],
+)
+def test_steps_are_those_of_transformers_and_peft(name: str, tmp_path: Path) -> None:
+    loaded = recipe(tmp_path, name, train__lr_scheduler_type="constant")
+    finetune.train(loaded)
+    ours = [(row["loss"], row["grad_norm"]) for row in RunFolder(tmp_path / "run").read_metrics() if "loss" in row]
+    for got, wanted in zip(ours, plain_steps(loaded), strict=True):
+        assert got == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("labels")
+    finetune.train(
+        recipe(
+            folder,
+            data__eval=str(rows(folder / "held.csv", 12, seed=1)),
+            quant__type="nf4",
+            train__max_steps=6,
+            train__learning_rate=5e-2,
+        )
+    )
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def opened(run: Path) -> Opened:
+    return open_run(run)
+
+
+def test_a_run_opens_in_transformers_and_peft(tmp_path: Path) -> None:
+    """Of a 16-bit base, as plain PEFT has no other: the same probabilities."""
+    finetune.train(recipe(tmp_path))
+    adapter, base = tmp_path / "run" / "adapter", str(tmp_path / "model")
+    model = AutoModelForSequenceClassification.from_pretrained(
+        base, config=AutoConfig.from_pretrained(adapter / "head")
+    )
+    model = PeftModel.from_pretrained(model, str(adapter))
+    assert model.peft_config["default"].task_type == "SEQ_CLS"
+    texts = ["red blue", "box", "round square round"]
+    wanted = pipeline(
+        "text-classification", model=model.merge_and_unload(), tokenizer=AutoTokenizer.from_pretrained(base)
+    )(texts, top_k=None)
+    answers = labels.predictions(open_run(tmp_path / "run"), Labels.at(adapter), [(text,) for text in texts])
+    for answer, each in zip(answers, wanted, strict=True):
+        assert answer["probabilities"] == pytest.approx({one["label"]: one["score"] for one in each}, abs=1e-5)
+
+
+def test_it_learns_and_is_scored(run: Path, opened: Opened) -> None:
+    scored = labels.score(opened, EvalOptions(Eval(resamples=100), with_base=True))
+    evaluated = [row for row in RunFolder(run).read_metrics() if "eval_accuracy" in row][-1]
+    scores = scored["sides"]["adapter"]["scores"]
+    assert scored["labels"] == tuple(sorted(WORDS))
+    assert scores["accuracy"]["value"] == pytest.approx(evaluated["eval_accuracy"])
+    assert scores["accuracy"]["value"] > scored["sides"]["base"]["scores"]["accuracy"]["value"]
+    assert sum(map(sum, scored["sides"]["adapter"]["confusion"])) == scored["rows"] == 12
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_predict_goes_on_where_it_was_ended(
+    kind: str, opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, out = rows(tmp_path / "many.csv", 11, seed=3), tmp_path / f"out.{kind}"
+    data.write_text(data.read_text() + '"  ",thing\n')  # a row without a text
+    monkeypatch.setattr(labels, "CHUNK_ROWS", 4)
+
+    def stop(done: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        labels.predict(opened, data, out, stop)
+    with (tmp_path / f"out.{kind}.partial").open("ab") as file:
+        file.write(b'{"cut": ')
+    assert not out.exists()
+    done = labels.predict(opened, data, out)
+    assert (done["rows"], done["resumed"], done["bad"]) == (12, 4, 1)
+    lines = {
+        "jsonl": lambda: [json.loads(line) for line in out.read_text().splitlines()],
+        "csv": lambda: list(csv.DictReader(out.open())),
+        "parquet": lambda: pyarrow.parquet.read_table(out).to_pylist(),
+    }[kind]()
+    given = list(csv.DictReader(data.open()))
+    assert [line["text"] for line in lines] == [line["text"] for line in given]
+    whole = labels.predictions(opened, Labels.at(opened.run / "adapter"), [(row["text"],) for row in given[:-1]])
+    assert [line["prediction"] for line in lines[:-1]] == [one["prediction"] for one in whole]
+    assert "many.csv:13" in lines[-1]["error"]
+    assert list(tmp_path.glob("*partial*")) == []
+
+
+def test_another_file_does_not_go_on(opened: Opened, tmp_path: Path) -> None:
+    (tmp_path / "out.jsonl.partial").write_text('{"adapter": "other"}\n')
+    with pytest.raises(DataError, match="of other rows or of another adapter"):
+        labels.predict(opened, rows(tmp_path / "a.csv", 2), tmp_path / "out.jsonl")
+
+
+@pytest.mark.parametrize("kind", ["one", "several", "number"])
+def test_losses_are_transformers_own(kind: str) -> None:
+    draw = torch.Generator().manual_seed(0)
+    objective = Labels() if kind == "number" else Labels(("a", "b", "c"), several=kind == "several")
+    scores = torch.randn(5, objective.width, generator=draw)
+    values = {
+        "one": ["a", "c", "b", "b", "a"],
+        "several": [["a", "b"], [], ["c"], ["b"], ["a"]],
+        "number": [0.5, 1, -2, 3, "4"],
+    }
+    targets = objective.targets([json.dumps(value) for value in values[kind]])
+    config = AutoConfig.for_model("llama", num_labels=objective.width, problem_type=objective.config["problem_type"])
+    wanted = ForSequenceClassificationLoss(targets, scores, config)
+    assert float(objective.losses(scores, targets).mean()) == pytest.approx(float(wanted), rel=1e-6)
+
+
+def test_several_labels_and_numbers_train(tmp_path: Path) -> None:
+    several = rows(tmp_path / "several.jsonl", label=lambda name, text: [name, "long"] if len(text) > 20 else [name])
+    finetune.train(recipe(tmp_path, data__train=several, output=str(tmp_path / "a")))
+    assert Labels.at(tmp_path / "a" / "adapter") == Labels(("colour", "long", "shape", "thing"), several=True)
+    numbers = rows(tmp_path / "numbers.csv", label=lambda name, text: len(text))
+    finetune.train(recipe(tmp_path, task="regress", data__train=numbers, output=str(tmp_path / "b")))
+    assert Labels.at(tmp_path / "b" / "adapter").width == 1
+    (answer,) = labels.predictions(open_run(tmp_path / "b"), Labels(), [("red", "blue")])
+    assert isinstance(answer["prediction"], float)
+
+
+def test_labels_that_no_training_row_has(tmp_path: Path) -> None:
+    held = tmp_path / "held.jsonl"
+    held.write_text('{"text": "red", "label": "color"}\n{"text": "cup", "label": "smell"}\n')
+    with pytest.raises(
+        DataError, match=r"2 labels of the held-out rows .*'color' \(held.jsonl:1\), 'smell' \(held.jsonl:2\)"
+    ):
+        prepare(recipe(tmp_path, data__eval=str(held)).recipe)
+    with pytest.raises(DataError, match="labels of the training rows are not among colour, shape"):
+        prepare(recipe(tmp_path, labels=["colour", "shape"]).recipe)
+    with pytest.raises(DataError, match="no numbers"):
+        prepare(recipe(tmp_path, task="regress").recipe)
+
+
+def test_what_a_task_refuses(run: Path, tmp_path: Path) -> None:
+    for change in (
+        {"data__mask": "all"},
+        {"train__within": "1h"},
+        {"quant__compute": "int8"},
+        {"task": "tag"},
+        {"data__format": "text"},
+    ):
+        with pytest.raises(RecipeError):
+            recipe(tmp_path, **change)
+    with pytest.raises(RunError, match="task classify"):
+        target.find(run)
+
+
+def test_a_head_that_reads_its_neighbour_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model("llama")
+    heads.attach(model, 3, seed=0)
+    prove_packing(model)
+    assert "as alone" in prove_pooling(model, packed=True)
+    right = loss.labelled_hidden
+    monkeypatch.setattr(
+        loss, "labelled_hidden", lambda m, batch: right(m, {**batch, "keep": (batch["keep"] - 1).clamp_min(0)})
+    )
+    with pytest.raises(BaseModelError, match="off by"):
+        prove_pooling(model, packed=True)
+
+
+def test_scores_by_definition() -> None:
+    """Accuracy, macro F1, calibration error and confusion of ten rows, counted by hand."""
+    draw = np.random.default_rng(0)
+    every = draw.dirichlet([1, 1, 1], 10)
+    truth = draw.integers(0, 3, 10)
+    scored = scoring.of_labels(every, truth[:, None] == np.arange(3), Eval(resamples=100), several=False)
+    answers = every.argmax(1)
+    f1 = [
+        2 * ((answers == i) & (truth == i)).sum() / max(1, (answers == i).sum() + (truth == i).sum()) for i in range(3)
+    ]
+    ece = sum(
+        abs(every.max(1)[bin_ == b].sum() - (answers == truth)[bin_ == b].sum()) / 10
+        for bin_ in [np.minimum((every.max(1) * 15).astype(int), 14)] for b in range(15)
+    )  # fmt: skip
+    values = {name: score["value"] for name, score in scored["scores"].items()}
+    assert values == pytest.approx({"accuracy": (answers == truth).mean(), "f1_macro": np.mean(f1), "ece": ece})
+    assert scored["confusion"] == [[int(((truth == i) & (answers == j)).sum()) for j in range(3)] for i in range(3)]
