@@ -302,6 +302,13 @@ def test_what_may_not_be_set_changes_nothing(client: TestClient, studio: Studio,
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_a_section_whose_lines_are_commented_out_can_be_set(client: TestClient, studio: Studio) -> None:
+    path = recipe(studio)
+    path.write_text(path.read_text() + "train:\n  # seed: 3\n")
+    assert client.patch("/api/recipes/rows.yaml", json={"train.seed": 4}).status_code == 200
+    assert yaml.safe_load(path.read_text())["train"] == {"seed": 4}
+
+
 def test_no_field_that_can_be_set_names_a_file_or_lets_code_run() -> None:
     files = {"model", "output", "data.train", "data.chat_template", "lora.adapter"}
     assert not SETTABLE & {"trust_remote_code", "allow_pickle", "train.report_to", *files}

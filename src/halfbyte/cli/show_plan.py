@@ -225,8 +225,8 @@ def data_check(value: DataCheck, within: Sequence[str] = ()) -> None:
     )
     show.field("", value.sharing["shared"])
     show.field("time", time.line)
-    for line in within:
-        show.field("within", line)
+    for fits in within:
+        show.field("within", fits)
     for row in value.shown:
         show.text("")
         example(row)

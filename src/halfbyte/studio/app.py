@@ -7,6 +7,7 @@ are passed on to it. `guard.py` is before all of them.
 import http.client
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -67,6 +68,10 @@ class Studio:
         load_recipe(path)  # tells in words what is wrong with it
         text = path.read_text(encoding="utf-8")
         return {"values": yaml.safe_load(text), "text": text}
+
+    def change(self, asked: Document, name: str) -> Document:
+        self.workspace.change(name, asked)
+        return self.recipe(name)
 
     def words(self, asked: Document, commands: Sequence[str]) -> list[str]:
         """The words of a command, each one that a page may say: a name in the folder, a flag, a number."""
@@ -144,7 +149,7 @@ def application(studio: Studio) -> Starlette:
         Route("/api/data/{name}", upload, methods=["PUT"]),
         _route("/api/commands", "POST", studio.run),
         _route("/api/recipes/{name}", "GET", lambda asked, name: studio.recipe(name)),
-        _route("/api/recipes/{name}", "PATCH", lambda asked, name: space.change(name, asked) or studio.recipe(name)),
+        _route("/api/recipes/{name}", "PATCH", studio.change),
         _route("/api/jobs", "POST", studio.start),
         _route("/api/jobs/{name}/stop", "POST", lambda asked, name: jobs.stop(name)),
         _route("/api/{kind}/{name}", "DELETE", lambda asked, **what: space.delete(**what, said=asked.get("confirm"))),
@@ -163,7 +168,7 @@ async def _failed(http: Http, error: Exception) -> Response:
     return Json.of(error)
 
 
-def _route(path: str, method: str, work: Callable[..., Document | None]) -> Route:
+def _route(path: str, method: str, work: Callable[..., Document]) -> Route:
     """JSON in (of a GET its query) and out, in a thread."""
 
     async def answer(http: Http) -> Response:
@@ -173,23 +178,21 @@ def _route(path: str, method: str, work: Callable[..., Document | None]) -> Rout
             asked = None
         if not isinstance(asked, dict):
             raise Refusal(400, "the body has to be a JSON object.", code="json")
-        return Json(await run_in_threadpool(work, asked, **http.path_params) or {})
+        return Json(await run_in_threadpool(work, asked, **http.path_params))
 
     return Route(path, answer, methods=[method])
 
 
 def _passed_on(port: int, asked: Http, body: bytes) -> Response:
     """The answer of a server on this machine, as it comes."""
+
+    def parts() -> Iterator[bytes]:
+        with closing(connection):
+            while part := answer.read1(65_536):
+                yield part
+
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=ANSWER_S)
     given = {name: asked.headers[name] for name in ("authorization", "content-type") if name in asked.headers}
     connection.request(asked.method, f"/v1/{asked.path_params['path']}", body or None, given)
     answer = connection.getresponse()
-
-    def parts() -> Iterator[bytes]:
-        try:
-            while part := answer.read1(65_536):
-                yield part
-        finally:
-            connection.close()
-
     return StreamingResponse(parts(), answer.status, media_type=answer.getheader("content-type"))

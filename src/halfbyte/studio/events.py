@@ -54,9 +54,8 @@ async def events(
 
     def look(number: int) -> Iterator[Document]:
         yield from () if follower is None else follower.news()
-        wholes = {"state": state, **({} if job is None else {"job": job})} if number % STATE_LOOKS == 0 else {}
-        for name, whole in wholes.items():
-            if (value := whole()) != last.get(name):
+        for name, whole in (("state", state), ("job", job)) if number % STATE_LOOKS == 0 else ():
+            if whole is not None and (value := whole()) != last.get(name):
                 last[name] = value
                 yield {name: value}
 

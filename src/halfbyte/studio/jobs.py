@@ -1,8 +1,7 @@
 """Commands that go on without the page and without the server: started, found again, stopped.
 
-What: a folder a command: `job.json` (its words, when it began), `log` (what it printed), `code` (how it ended), `lock`,
-which the process itself holds, however it ends: a server that comes later knows what still runs. The code of a process
-that ended while no server was there is not known.
+What: a folder a command: `job.json` (its words, when it began), `log`, `code` (how it ended, if a server was there) and
+`lock`, which the process holds, however it ends: a server that comes later knows what still runs.
 Source: flock(2): a lock belongs to the open file, which the process inherits.
 """
 
@@ -55,7 +54,8 @@ class Jobs:
                 env=plain, start_new_session=True, pass_fds=calls.handed_on(lock.fileno()),
             )  # fmt: skip
             lock.write(str(process.pid))
-        threading.Thread(target=_wait, args=(process, folder / "code"), daemon=True).start()
+        ended = lambda: files.write(folder / "code", str(process.wait()).encode())  # noqa: E731
+        threading.Thread(target=ended, daemon=True).start()
         return self.read(name)
 
     def read(self, name: str) -> Document:
@@ -77,22 +77,19 @@ class Jobs:
         names = sorted((p.name for p in self.workspace.jobs.iterdir() if _ID.fullmatch(p.name)), reverse=True)
         return [{**self.read(name), "log": None} for name in names[:SHOWN]]
 
-    def stop(self, name: str) -> None:
+    def stop(self, name: str) -> Document:
         """As Ctrl-C does: a run ends after its micro-batch, with a checkpoint; a second time at once."""
         lock = self._folder(name) / "lock"
         if not _runs(lock):
             raise Refusal(409, "it does not run any more.", code="ended")
         os.kill(int(lock.read_text(encoding="ascii")), signal.SIGTERM)
+        return self.read(name)
 
     def _folder(self, name: str) -> Path:
         folder = self.workspace.jobs / name
         if not _ID.fullmatch(name) or not (folder / "lock").is_file():
             raise Refusal(404, "there is no such command.", code="missing")
         return folder
-
-
-def _wait(process: subprocess.Popen[bytes], code: Path) -> None:
-    files.write(code, str(process.wait()).encode())
 
 
 def _runs(lock: Path) -> bool:

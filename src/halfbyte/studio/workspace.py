@@ -88,14 +88,13 @@ class Workspace:
 
     def listing(self) -> Document:
         """Files and recipes, the newest first; and bases that are here."""
-        kinds = {kind: [p for p in (self.folder / kind).iterdir() if _NAME.fullmatch(p.name)] for kind in SUFFIXES}
-        names = {
-            kind: [p.name for p in sorted(paths, key=lambda p: -p.lstat().st_mtime) if not p.is_symlink()]
-            for kind, paths in kinds.items()
-        }
-        folders = [path.parent for path in self.folder.glob("*/config.json")]
-        bases = [*pypi.MODELS, *(path.name for path in (*self.folder.glob("*.gguf"), *folders))]
-        return {"folder": str(self.folder), "bases": bases, **names}
+        there: Document = {"folder": str(self.folder), "bases": [*pypi.MODELS]}
+        there["bases"] += [p.name for p in self.folder.glob("*.gguf")]
+        there["bases"] += [p.parent.name for p in self.folder.glob("*/config.json")]
+        for kind in SUFFIXES:
+            paths = sorted((self.folder / kind).iterdir(), key=lambda path: -path.lstat().st_mtime)
+            there[kind] = [p.name for p in paths if _NAME.fullmatch(p.name) and not p.is_symlink()]
+        return there
 
     async def upload(self, name: str, size: int, parts: AsyncIterator[bytes]) -> Path:
         """A dropped file, whole or not at all, under a new name. Raises Refusal: too large, no room."""
@@ -115,7 +114,7 @@ class Workspace:
             if not taken:
                 raise Refusal(400, f"{name} is empty.", code="empty")
             stem, dot, suffix = name.partition(".")
-            names = (name, *(f"{stem}-{number}{dot}{suffix}" for number in range(2, 1000)))
+            names = (name, *(f"{stem}-{number}{dot}{suffix}" for number in range(2, 10_000)))
             path = next(path for n in names if not (path := folder / n).exists())
             os.link(temporary, path)  # refuses where another has appeared
         finally:
@@ -129,16 +128,17 @@ class Workspace:
         if wrong := [field for field in values if field not in SETTABLE]:
             raise Refusal(400, f"{wrong[0][:80]} is not set here; edit {path}.", code="field")
         load_recipe(path)  # as it is
-        recipe, temporary = yaml.safe_load(path.read_text(encoding="utf-8")), path.with_name(f".{os.getpid()}.yaml")
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
         for field, value in values.items():
             section, _, key = field.partition(".")
-            inner = recipe.setdefault(section, {})
+            inner = recipe[section] = recipe.get(section) or {}  # of which every line may be commented out
             if field == ROWS:
                 names = inner["train"][0]["path"] if isinstance(inner["train"], list) else inner["train"]
                 key, value = "train", names if value is None else [{"path": names, "limit": value}]
             inner.pop(key, None)
             if value is not None:
                 inner[key] = self.rows(value) if field == "data.eval" and not _HELD_OUT.fullmatch(str(value)) else value
+        temporary = files.beside(path.with_name(secrets.token_hex(8)))
         try:
             temporary.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
             load_recipe(temporary)
@@ -146,7 +146,7 @@ class Workspace:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def delete(self, kind: str, name: str, *, said: object) -> None:
+    def delete(self, kind: str, name: str, *, said: object) -> Document:
         """Delete a file, a recipe or a run, whose name is said once more. Raises Refusal."""
         path = self.folder / self.path(kind, name)
         if said != name:
@@ -154,3 +154,4 @@ class Workspace:
         if kind == "runs" and (writer := RunFolder(path).writer()) is not None:
             raise Refusal(409, f"{kind}/{name} is being written by process {writer}; stop it first.", code="running")
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return {"deleted": str(path)}
