@@ -170,10 +170,13 @@ def test_speed_is_of_the_tokens_after_the_first() -> None:
 
 def test_what_generate_is_told_reaches_the_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
     params = list[SamplingParams]()
-    monkeypatch.setattr(main.shared, "speaker", lambda *args, **more: SimpleNamespace(alone=False))
+    proves = list[bool]()
+    opens = lambda *args, prove, **more: proves.append(prove) or SimpleNamespace(alone=False)  # noqa: E731
+    monkeypatch.setattr(main.shared, "speaker", opens)
     monkeypatch.setattr(conversation, "answer", lambda ready, talk, how, session, **more: params.append(how) or "red")
     words = "generate run -p x --temperature 0.5 --top-k 7 --top-p 0.9 --min-p 0.1 --repetition-penalty 1.3 --seed 4"
-    for command in (words, "generate run -p x"):
+    for command in (words, "generate run -p x --prove"):
         assert CliRunner().invoke(main.app, command.split()).exit_code == 0
     told = SamplingParams(256, 0.5, 0.9, 4, top_k=7, min_p=0.1, repetition_penalty=1.3)
     assert params == [told, SamplingParams(256)]
+    assert proves == [False, True]

@@ -1,0 +1,56 @@
+"""Kernels compiled ahead: every file that a first run misses is named, and each core has its share."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from halfbyte import doctor
+from halfbyte.cli import main
+from halfbyte.layers.kernels.cpu import ahead
+
+
+def test_each_core_has_a_share_of_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[list[str]] = []
+
+    class Process:
+        def __init__(self, words: list[str], **more: Any) -> None:
+            begun.append(words[4:])
+
+        def wait(self) -> None: ...
+
+    monkeypatch.setattr(ahead.subprocess, "Popen", Process)
+    ahead.compile_kernels(("integers", "fp32"), 2, "bf16")
+    wanted = [f"{file}:fp32" for file in ahead.FILES["fp32"]] + [f"{file}:bf16" for file in ahead.FILES["integers"]]
+    assert sorted(begun[0] + begun[1]) == sorted(wanted)
+    assert len(begun) == 2 and abs(len(begun[0]) - len(begun[1])) <= 1
+
+
+def test_a_files_kernels_are_made_in_the_dtype_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for those of GGUF files' blocks, which are half of all that is compiled of the interpreter."""
+    made: list[tuple[str, str]] = []
+
+    def getter(name: str) -> Any:
+        def get(dtype: Any) -> None:
+            made.append((name, str(dtype)))
+
+        get.per_dtype = True  # type: ignore[attr-defined]
+        return get
+
+    names = ("_kernel", "compiled_with_blocks", "compiled")
+    module = SimpleNamespace(**{name: getter(name) for name in names})
+    monkeypatch.setattr(ahead, "import_module", lambda name: module)
+    ahead._compile("norm", "bf16")
+    assert sorted(made) == [("_kernel", "uint16"), ("compiled", "uint16")]
+
+
+def test_the_doctor_compiles_all_where_it_is_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Any] = []
+    monkeypatch.setattr(ahead, "compile_kernels", lambda needed, *how: compiled.append(set(needed)))
+    monkeypatch.setattr(doctor, "examine", lambda *args, **more: SimpleNamespace(ok=True, to_json=dict))
+    for words in (["doctor", "--json"], ["doctor", "--json", "--compile"]):
+        assert CliRunner().invoke(main.app, words).exit_code == 0
+    assert compiled == [set(ahead.FILES)]
