@@ -29,7 +29,8 @@ def compile_kernels(needed: Collection[str], cores: int, dtype: str) -> None:
     """Compile what is needed, as `FILES` names it, on so many cores. `dtype`: bf16 or fp32, of integers and decoding.
     What cannot be compiled so is compiled where it is used."""
     kinds = {name: files for name, files in FILES.items() if name in needed}
-    tasks = [f"{file}:{name if name in ('bf16', 'fp32') else dtype}" for name, files in kinds.items() for file in files]
+    ranked = sorted((at, name, file) for name, files in kinds.items() for at, file in enumerate(files))
+    tasks = [f"{file}:{name if name in ('bf16', 'fp32') else dtype}" for _, name, file in ranked]
     words = [[sys.executable, "-P", "-m", __name__, *tasks[i::cores]] for i in range(min(cores, len(tasks)))]
     with contextlib.suppress(OSError):
         for process in [subprocess.Popen(each, stderr=subprocess.DEVNULL) for each in words]:
