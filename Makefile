@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: help quickstart test test-slow test-versions lint audit fmt bench docs
+.PHONY: help quickstart test test-slow test-versions lint audit fmt bench docs site
 .DEFAULT_GOAL := help
 
 help:
@@ -22,7 +22,7 @@ help:
 	@echo "make lint, fmt    check, or rewrite, style and types"
 	@echo "make audit        known vulnerabilities of the dependencies (pip-audit), our own code (bandit)"
 	@echo "make bench        side by side with the plain Hugging Face stack"
-	@echo "make docs         regenerate the tables in docs/"
+	@echo "make docs         regenerate the tables in docs/"; echo "make site         docs/ as a site, links checked"
 
 quickstart: $(INSTALLED)
 	$(BIN)/python examples/orders/quickstart.py
@@ -31,7 +31,7 @@ test: $(INSTALLED_DEV)
 	$(PYTEST) -m "not slow"
 
 test-slow: $(INSTALLED_DEV)
-	$(BIN)/python -m pip install --quiet -e '.[harness,bench,clients,notebook,browser]'
+	$(BIN)/python -m pip install --quiet -e '.[harness,bench,clients,notebook,browser,site]'
 	$(PYTEST) -m slow
 
 # The sets are in tests/version_sets.py. Each is tested, even if one before it fails.
@@ -84,6 +84,11 @@ BENCH_DATA ?= examples/orders/train.jsonl
 bench: $(INSTALLED_DEV)
 	$(BIN)/python -m pip install --quiet -e '.[bench]'
 	$(BIN)/python benchmarks/throughput.py gsm8k --data $(BENCH_DATA)
+
+# docs/ as pages for a browser, in site/.
+site: $(BIN)/python
+	$(BIN)/python -m pip install --quiet 'mkdocs-material>=9.5,<10'
+	$(BIN)/python -m mkdocs build --strict
 
 docs: $(INSTALLED_DEV)
 	$(BIN)/python tools/reference.py
