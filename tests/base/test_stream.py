@@ -272,20 +272,6 @@ def test_resident_is_private_memory_and_keeps_the_numbers(llama: Path) -> None:
     assert not any(stream._is_mapped(t, maps) for t in after)
 
 
-def test_what_was_read_to_an_odd_address_moves_to_an_even_one(llama: Path) -> None:
-    model = mapped.open_model(llama)
-    stream.place(model, "resident")
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    for parameter in model.parameters():
-        room = torch.empty(parameter.nbytes + 80, dtype=torch.uint8)
-        odd = room[-room.data_ptr() % 64 + 16 :][: parameter.nbytes].view(parameter.dtype).view(parameter.shape)
-        parameter.data = odd.copy_(parameter.data)
-    assert all(p.data_ptr() % 64 == 16 for p in model.parameters())
-    stream.place(model, "resident")
-    assert all(p.data_ptr() % 64 == 0 for p in model.parameters())
-    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
-
-
 def test_a_tied_head_stays_tied_when_it_is_copied(tmp_path: Path) -> None:
     model = mapped.open_model(mapped.save(tmp_path, "gpt2"))
     stream.place(model, "resident")

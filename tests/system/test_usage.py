@@ -39,6 +39,12 @@ def test_private_memory_and_pages_of_files_are_told_apart(tmp_path: Path) -> Non
     held.close()
 
 
+def test_a_limit_is_of_both_together_where_they_are_not_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert usage.limit(5, 7) == usage.Usage(5, 7)
+    monkeypatch.setattr(usage, "now", lambda: usage.Usage(9, 0))
+    assert usage.limit(5, 7) == usage.Usage(12, 0)
+
+
 def test_a_peak_is_seen_after_it_is_over() -> None:
     before = usage.now()
     with usage.Peak(period_s=0.005) as peak:

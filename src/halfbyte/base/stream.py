@@ -138,7 +138,7 @@ def place(model: Model, placement: str, *, mover: Mover | None = None) -> Placem
     total = _bytes(tensors)
     maps = pages.FileMaps.read()
     if placement == "resident":
-        if is_mapped(model, maps) or not all(map(_is_aligned, tensors)):
+        if is_mapped(model, maps):
             _into_memory(model, maps, pages.Arena(_bytes(tensors) + pages.PAGE * len(tensors)))
         return Placement("resident", total, _bytes(t for t in _tensors(model) if _is_mapped(t, maps)))
     where = next(model.parameters()).device
@@ -276,12 +276,11 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 
 def _into_memory(model: nn.Module, maps: pages.FileMaps, arena: pages.Arena) -> None:
     """Copy every mapped tensor into private memory; the file's pages are let go tensor by tensor. A table of per-layer
-    embeddings stays where it is: gigabytes, of which a batch reads some rows. A tensor that was read to an odd address
-    moves too: products add in another order there, and two processes would differ in a last bit."""
+    embeddings stays where it is: gigabytes, of which a batch reads some rows."""
     copies: dict[int, Tensor] = {}
 
     def copied(tensor: Tensor) -> Tensor:
-        if not _is_mapped(tensor, maps) and _is_aligned(tensor):
+        if not _is_mapped(tensor, maps):
             return tensor
         address = tensor.data_ptr()
         if address not in copies:
@@ -300,10 +299,6 @@ def _into_memory(model: nn.Module, maps: pages.FileMaps, arena: pages.Arena) -> 
 
 def _is_mapped(tensor: Tensor, maps: pages.FileMaps) -> bool:
     return tensor.device.type == "cpu" and maps.holds(tensor.data_ptr(), tensor.nbytes)
-
-
-def _is_aligned(tensor: Tensor) -> bool:
-    return tensor.device.type != "cpu" or tensor.data_ptr() % pages.LINE == 0
 
 
 def _areas(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:

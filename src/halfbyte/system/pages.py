@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 PAGE = mmap.PAGESIZE
 _PAGEMAP = "/proc/self/pagemap"
 _NORMAL, _RANDOM, _WILLNEED, _DONTNEED = 0, 1, 3, 4
-LINE = 64  # bytes, of a cache line
+_LINE = 64  # bytes, of a cache line
 _ENTRY_BYTES = 8  # of /proc/self/pagemap, one a page
 _PRESENT, _SWAPPED, _FILE = np.uint64(1 << 63), np.uint64(1 << 62), np.uint64(1 << 61)
 
@@ -102,7 +102,7 @@ class Arena:
     then does not wait at each 4 kB. Released with the last tensor in it."""
 
     def __init__(self, nbytes: int) -> None:
-        """nbytes: of all tensors, without their padding to `LINE`; nothing is taken before it is written to."""
+        """nbytes: of all tensors, without their padding to `_LINE`; nothing is taken before it is written to."""
         self._memory: mmap.mmap | None = None
         self._used = 0
         if nbytes > 0 and hasattr(mmap, "MADV_HUGEPAGE"):
@@ -137,7 +137,7 @@ class Arena:
         if self._memory is None or not 0 < size <= len(self._memory) - self._used:
             return None
         place = torch.frombuffer(self._memory, dtype=torch.uint8, count=size, offset=self._used)
-        self._used = min(len(self._memory), self._used + -(-size // LINE) * LINE)
+        self._used = min(len(self._memory), self._used + -(-size // _LINE) * _LINE)
         return place.view(dtype).view(shape)
 
 

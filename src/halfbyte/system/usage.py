@@ -44,6 +44,11 @@ def now(pid: int | str = "self") -> Usage:
         return Usage(int(psutil.Process(os.getpid() if pid == "self" else int(pid)).memory_info().rss), 0)
 
 
+def limit(private: int, file: int) -> Usage:
+    """What a process may hold: of both kinds together where this system does not tell them apart."""
+    return Usage(private, file) if now().file else Usage(private + file, 0)
+
+
 def process_memory() -> dict[str, int]:
     """Resident bytes of this process now and at their peak, and the peak of the fullest card where there is one: of
     tensors, and with what torch holds beside them."""

@@ -174,7 +174,7 @@ def make_pace(run: PlannedRun, model: Model, tell: Callable[[str], None], *, pac
         ram_bytes=machine.ram_bytes,
         on_card=machine.on_card,
         ids=run.prepared.ids_of(run.prepared.train),
-        limit=None if plan.host_lines else usage.Usage(plan.private_bytes + run.foreign_bytes, plan.file_bytes),
+        limit=None if plan.host_lines else usage.limit(plan.private_bytes + run.foreign_bytes, plan.file_bytes),
     )
 
 
