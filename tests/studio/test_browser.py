@@ -221,6 +221,26 @@ def test_bad_files_are_told_in_words(server: Server, page: Any, tmp_path: Path) 
     assert not [problem for problem in page.problems if "Failed to load resource" not in problem]
 
 
+def test_runs_are_compared_and_deleted_when_that_is_confirmed(server: Server, page: Any, axe: str) -> None:
+    for name in ("left", "right"):
+        made.run(server.folder / "runs" / name, made.metrics(30, evals=3))
+    page.click("nav >> text=Runs")
+    for name in ("left", "right"):
+        page.check(f"#run-rows input[value={name}]", timeout=MINUTE)
+    look(page, axe, "runs")
+    page.click("#compare")
+    page.wait_for_selector("#report svg.chart", timeout=MINUTE)
+    assert page.inner_text("#report pre").startswith("halfbyte compare runs/")
+    look(page, axe, "compare")
+    page.goto(f"{server.url}#run/left")
+    for answer, left in (("Keep it", True), ("Delete it for good", False)):
+        page.click("#actions >> text=Delete")
+        page.click(f"#sure >> text={answer}")
+        page.wait_for_timeout(500)
+        assert (server.folder / "runs" / "left").exists() is left
+    assert not page.problems
+
+
 def test_how_soon_a_plan_is_shown(server: Server, page: Any, tmp_path: Path, record_property: Any) -> None:
     """A figure, not a bound: `pytest -s` prints the seconds from the drop of 10,000 rows to the plan. Before the drop
     are three seconds, in which a person looks for the file."""
