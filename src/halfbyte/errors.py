@@ -82,6 +82,10 @@ class TrainError(HalfbyteError):
     exit_code = 1
 
 
+class RewardError(TrainError):
+    """A reward that could not be had of some answers: it raised, took too long, or gave something else than numbers."""
+
+
 class DiskFull(TrainError):
     """A write of a run that found no room: it can be tried again when there is some."""
 

@@ -36,6 +36,7 @@ from halfbyte.recipe.file import relative_to_run, to_yaml
 from halfbyte.recipe.schema import Loaded
 from halfbyte.report import page
 from halfbyte.report import start as beginning
+from halfbyte.rollouts.rollouts import Rollouts
 from halfbyte.runs import crash, points
 from halfbyte.runs import report as reporting
 from halfbyte.runs.folder import DiskRetry, RunFolder, space_for, write_json
@@ -175,7 +176,8 @@ def set_up(
     accelerator.reset_peaks()  # of a calibration and the proofs
     pace.give_back()  # what the proofs and the opening of the base left
     scores = evaluate.answer_scores(setup.run, model.assembled.model, setup.pace.tokens)
-    return replace(setup, notices=tuple(notices), answer_scores=scores)
+    setup = replace(setup, notices=tuple(notices), answer_scores=scores)
+    return Rollouts(setup).joined() if start.recipe.train.draws else setup
 
 
 def _follow(setup: Setup) -> Outcome:

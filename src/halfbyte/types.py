@@ -58,6 +58,7 @@ class Batch(TypedDict, total=False):
     sharers: Tensor  # (T,) how many texts have this token
     # what methods add to it (`objectives/`)
     reference: Tensor  # (n,) what the reference gives the answer of each text: log p
+    rows: Tensor  # (4, L) what is said of each label's row (`objectives/grpo.py`)
     answers: Tensor  # bool, of each text's labels, one after another: whether it is the answer's
     desirable: Tensor  # (n,) bool: whether a text's answer is a good one
     step: Document  # what a loss must know of its whole step

@@ -28,7 +28,7 @@ from halfbyte.models.sources import lookup
 from halfbyte.recipe.file import load_recipe
 from halfbyte.recipe.schema import SECTIONS, Recipe, leaves
 from halfbyte.training import run
-from tests import pairs, scored, tiny_run
+from tests import letters, pairs, scored, tiny_run
 
 Change = dict[str, Any]
 
@@ -172,6 +172,8 @@ FORMS: Change = {"data__eval": "FORMS"}
 BETTER: Change = {"data__train": "PREFERENCES", "train__method": "dpo"}
 RANKED: Change = {"data__train": "RANKED", "train__method": "dpo"}
 VERDICTS: Change = {"data__train": "VERDICTS", "train__method": "kto"}
+GRPO: Change = {"train__method": "grpo", "train__rewards": f"{letters.__file__}:score", "train__num_generations": 2,
+                "train__max_completion_length": 4, "train__mask_truncated_completions": False}  # fmt: skip
 
 
 def scored_names(ran: Ran) -> Any:
@@ -340,6 +342,20 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case({"train__metric_for_best_model": "perplexity"}, file("checkpoints/best/best.json", "metric"), EVAL,
              want="eval_perplexity"),
     ),
+    "train.rewards": (
+        Case({"train__rewards": "length"}, column("reward"), GRPO),
+        Case({"train__rewards": "length:-1"}, given=GRPO, refused="must name exact_match, .*, or a function"),
+    ),
+    "train.num_generations": (Case({"train__num_generations": 4}, column("written_tokens"), GRPO),),
+    "train.max_completion_length": (Case({"train__max_completion_length": 2}, column("answer_tokens"), GRPO),),
+    "train.temperature": (Case({"train__temperature": 0.2}, column("entropy"), GRPO),),
+    "train.epsilon": (Case({"train__epsilon": 1.5}, given=GRPO, refused="train.epsilon must be < 1"),),  # test_grpo.py
+    "train.epsilon_high": (Case({"train__epsilon_high": 0}, given=GRPO, refused="train.epsilon_high must be > 0"),),
+    "train.scale_rewards": (Case({"train__scale_rewards": "none"}, column("grad_norm"), GRPO),),
+    "train.mask_truncated_completions": (
+        Case({"train__mask_truncated_completions": True}, column("labelled_tokens"), GRPO),
+    ),
+    "train.reward_seconds": (Case({"train__reward_seconds": 0}, given=GRPO, refused="reward_seconds must be > 0"),),
     "train.max_forgetting": (
         Case({"train__max_forgetting": 9.0}, lambda ran: ["eval_base_text_loss" in row for row in ran.metrics][-1],
              EVAL, want=True),

@@ -25,6 +25,7 @@ LEAST = "model: m\ndata: {train: t.jsonl}\n"
 Load = Callable[..., Loaded]
 
 # A value other than the default for every leaf, and what else a recipe needs to hold it.
+WRITES = {"train.method": "grpo", "train.rewards": "length"}
 OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "model": ("other", {}),
     "task": ("classify", {}),
@@ -108,6 +109,15 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "train.undesirable_weight": (0.2, {"train.method": "kto"}),
     "train.cpo_alpha": (0.2, {"train.method": "cpo"}),
     "train.simpo_gamma": (0.2, {"train.method": "simpo"}),
+    "train.rewards": ({"length": -0.5}, WRITES),
+    "train.num_generations": (4, WRITES),
+    "train.max_completion_length": (9, WRITES),
+    "train.temperature": (0.5, WRITES),
+    "train.epsilon": (0.1, WRITES),
+    "train.epsilon_high": (0.28, WRITES),
+    "train.scale_rewards": ("none", WRITES),
+    "train.mask_truncated_completions": (False, WRITES),
+    "train.reward_seconds": (5.0, WRITES),
     **{f"data.fields.{name}": ("other", {}) for name in ("chosen", "rejected", "label", "answers", "scores")},
     "train.lr_scheduler_type": ("cosine", {}),
     "train.lr_scheduler_kwargs": ({"num_cycles": 2}, {"train.lr_scheduler_type": "cosine_with_restarts"}),
@@ -388,7 +398,7 @@ MISTAKES: list[tuple[str, str]] = [
     ("train: {seed: 5000000000}", "line 3: train.seed must be < 4294967296, got 5000000000"),
     ("train: {greater_is_better: true}", "line 3: train.greater_is_better true: loss (train.metric_for_best_model) is better when smaller"),
     ("train: {metric_for_best_model: exact_match}", "line 3: train.metric_for_best_model exact_match is not among eval.metrics, so no evaluation would have it"),
-    ("train: {metric_for_best_model: rouge}", "line 3: train.metric_for_best_model must be one of loss, eval_loss, perplexity, eval_perplexity, exact_match, eval_exact_match, normalized_match, eval_normalized_match, number, eval_number, regex, eval_regex, json_valid, eval_json_valid, json_fields, eval_json_fields, choice, eval_choice, got 'rouge'"),
+    ("train: {metric_for_best_model: rouge}", "line 3: train.metric_for_best_model must be one of loss, eval_loss, perplexity, eval_perplexity, exact_match, eval_exact_match, normalized_match, eval_normalized_match, number, eval_number, regex, eval_regex, json_valid, eval_json_valid, json_fields, eval_json_fields, choice, eval_choice, reward, eval_reward, got 'rouge'"),
     ("eval: {metrics: [rouge]}", "line 3: eval.metrics must be a list of exact_match, normalized_match, number, regex, json_valid, json_fields, choice (loss and perplexity are always among them), got [\"rouge\"]"),
     ("eval: {metrics: [regex]}", "line 3: eval.metrics has regex, which needs eval.pattern, a regular expression"),
     ("eval: {pattern: '('}", "line 3: eval.pattern must be a regular expression (missing ), unterminated subpattern at position 0), got '('"),

@@ -82,9 +82,8 @@ class PlainListener(SilentListener):
         left = (time.monotonic() - self.started) / done * (self.total - row["step"]) if done > 0 else 0.0
         left = max(0.0, row.get("left_s", left))
         return (
-            f"loss {row['loss']:.4f}  {row['tokens_per_second']:.0f} tokens/s  "
-            f"{memory}{show.gb(row.get('rss_bytes', 0))}  ETA {duration(left)}"
-        )
+            f"reward {row['reward']:.4f}  " if "reward" in row else f"loss {row['loss']:.4f}  "
+        ) + f"{row['tokens_per_second']:.0f} tokens/s  {memory}{show.gb(row.get('rss_bytes', 0))}  ETA {duration(left)}"
 
     def step(self, row: Document) -> None:
         super().step(row)

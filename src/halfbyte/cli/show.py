@@ -203,6 +203,8 @@ def report(outcome: Outcome) -> None:
     within(row.get("within") or {})
     verdict = row.get("verdict") or {}
     text(f"verdict  {verdict.get('text', 'not compared with the base')}")
+    if reward := row.get("reward"):
+        text(f"reward   {reward['first']:.4f} -> {reward['best']:.4f} on the held-out rows ({reward['intervals']})")
     if forgotten := row.get("base_text"):
         text(f"base text  {forgotten['text']}")
     if verdict.get("useless"):

@@ -52,48 +52,66 @@ def answers(
     scored = losses is not None and begin and loss.head_of(structure.causal_lm(model)) is not None
     ends = stop_ids(model, tokenizer) if ends is None else ends
 
-    def begun(*, scored: bool) -> list[Text]:
+    def begun(*, by_tape: bool) -> list[Text]:
         return [
             Text(
-                prompt, SamplingParams(count, stop=tuple(stops)), ends, row=rows[i] if scored and rows else None,
+                prompt, SamplingParams(count, stop=tuple(stops)), ends, row=rows[i] if scored and by_tape else None,
                 # a stop string may be a special token
                 detokenizer=Detokenizer(tokenizer, skip_special_tokens=False) if stops else None,
             )
             for i, (prompt, count) in enumerate(zip(prompts, max_tokens, strict=True))
         ]  # fmt: skip
 
-    with evaluating(model):
-        texts = begun(scored=scored)
-        try:
-            for done in _queue(model, texts, at_once, tokens_at_once):
-                progress(done, len(texts))
-            if losses is not None:
-                losses.update((i, text.loss) for i, text in enumerate(texts) if text.loss is not None)
-        except FastPathUnavailable as why:
-            log_once(f"answers come from the model's own forward, which is slower: {why}")
-            texts = begun(scored=False)
-            for done in _groups(PlainWriter(model), texts, at_once):
-                progress(done, len(texts))
+    texts = write(model, begun, at_once=at_once, tokens_at_once=tokens_at_once, progress=progress)
+    if losses is not None:
+        losses.update((i, text.loss) for i, text in enumerate(texts) if text.loss is not None)
     written = tokenizer.batch_decode([text.tokens for text in texts], skip_special_tokens=True)
     return [before_stop(str(text), stops) for text in written]
 
 
-def _queue(model: Model, texts: Sequence[Text], at_once: int, tokens_at_once: int) -> Iterator[int]:
-    """From long to short, as many as there are places; how many are done, as each ends."""
+def write(
+    model: Model,
+    begun: Callable[..., list[Text]],
+    *,
+    at_once: int,
+    tokens_at_once: int = 2048,
+    packed: bool = True,
+    progress: Progress = lambda done, total: None,
+) -> list[Text]:
+    """Texts, each until it ends. `begun` makes them, to be written `by_tape` or not; `packed`: as of
+    `TextWriter.insert`; `progress` is told after each token, and may raise."""
+    with evaluating(model):
+        texts = begun(by_tape=True)
+        try:
+            for done in _queue(model, texts, at_once, tokens_at_once, packed=packed):
+                progress(done, len(texts))
+        except FastPathUnavailable as why:
+            log_once(f"answers come from the model's own forward, which is slower: {why}")
+            texts = begun(by_tape=False)
+            for done in _groups(PlainWriter(model), texts, at_once):
+                progress(done, len(texts))
+    return texts
+
+
+def _queue(
+    model: Model, texts: Sequence[Text], at_once: int, tokens_at_once: int, *, packed: bool = True
+) -> Iterator[int]:
+    """From long to short, as many as there are places; how many are done, after each token."""
     size = next(size for size in SIZES if size >= min(at_once, len(texts), SIZES[-1]))
     length = max(max(len(t.prompt) + t.params.max_tokens, len(t.row.input_ids) if t.row else 0) for t in texts)
     # the plan counts half a cache more for one that grows; here it is that of a forward
-    writer = Writer(model, size, length, forward_tokens=min(tokens_at_once, size * length // 2))
+    tokens = min(tokens_at_once, size * length // 2)
+    writer = Writer(model, size, length, forward_tokens=tokens, rough=texts[0].sampler.greedy)
     waiting, done = deque(sorted(texts, key=lambda text: -len(text.prompt))), 0
     while waiting or writer.free < size:
         if waiting and writer.free >= max(1, size // 8):
-            count = writer.together(list(islice(waiting, writer.free)), packed=True)
+            count = writer.together(list(islice(waiting, writer.free)), packed=packed)
             some = [waiting.popleft() for _ in range(count)]
-            writer.insert(some, packed=True)
+            writer.insert(some, packed=packed)
         else:
             some = writer.step()
-        for _ in filter(lambda text: text.ended, some):
-            yield (done := done + 1)
+        done += sum(text.ended for text in some)
+        yield done
 
 
 def _groups(writer: PlainWriter, texts: Sequence[Text], at_once: int) -> Iterator[int]:
@@ -104,4 +122,4 @@ def _groups(writer: PlainWriter, texts: Sequence[Text], at_once: int) -> Iterato
             writer.insert(group, packed=True)
             while not all(text.ended for text in group):
                 writer.step()
-            yield sum(text.ended for text in order)
+                yield sum(text.ended for text in order)

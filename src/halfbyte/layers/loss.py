@@ -64,15 +64,18 @@ def micro_batch_loss(model: Model, batch: Batch, *, label_smoothing: float = 0.0
     return losses.sum() if counts is None else (losses * counts.to(losses.device)).sum()
 
 
-def label_losses(model: Model, batch: Batch) -> Tensor:
+def label_losses(model: Model, batch: Batch, *, temperature: float = 1.0) -> Tensor:
     """Cross-entropy of each labelled token of a packed micro-batch, fp32, with its graph: (K,). Less it, the
     log-probability of each label; `log_likelihoods` sums them over texts. A head that trains makes all logits at once.
+    `temperature`: what logits are divided by.
     """
     head = head_of(model)
-    if head is not None and not any(x is not None and x.requires_grad for x in (head.weight, head.bias, head.values)):
+    trains = head and any(x is not None and x.requires_grad for x in (head.weight, head.bias, head.values))
+    if head is not None and not trains and (temperature == 1 or head.softcap is None):
+        head = replace(head, scale=head.scale / temperature)
         return head_loss(*labelled_hidden(model, batch), head, each=True)
     logits, targets = labelled_logits(model, batch)
-    return F.cross_entropy(logits.float(), targets, reduction="none")
+    return F.cross_entropy(logits.float() / temperature, targets, reduction="none")
 
 
 def text_losses(model: Model, batch: Batch) -> list[float]:

@@ -22,6 +22,7 @@ from halfbyte.data.encoding.encoder import EncodedRows
 from halfbyte.data.encoding.examples import IGNORED, Example
 from halfbyte.objectives import pair_losses
 from halfbyte.objectives.causal_lm import CausalLM
+from halfbyte.objectives.grpo import Grpo
 from halfbyte.objectives.pair_losses import Answers
 from halfbyte.plan.job import ObjectiveCost
 from halfbyte.recipe.method import MethodFields
@@ -38,6 +39,8 @@ def of(train: Train) -> Objective:
     """The objective of a recipe."""
     if train.method == "sft":
         return CausalLM(train.label_smoothing_factor)
+    if train.draws:
+        return Grpo.of(train)
     asks = MethodFields(**{name: getattr(train, name) for name in MethodFields.model_fields})
     return Unpaired(asks) if train.method == "kto" else Preference(asks)
 

@@ -85,6 +85,12 @@ class Rows:
     def labelled_share(self) -> float:
         return int(np.sum(self.labelled)) / max(1, self.tokens) if len(self.labelled) else 1.0
 
+    def in_groups(self, count: int, most: int) -> Self:
+        """Answers to the rows' prompts, `count` to each, as long as the expected one; one of them has `most` tokens."""
+        prompts, answers = (np.repeat(n, count) for n in (self.lengths - self.labelled, self.labelled))
+        answers = np.where(np.arange(len(answers)) == prompts.argmax(), most, answers)
+        return replace(self, lengths=prompts + answers, labelled=answers, mixture=None)
+
     def cut(self, length: int) -> Self:
         """The same rows, none longer than `length`."""
         lengths, labelled, evaluated = (np.minimum(n, length) for n in (self.lengths, self.labelled, self.evaluated))
@@ -201,7 +207,7 @@ class Job:
 
     @property
     def rows_per_step(self) -> int:
-        return self.recipe.train.rows_per_step
+        return self.recipe.train.rows_per_step * (self.recipe.train.num_generations or 1)
 
     @cached_property
     def mean_rows_per_step(self) -> float:

@@ -22,6 +22,10 @@ from halfbyte.system.device import Device
 
 SPREAD = 0.25  # of a time from measured rates; shared machines and turbo clocks move that much
 SPREAD_ASSUMED = 0.6
+# Of writing: texts side by side; the share of the rate of large products that a tape reaches; seconds to draw a token,
+# for each number of the vocabulary (in fp64); and for each layer to write tapes and to prove them. Measured: docs/log.
+AT_ONCE, TAPE_SHARE = 16, 0.3
+DRAWN_S, WRITER_LAYER_S = 2e-8, 0.02
 # What a layer of a micro-batch takes besides arithmetic: some hundred calls from Python, forward and backward; and more
 # for each linear layer with an adapter: its eight products and what is around them.
 LAYER_OVERHEAD_S, SITE_OVERHEAD_S = 0.004, 0.001
@@ -105,6 +109,8 @@ def step_time(
     parts = _parts(job, rates, step_tokens, micro_batches, recompute)
     forward = sum(_parts(job, rates, step_tokens, micro_batches, "none", trains=False).values())
     reading = read_bytes / rates.disk_bytes  # half of it in the forward
+    if job.recipe.train.draws:
+        parts["writing"] = writing_time(job, rates, job.rows.labelled_share * job.rows.mean * job.mean_rows_per_step)
     parts["waiting for disk"] = _waiting(placement, reading, sum(parts.values()))
     forward = (forward + _waiting(placement, reading / 2, forward)) / step_tokens
     total = sum(parts.values())
@@ -115,6 +121,16 @@ def step_time(
         around["proof of products"] = PROOF_PASSES[job.recipe.quant.compute] * share * total
     steps = (total - spread, total, total + spread, job.steps)
     return Time(*steps, rates.source, rates.measured, parts, reading, around, job.done, forward)
+
+
+def writing_time(job: Job, rates: Rates, tokens: float) -> float:
+    """Seconds to write so many tokens of answers, up to `AT_ONCE` side by side: each time the weights are read once,
+    and multiplied with for every text."""
+    head, times = job.facts.vocab * job.facts.hidden, tokens / min(AT_ONCE, max(1.0, job.mean_rows_per_step))
+    read = (job.base_bytes + job.itemsize * job.lora_parameters_per_token) / rates.memory_bytes
+    multiplied = 2 * (job.linear_numel + job.lora_parameters_per_token + head) / (TAPE_SHARE * rates.matmul_flops)
+    seconds = times * read + tokens * (multiplied + DRAWN_S * job.facts.vocab) + WRITER_LAYER_S * job.facts.layers
+    return seconds * rates.correction
 
 
 def _waiting(placement: Placement, reading: float, computing: float) -> float:

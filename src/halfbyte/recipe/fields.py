@@ -17,6 +17,8 @@ OURS = frozenset(
         "method",
         "beta", "loss_type", "label_smoothing", "ld_alpha", "rpo_alpha", "discopop_tau", "desirable_weight",  # TRL's
         "undesirable_weight", "cpo_alpha", "simpo_gamma",
+        "rewards", "num_generations", "max_completion_length", "temperature", "epsilon", "epsilon_high",
+        "scale_rewards", "mask_truncated_completions", "reward_seconds",
     }
 )  # fmt: skip
 
@@ -30,7 +32,7 @@ MAY_CHANGE = frozenset(
         "logging_steps", "logging_first_step", "report_to", "run_name", "eval_strategy", "eval_steps", "eval_on_start",
         "per_device_eval_batch_size", "save_strategy", "save_steps", "save_total_limit", "save_minutes",
         "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "max_forgetting", "max_source_rise",
-        "gradient_checkpointing", "max_tokens_per_micro_batch",
+        "gradient_checkpointing", "max_tokens_per_micro_batch", "reward_seconds",
     )
 } | {
     f"eval.{name}"
@@ -94,6 +96,12 @@ def excluded_by_residual(init: bool | str, use_dora: bool, adapter: str | None, 
         yield f"{name} and lora.use_dora: DoRA's magnitudes would be those of the base without it; use one of them"
     if init == "residual" and adapter is not None:
         yield f"{name} and lora.adapter {adapter} are two starts; give one of them"
+
+
+def unread(name: str, owner: str, takes: tuple[str, ...], given: set[str]) -> Iterator[str]:
+    """What is given and not taken, in a sentence."""
+    if unknown := ", ".join(sorted(given - set(takes))):
+        yield f"train.{name}: train.{owner} takes {', '.join(takes) or 'nothing'}, got {unknown}"
 
 
 def _each(names: str, reason: str) -> dict[str, str]:
@@ -249,6 +257,7 @@ ELSEWHERE = {
 # Names of other tools that have no counterpart here, and why.
 NOT_NEEDED = {
     "group_by_length": "micro-batches have no padding",
+    "num_iterations": "each step writes its own answers, so that none is of an older adapter",
     "overwrite_output_dir": "a run folder is never overwritten; give another output",
 }
 

@@ -11,7 +11,8 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from halfbyte.recipe.data import Data, DataEntry, Section, field
+from halfbyte.recipe import rewards
+from halfbyte.recipe.data import Data, DataEntry, field
 from halfbyte.recipe.values import Float, one_of
 
 # Method -> its fields with their defaults; None: off.
@@ -24,6 +25,7 @@ METHODS: dict[str, dict[str, object]] = {
     "orpo": {"beta": 0.1},
     "cpo": {"beta": 0.1, "loss_type": "sigmoid", "label_smoothing": 0.0, "cpo_alpha": 1.0},
     "simpo": {"beta": 2.0, "simpo_gamma": 0.5, "label_smoothing": 0.0, "cpo_alpha": 0.0},
+    **rewards.METHODS,
 }  # fmt: skip
 # Method -> its losses by name; the others have one.
 LOSS_TYPES = {
@@ -31,6 +33,7 @@ LOSS_TYPES = {
             "apo_zero", "apo_down", "discopop"),
     "kto": ("kto", "apo_zero_unpaired"),
     "cpo": ("sigmoid", "hinge", "ipo"),
+    "grpo": rewards.LOSS_TYPES,
 }  # fmt: skip
 _SORTS = "it sorts the texts of a whole batch, which no split into micro-batches can do"
 LOSSES_REFUSED = {"aot": _SORTS, "aot_unpaired": _SORTS, "sft": "train.rpo_alpha says how much of it is added",
@@ -46,16 +49,18 @@ Positive = Annotated[Float, Field(gt=0)] | None
 LossType = Annotated[str, one_of(lambda: [n for names in LOSS_TYPES.values() for n in names], LOSSES_REFUSED)] | None
 
 
-class MethodFields(Section):
+class MethodFields(rewards.RewardFields):
     """What is learned of the rows. A field of another method is null."""
 
     method: Annotated[str, one_of(METHODS)] = field(
-        "sft", "what is learned: sft (the rows' answers), or which answer is better: dpo, ipo, kto, orpo, cpo, simpo"
+        "sft",
+        "what is learned: sft (the rows' answers), which answer is better (dpo, ipo, kto, orpo, cpo, simpo), or what "
+        "is rewarded of answers that the model writes itself (grpo, rloo)",
     )
     beta: Positive = field(
         None, "how much a difference of log-probabilities counts; with a reference, how near it is kept", "0.01 to 0.5"
     )
-    loss_type: LossType = field(None, "dpo, kto, cpo: which loss, by TRL's name; null: the first of the method")
+    loss_type: LossType = field(None, "dpo, kto, cpo, grpo: which loss, by TRL's name; null: the first of the method")
     label_smoothing: Annotated[Float, Field(ge=0, lt=0.5)] | None = field(
         None, "dpo, cpo, simpo: the share of pairs that are thought to be the wrong way round"
     )
@@ -84,14 +89,16 @@ def with_defaults(values: object) -> object:
     """A recipe's values with what its method takes where nobody says: how rows are read, dropout and learning rate."""
     if not isinstance(values, Mapping) or not isinstance(train := values.get("train"), Mapping):
         return values
-    if (wanted := FORMATS.get(str(train.get("method")))) is None:
+    if (method := str(train.get("method", "sft"))) not in METHODS or method == "sft":
         return values
-    unset = {"train": {"learning_rate": RATE}, "lora": {"lora_dropout": 0.0}, "data": {"mask": "assistant"}}
+    unset = {"train": {"learning_rate": RATE}, "lora": {"lora_dropout": 0.0}, "data": dict[str, object]()}
+    if wanted := FORMATS.get(method):
+        unset["data"] = {"mask": "assistant", "format": wanted}
     given = {name: {} if values.get(name) is None else values[name] for name in unset}
     if not all(isinstance(section, Mapping) for section in given.values()):
         return values
     known: dict[str, dict[str, object]] = {name: {**unset[name], **section} for name, section in given.items()}
-    if known["data"].get("format", "auto") == "auto":
+    if wanted and known["data"]["format"] == "auto":
         known["data"]["format"] = wanted
     return {**values, **known}
 
@@ -113,7 +120,7 @@ def problems(method: MethodFields, data: Data) -> Iterator[str]:
         if given != wanted and {given, wanted} & {*FORMATS.values()}:
             learns = f"reads rows of data.format {wanted or 'messages, prompt_completion and the like'}"
             yield f"train.method {name} {learns}, and data.format is {given}"
-    if wanted is None:
+    if name == "sft":
         return
     if data.mask == "all":
         yield f"data.mask all is not for train.method {name}: answers are compared, and prompts are not"

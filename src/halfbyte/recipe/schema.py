@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from halfbyte.recipe import fields, method, number_formats
+from halfbyte.recipe import fields, method, number_formats, rewards
 from halfbyte.recipe import task as tasks
 from halfbyte.recipe.data import Data, Fields, Int, Section, field, must
 from halfbyte.recipe.evaluation import LOSSES, METRICS, Choices, Eval
@@ -28,7 +28,7 @@ from halfbyte.recipe.values import (  # isort: skip
 
 
 def _best_metrics() -> list[str]:
-    return [prefix + name for name in (*LOSSES, *METRICS) for prefix in ("", "eval_")]
+    return [prefix + name for name in (*LOSSES, *METRICS, rewards.REWARD) for prefix in ("", "eval_")]
 
 
 _DTYPE_NAMES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
@@ -283,8 +283,8 @@ class Train(method.MethodFields):
 
     @property
     def rows_per_step(self) -> int:
-        """Examples that one optimiser step takes, however they are split into micro-batches."""
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+        """Rows that one optimiser step takes, however they are split into micro-batches."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps // (self.num_generations or 1)
 
 
 class Recipe(tasks.FormatOfTask):
@@ -309,6 +309,7 @@ class Recipe(tasks.FormatOfTask):
     def _together(self) -> Recipe:
         problems = [*_in_source(self), *in_quant(self.quant), *_in_lora(self), *_in_train(self), *self.data.problems()]
         problems += [*method.problems(self.train, self.data), *tasks.problems(self.model_dump(exclude_defaults=True))]
+        problems += rewards.problems(self.train, self.eval.pattern, self.lora.lora_dropout, self.quant.model_dump())
         if problems:
             raise PydanticCustomError("together", "values that exclude each other", {"problems": problems})
         return self
@@ -385,9 +386,10 @@ def _in_train(recipe: Recipe) -> Iterator[str]:
     if strategy == "no" and train.early_stopping_patience is not None:
         yield "train.early_stopping_patience counts evaluations, and train.eval_strategy is no"
     name, greatest = train.best_metric, train.best_is_greatest
-    if greatest and name.removeprefix(recipe.data.source_of(name)) not in (recipe.eval.metrics or ()):
+    of_answers = {*(recipe.eval.metrics or ()), rewards.REWARD}
+    if greatest and name.removeprefix(recipe.data.source_of(name)) not in of_answers:
         yield f"train.metric_for_best_model {name} is not among eval.metrics, so no evaluation would have it"
-    elif name not in (*LOSSES, *METRICS) and not recipe.data.source_of(name):
+    elif name not in (*LOSSES, *METRICS, rewards.REWARD) and not recipe.data.source_of(name):
         known = ", ".join(recipe.data.scored_sources) or "none, as no entry of data.train has a name"
         yield f"train.metric_for_best_model {name} is of no source of the held-out rows; they are of {known}"
     if train.max_source_rise is not None and not recipe.data.scored_sources:
@@ -409,17 +411,12 @@ def _in_train(recipe: Recipe) -> Iterator[str]:
         if train.learning_rate == number_formats.AUTO and not reads:
             yield f"train.learning_rate auto is AdamW's, not that of train.{name} {getattr(train, name)}; give a number"
     schedule, given = train.lr_scheduler_type, set(train.lr_scheduler_kwargs or {})
-    yield from _unread("lr_scheduler_kwargs", f"lr_scheduler_type {schedule}", fields.SCHEDULES[schedule], given)
+    yield from fields.unread("lr_scheduler_kwargs", f"lr_scheduler_type {schedule}", fields.SCHEDULES[schedule], given)
     needed = fields.SCHEDULES_NEED.get(schedule, ())
     if needed and not given & set(needed):
         yield f"train.lr_scheduler_type {schedule} needs {' or '.join(needed)} in train.lr_scheduler_kwargs"
     given = set(re.findall(r"(\w+)\s*=", train.optim_args or ""))
-    yield from _unread("optim_args", f"optim {train.optim}", fields.OPTIMIZERS[train.optim], given)
-
-
-def _unread(name: str, owner: str, takes: tuple[str, ...], given: set[str]) -> Iterator[str]:
-    if unknown := ", ".join(sorted(given - set(takes))):
-        yield f"train.{name}: train.{owner} takes {', '.join(takes) or 'nothing'}, got {unknown}"
+    yield from fields.unread("optim_args", f"optim {train.optim}", fields.OPTIMIZERS[train.optim], given)
 
 
 class Loaded(NamedTuple):

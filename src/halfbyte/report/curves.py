@@ -28,8 +28,11 @@ def of_run(record: Record) -> list[Chart]:
     norm = _raw_and_smooth(metrics.column("grad_norm"))
     unnamed = [(step, "") for step, _ in events]  # named once, over the loss
     speed = _raw_and_smooth(metrics.column("tokens_per_second"))
+    words = {"reward": "Reward of a step's answers", "answer_tokens": "Tokens of an answer", "entropy": "Entropy"}
+    written = {words[name]: _raw_and_smooth(metrics.column(name)) for name in words if len(metrics.column(name).known)}
     return [
         Chart("Loss", NATS, "step", loss, events=events, may_be_log=True),
+        *(Chart(title, "", "step", curve) for title, curve in written.items()),
         *evaluations(metrics),
         *watched(metrics),
         Chart("Learning rate", "", "step", rate, from_zero=True),

@@ -18,10 +18,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from halfbyte.types import Document
+
 Values = NDArray[np.float64]
 
 STEP_COLUMNS = ("step", "loss", "learning_rate", "grad_norm", "tokens", "seconds", "tokens_per_second", "rss_bytes",
-                "peak_device_bytes", "accuracy", "margin", "kl", "chosen_logp", "rejected_logp")  # fmt: skip
+                "peak_device_bytes", "accuracy", "margin", "kl", "chosen_logp", "rejected_logp", "reward",
+                "entropy", "answer_tokens")  # fmt: skip
 BUCKETS = 300  # of a curve; each keeps its first, lowest, highest and last point, and its first gap
 
 
@@ -45,11 +48,13 @@ class Series:
 @dataclass(frozen=True)
 class Metrics:
     """What a run measured. `steps`: a column of (rows,) for each of `STEP_COLUMNS`; `evals`: a series for each number
-    of its evaluations; `step_downs`: (step, what was changed) where memory ran short; `unread`: unreadable lines."""
+    of its evaluations; `step_downs`: (step, what was changed) where memory ran short; `samples`: answers that the first
+    and the last step learned from; `unread`: unreadable lines."""
 
     steps: Mapping[str, Values]
     evals: Mapping[str, Series]
     step_downs: tuple[tuple[int, str], ...] = ()
+    samples: tuple[Document, ...] = ()
     unread: int = 0
 
     def column(self, name: str) -> Series:
@@ -67,6 +72,7 @@ def read(path: Path) -> Metrics:
     columns = {name: array("d") for name in STEP_COLUMNS}
     evals: dict[str, list[tuple[float, float]]] = {}
     step_downs, unread = list[tuple[int, str]](), 0
+    samples = list[Document]()
     with path.open("rb") if path.is_file() else io.BytesIO() as lines:
         for line in lines:
             try:
@@ -80,13 +86,16 @@ def read(path: Path) -> Metrics:
                     column.append(number(row.get(name)))
                 if isinstance(row.get("stepped_down"), list) and math.isfinite(step):
                     step_downs += [(int(step), str(change)) for change in row["stepped_down"]]
+                if isinstance(row.get("sample"), dict):
+                    samples = [*samples[:1], {"step": int(step), **row["sample"]}]
             else:
                 for name, value in row.items():
                     if name.startswith("eval_"):
                         evals.setdefault(name, []).append((step, number(value)))
     every = {name: Series(*np.array(points).T) for name, points in evals.items()}
     steps = {name: np.frombuffer(column, dtype=np.float64) for name, column in columns.items()}
-    return Metrics(steps, {name: s for name, s in every.items() if len(s.known)}, tuple(step_downs), unread)
+    evaluations = {name: s for name, s in every.items() if len(s.known)}
+    return Metrics(steps, evaluations, tuple(step_downs), tuple(samples), unread)
 
 
 def number(value: object) -> float:

@@ -71,6 +71,7 @@ def build(
         "tokens_per_second": tokens / train_seconds if train_seconds > 0 else 0.0,
         "loss": {"first": steps[0]["loss"], "last": steps[-1]["loss"]},
         "eval_loss": reached(rows, adapter_step)["eval_loss"],
+        "reward": rewards(rows, adapter_step),
         "planned": planned,
         "measured": measured,
         "errors": {name: MeasuredLine(name, planned[name], measured[name] or 0).error for name in known},
@@ -85,6 +86,17 @@ def reached(rows: Sequence[Document], adapter_step: int | None) -> Document:
     evals = {row["step"]: row["eval_loss"] for row in rows if row.get("eval_loss") is not None}
     step = adapter_step if adapter_step in evals else max(evals, default=None)
     return {"steps": len(losses) if adapter_step is None else adapter_step, "eval_loss": evals.get(step)}
+
+
+def rewards(rows: Sequence[Document], adapter_step: int | None) -> Document | None:
+    """What answers to the held-out rows were worth in the first evaluation, and by the adapter that was kept, with
+    their intervals; None where a run does not learn from rewards."""
+    evals = {row["step"]: [row.get(f"eval_reward{end}") for end in ("", "_low", "_high")] for row in rows}
+    evals = {step: values for step, values in evals.items() if values[0] is not None}
+    if not evals:
+        return None
+    first, last = evals[min(evals)], evals[adapter_step if adapter_step in evals else max(evals)]
+    return {"first": first[0], "best": last[0], "intervals": [first[1:], last[1:]]}
 
 
 def usual_seconds(rows: Sequence[Document]) -> float | None:

@@ -175,11 +175,11 @@ class RunCallback(Follower):
         self.writer.finish()
         self.listener.end()
 
-    def save_last_step(self) -> None:
-        """Save the last whole step, after a signal has ended the next one between two micro-batches."""
+    def save_last_step(self, why: str) -> None:
+        """Save the last whole step, after a signal, or what `why` names, has ended the next one."""
         step, signal = self.trainer.state.global_step, self.stop.signal
-        if self._randomness is not None and signal is not None and step and self._saved_step != step:
-            self.save(f"{signal.name} received", randomness=self._randomness)
+        if self._randomness is not None and step and self._saved_step != step:
+            self.save(why if signal is None else f"{signal.name} received", randomness=self._randomness)
         self.writer.finish()
 
     def keep_late_best(self) -> None:

@@ -241,7 +241,10 @@ def decide_sharing(run: PlannedRun, model: Model, tell: Listener) -> PlannedRun:
     if not prepared.shares:
         return run
     examples, shared = prepared.train.examples, prepared.train.shared
-    if shared is not None:
+    if prepared.recipe.train.draws:  # two answers to one prompt: the expected one, and it backwards
+        row = max(examples[:LOOKED_AT], key=lambda row: len(row.prompt_ids))
+        alike = [row, replace(row, input_ids=row.prompt_ids + row.input_ids[: len(row.prompt_ids) - 1 : -1])]
+    elif shared is not None:
         alike = examples[int(shared.argmax())].texts
     else:
         steps = plan_steps(prepared, 1, 1)

@@ -7,10 +7,13 @@ Cost: the headers of the checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
+
+from halfbyte.data import pack
 from halfbyte.data.prefixes import Tree
 from halfbyte.errors import RecipeError
 from halfbyte.models import tensors
@@ -64,6 +67,8 @@ def job_of(
     """
     held_out = prepared.evaluation.lengths if prepared.evaluation is not None else ()
     rows = Rows(prepared.train.lengths, prepared.train.labelled, held_out, mixture=prepared.mixture)
+    if (train := prepared.recipe.train).draws:
+        rows = rows.in_groups(train.num_generations or 1, train.max_completion_length or 1)
     job = Job.of_checkpoint(prepared.recipe, prepared.checkpoint, model, rows, machine, targets=targets)
     written = job.tokenizer_json_bytes if prepared.chatml is not None else None
     job = replace(job, tokenizer_bytes=written or 0, ranks=ranks, objective=prepared.objective.cost, done=done)
@@ -98,8 +103,18 @@ def trees(prepared: Prepared, job: Job, machine: Device) -> tuple[Tree, ...]:
     texts = prepared.train.shared is not None  # of a row; rows are not looked at
     if texts or not prepared.shares or _why_not_shared(prepared, job, machine) or not job.steps:
         return ()
-    looked_at = plan_steps(prepared, 1, 1).trees(LOOKED_AT)
+    steps, draws = plan_steps(prepared, 1, 1), prepared.recipe.train.draws
+    looked_at = [*_group_trees(prepared, steps)] if draws else steps.trees(LOOKED_AT)
     return tuple(looked_at) if any(any(tree.shared) for tree in looked_at) else ()
+
+
+def _group_trees(prepared: Prepared, steps: pack.Steps) -> Iterator[Tree]:
+    """The same of answers that a run writes, as long as the expected ones, which differ from their first token on."""
+    for index in range(min(len(steps), LOOKED_AT)):
+        rows = [prepared.train.examples[number] for number in steps.rows(index)]
+        pairs = [(e, number) for e in rows for number in range(prepared.recipe.train.num_generations or 1)]
+        texts = [(*e.prompt_ids, *[number] * (len(e.input_ids) - len(e.prompt_ids))) for e, number in pairs]
+        yield Tree.of([np.array(text, np.uint32) for text in texts])
 
 
 def sharing_note(prepared: Prepared, job: Job, plan: Plan, machine: Device) -> str:

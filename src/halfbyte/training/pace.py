@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
+from typing import Protocol
 
 import numpy as np
 from torch import Tensor
 
-from halfbyte.data import pack, prefixes
+from halfbyte.data import collate, pack, prefixes
 from halfbyte.errors import TrainError, first_line
 from halfbyte.layers import fuse
 from halfbyte.layers.kernels import pool
@@ -27,7 +28,7 @@ from halfbyte.objectives.objective import Objective
 from halfbyte.plan.result import GB, Recompute
 from halfbyte.system import accelerator, pages, usage
 from halfbyte.system.device import ram_available
-from halfbyte.types import Batch, Model
+from halfbyte.types import Batch, Document, Model
 from halfbyte.upstream import transformers as upstream
 
 MARGIN_SHARE = 0.03  # of the machine's memory (or the group's limit) that stays free between micro-batches
@@ -170,6 +171,13 @@ class Pace:
         """Tokens that the largest one computes."""
         size = partial(pack.tokens_of, lengths=self.lengths, ids=self.ids, padded=self.padded)
         return max(map(size, micro_batches), default=0)
+
+
+class StepRows(Protocol):
+    """What writes the rows of a step itself; see `rollouts/rollouts.py`."""
+
+    def begin(self, step: pack.Step, pace: Pace, look: Callable[[int, int], None]) -> collate.StepItem: ...
+    def end(self, row: Document) -> Document: ...
 
 
 def give_back() -> None:

@@ -195,6 +195,11 @@ def data_note(prepared: Prepared) -> str:
     rows = f"{stats.rows:,} rows" if texts is None else f"{texts:,} texts in {stats.rows:,} blocks"
     held_out = f"; {prepared.evaluation.stats.rows:,} rows held out" if prepared.evaluation else ""
     mixed = f"; {prepared.mixture.note(prepared.recipe.train.order_seed)}" if prepared.mixture else ""
+    if (train := prepared.recipe.train).draws:
+        answers = min(train.rows_per_step, stats.rows) * (train.num_generations or 1)
+        written, trained = (f"{answers * n / stats.rows:,.0f}" for n in (stats.labelled_tokens, stats.tokens))
+        of = f"answers, {train.num_generations} to a prompt, of {written} tokens if they are as the expected ones"
+        held_out += f"; a step writes {answers} {of}, and trains {trained} with their prompts"
     return (
         f"{rows}, {stats.tokens:,} tokens ({stats.min_length} to {stats.max_length} a row), "
         f"{stats.labelled_share:.0%} of them trained{held_out}{mixed}"

@@ -13,6 +13,7 @@ from halfbyte.adapters import lora
 from halfbyte.data import collate
 from halfbyte.distributed import agree
 from halfbyte.distributed.shard import first_layers_whole
+from halfbyte.errors import RewardError
 from halfbyte.objectives.objective import scores_of
 from halfbyte.recipe.task import CAUSAL_LM
 from halfbyte.runs.checkpoint import Best
@@ -61,6 +62,7 @@ def run_steps(setup: Setup, folder: RunFolder, stop: StopRequest, tell: Listener
         on_stop=lambda: stop_of_all.give(stop.signal or Signals.SIGTERM),
         on_evaluation=tell.evaluating,
         answer_scores=lambda: {**setup.answer_scores(), **_text_score(setup, trainer)},
+        rollouts=setup.rollouts,
     )
     trainer = _trainer(setup, folder, hooks)
     callback = _run_callback(setup, folder, trainer, stop_of_all, tell, resume) if world.first else None
@@ -69,14 +71,16 @@ def run_steps(setup: Setup, folder: RunFolder, stop: StopRequest, tell: Listener
         trainer.add_callback(early)
     if not reference.ensure(setup, folder, trainer, tell):
         return Ended(setup.start.step, stop_of_all.signal, callback)
-    if not setup.is_probe:
+    if not setup.is_probe and setup.rollouts is None:  # a loss says nothing of rewards
         _measure_base(setup, trainer, tell)
         setup.pace.begin()
     try:
         trainer.train(resume_from_checkpoint=str(resume) if resume is not None else None)
-    except StepInterrupted:
+    except (StepInterrupted, RewardError) as error:
         if callback is not None:
-            callback.save_last_step()
+            callback.save_last_step(type(error).__name__)
+        if isinstance(error, RewardError):
+            raise
     finally:
         if callback is not None:
             callback.writer.abandon()

@@ -21,7 +21,7 @@ from halfbyte.training.deadline import Schedule
 from halfbyte.training.events import Listener
 from halfbyte.training.fit import PlannedRun
 from halfbyte.training.model import TrainingModel
-from halfbyte.training.pace import Pace
+from halfbyte.training.pace import Pace, StepRows
 from halfbyte.training.preflight import RunStart
 from halfbyte.types import Document
 
@@ -49,6 +49,8 @@ class Setup:
     """When the plan was made, by `time.monotonic`."""
     answer_scores: Callable[[], dict[str, float]] = dict
     """Scores of answers to the held-out rows, for each evaluation."""
+    rollouts: StepRows | None = None
+    """Of a run that writes what it learns from."""
     schedule: Schedule | None = None
     """Of a run that ends at a time, and of a probe."""
     is_probe: bool = False

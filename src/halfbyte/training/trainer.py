@@ -40,7 +40,7 @@ from halfbyte.recipe.method import MethodFields
 from halfbyte.recipe.schema import Train
 from halfbyte.system import device
 from halfbyte.training.deadline import Schedule
-from halfbyte.training.pace import Pace
+from halfbyte.training.pace import Pace, StepRows
 from halfbyte.training.watch import gradients
 from halfbyte.types import Batch, Document, Model
 from halfbyte.upstream.bitsandbytes import CPU_OPTIMISERS
@@ -161,6 +161,8 @@ class RunHooks:
     on_evaluation: Callable[[], None] = lambda: None
     answer_scores: Callable[[], dict[str, float]] = dict
     """Scores of what the model writes to the held-out rows."""
+    rollouts: StepRows | None = None
+    """Of a run that writes what it learns from."""
 
 
 class StepTrainer(Trainer):
@@ -248,6 +250,8 @@ class StepTrainer(Trainer):
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
+        if self.hooks.rollouts is not None:
+            inputs = self.hooks.rollouts.begin(inputs["step"], self.pace, self._look)
         step, micro_batches = inputs["step"], inputs["micro_batches"]
         total = torch.zeros((), device=self.args.device)
         parts: list[tuple[pack.MicroBatch, torch.Tensor]] = []
@@ -277,13 +281,19 @@ class StepTrainer(Trainer):
         if not (math.isfinite(value) and math.isfinite(norm or 0.0)) and self.world.rank != min(bad, default=0):
             self.world.await_failure()
         gradients.check(model, Path(self.args.output_dir), at, micro_batches, parts, total=value, norm=norm or 0.0)
-        if not self._checked_first:
+        if not self._checked_first and (step.micro_batches or self.hooks.rollouts is None):
             self._checked_first = True
             gradients.check_first(self.model, self.pace.largest([(r,) for rows in step.micro_batches for r in rows]))
         self._record(step, value, norm, done)
         sums_of = np.reshape(self._sums(watched.ravel().tolist()), watched.shape)
         self.last |= {name: a / n for name, (a, n) in zip(watches, sums_of.tolist(), strict=True) if n}
+        if self.hooks.rollouts is not None:
+            self.last |= self.hooks.rollouts.end(self.last)
         return total
+
+    def _look(self, *_: int) -> None:
+        if self.hooks.stops_step():
+            raise StepInterrupted
 
     def _step_sums(self, model: Model, micro_batches: collate.Batches) -> Batch:
         """What the loss of each micro-batch must know of the whole step, where the objective asks for something."""

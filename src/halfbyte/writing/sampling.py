@@ -39,6 +39,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0  # taken from a token's logit each time that the answer has it
     presence_penalty: float = 0.0  # taken once
     logit_bias: tuple[tuple[int, float], ...] = ()  # tokens, and what is added to their logits
+    records: bool = False  # what each token was drawn from is kept (`Sampler.drawn`)
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,9 @@ class Sampler:
         self.processors: Processors | None = None
         self._adjusts = bool(params.frequency_penalty or params.presence_penalty or params.logit_bias)
         self._largest = not self._adjusts and constraint is None and params.temperature <= 0 and params.logprobs is None
+        self.drawn: list[tuple[float, float, float]] = []
+        """Of each token its log-probability among what it was drawn from, the entropy there, and the standard deviation
+        of the logits."""
         self.generator: Generator | None = None
         if params.temperature > 0:  # a greedy text needs no torch
             import torch
@@ -93,8 +97,16 @@ class Sampler:
             logits = logits.masked_fill(~self.constraint.allowed(len(logits)), -math.inf)
         if self.params.temperature <= 0:
             return int(logits.numpy().argmax())  # numpy's is nine times as fast
-        probabilities = (logits.double() / self.params.temperature).softmax(-1)
-        return int(narrowed(probabilities, self.params).multinomial(1, generator=self.generator))
+        scaled = logits.double() / self.params.temperature
+        probabilities = narrowed(scaled.softmax(-1), self.params)
+        token = int(probabilities.multinomial(1, generator=self.generator))
+        if self.params.records:
+            probabilities = probabilities / probabilities.sum()
+            logprob = float(probabilities[token].log())
+            # entropy = log of the sum of exp - mean logit; the first is logit - logprob of any token
+            entropy = float(scaled[token] - probabilities.dot(scaled)) - logprob
+            self.drawn.append((logprob, entropy, float(scaled.std())))
+        return token
 
 
 def adjusted(logits: Tensor, written: Sequence[int], params: SamplingParams) -> Tensor:

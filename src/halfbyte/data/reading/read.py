@@ -104,6 +104,16 @@ def columns(names: Sources) -> tuple[str, ...]:
     return ()
 
 
+def questions(names: Sources, data: Data) -> Iterator[tuple[str, tuple[object, Document]]]:
+    """Of each row its name; its question, a text or messages, and the row as it was read."""
+    for source in find(names):
+        fields = source.read_as(data).fields
+        for number, record in _documents(records.records(source)):
+            talk = record.get(fields.messages)
+            ends = isinstance(talk, list) and talk[-1].get("role") == "assistant"
+            yield source.where(number), (talk[:-1] if ends else talk or record.get(fields.prompt, ""), record)
+
+
 def likely(name: str) -> tuple[str, str] | None:
     """The columns of a file that seem to ask and to answer, by its first rows."""
     (source,) = find(name)

@@ -1,0 +1,1 @@
+"""Answers that a run writes itself, to learn from their rewards."""

@@ -1,0 +1,200 @@
+"""A step of a run that learns from rewards: groups of answers written, rewarded, and laid out as the step's rows.
+
+What: the trainer asks `begin` before a step's forward and `end` after its backward; it, its pace and its checkpoints
+know rows alone. Answers are drawn in this process, up to 16 side by side, by a tape that is written anew from the
+weights that train (`inference.batch`); a prompt is read once for its group. Each text draws from its own generator,
+seeded by (seed, step, row, number in the group): a resumed run writes the same, and no state of a sampler is kept.
+An answer with the advantage 0, or one that was cut off and is left out, moves nothing and is not computed again.
+Cost: of writing, see `writing/`; a step reads the base once for all texts.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from halfbyte.base import load
+from halfbyte.data import collate, pack
+from halfbyte.data.encoding.examples import IGNORED, Example
+from halfbyte.data.reading import read
+from halfbyte.errors import DataError, TrainError
+from halfbyte.inference import batch
+from halfbyte.inference.generate import stop_ids
+from halfbyte.layers.kernels import dropout
+from halfbyte.layers.kernels.pool import POOL
+from halfbyte.models.context import context_of
+from halfbyte.objectives import grpo
+from halfbyte.objectives.grpo import WrittenRow
+from halfbyte.plan import sequences_beside
+from halfbyte.recipe.rewards import REWARD
+from halfbyte.scoring import intervals
+from halfbyte.scoring.intervals import RowSums
+from halfbyte.scoring.rewards import Attempt, RewardFunction, Rewards
+from halfbyte.system import usage
+from halfbyte.training.pace import Pace
+from halfbyte.training.setup import Setup
+from halfbyte.types import Document
+from halfbyte.writing import writer
+from halfbyte.writing.sampling import SamplingParams
+from halfbyte.writing.text import Text
+
+Floats = NDArray[np.float64]
+
+
+class Rollouts:
+    """The answers of a run's steps, and those to its held-out rows. Raises DataError: a reward has nothing to compare
+    with in the rows, or an answer may be longer than what the model reads."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup, self.prepared = setup, setup.run.prepared
+        recipe = setup.start.recipe
+        self.train, self.settings = recipe.train, recipe.eval
+        self.model, self.tokenizer = setup.model.assembled.model, self.prepared.tokenizer
+        rows = [e for part in (self.prepared.train, self.prepared.evaluation) if part for e in part.examples]
+        if (asks_nothing := next((e.where for e in rows if not e.completion), None)) is not None:
+            raise DataError(f"{asks_nothing} is plain text: it asks nothing, so there is nothing to reward.")
+        longest, most = max(len(e.prompt_ids) for e in rows), self.train.max_completion_length
+        context = context_of(self.prepared.config)
+        if context is not None and context.left(longest) < most:
+            what = f"prompts of up to {longest:,} tokens and answers of {most:,} are more than the {context.tokens:,}"
+            raise DataError(f"{what} that the model reads ({context.why}).", fix="lower train.max_completion_length")
+        self.rewards = Rewards.of(self.train, self.settings, [e.completion for e in rows])
+        functions = any(isinstance(part, RewardFunction) for part in self.rewards.parts.values())
+        names = [name for name in (recipe.data.train, recipe.data.eval_names) if name and functions]
+        self.asked = {where: asked for name in names for where, asked in read.questions(name, recipe.data)}
+        self.ends = stop_ids(self.model, self.tokenizer)
+        self.at_once = sequences_beside(setup.run.job, setup.run.plan.micro_batch_bytes, longest + most)
+        self.notes = Document()
+
+    def joined(self) -> Setup:
+        """The run's setup with these in it."""
+        scores = self.setup.answer_scores
+        return replace(self.setup, rollouts=self, answer_scores=lambda: scores() | self.held_out())
+
+    def begin(self, step: pack.Step, pace: Pace, look: batch.Progress) -> collate.StepItem:
+        """A step's rows in micro-batches. `look` is told after each token, and may raise. Raises RewardError."""
+        rows = self._rows(step.index, look)
+        arrays = [np.array(row.input_ids, np.uint32) for row in rows]
+        pace.lengths = np.array([*map(len, arrays)], np.int64)
+        pace.ids = arrays.__getitem__ if self.prepared.shares else None
+        limits = pace.tokens, pace.examples_per_micro_batch, pace.ids
+        parts = pack.arrange(range(len(rows)), pace.lengths, *limits, padded=pace.padded)
+        computed = sum(pack.computed(part, pace.lengths, pace.ids) for part in parts)
+        labelled, tokens = sum(len(row.logps) for row in rows), int(np.sum(pace.lengths))
+        step = replace(
+            step, micro_batches=parts, weight=1.0, tokens=tokens, labelled_tokens=labelled, computed=computed
+        )
+        return {"step": step, "micro_batches": collate.Batches(rows, parts, self.prepared.lay_out)}
+
+    def _rows(self, index: int, look: batch.Progress) -> list[WrittenRow]:
+        """The answers of a step that are trained."""
+        began, train = time.monotonic(), self.train
+        count = train.num_generations or 1
+        _make_room()
+        numbers = self.setup.steps.rows(index)
+        asking = [self.prepared.train.examples[number] for number in numbers for _ in range(count)]
+        seeds = [dropout.number(train.seed, index, number) >> 8 for number in numbers for _ in range(count)]
+        params = SamplingParams(train.max_completion_length, train.temperature, repetition_penalty=1.0, records=True)
+
+        def begun(*, by_tape: bool) -> list[Text]:
+            each = enumerate(zip(asking, seeds, strict=True))
+            return [Text(e.prompt_ids, replace(params, seed=s), self.ends, index=i % count) for i, (e, s) in each]
+
+        # each prompt by itself, so that what is read of it is there for all of its group
+        texts = batch.write(self.model, begun, at_once=self.at_once, packed=False, progress=look)
+        if (error := next((text.error for text in texts if text.error is not None), None)) is not None:
+            raise TrainError(f"an answer of step {index + 1} has failed: {error}.") from error
+        wrote = time.monotonic()
+        attempts = self._attempts(asking, [text.tokens for text in texts])
+        rewards, parts = self.rewards.score(attempts)
+        groups = rewards.reshape(-1, count)
+        advantages = grpo.advantages(groups, train.method, scales=train.scale_rewards == "group").ravel()
+        seconds = {"writing_seconds": wrote - began, "reward_seconds": time.monotonic() - wrote}
+        self.notes = self._figures(texts, groups, parts, advantages) | seconds
+        self.notes["sample"] = self._sample(asking[0], attempts[:count], advantages[:count])
+        masks = train.mask_truncated_completions
+        counts = [0 if masks and text.finish == "length" else len(text.tokens) for text in texts]
+        size, loss_type = train.per_device_train_batch_size, train.loss_type or "grpo"
+        weights = grpo.token_weights(counts, loss_type, most_tokens=train.max_completion_length, batch=size)
+        rows = []
+        for i in np.flatnonzero(np.array(counts) * advantages):
+            e, ids = asking[i], tuple(texts[i].tokens)
+            labels = (IGNORED,) * len(e.prompt_ids) + ids
+            row = WrittenRow((*e.prompt_ids, *ids), labels, e.where, e.prompt_ids, attempts[i].text)
+            logps = tuple(logp for logp, *_ in texts[i].sampler.drawn)
+            rows.append(replace(row, advantage=float(advantages[i]), weight=weights[i], logps=logps))
+        return rows
+
+    def end(self, row: Document) -> Document:
+        """What a step's `row` of the metrics says besides. Raises TrainError: answers were not drawn by the
+        probabilities that they have in training, within what rounding explains."""
+        error = math.sqrt(row.pop("logp_error", 0.0))
+        # A tape's logits may be so far apart from a forward's, relative to their deviation about their mean; a
+        # log-probability is one of them less a mean of all.
+        layers, dtype = len(writer.layers_of(self.model)), load.DTYPES[self.setup.model.assembled.base.compute_dtype]
+        allowed = math.sqrt(2) * writer.tolerance(layers, dtype, read=True) * self.notes["logit_spread"]
+        if not error <= allowed:
+            raise TrainError(
+                f"log-probabilities of the answers were {error:.3g} apart when they were drawn and in training, at "
+                f"step {row['step']}; rounding explains {allowed:.3g}: another adapter wrote them, or other tokens.",
+                fix="report it with the recipe",
+            )
+        return {**self.notes, "logp_error": error}
+
+    def held_out(self) -> dict[str, float]:
+        """What greedy answers to the held-out rows are worth; nothing where there are none."""
+        if self.prepared.evaluation is None:
+            return {}
+        asking, most = self.prepared.evaluation.examples[: self.settings.rows], self.train.max_completion_length
+        _make_room()
+        prompts, limits = [e.prompt_ids for e in asking], [most] * len(asking)
+        answers = batch.answers(self.model, self.tokenizer, prompts, limits, at_once=self.at_once)
+        ids = self.tokenizer(answers, add_special_tokens=False).input_ids
+        return self._summary(*self.rewards.score(self._attempts(asking, ids)))
+
+    def _sample(self, asked: Example, group: Sequence[Attempt], advantages: Floats) -> Document:
+        """For the page, of a group: what was asked, its best answer and its worst one with their advantages."""
+        answers = [(group[i].text, float(advantages[i])) for i in (int(advantages.argmax()), int(advantages.argmin()))]
+        prompt = self.tokenizer.decode(asked.prompt_ids, skip_special_tokens=True)
+        return {"prompt": prompt, "expected": asked.completion, "answers": answers}
+
+    def _attempts(self, asking: Sequence[Example], tokens: Sequence[Sequence[int]]) -> list[Attempt]:
+        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        asked = [self.asked.get(e.where, ("", {})) for e in asking]
+        each = zip(asking, texts, tokens, asked, strict=True)
+        return [Attempt(e.completion, text, ids, record, prompt) for e, text, ids, (prompt, record) in each]
+
+    def _summary(self, rewards: Floats, parts: Floats) -> dict[str, float]:
+        """The mean of rewards (n,) with its interval, and that of each part (answers, parts)."""
+        known = RowSums.mean(rewards[~np.isnan(rewards)].tolist())
+        summary, settings = {REWARD: known.value}, self.settings
+        if limits := intervals.interval(known, resamples=settings.resamples, seed=settings.seed):
+            summary |= {f"{REWARD}_low": limits[0], f"{REWARD}_high": limits[1]}
+        for name, column in zip(self.rewards.parts, parts.T, strict=True):
+            summary[f"{REWARD}_{Path(name).name}"] = RowSums.mean(column[~np.isnan(column)].tolist()).value
+        return summary
+
+    def _figures(self, texts: Sequence[Text], groups: Floats, parts: Floats, advantages: Floats) -> Document:
+        """What a step's row says of its answers; the interval of the reward is that of the groups' means."""
+        drawn = np.array([each for text in texts for each in text.sampler.drawn])  # (tokens, 3)
+        means = np.array([RowSums.mean(group[~np.isnan(group)].tolist()).value for group in groups])
+        return {
+            **self._summary(means, parts),
+            "no_difference": float((advantages.reshape(groups.shape) == 0).all(1).mean()),
+            "written_tokens": len(drawn),
+            "answer_tokens": len(drawn) / len(texts),
+            "cut_off": sum(text.finish == "length" for text in texts) / len(texts),
+            "entropy": float(drawn[:, 1].mean()),
+            "logit_spread": float(drawn[:, 2].mean()),
+        }
+
+
+def _make_room() -> None:
+    POOL.give_back()  # what a micro-batch had is for answers now
+    usage.trim()

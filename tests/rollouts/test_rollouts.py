@@ -1,0 +1,193 @@
+"""A run that learns from rewards: it writes, rewards, learns, goes on to the same bytes, and says what is wrong."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from halfbyte import finetune
+from halfbyte.errors import RecipeError, RewardError, TrainError
+from halfbyte.inference import batch
+from halfbyte.layers.decoding.tape import isa
+from halfbyte.recipe.schema import Loaded
+from halfbyte.runs.folder import RunFolder
+from halfbyte.training.events import Listener
+from halfbyte.writing import sampling, writer
+from tests import letters, tiny_run
+
+pytestmark = pytest.mark.skipif(isa(torch.float32) is None, reason="no kernels for this processor")
+
+
+LETTERS = f"{letters.__file__}:score"
+
+
+def recipe(folder: Path, **more: Any) -> Loaded:
+    """Two steps of two prompts, with four answers of up to eight tokens to each, rewarded for plain letters."""
+    values = {
+        "train__method": "grpo", "train__rewards": LETTERS, "train__num_generations": 4,
+        "train__max_completion_length": 8, "train__per_device_train_batch_size": 4, "train__max_steps": 2,
+        "train__mask_truncated_completions": False, "data__max_length": 64,
+    }  # fmt: skip
+    return tiny_run.recipe(folder, **{**values, **more})
+
+
+def metrics(loaded: Loaded) -> list[dict[str, Any]]:
+    return RunFolder(Path(loaded.recipe.output)).read_metrics()
+
+
+def adapter(loaded: Loaded) -> bytes:
+    return (RunFolder(Path(loaded.recipe.output)).adapter / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_run_says_what_it_wrote(tmp_path: Path) -> None:
+    tiny_run.rows(tmp_path / "eval.jsonl", 5, seed=5)
+    names = {"length": -1.0, LETTERS: 0.5}
+    more = {"data__eval": tmp_path / "eval.jsonl", "train__eval_on_start": True, "train__rewards": names}
+    loaded = recipe(tmp_path, **more)
+    report = finetune.train(loaded).report
+    steps, evals = ([row for row in metrics(loaded) if key in row] for key in ("loss", "eval_loss"))
+    assert len(steps) == 2
+    for row in steps:
+        assert row["reward"] == pytest.approx(0.5 * row["reward_letters.py:score"] - row["reward_length"])
+        assert 0 < row["answer_tokens"] <= 8 and row["written_tokens"] == 8 * row["answer_tokens"]
+        assert row["labelled_tokens"] <= row["written_tokens"] < row["tokens"]
+        assert row["logp_error"] < 0.01 and row["clipped"] == 0 and 0 < row["entropy"] < 6
+        assert row["reward_low"] <= row["reward"] <= row["reward_high"] and row["writing_seconds"] > 0
+    assert [row["step"] for row in evals] == [0, 2] and all("eval_reward" in row for row in evals)
+    best = max(evals, key=lambda row: row["eval_reward"])
+    assert report["reward"]["first"] == evals[0]["eval_reward"] and report["reward"]["best"] == best["eval_reward"]
+    assert all(len(row["sample"]["answers"]) == 2 for row in steps)
+
+
+@pytest.mark.parametrize("method", ["grpo", "rloo"])
+def test_it_learns(method: str, tmp_path: Path) -> None:
+    more = {"train__num_generations": 8, "train__per_device_train_batch_size": 8, "train__max_steps": 10}
+    rate = {"train__lr_scheduler_type": "constant", "train__learning_rate": 2e-2}
+    loaded = recipe(tmp_path, train__method=method, **more, **rate)
+    finetune.train(loaded)
+    rewards = [row["reward"] for row in metrics(loaded)]
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.1, rewards
+
+
+class Stop(Listener):
+    """A signal after the first step, or in the middle of the writing of the second one."""
+
+    def step(self, row: dict[str, Any]) -> None:
+        if row["step"] == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_resumed_run_ends_in_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = recipe(tmp_path, output=tmp_path / "whole", train__max_steps=3)
+    loaded = recipe(tmp_path, train__max_steps=3)
+    finetune.train(whole)
+    assert finetune.train(loaded, listener=Stop()).step == 1
+    step, count = writer.Writer.next_logits, [0]
+
+    def stopping(self: Any) -> Any:  # in the writing of a step
+        count[0] += 1
+        if count[0] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.Writer, "next_logits", stopping)
+        assert finetune.train(loaded, resume=True).step == 1
+    finetune.train(loaded, resume=True)
+    assert adapter(loaded) == adapter(whole)
+    names = ("loss", "reward", "entropy", "written_tokens")
+    assert [[row[n] for n in names] for row in metrics(loaded)] == [[row[n] for n in names] for row in metrics(whole)]
+    with_other = recipe(tmp_path, train__max_steps=4, train__rewards={"length": 1.0})
+    with pytest.raises(Exception, match=r"train.rewards: .*in the run"):
+        finetune.train(with_other, resume=True)
+
+
+def test_any_split_trains_the_same(tmp_path: Path) -> None:
+    losses = []
+    for tokens in ("auto", 1):
+        loaded = recipe(tmp_path, output=tmp_path / f"run{tokens}", train__max_tokens_per_micro_batch=tokens)
+        finetune.train(loaded)
+        losses.append([(row["loss"], row["grad_norm"], row["reward"]) for row in metrics(loaded)])
+    assert losses[0] == [pytest.approx(row, rel=1e-4) for row in losses[1]]
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [("return [1.0]", "returned 1 values for 8 answers"), ("raise ValueError('odd')", "raised ValueError: odd")],
+)
+def test_a_reward_that_fails_loses_nothing(code: str, message: str, tmp_path: Path) -> None:
+    lines = ["calls = []", "def score(completions, **kwargs):", "    calls.append(1)", "    if len(calls) > 1:"]
+    lines += [f"        {code}", "    return [len(c) for c in completions]"]
+    (tmp_path / "mine.py").write_text("\n".join(lines), encoding="utf-8")
+    loaded = recipe(tmp_path, train__rewards=f"{tmp_path / 'mine.py'}:score")
+    with pytest.raises(RewardError, match=message):
+        finetune.train(loaded)
+    (tmp_path / "mine.py").write_text("def score(completions):\n    return [len(c) for c in completions]\n")
+    assert finetune.train(loaded, resume=True).step == 2
+    assert [row["step"] for row in metrics(loaded)] == [1, 2]
+
+
+# -------------------------------------------------------------------- faults
+def kept_writer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step's tape writes all answers."""
+    kept = list[writer.Writer]()
+
+    def made(*args: Any, **kwargs: Any) -> writer.Writer:
+        if not kept:
+            kept.append(writer.Writer(*args, **kwargs))
+        return kept[0]
+
+    monkeypatch.setattr(batch, "Writer", made)
+
+
+def shifted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each token is said to have the log-probability of the one before."""
+    choose = sampling.Sampler.choose
+
+    def wrong(self: Any, *args: Any) -> int:
+        token = choose(self, *args)
+        if len(self.drawn) > 1:
+            last, before = self.drawn[-1], self.drawn[-2]
+            self.shift = getattr(self, "shift", before[0])
+            self.drawn[-1], self.shift = (self.shift, *last[1:]), last[0]
+        return token
+
+    monkeypatch.setattr(sampling.Sampler, "choose", wrong)
+
+
+@pytest.mark.parametrize("fault", [kept_writer, shifted])
+def test_answers_of_another_adapter_or_other_tokens_end_the_run(
+    fault: Callable[[pytest.MonkeyPatch], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault(monkeypatch)
+    loaded = recipe(tmp_path, train__learning_rate=3e-2, train__temperature=0.1)
+    with pytest.raises(TrainError, match=r"log-probabilities of the answers were .* apart"):
+        finetune.train(loaded)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train__rewards": None}, "train.method grpo needs train.rewards"),
+        ({"train__rewards": "jsn_fields"}, "must name exact_match, .*, length, format, or a function"),
+        ({"train__rewards": {"length": "high"}}, "must give length a number"),
+        ({"train__num_generations": 3}, "is 8 answers a step, no multiple of train.num_generations 3"),
+        ({"lora__lora_dropout": 0.1}, "lora.lora_dropout 0.1: train.method grpo draws answers without dropout"),
+        ({"quant__compute": "int8"}, "quant.compute int8 is not for train.method grpo; exact"),
+        ({"quant__placement": "streamed"}, "quant.placement streamed is not for train.method grpo; auto or"),
+        ({"train__beta": 0.1}, "train.beta is not read with train.method grpo"),
+        ({"train__num_iterations": 2}, "num_iterations is not needed: each step writes its own answers"),
+        ({"train__loss_type": "sapo"}, "train.loss_type must be one of"),
+        ({"train__method": "sft"}, "train.rewards is not read with train.method sft"),
+        ({"train__rewards": "regex"}, "train.rewards has regex, which needs eval.pattern"),
+    ],
+)
+def test_what_a_recipe_cannot_ask(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=message):
+        recipe(tmp_path, **change)
