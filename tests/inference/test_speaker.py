@@ -15,7 +15,7 @@ from halfbyte.inference import load, speaker, target
 from halfbyte.inference.speaker import Speaker
 from halfbyte.layers.decoding import image
 from halfbyte.layers.decoding.tape import isa
-from halfbyte.system import libraries
+from halfbyte.system import files, libraries
 from halfbyte.writing.sampling import SamplingParams
 from halfbyte.writing.text import Session
 from tests import tiny_run
@@ -115,6 +115,11 @@ def test_whatever_changes_is_proven_again(model: Path, tmp_path: Path, monkeypat
     numbers.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
     assert again() == ["the base's files"]
     numbers.write_bytes(whole)
+    index = numbers.with_name("tape.json")
+    document = json.loads(index.read_bytes())
+    index.write_bytes(files.as_json(files.seal({n: v for n, v in document.items() if n not in ("chat", "seal")})))
+    assert again() == ["'chat'"], "of another version"
+    index.write_bytes(files.as_json(document))
     (model / "generation_config.json").write_text('{"eos_token_id": 1}')
     assert again() == ["base"]
 
@@ -144,6 +149,14 @@ def test_a_longer_prompt_than_was_proven_goes_to_the_model(model: Path, monkeypa
     assert len(opens) == 1
     said(who, "a large round box of red and blue and green")
     assert len(opens) == 2
+
+
+def test_a_base_that_is_in_no_file_is_not_written_to_one(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image, "MOST_BYTES", 1000)
+    who, session = opened_by(target.find(model, PLAIN), []), Session(exact=True)
+    ids = who.ids([{"role": "user", "content": "red"}])
+    who.answer(ids, GREEDY, session)
+    assert "of the disk" in str(who.remember(ids, session))
 
 
 def test_an_image_that_says_something_else_is_not_kept(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

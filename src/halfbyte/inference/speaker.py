@@ -102,7 +102,7 @@ class Speaker:
             was, now = image.facts["made_with"], self._made_with
             self.changed = sorted(name for name in {*was, *now} if was.get(name) != now.get(name))
             tokenizer = PlainTokenizer(folder, image.facts["chat"])
-        except (CannotKeep, OSError) as why:
+        except (CannotKeep, OSError, KeyError) as why:  # of another version
             self.changed = [str(why)]
         if self.changed:
             return None

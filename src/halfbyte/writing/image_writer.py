@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,8 +36,12 @@ class ImageWriter:
 
     def __init__(self, folder: Path, threads: int) -> None:
         self.facts = images.read(folder)
-        self.image = TapeImage(folder, self.facts, threads)
+        self._folder, self._threads = folder, threads
         self._tokens: list[int] = []  # in the cache
+
+    @cached_property
+    def image(self) -> TapeImage:
+        return TapeImage(self._folder, self.facts, self._threads)
 
     def takes(self, prompt: Sequence[int], params: SamplingParams) -> bool:
         """Whether a text is one of those that the proof was for."""

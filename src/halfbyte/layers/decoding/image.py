@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 INDEX, NUMBERS = "tape.json", "numbers.bin"
+MOST_BYTES = 500_000_000
 _LEAST, _MOST = 1 << 32, 1 << 47
 _ZERO, _OWN, _FIRST_FILE = range(3)  # areas
 _ALIGN = 64  # bytes
@@ -109,6 +110,8 @@ def save(folder: Path, decoders: Sequence[Decoder], embedding: Tensor, facts: Do
         "files": [[path, _stamp(Path(path))] for path in addresses.files],
         **facts,
     }
+    if addresses.sizes[_OWN] > MOST_BYTES:
+        raise CannotKeep(f"it would take {addresses.sizes[_OWN] / 1e9:.1f} GB of the disk: the base is in no file")
     files.write(folder / NUMBERS, np.concatenate(addresses.own).tobytes())
     files.write(folder / INDEX, files.as_json(files.seal({**document, "sha256": files.sha256(folder / NUMBERS)})))
 
