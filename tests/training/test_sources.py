@@ -117,8 +117,11 @@ def test_replay_keeps_what_the_base_knew(tmp_path: Path) -> None:
     replay = {"path": f"{pages}/*.md", "format": "text", "name": "plain", "replay": 0.34}
 
     def forgotten(name: str, *sources: Any) -> float:
-        values = {"data.train": list(sources), "data.eval": "none", "data.overlong": "truncate", "data.max_length": 192,
-                  "train.max_steps": 24, "train.learning_rate": 2e-3, "output": str(tmp_path / name)}  # fmt: skip
+        values = {
+            "data.train": list(sources), "data.eval": 8, "data.overlong": "truncate", "data.max_length": 128,
+            "train.max_steps": 24, "train.gradient_accumulation_steps": 1, "train.learning_rate": 2e-3,
+            "train.max_forgetting": 9, "train.eval_steps": 100, "output": str(tmp_path / name),
+        }  # fmt: skip
         sets = [f"{field}={value}" for field, value in values.items()]
         text = finetune.train(recipe_from("smollm2-135m", "unread.jsonl", sets)).report["base_text"]
         return float(text["adapter"] - text["base"])
