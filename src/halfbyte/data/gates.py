@@ -168,7 +168,8 @@ def _thoughts(train: EncodedRows) -> Verdict | None:
         text = f"in {some.count:,} messages <think> and </think> are no pair ({some.first()})"
         return "refused", text, "close the thoughts, or take these rows out"
     if some := tally.lost_thoughts:
-        text = f"the chat template leaves out the thoughts of {some.count:,} messages that are trained ({some.first()})"
+        many = f"{some.count:,} trained messages ({some.first()})"
+        text = f"the chat template leaves out, or answers behind, the thoughts of {many}"
         fix = "data.thoughts: last (earlier turns become context) or strip; data.chat_template: chatml-tools keeps them"
         return "refused", text, fix
     if some := tally.empty_thoughts:

@@ -165,12 +165,13 @@ def test_each_fault_names_its_row(tokenizer: Any, make_data: Any) -> None:
     fine = [U1, thinks("cup", "hm")]
     qwen = make_data(chat_template=TEMPLATES["qwen3"][0], mask="assistant")
     level, text = judged(tokenizer, qwen, fine, [U1, thinks("cup", "hm"), U2, thinks("box", "oh")])
-    assert (
-        level == "refused" and "leaves out the thoughts of 1 messages that are trained (t.jsonl:2, messages[1])" in text
-    )
+    assert level == "refused" and "the thoughts of 1 trained messages (t.jsonl:2, messages[1])" in text
     for mask in ("completion", "assistant"):
         level, text = judged(tokenizer, make_data(chat_template=R1, mask=mask), [U1, thinks("cup", "hm", inline=True)])
         assert level == "refused" and "(t.jsonl:1, messages[1])" in text and "data.thoughts: last" in text
+    closed = make_data(chat_template=TEMPLATES["qwen3.5"][0], template_args={"enable_thinking": False})
+    level, text = judged(tokenizer, closed, [U1, thinks("cup", None)], fine)
+    assert level == "refused" and "answers behind, the thoughts of 1 trained messages (t.jsonl:2" in text
     for broken in ("<think>\nhm\n\ncup", "<think>a</think>b</think>c"):
         level, text = judged(tokenizer, qwen, fine, [U1, ChatMessage("assistant", broken)])
         assert level == "refused" and "are no pair (t.jsonl:2, messages[1])" in text

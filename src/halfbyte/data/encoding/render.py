@@ -161,7 +161,9 @@ class Renderer:
     ) -> None:
         """Count messages that are trained, by their spans, and whose thoughts the template has not written."""
         for i, (start, stop) in spans.items():
-            if (thought := thoughts.of(messages[i]).text) and thought.strip() not in text[start:stop]:
+            thought = (thoughts.of(messages[i]).text or "").strip()
+            closed = thoughts.CLOSE in self._header  # generation begins behind the thoughts
+            if thought and (closed or thought not in text[start:stop]):
                 self.seen.lost_thoughts.add(f"{where}, messages[{i}]")
 
     def _form_of_thoughts(self) -> thoughts.Form:
