@@ -51,7 +51,7 @@ def trainer_of(asks: Any, model: Any, **more: Any) -> Any:
     return SimpleNamespace(
         model=model, accelerator=Accelerator(cpu=True), aux_loss_enabled=False, beta=asks.beta,
         label_smoothing=asks.label_smoothing or 0.0, _metrics=defaultdict(lambda: defaultdict(list)),
-        is_encoder_decoder=False, padding_value=0, _total_train_tokens=0, _tp_size=1, **more,
+        is_encoder_decoder=False, padding_value=0, pad_token_id=0, _total_train_tokens=0, _tp_size=1, **more,
     )  # fmt: skip
 
 

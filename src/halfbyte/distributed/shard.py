@@ -51,6 +51,12 @@ def check(recipe: Recipe, ranks: int) -> None:
         raise RecipeError(
             f"quant.placement sharded: {SHARDS.reason}.", fix="pip install -U torch; or --set quant.placement=auto"
         )
+    if recipe.train.method == "kto":
+        raise RecipeError(
+            "train.method kto reads other answers before each step, as many as a process has rows, and with "
+            "quant.placement sharded all must read alike.",
+            fix="--set quant.placement=auto",
+        )
     if recipe.eval.metrics:
         raise RecipeError(
             "eval.metrics are made of texts that the first process writes, and with quant.placement sharded it has a "

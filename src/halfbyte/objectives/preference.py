@@ -98,8 +98,10 @@ class Preference:
         return len(batch.get("text_lengths", batch["cu_seq_lens_q"][1:])) / 2
 
     def step_sums(self, model: Model, batches: collate.Batches) -> Sums:
-        counts = [[len(text) for text in _texts(batch, batch["targets"])][::2] for batch in batches]
-        return {"pairs": float(sum(map(len, counts))), "own_tokens": float(sum(map(sum, counts)))}
+        from halfbyte.layers import loss
+
+        counts = [len(b["targets"][part]) for b in batches for part in [*loss.labels_of_texts(b)][::2]]
+        return {"pairs": float(len(counts)), "own_tokens": float(sum(counts))}
 
     def loss(self, model: Model, batch: Batch) -> Tensor:
         better, worse, whole = self._pairs(model, batch)
@@ -113,9 +115,8 @@ class Preference:
 
     def text_sums(self, model: Model, batch: Batch) -> list[Sums]:
         better, worse, whole = self._pairs(model, batch)
-        losses = (
-            pair_losses.of_pairs(better, worse, self.asks) - self.own * whole.logp / whole.tokens
-        )  # mean of each pair
+        losses = pair_losses.of_pairs(better, worse, self.asks)
+        losses = losses - self.own * whole.logp / whole.tokens  # the mean of each pair
         return self._by_text({"loss": losses, "pairs": torch.ones_like(losses), **self._figures(better, worse)})
 
     def _by_text(self, figures: dict[str, Tensor]) -> list[Sums]:
@@ -131,7 +132,7 @@ class Preference:
 
     def _pairs(self, model: Model, batch: Batch) -> tuple[Answers, Answers, Answers]:
         """Of each pair the better and the worse answer; and all labels of the better text."""
-        texts = _label_log_likelihoods(model, batch)
+        texts = _log_p(model, batch)
         all_labels = self._side(texts[::2], {})
         if "answers" in batch:
             parts = batch["answers"].to(all_labels.logp.device).split([len(text) for text in texts])
@@ -202,7 +203,7 @@ class Unpaired(Preference):
     def step_sums(self, model: Model, batches: collate.Batches) -> Sums:
         sums = {"kl": 0.0, "answers": 0.0}
         for batch in replace(batches, lay_out=lambda rows: self.lay_out(collate.collate, rows, 1)):
-            sums["kl"] += float(self._side(_label_log_likelihoods(model, batch), batch).ratio.sum())
+            sums["kl"] += float(self._side(_log_p(model, batch), batch).ratio.sum())
             sums["answers"] += self.weight(batch)
         return sums
 
@@ -210,20 +211,16 @@ class Unpaired(Preference):
         step = batch.get("step", {"kl": 0.0, "answers": 1.0})
         losses, good, ratio = self._losses(model, batch, kl := max(0.0, step["kl"] / step["answers"]))
         if "watched" in batch:
-            count, reward = len(good), (self.asks.beta or 0.0) * ratio.detach()
-            batch["watched"].update(
-                {
-                    "accuracy": (float(((reward > 0) == good).sum()), count),
-                    "kl": (kl * count, count),
-                    "chosen_reward": (float(reward[good].sum()), int(good.sum())),
-                    "rejected_reward": (float(reward[~good].sum()), int((~good).sum())),
-                }
-            )
+            reward, count = (self.asks.beta or 0.0) * ratio.detach(), len(good)
+            seen = {"accuracy": (float(((ratio > 0) == good).sum()), count), "kl": (kl * count, count)}
+            for name, these in (("chosen_reward", good), ("rejected_reward", ~good)):
+                seen[name] = float(reward[these].sum()), int(these.sum())
+            batch["watched"].update(seen)
         return losses.sum()
 
     def _losses(self, model: Model, batch: Batch, kl: float) -> tuple[Tensor, Tensor, Tensor]:
         """Of each answer its loss, whether it is good, and its log ratio: (n,)."""
-        ratio = self._side(_label_log_likelihoods(model, batch), batch).ratio
+        ratio = self._side(_log_p(model, batch), batch).ratio
         good = batch["desirable"].to(ratio.device)
         return pair_losses.of_answers(ratio, good, kl, self.asks), good, ratio
 
@@ -233,14 +230,9 @@ class Unpaired(Preference):
         return self._by_text({"loss": losses, "answers": torch.ones_like(losses), "accuracy": accuracy})
 
 
-def _texts(batch: Batch, labels: Tensor) -> list[Tensor]:
-    """What is of the labels (K,), for each text."""
+def _log_p(model: Model, batch: Batch) -> list[Tensor]:
+    """Of each text what a model gives its labels."""
     from halfbyte.layers import loss
 
-    return [labels[part] for part in loss.labels_of_texts(batch)]
-
-
-def _label_log_likelihoods(model: Model, batch: Batch) -> list[Tensor]:
-    from halfbyte.layers import loss
-
-    return _texts(batch, -loss.label_losses(model, batch))
+    each = -loss.label_losses(model, batch)
+    return [each[labels] for labels in loss.labels_of_texts(batch)]

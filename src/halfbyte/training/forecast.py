@@ -138,6 +138,9 @@ def plan_of(prepared: Prepared, job: Job, machine: Device, rates: Rates | None) 
     plan = plan_training(job, machine, rates)
     around = {**plan.time.around, "verdict": verdict_s(prepared, plan, machine)}
     around["base text"] = base_text_s(prepared, plan, machine)
+    if prepared.recipe.train.referenced and not plan.time.done:
+        sets = [rows for rows in (prepared.train, prepared.evaluation) if rows is not None]
+        around["reference"] = plan.time.forward_s * sum(int(rows.lengths.sum()) for rows in sets)
     return replace(plan, time=replace(plan.time, around=around))
 
 

@@ -300,8 +300,10 @@ class StepTrainer(Trainer):
         names = getattr(self.objective, "step_names", ())
         if not names:
             return {}
+        model.eval()
         with torch.no_grad():
             sums: dict[str, float] = self.objective.step_sums(model, micro_batches)
+        model.train()
         return {"step": dict(zip(names, self._sums([sums[name] for name in names]), strict=True))}
 
     def _sums(self, values: Sequence[float]) -> Sequence[float]:
