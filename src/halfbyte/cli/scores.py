@@ -13,6 +13,7 @@ from rich.table import Table
 from halfbyte.cli import labels, progress, show
 from halfbyte.cli.options import Force, Json, Run, Set, open_run
 from halfbyte.cli.show import field, out, text, visible
+from halfbyte.recipe.evaluation import LOSSES, OF_PAIRS
 from halfbyte.scoring.intervals import CONFIDENCE
 from halfbyte.system.words import duration
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from halfbyte.scoring.sheet import EvalOptions, Score, Sheet, Value
     from halfbyte.types import Document
 
-_LOSSES = ("loss", "perplexity", "base_text_loss")
+_NUMBERS = (*LOSSES, "base_text_loss", *OF_PAIRS)
 
 
 def evaluate(
@@ -163,7 +164,7 @@ def _samples(scored: Sheet, samples: int) -> None:
 def _mark(metric: str, value: float | None) -> str:
     if value is None:
         return ""
-    if value in (0.0, 1.0):
+    if value in (0.0, 1.0) and metric not in OF_PAIRS:
         return f"[green]{metric}[/green]" if value else f"[red]not {metric}[/red]"
     return f"[yellow]{metric} {value:.2f}[/yellow]"
 
@@ -171,7 +172,7 @@ def _mark(metric: str, value: float | None) -> str:
 def _shown(score: Score, value: Value | None, *, sign: bool = False) -> str:
     if value is None:
         return ""
-    times, kind, unit = (1, ".4f", "") if score.name in _LOSSES else (100, ".1f", "%")
+    times, kind, unit = (1, ".4f", "") if score.name in _NUMBERS else (100, ".1f", "%")
     limits = ""
     if value.interval is not None:
         limits = escape(" [{}, {}]".format(*(f"{times * limit:{kind}}" for limit in value.interval)))

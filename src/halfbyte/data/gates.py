@@ -64,8 +64,8 @@ def check(
         "unseen tokens": _unseen(train, tokenizer, trained),
         "vocabulary": _vocabulary(train, held_out, tokenizer, embedding_rows),
     }
-    if train.examples.seconds() is not None:
-        verdicts |= pairs.verdicts(train.examples, held_out.examples if held_out is not None else None)
+    if (first := train.examples.seconds()) is not None:
+        verdicts |= pairs.verdicts(train.examples, first, held_out and held_out.examples)
     if thoughts := _thoughts(train):
         verdicts["thoughts"] = thoughts
     if data.format == "labels":  # no answer is written

@@ -20,45 +20,39 @@ Verdict = tuple[Level, str, str | None]  # level, what was found, fix
 BIASED = 0.6  # of the pairs; or 1 - it
 
 
-def verdicts(train: Examples, held_out: Examples | None) -> dict[str, Verdict]:
-    """By name. Of rows of two texts."""
-    gates = {"prompts": _prompts(train, held_out)}
-    first, rows = train.seconds(), len(train)
-    desirable = train.desirable()
-    if first is None or not rows:
-        return gates
+def verdicts(train: Examples, first: NDArray[np.int64], held_out: Examples | None) -> dict[str, Verdict]:
+    """By name. `first`: tokens of the first text of each row."""
+    gates, desirable = {"prompts": _prompts(train, held_out)}, train.desirable()
+    second, rows = train.lengths() - first, len(train)
+    same, differ = np.flatnonzero((first == second) & (train.alike() == first)), first != second
     if (desirable >= 0).all():
-        share = desirable.mean()
-        text = f"{share:.0%} of {rows:,} answers are good ones"
-        fix = "train.desirable_weight and train.undesirable_weight make up for it" if not 0.2 <= share <= 0.8 else None
-        return {**gates, "verdicts": ("warning" if fix else "ok", text, fix)}
-    second = train.lengths() - first
-    same = np.flatnonzero((first == second) & (train.alike() == first))
-    text = f"{len(same):,} of {rows:,} pairs have the same answer twice ({named(train, same)})"
-    none: Verdict = ("ok", f"chosen and rejected differ in each of {rows:,} pairs", None)
-    gates["same answers"] = ("warning", text, "take them out: nothing is learned of them") if len(same) else none
-    longer = float((first > second)[first != second].mean()) if (first != second).any() else 0.5
-    text = f"of pairs of two lengths the chosen answer is the longer one in {longer:.0%}"
-    if 1 - BIASED < longer < BIASED:
-        return {**gates, "length bias": ("ok", text, None)}
-    text += f": a rule that looks at nothing else would be right in {max(longer, 1 - longer):.0%}"
-    return {
-        **gates,
-        "length bias": ("warning", text, "train.ld_alpha, train.loss_type sigmoid_norm or train.method simpo"),
-    }
+        share, fix = float(desirable.mean()), "train.desirable_weight and train.undesirable_weight make up for it"
+        gates["verdicts"] = _within(share, 0.2, f"{share:.0%} of {rows:,} answers are good ones", fix)
+    else:
+        longer = float((first > second)[differ].mean()) if differ.any() else 0.5
+        text = (
+            f"of pairs of two lengths the chosen answer is the longer one in {longer:.0%}, so a rule of length alone "
+        )
+        text += f"is right in {max(longer, 1 - longer):.0%}"
+        fix = "train.ld_alpha, train.loss_type sigmoid_norm or train.method simpo"
+        gates["length bias"] = _within(longer, 1 - BIASED, text, fix)
+        text = f"{len(same):,} of {rows:,} pairs have the same answer twice ({named(train, same)})"
+        fix = "take them out: nothing is learned of them"
+        gates["same answers"] = ("warning", text, fix) if len(same) else ("ok", "none", None)
+    return gates
+
+
+def _within(share: float, least: float, text: str, fix: str) -> Verdict:
+    return ("ok", text, None) if least < share < 1 - least else ("warning", text, fix)
 
 
 def _prompts(train: Examples, held_out: Examples | None) -> Verdict:
-    if held_out is None:
-        return "ok", "no rows are held out (data.eval)", None
-    trained = {_hash(train, i) for i in range(len(train))}
-    both = np.array([i for i in range(len(held_out)) if _hash(held_out, i) in trained], np.int64)
-    if not len(both):
-        return "ok", f"none of {len(held_out):,} held-out prompts is trained on", None
-    text = (
-        f"{len(both):,} of {len(held_out):,} held-out rows have a prompt that is trained on ({named(held_out, both)})"
-    )
-    return "warning", text, "data.eval: a file of other prompts"
+    trained = {_hash(train, i) for i in range(len(train))} if held_out is not None else set()
+    both = [i for i in range(len(held_out or ())) if held_out is not None and _hash(held_out, i) in trained]
+    if held_out is None or not both:
+        return "ok", "none of those that are held out is trained on", None
+    text = f"{len(both):,} of {len(held_out):,} held-out rows have one that is trained on"
+    return "warning", f"{text} ({named(held_out, np.array(both))})", "data.eval: a file of other prompts"
 
 
 def _hash(rows: Examples, index: int) -> bytes:

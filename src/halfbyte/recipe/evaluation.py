@@ -19,6 +19,7 @@ METRICS = {
     "choice": "the expected answer is the most likely of the row's choices (eval.choices)",
 }
 LOSSES = ("loss", "perplexity")
+OF_PAIRS = ("margin", "chosen_reward", "chosen_logp", "rejected_logp")  # any numbers, and no shares
 
 
 def _metrics(value: object) -> object:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from halfbyte.errors import RecipeError
 from halfbyte.recipe.adapter import ADAPTER_FILES, read_passport
-from halfbyte.recipe.evaluation import LOSSES, Eval
+from halfbyte.recipe.evaluation import LOSSES, OF_PAIRS, Eval
 from halfbyte.scoring import intervals, metrics
 from halfbyte.scoring.intervals import Interval, RowSums
 from halfbyte.scoring.metrics import Scores
@@ -81,7 +81,8 @@ class Side:
         if name in (*LOSSES, BASE_TEXT):
             losses, tokens = np.array(self.losses, np.float64), np.array(self.tokens, np.float64)
             return RowSums(losses, tokens, exponential=name == "perplexity")
-        return RowSums.mean([answer.scores.get(name) for answer in self.answers])
+        rows = RowSums.mean([answer.scores.get(name) for answer in self.answers])
+        return replace(rows, bounded=False) if name in OF_PAIRS else rows
 
 
 @dataclass(frozen=True)

@@ -66,3 +66,11 @@ def test_a_spike_is_in_metrics_and_report(tmp_path: Path, monkeypatch: pytest.Mo
     assert report["spikes"] == [{"step": 12, **found[11]["spike"]}] and found[11]["spike"]["loss"] > 10
     assert "1 of 14 steps spike in loss or gradient: 12" in report["notices"]
     assert notice([]) == []
+
+
+def test_answers_that_fall_without_end_are_said() -> None:
+    falls = [{"step": i, "loss": 1.0, "chosen_reward": -0.1 * i} for i in range(20)]
+    assert "became less likely without end (reward -0.200, then -1.700)" in notice(falls)[0]
+    levels = [{**row, "chosen_reward": max(row["chosen_reward"], -0.5)} for row in falls]
+    rises = [{**row, "chosen_reward": -row["chosen_reward"]} for row in falls]
+    assert not notice(levels) and not notice(rises) and not notice(falls[:8])
