@@ -6,16 +6,22 @@ are not their texts. The reference renders by hand of `apply_chat_template`: wha
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from halfbyte import finetune
 from halfbyte.data import gates
 from halfbyte.data.encoding import chatml
 from halfbyte.data.encoding.examples import IGNORED
 from halfbyte.data.reading.formats import ChatMessage, Row
-from halfbyte.errors import DataError, RecipeError
+from halfbyte.errors import AdapterError, DataError, RecipeError
+from halfbyte.export import folder
+from halfbyte.inference import load
+from halfbyte.inference.generate import chat_ids
+from halfbyte.models.sources.lookup import find_model
 from tests import tiny_run
 from tests.data.in_memory import encode
 
@@ -222,3 +228,26 @@ def test_arguments_that_are_none(tmp_path: Path) -> None:
     for bad in ({"messages": []}, {"a b": 1}, [1]):
         with pytest.raises(RecipeError, match="must be a mapping of names that the template reads"):
             tiny_run.recipe(tmp_path, data__template_args=bad)
+
+
+def test_what_a_run_was_given_is_used_wherever_its_adapter_is(tmp_path: Path) -> None:
+    """Kept in the passport's template, so that a run, its adapter alone, and a merged model's folder render with it; an
+    adapter is refused with other arguments."""
+    asks = "{% if tone %}[{{ tone }}]{% endif %}" + tiny_run.CHATML
+    given = {"data__chat_template": asks, "data__template_args": {"tone": "old"}, "train__max_steps": 1}
+    loaded = tiny_run.recipe(tmp_path, **given)
+    finetune.train(loaded)
+    run = Path(loaded.recipe.output)
+    passport = json.loads((run / "adapter" / "halfbyte.json").read_text())
+    top = "{% if tone is not defined %}{% set tone = 'old' %}{% endif %}\n"
+    assert passport["belongs_to"]["chat_template"] == top + asks
+    assert passport["recipe"]["data.template_args"] == {"tone": "old"}
+    asked = [{"role": "user", "content": "red"}]
+    for path in (run, run / "adapter"):
+        opened = load.open_run(path)
+        assert opened.tokenizer.decode(chat_ids(opened.tokenizer, asked)).startswith("[old]<|im_start|>")
+        assert opened.tokenizer.decode(chat_ids(opened.tokenizer, asked, variables={"tone": "new"})).startswith("[new]")
+    folder.put_tokenizer(tmp_path, run / "adapter", loaded.recipe, find_model(loaded.recipe))
+    assert (tmp_path / "chat_template.jinja").read_text() == top + asks
+    with pytest.raises(AdapterError, match="chat template: trained with"):
+        load.open_run(run / "adapter", overrides=["data.template_args={tone: new}"])
