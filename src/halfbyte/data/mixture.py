@@ -62,11 +62,11 @@ class Mixture:
         streams += [rows[i] for i in replays]
         return cls(tuple(str(s.name) for s in sources), of_row, tuple(streams), _pattern(portions + shares), epoch_rows)
 
-    def order(self, epoch: int, seed: int) -> NDArray[np.int64]:
+    def order(self, epoch: int, seed: int) -> NDArray[np.uint32]:
         """The rows of an epoch in their order: (epoch_rows,)."""
         first, slots = epoch * self.epoch_rows, len(self.pattern)
         streams = self.pattern[np.arange(first, first + self.epoch_rows) % slots]
-        order = np.empty(self.epoch_rows, np.int64)
+        order = np.empty(self.epoch_rows, np.uint32)
         for number, rows in enumerate(self.streams):
             places, slot = np.flatnonzero(streams == number), self.pattern == number
             start = first // slots * int(slot.sum()) + int(slot[: first % slots].sum())

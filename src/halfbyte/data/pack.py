@@ -179,8 +179,9 @@ class Steps:
     def _order(self, epoch: int) -> NDArray[np.uint32]:
         """The rows of one epoch in their order: (rows,) uint32; the last epoch asked for is kept."""
         if epoch not in self._orders:
-            mixed = self.mixture and self.mixture.order(epoch, self.seed)
-            self._orders = {epoch: shuffled(len(self.lengths), f"{self.seed}/{epoch}") if mixed is None else mixed}
+            mixed, plain = self.mixture, f"{self.seed}/{epoch}"
+            order = shuffled(len(self.lengths), plain) if mixed is None else mixed.order(epoch, self.seed)
+            self._orders = {epoch: order}
         return self._orders[epoch]
 
 

@@ -69,7 +69,7 @@ def told_apart(rows: EncodedRows, names: Sources, seed: int) -> EncodedRows:
     """Rows with the source of each, and of a source at most its `limit`, drawn by the seed; as they are where `names`
     mixes nothing."""
     sources, drawn = sources_of(names), list[NDArray[np.int64]]()
-    if not sources:
+    if not sources or not isinstance(names, tuple):
         return rows
     plain_first = sorted(range(len(sources)), key=lambda number: isinstance(names[number], DataEntry))
     owner = {str((file.path, file.hub)): n for n in plain_first for file in reading.find([sources[n]])}

@@ -172,7 +172,7 @@ def _rows(config: ImportedConfig, name: str, value: Value, flat: Document) -> No
     types, names = config.table["types"], config.table["columns"]
     entries = list[object]()
     for number, given in enumerate(value if isinstance(value, list) else [value]):
-        one = {"path": given} if isinstance(given, str) else dict(given or {})
+        one: Document = {"path": given} if isinstance(given, str) else dict(given or {})
         for key in ("message_property_mappings", "type", "columns", "tags"):
             one = {**one.pop(key), **one} if isinstance(one.get(key), dict) else one
         where, kind = f"{name}[{number}]", re.split(r"[:.]", str(one.pop("type", "") or ""))[0]
@@ -182,8 +182,8 @@ def _rows(config: ImportedConfig, name: str, value: Value, flat: Document) -> No
         fields = {names[key]: one.pop(key) for key in [*one] if key in names and isinstance(one[key], str)}
         split, part = one.pop("split", None) or one.pop("train_split", None), one.pop("name", None)
         mixed = {key: one.pop(key, None) for key in ("weight", "limit")}
-        files = one.pop("path", None), one.pop("data_files", None)
-        files = [*files[1].values()] if isinstance(files[1], dict) else files[1] or files[0] or "train.jsonl"
+        place, files = one.pop("path", None), one.pop("data_files", None)
+        files = [*files.values()] if isinstance(files, dict) else files or place or "train.jsonl"
         for file in files if isinstance(files, list) else [files]:
             path = _place(config.folder, str(file), split, part)
             entry = {"path": path, "format": shape, "mask": mask, "fields": fields}

@@ -108,7 +108,7 @@ def look(recipe: Recipe, objective: Objective | None = None) -> Prepared:
     train, evaluation, held_out = _held_out(recipe, every, tokenizer)
     objective = objective or _objective(recipe, every, evaluation)
     of = train.sources
-    mixture = of and Mixture.of(data.sources, of.of_row, recipe.train.rows_per_step)
+    mixture = None if of is None else Mixture.of(data.sources, of.of_row, recipe.train.rows_per_step)
     trained = frozenset(recipe.lora.trainable_token_indices or (settled.new_tokens if settled else ()))
     findings = gates.check(
         train, evaluation, tokenizer, recipe.data, embedding_rows=rows, trained=trained, context=context_of(config)
