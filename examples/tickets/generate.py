@@ -1,7 +1,7 @@
 """Writes the example's rows: tickets with one of twelve labels.
 
-The same bytes every time; standard library only. No text is in both splits, and half of the phrases of each label are
-never seen in training. Most tickets also name something that is another label's.
+The same bytes every time; standard library only. No text is in both splits, and a third of the test's phrases are in no
+training row. Most tickets also name something that is another label's.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import random
 from pathlib import Path
 
 HERE = Path(__file__).parent
-# Label -> phrases that ask for it: the first half for training, the others for the test alone.
+# Label -> phrases that ask for it: the last one is for the test alone.
 ASKS = {
     "refund": [
         "give me my money back for {x}",
@@ -144,23 +144,25 @@ BESIDE = [
 END = ["Thanks", "Regards, Anna", "", "Best, Tom", "Yours, Mr Lee", "Please answer soon"]
 
 
-def tickets(draw: random.Random, count: int, half: slice) -> list[dict[str, str]]:
+def tickets(draw: random.Random, count: int, some: slice, seen: set[str]) -> list[dict[str, str]]:
     rows: dict[str, str] = {}
     while len(rows) < count:
         label = draw.choice([*ASKS])
-        ask = draw.choice(ASKS[label][half]).format(x=draw.choice(THINGS))
+        ask = draw.choice(ASKS[label][some]).format(x=draw.choice(THINGS))
         parts = [draw.choice(AROUND), *draw.sample([ask + ".", draw.choice(BESIDE)], 2), draw.choice(END)]
-        rows.setdefault(" ".join(part for part in parts if part), label)
+        if (text := " ".join(part for part in parts if part)) not in seen:
+            rows[text] = label
+            seen.add(text)
     return [{"text": text, "label": label} for text, label in rows.items()]
 
 
 def write() -> None:
-    draw = random.Random(7)
-    for name, count, half in (("train", 480, slice(0, 3)), ("test", 240, slice(3, 6))):
+    draw, seen = random.Random(7), set[str]()
+    for name, count, some in (("train", 480, slice(0, 5)), ("test", 240, slice(3, 6))):
         with (HERE / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, ["text", "label"], lineterminator="\n")
             writer.writeheader()
-            writer.writerows(tickets(draw, count, half))
+            writer.writerows(tickets(draw, count, some, seen))
 
 
 if __name__ == "__main__":

@@ -91,6 +91,7 @@ def evaluate(
 def _score_task(ready: Opened, wanted: EvalOptions, data: Path | None, folder: Path | None, *, json_: bool) -> None:
     """The same of a run with a head."""
     from halfbyte.inference import labels as scoring
+    from halfbyte.report import page
     from halfbyte.scoring import sheet
     from halfbyte.system import files
 
@@ -99,6 +100,8 @@ def _score_task(ready: Opened, wanted: EvalOptions, data: Path | None, folder: P
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         files.write(folder / sheet.SCORES, files.as_json(scored))
+        if folder == ready.run / "eval":
+            page.renew(ready.run)
     show.document(scored) if json_ else labels.table(scored, folder)
 
 

@@ -70,9 +70,13 @@ def score(
             sides[name] = scoring.of_labels(every, have, settings, several=objective.several)
         else:
             sides[name] = scoring.of_numbers(scores[:, 0], truth, settings)
+    metrics = [
+        {"name": name, "rows": len(examples), **{side: values["scores"][name] for side, values in sides.items()}}
+        for name in sides["adapter"]["scores"]
+    ]
     adapter, seconds = sheet.adapter_of(folder_of(opened.run)), time.monotonic() - began
-    return {"data": source, "adapter": adapter, "rows": len(examples), "seconds": seconds, "sides": sides,
-            "labels": objective.names}  # fmt: skip
+    return {"data": source, "adapter": adapter, "rows": len(examples), "seconds": seconds, "metrics": metrics,
+            "labels": objective.names, "sides": sides}  # fmt: skip
 
 
 def scores_of(
@@ -181,8 +185,9 @@ def _finish(partial: Path, out: Path) -> None:
             every = {f"p.{name}": p for name, p in (row.pop("probabilities", None) or {}).items()}
             file.write(_line({**row, **every}) if row else line)
     if out.suffix != ".jsonl":
-        from datasets import Dataset
+        from datasets import Dataset, disable_progress_bars
 
+        disable_progress_bars()
         with tempfile.TemporaryDirectory(dir=out.absolute().parent) as cache:
             rows = Dataset.from_json(str(lines), cache_dir=cache)
             (rows.to_csv if out.suffix == ".csv" else rows.to_parquet)(str(lines))
