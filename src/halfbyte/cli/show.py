@@ -214,7 +214,8 @@ def report(outcome: Outcome) -> None:
     run = outcome.run
     first = f"halfbyte eval {typed(run)} --base" if held_out else f'halfbyte generate {typed(run)} --prompt "..."'
     text(f"page     {outcome.run}/report.html")
-    text(f"adapter  {outcome.run}/adapter\n  next: {first}   or   halfbyte chat {typed(run)}")
+    last = f"predict {typed(run)} ROWS.csv" if (run / "adapter" / "head").is_dir() else f"chat {typed(run)}"
+    text(f"adapter  {outcome.run}/adapter\n  next: {first}   or   halfbyte {last}")
 
 
 def within(value: Document) -> None:
