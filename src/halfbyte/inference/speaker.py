@@ -65,7 +65,7 @@ class Speaker:
     @cached_property
     def _threads(self) -> int:
         asked = threads.asked_threads()
-        return asked[0] if asked else device.cores()
+        return min(device.cores(), asked[0] if asked else device.cores())
 
     @cached_property
     def _made_with(self) -> Document:
