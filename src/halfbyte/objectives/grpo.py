@@ -89,8 +89,8 @@ class Grpo(CausalLM):
 
     @classmethod
     def of(cls, train: Train) -> Grpo:
-        low, high = train.epsilon, train.epsilon_high
-        return cls(0.0, train.method, train.temperature, (low, low if high is None else high))
+        low = train.epsilon or 0.0
+        return cls(0.0, train.method, train.temperature or 1.0, (low, train.epsilon_high or low))
 
     @property
     def name(self) -> str:  # type: ignore[override]

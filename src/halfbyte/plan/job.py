@@ -87,7 +87,7 @@ class Rows:
 
     def in_groups(self, count: int, most: int) -> Self:
         """Answers to the rows' prompts, `count` to each, as long as the expected one; one of them has `most` tokens."""
-        prompts, answers = (np.repeat(n, count) for n in (self.lengths - self.labelled, self.labelled))
+        prompts, answers = (np.repeat(n, count) for n in (np.subtract(self.lengths, self.labelled), self.labelled))
         answers = np.where(np.arange(len(answers)) == prompts.argmax(), most, answers)
         return replace(self, lengths=prompts + answers, labelled=answers, mixture=None)
 

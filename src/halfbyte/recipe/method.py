@@ -91,7 +91,7 @@ def with_defaults(values: object) -> object:
         return values
     if (method := str(train.get("method", "sft"))) not in METHODS or method == "sft":
         return values
-    unset = {"train": {"learning_rate": RATE}, "lora": {"lora_dropout": 0.0}, "data": dict[str, object]()}
+    unset: dict[str, dict[str, object]] = {"train": {"learning_rate": RATE}, "lora": {"lora_dropout": 0.0}, "data": {}}
     if wanted := FORMATS.get(method):
         unset["data"] = {"mask": "assistant", "format": wanted}
     given = {name: {} if values.get(name) is None else values[name] for name in unset}

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.base import load
-from halfbyte.data import collate, pack
+from halfbyte.data import collate, pack, prefixes
 from halfbyte.data.encoding.examples import IGNORED, Example
 from halfbyte.data.reading import read
 from halfbyte.errors import DataError, TrainError
@@ -59,7 +59,7 @@ class Rollouts:
         rows = [e for part in (self.prepared.train, self.prepared.evaluation) if part for e in part.examples]
         if (asks_nothing := next((e.where for e in rows if not e.completion), None)) is not None:
             raise DataError(f"{asks_nothing} is plain text: it asks nothing, so there is nothing to reward.")
-        longest, most = max(len(e.prompt_ids) for e in rows), self.train.max_completion_length
+        longest, most = max(len(e.prompt_ids) for e in rows), self.train.max_completion_length or 1
         context = context_of(self.prepared.config)
         if context is not None and context.left(longest) < most:
             what = f"prompts of up to {longest:,} tokens and answers of {most:,} are more than the {context.tokens:,}"
@@ -68,6 +68,7 @@ class Rollouts:
         functions = any(isinstance(part, RewardFunction) for part in self.rewards.parts.values())
         names = [name for name in (recipe.data.train, recipe.data.eval_names) if name and functions]
         self.asked = {where: asked for name in names for where, asked in read.questions(name, recipe.data)}
+        self.most = most
         self.ends = stop_ids(self.model, self.tokenizer)
         self.at_once = sequences_beside(setup.run.job, setup.run.plan.micro_batch_bytes, longest + most)
         self.notes = Document()
@@ -85,7 +86,7 @@ class Rollouts:
         pace.ids = arrays.__getitem__ if self.prepared.shares else None
         limits = pace.tokens, pace.examples_per_micro_batch, pace.ids
         parts = pack.arrange(range(len(rows)), pace.lengths, *limits, padded=pace.padded)
-        computed = sum(pack.computed(part, pace.lengths, pace.ids) for part in parts)
+        computed = sum(prefixes.computed(part, pace.lengths, pace.ids) for part in parts)
         labelled, tokens = sum(len(row.logps) for row in rows), int(np.sum(pace.lengths))
         step = replace(
             step, micro_batches=parts, weight=1.0, tokens=tokens, labelled_tokens=labelled, computed=computed
@@ -100,7 +101,7 @@ class Rollouts:
         numbers = self.setup.steps.rows(index)
         asking = [self.prepared.train.examples[number] for number in numbers for _ in range(count)]
         seeds = [dropout.number(train.seed, index, number) >> 8 for number in numbers for _ in range(count)]
-        params = SamplingParams(train.max_completion_length, train.temperature, repetition_penalty=1.0, records=True)
+        params = SamplingParams(self.most, train.temperature or 1.0, repetition_penalty=1.0, records=True)
 
         def begun(*, by_tape: bool) -> list[Text]:
             each = enumerate(zip(asking, seeds, strict=True))
@@ -121,7 +122,7 @@ class Rollouts:
         masks = train.mask_truncated_completions
         counts = [0 if masks and text.finish == "length" else len(text.tokens) for text in texts]
         size, loss_type = train.per_device_train_batch_size, train.loss_type or "grpo"
-        weights = grpo.token_weights(counts, loss_type, most_tokens=train.max_completion_length, batch=size)
+        weights = grpo.token_weights(counts, loss_type, most_tokens=self.most, batch=size)
         rows = []
         for i in np.flatnonzero(np.array(counts) * advantages):
             e, ids = asking[i], tuple(texts[i].tokens)
@@ -151,9 +152,9 @@ class Rollouts:
         """What greedy answers to the held-out rows are worth; nothing where there are none."""
         if self.prepared.evaluation is None:
             return {}
-        asking, most = self.prepared.evaluation.examples[: self.settings.rows], self.train.max_completion_length
+        asking = self.prepared.evaluation.examples[: self.settings.rows]
         _make_room()
-        prompts, limits = [e.prompt_ids for e in asking], [most] * len(asking)
+        prompts, limits = [e.prompt_ids for e in asking], [self.most] * len(asking)
         answers = batch.answers(self.model, self.tokenizer, prompts, limits, at_once=self.at_once)
         ids = self.tokenizer(answers, add_special_tokens=False).input_ids
         return self._summary(*self.rewards.score(self._attempts(asking, ids)))

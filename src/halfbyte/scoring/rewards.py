@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -131,7 +132,7 @@ class RewardFunction:
                 takes = inspect.signature(self.function).parameters.values()
                 if not any(p.kind is p.VAR_KEYWORD for p in takes):
                     asked = {p.name: asked[p.name] for p in takes if p.name in asked}
-                values = [v.item() if hasattr(v, "item") else v for v in self.function(**asked)]
+                values: list[Any] = [v.item() if hasattr(v, "item") else v for v in self.function(**asked)]
         except _TooLong:
             what = f"took more than {self.seconds:g} s for a step's answers"
             raise self._error(what, "--set train.reward_seconds=300, or a faster one") from None

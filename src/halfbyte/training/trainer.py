@@ -251,7 +251,7 @@ class StepTrainer(Trainer):
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
         if self.hooks.rollouts is not None:
-            inputs = self.hooks.rollouts.begin(inputs["step"], self.pace, self._look)
+            inputs = {**self.hooks.rollouts.begin(inputs["step"], self.pace, self._look)}
         step, micro_batches = inputs["step"], inputs["micro_batches"]
         total = torch.zeros((), device=self.args.device)
         parts: list[tuple[pack.MicroBatch, torch.Tensor]] = []

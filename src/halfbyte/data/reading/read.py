@@ -110,8 +110,9 @@ def questions(names: Sources, data: Data) -> Iterator[tuple[str, tuple[object, D
         fields = source.read_as(data).fields
         for number, record in _documents(records.records(source)):
             talk = record.get(fields.messages)
-            ends = isinstance(talk, list) and talk[-1].get("role") == "assistant"
-            yield source.where(number), (talk[:-1] if ends else talk or record.get(fields.prompt, ""), record)
+            if isinstance(talk, list) and talk[-1].get("role") == "assistant":
+                talk = talk[:-1]
+            yield source.where(number), (talk or record.get(fields.prompt, ""), record)
 
 
 def likely(name: str) -> tuple[str, str] | None:
