@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -132,7 +131,7 @@ class RewardFunction:
                 takes = inspect.signature(self.function).parameters.values()
                 if not any(p.kind is p.VAR_KEYWORD for p in takes):
                     asked = {p.name: asked[p.name] for p in takes if p.name in asked}
-                values: list[Any] = [v.item() if hasattr(v, "item") else v for v in self.function(**asked)]
+                values: list[object] = [v.item() if hasattr(v, "item") else v for v in self.function(**asked)]
         except _TooLong:
             what = f"took more than {self.seconds:g} s for a step's answers"
             raise self._error(what, "--set train.reward_seconds=300, or a faster one") from None
@@ -145,7 +144,7 @@ class RewardFunction:
         for value, attempt in zip(values, attempts, strict=True):
             if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
                 raise self._error(f"returned {value!r}, no finite number (or None), for {attempt.text[:80]!r}")
-        return values
+        return [float(value) if isinstance(value, int | float) else None for value in values]
 
     def _error(self, what: str, fix: str | None = None) -> RewardError:
         return RewardError(f"the reward {self.name} {what}.", fix=fix or f"mend {typed(self.name.rpartition(':')[0])}")
