@@ -65,7 +65,7 @@ def check(
         "vocabulary": _vocabulary(train, held_out, tokenizer, embedding_rows),
     }
     if (first := train.examples.seconds()) is not None:
-        verdicts |= pairs.verdicts(train.examples, first, held_out and held_out.examples)
+        verdicts |= pairs.verdicts(train.examples, first, None if held_out is None else held_out.examples)
     if thoughts := _thoughts(train):
         verdicts["thoughts"] = thoughts
     if data.format == "labels":  # no answer is written

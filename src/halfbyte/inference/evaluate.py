@@ -68,7 +68,7 @@ def evaluate(
     asking = scoring.asking
     longest = max((len(e.prompt_ids) for e in asking), default=0)
     batches, plan = micro_batches(opened, examples, generated_tokens=longest + settings.max_new_tokens)
-    compares = PreferenceScoring.of(opened, examples, batches)
+    compares = PreferenceScoring.of(opened, batches)
     order = opened.sides(with_base=options.with_base)
     adapter = None if opened.alone else sheet.adapter_of(folder_of(opened.run))
     sides = {}

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.data import collate
-from halfbyte.data.encoding.examples import Example
 from halfbyte.errors import DataError
 from halfbyte.inference.load import Opened
 from halfbyte.objectives import objective as objectives
@@ -33,26 +32,24 @@ class PreferenceScoring:
     batches: collate.Batches
 
     @classmethod
-    def of(cls, opened: Opened, examples: Sequence[Example], batches: collate.Batches) -> PreferenceScoring | None:
+    def of(cls, opened: Opened, batches: collate.Batches) -> PreferenceScoring | None:
         """None where rows are not of which answer is better. Raises DataError: their reference is an adapter that is
         not open here, and they are others than the run held out."""
-        train, adapter = opened.recipe.train, opened.recipe.lora.adapter
-        objective = preference.of(train)
+        objective, adapter = preference.of(opened.recipe.train), opened.recipe.lora.adapter
         if not isinstance(objective, preference.Preference):
             return None
-        values: Sequence[Sequence[float]] = [()] * len(examples)
-        if train.referenced and adapter is None:
-            asks = preference.LogLikelihoods(objective.asks)
+        values: Sequence[Sequence[float]] = [()] * len(batches.examples)
+        if objective.asks.referenced and adapter is None:
             with opened.using(base=True):
-                values = _rows(opened, asks, batches).tolist()
-        elif train.referenced:
+                values = _rows(opened, preference.LogLikelihoods(objective.asks), batches).tolist()
+        elif objective.asks.referenced:
             values = read_json(RunFolder(opened.run).reference).get("eval") or []
-        if len(values) != len(examples):
+        if len(values) != len(batches.examples):
             raise DataError(
                 f"the reference is {adapter}, and what it gives is known of the run's own held-out rows alone.",
                 fix="halfbyte eval RUN, without --data and --limit",
             )
-        rows = [replace(e, reference=tuple(v)) for e, v in zip(examples, values, strict=True)]
+        rows = [replace(e, reference=tuple(v)) for e, v in zip(batches.examples, values, strict=True)]
         return cls(opened, objective, replace(batches, examples=rows))
 
     @property

@@ -32,6 +32,7 @@ from halfbyte.types import Batch, Model
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from halfbyte.data.collate import Batches
     from halfbyte.objectives.objective import Objective, Sums
 
 
@@ -97,7 +98,7 @@ class Preference:
     def weight(self, batch: Batch) -> float:
         return len(batch.get("text_lengths", batch["cu_seq_lens_q"][1:])) / 2
 
-    def step_sums(self, model: Model, batches: collate.Batches) -> Sums:
+    def step_sums(self, model: Model, batches: Batches) -> Sums:
         from halfbyte.layers import loss
 
         counts = [len(b["targets"][part]) for b in batches for part in [*loss.labels_of_texts(b)][::2]]
@@ -200,7 +201,7 @@ class Unpaired(Preference):
     def weight(self, batch: Batch) -> float:
         return float(len(batch["desirable"]))
 
-    def step_sums(self, model: Model, batches: collate.Batches) -> Sums:
+    def step_sums(self, model: Model, batches: Batches) -> Sums:
         sums = {"kl": 0.0, "answers": 0.0}
         for batch in replace(batches, lay_out=lambda rows: self.lay_out(collate.collate, rows, 1)):
             sums["kl"] += float(self._side(_log_p(model, batch), batch).ratio.sum())

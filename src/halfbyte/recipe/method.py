@@ -95,10 +95,8 @@ def with_defaults(values: object) -> object:
     if wanted := FORMATS.get(method):
         unset["data"] = {"mask": "assistant", "format": wanted}
     given = {name: {} if values.get(name) is None else values[name] for name in unset}
-    if not all(isinstance(section, Mapping) for section in given.values()):
-        return values
-    known: dict[str, dict[str, object]] = {name: {**unset[name], **section} for name, section in given.items()}
-    if wanted and known["data"]["format"] == "auto":
+    known = {name: {**unset[name], **section} for name, section in given.items() if isinstance(section, Mapping)}
+    if wanted and known.get("data", {}).get("format") == "auto":
         known["data"]["format"] = wanted
     return {**values, **known}
 

@@ -70,8 +70,8 @@ class Prepared:
     @property
     def apart(self) -> Self:
         """The same where rows and texts share nothing."""
-        train, held_out = (rows and replace(rows, shared=None) for rows in (self.train, self.evaluation))
-        return replace(self, shares=False, train=train, evaluation=held_out)
+        held_out = None if self.evaluation is None else replace(self.evaluation, shared=None)
+        return replace(self, shares=False, train=replace(self.train, shared=None), evaluation=held_out)
 
     @property
     def lay_out(self) -> Callable[[Sequence[Example]], Batch]:
@@ -119,7 +119,7 @@ def look(recipe: Recipe, objective: Objective | None = None) -> Prepared:
         evaluation = blocks.stream(evaluation, data.max_length) if evaluation is not None else None
     shares = not why_not_shared(recipe, objective)
     if shares and train.examples.seconds() is not None:
-        train, evaluation = (rows and _together(rows) for rows in (train, evaluation))
+        train, evaluation = _together(train), None if evaluation is None else _together(evaluation)
     return Prepared(
         recipe, objective, checkpoint, config, tokenizer, train, evaluation, findings, settled, held_out, mixture,
         shares,

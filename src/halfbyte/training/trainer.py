@@ -266,7 +266,7 @@ class StepTrainer(Trainer):
                 continue
             before = self.pace.gradients_to_restore(model)
             try:
-                batch = {**micro_batches.of(waiting[0]), **of_step, "watched": {}}
+                batch: Batch = {**micro_batches.of(waiting[0]), **of_step, "watched": {}}
                 with self._dropout_of(step, waiting[0], batch), self._sharded_pass():
                     part = self._run_micro_batch(model, batch, step.weight)
             except (RuntimeError, MemoryError) as error:
@@ -297,12 +297,12 @@ class StepTrainer(Trainer):
 
     def _step_sums(self, model: Model, micro_batches: collate.Batches) -> Batch:
         """What the loss of each micro-batch must know of the whole step, where the objective asks for something."""
-        names = getattr(self.objective, "step_names", ())
-        if not names:
+        names, asks = getattr(self.objective, "step_names", ()), getattr(self.objective, "step_sums", None)
+        if not names or asks is None:
             return {}
         model.eval()
         with torch.no_grad():
-            sums: dict[str, float] = self.objective.step_sums(model, micro_batches)
+            sums: dict[str, float] = asks(model, micro_batches)
         model.train()
         return {"step": dict(zip(names, self._sums([sums[name] for name in names]), strict=True))}
 

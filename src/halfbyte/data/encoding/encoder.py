@@ -177,8 +177,8 @@ class Encoder:
         of_row = len(several[0].texts) if several else 1
         whole = ("".join(r.text for r in rendered[i : i + of_row]) for i in range(0, len(rendered), of_row))
         tally.different.update(hashlib.sha256(t.encode()).hexdigest() for t in islice(dict.fromkeys(whole), 2))
-        tokenized = self._lexer.tokenize(rendered)
-        each = [[self._fit(text, tally) for text in islice(tokenized, len(row.texts))] for row in several]
+        in_turn = iter(self._lexer.tokenize(rendered))
+        each = [[self._fit(text, tally) for text in islice(in_turn, of_row)] for _ in several]
         fits = [(row, [t for t in texts if t is not None]) for row, texts in zip(several, each, strict=True)]
         fits = [(row, texts) for row, texts in fits if len(texts) == of_row]
         before = [texts[0] for _, texts in fits[-1:] + fits[:-1]]

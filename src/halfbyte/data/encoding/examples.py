@@ -178,8 +178,8 @@ class Examples(Sequence[Example]):
 
     def seconds(self) -> NDArray[np.int64] | None:
         """Where the second text of each row begins: (rows,) int64; None where rows are one text."""
-        starts = self._column("starts") if self._has_texts() else ()
-        return starts.astype(np.int64) if len(starts) else None
+        starts = self._column("starts").astype(np.int64) if self._has_texts() else None
+        return None if starts is None or not len(starts) else starts
 
     def alike(self) -> NDArray[np.int64]:
         """Tokens that the two texts of each row begin with alike: (rows,) int64."""
