@@ -38,12 +38,14 @@ def predict(
     target.find(run, set_, TASKS)
     with libraries.loading():
         from halfbyte.inference import labels
+        from halfbyte.objectives.labels import Labels
+        from halfbyte.recipe.adapter import folder_of
     if data is not None:
         kind = data.suffix if data.suffix in labels.SUFFIXES else labels.SUFFIXES[0]
         labels.check(data, to := to or data.with_name(f"{data.stem}.predictions{kind}"))
     ready = open_run(run, set_, silent=json_, force=force, tasks=TASKS)
     if data is None or to is None:
-        answers = labels.predictions(ready, labels.Labels.at(labels.folder_of(run)), [(one,) for one in text])
+        answers = labels.predictions(ready, Labels.at(folder_of(run)), [(one,) for one in text])
         if json_:
             show.document({"run": str(run), "texts": answers})
         for one, row in zip(text, answers if not json_ else (), strict=False):

@@ -1,6 +1,6 @@
 """What answers cost, by method: formulas of log-probabilities, each with its paper.
 
-Source: TRL 1.16, `dpo_trainer.py`, `kto_trainer.py`, `experimental/orpo`, `experimental/cpo`, whose names these are.
+Source: TRL 1.16, DPOTrainer, KTOTrainer, and the experimental trainers of ORPO and CPO, whose names these are.
 Cost: a few numbers a pair.
 """
 

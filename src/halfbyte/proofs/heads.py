@@ -39,7 +39,9 @@ def prove_pooling(model: Model, *, packed: bool) -> str:
             hidden = [structure.body(lm)(input_ids=text[None], **options)[0][0].float() for text in texts]
         finally:
             packing.install(lm, layout)
-        off = float(row_distances(ours, heads.head_of(model)(torch.stack([each[-1] for each in hidden]))).max())
+        head = heads.head_of(model)
+        assert head is not None
+        off = float(row_distances(ours, head(torch.stack([each[-1] for each in hidden]))).max())
     if not off <= (ALLOWED if exact else ALLOWED_HALF):
         what = f"what is read of a text in a micro-batch is off by {off:.1e} from the text alone"
         raise BaseModelError(f"{type(lm).__name__}: {what}.", fix="report it with the model's config.json")

@@ -156,8 +156,8 @@ def _held_out(
     """The rows that train, those that are held out, and these again where they were taken out of the training rows."""
     data, asks = recipe.data, recipe.train
     if data.eval_names is not None:
-        evaluation = encode.encode(data.eval_names, tokenizer, data, cores=device.cores())
-        return train, split.told_apart(evaluation, data.eval_names, asks.order_seed), None
+        other = encode.encode(data.eval_names, tokenizer, data, cores=device.cores())
+        return train, split.told_apart(other, data.eval_names, asks.order_seed), None
     stops = asks.early_stopping_patience is not None
     wanted = True if stops or asks.eval_on_start or asks.eval_strategy in ("steps", "epoch") else None
     wanted = False if asks.eval_strategy == "no" else wanted

@@ -11,7 +11,7 @@ import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,8 +19,6 @@ from halfbyte.layers.kernels.cpu.decoding import slots as s
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from halfbyte.layers.decoding.tape import Tape
 
 
 class CannotKeep(Exception):
@@ -87,7 +85,7 @@ class Decoder:
         ropes: cos and sin (T, R) with the buffers (M, R) that a token's row goes to.
     """
 
-    tape: Tape  # of an image a `TapeRun`
+    tape: Any  # a `Tape`, or of an image a `TapeRun`
     hidden: Tensor
     logits: Tensor
     positions: Tensor

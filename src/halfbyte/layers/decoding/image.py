@@ -156,7 +156,7 @@ class TapeImage:
         fields |= {name: self._array(at, integers.get(name, np.float32)) for name, at in each["buffers"].items()}
         ropes = [(self._array(table), self._array(row)) for table, row in each["ropes"]]
         rough = each["rough"] and range(*each["rough"])
-        return Decoder(tape=tape, ropes=ropes, rough=rough, **fields)  # type: ignore[arg-type]
+        return Decoder(tape=tape, ropes=ropes, rough=rough, **fields)
 
     def embedded(self, tokens: Sequence[int], factor: float) -> np.ndarray:
         """(n, D) in fp32."""
