@@ -71,10 +71,7 @@ def told_apart(rows: EncodedRows, names: Sources, seed: int) -> EncodedRows:
     sources, drawn = sources_of(names), list[NDArray[np.int64]]()
     if not sources or not isinstance(names, tuple):
         return rows
-    plain_first = sorted(
-        range(len(sources)),
-        key=lambda number: not isinstance(names, str | Path) and isinstance(names[number], DataEntry),
-    )
+    plain_first = sorted(range(len(sources)), key=lambda number: isinstance(names[number], DataEntry))
     owner = {str((file.path, file.hub)): n for n in plain_first for file in reading.find([sources[n]])}
     of_row = np.repeat([owner[key] for key in rows.tally.sources], [*rows.tally.sources.values()])
     for number, source in enumerate(sources):
