@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numba import carray, cfunc, types
@@ -33,6 +33,7 @@ MOST_THREADS = 64  # of Python's, where they have to be used
 # Elements that a thread takes at once: a few hundred kB of activations, so that both threads end together.
 BLOCK_ELEMENTS = 64 * 1024
 
+Kernel: TypeAlias = Any  # a compiled `cfunc`
 kernel: Any = cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
 
 
@@ -63,7 +64,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked process has none of its threads
 
 
-def run(compiled: Any, rows: int, block: int, *values: Tensor | int | float) -> None:
+def run(compiled: Kernel, rows: int, block: int, *values: Tensor | int | float) -> None:
     """Call a kernel with `values` in slots 3, 4, ...; returns when every block is done. Tensors must be contiguous on
     the CPU and stay alive until then, which this frame sees to."""
     counter = np.zeros(8, dtype=np.int64)  # a cache line of its own
@@ -78,7 +79,7 @@ def run(compiled: Any, rows: int, block: int, *values: Tensor | int | float) -> 
     start(compiled, slots)
 
 
-def start(compiled: Any, slots: np.ndarray, threads: int | None = None) -> None:
+def start(compiled: Kernel, slots: np.ndarray, threads: int | None = None) -> None:
     """Call a kernel on every thread with these slots; returns when all are back. threads: None: as many as torch's."""
     if threads is None:
         import torch
