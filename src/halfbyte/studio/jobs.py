@@ -25,7 +25,7 @@ from halfbyte.system import files
 from halfbyte.system.platforms import calls
 from halfbyte.types import Document
 
-LOG_BYTES, SHOWN = 20_000, 40
+LOG_BYTES, SHOWN = 20_000, 20
 _ID = re.compile(r"[\d-]{15}-[0-9a-f]{4}")
 _ADDRESS = re.compile(r"at http://127\.0\.0\.1:(\d+)/v1")
 _PYTHON = (sys.executable, "-P", "-m", "halfbyte")
