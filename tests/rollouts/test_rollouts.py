@@ -12,13 +12,15 @@ import pytest
 import torch
 
 from halfbyte import finetune
-from halfbyte.errors import RecipeError, RewardError, TrainError
+from halfbyte.errors import RecipeError, RewardError, RunError, TrainError
 from halfbyte.inference import batch
 from halfbyte.layers.decoding.tape import isa
 from halfbyte.recipe.schema import Loaded
 from halfbyte.runs.folder import RunFolder
+from halfbyte.training import preflight
 from halfbyte.training.events import Listener
 from halfbyte.writing import sampling, writer
+from halfbyte.writing.places import FastPathUnavailable
 from tests import letters, tiny_run
 
 pytestmark = pytest.mark.skipif(isa(torch.float32) is None, reason="no kernels for this processor")
@@ -131,6 +133,29 @@ def test_a_reward_that_fails_loses_nothing(code: str, message: str, tmp_path: Pa
     (tmp_path / "mine.py").write_text("def score(completions):\n    return [len(c) for c in completions]\n")
     assert finetune.train(loaded, resume=True).step == 2
     assert [row["step"] for row in metrics(loaded)] == [1, 2]
+
+
+def test_a_function_that_is_not_there_is_named_at_once(tmp_path: Path) -> None:
+    for name in (f"{tmp_path / 'none.py'}:score", f"{letters.__file__}:worth"):
+        with pytest.raises(RecipeError, match=r"train.rewards: .* is not there, or has no function"):
+            preflight.check(recipe(tmp_path, train__rewards=name).recipe)
+
+
+def test_what_a_metric_goes_by_may_not_change_in_a_run(tmp_path: Path) -> None:
+    loaded = recipe(tmp_path, train__save_steps=1, train__save_strategy="steps")
+    assert finetune.train(loaded, listener=Stop()).step == 1
+    with pytest.raises(RunError, match=r"eval.mark: '?####'? in the run, "):
+        finetune.train(recipe(tmp_path, eval__mark="Answer:"), resume=True)
+
+
+def test_the_models_own_forward_writes_what_a_tape_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unavailable(*args: Any, **kwargs: Any) -> Any:
+        raise FastPathUnavailable("no tape")
+
+    monkeypatch.setattr(batch, "Writer", unavailable)
+    loaded = recipe(tmp_path)
+    finetune.train(loaded)
+    assert all(row["logp_error"] < 1e-5 and row["written_tokens"] > 0 for row in metrics(loaded))
 
 
 # -------------------------------------------------------------------- faults

@@ -40,6 +40,7 @@ MAY_CHANGE = frozenset(
         "metrics", "mark", "pattern", "json_fields", "choices", "max_new_tokens", "rows", "resamples", "seed",
     )
 }  # fmt: skip
+REWARDED = frozenset({"eval.mark", "eval.pattern", "eval.json_fields", "eval.choices"})  # what rewards are taken by
 # With one of these a finished run goes on.
 GOES_ON = frozenset(
     {"train.max_steps", "train.num_train_epochs", "train.early_stopping_patience", "train.early_stopping_threshold"}

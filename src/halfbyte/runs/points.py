@@ -12,7 +12,7 @@ from pathlib import Path
 
 from halfbyte.errors import RunError, typed
 from halfbyte.recipe.adapter import is_adapter
-from halfbyte.recipe.fields import GOES_ON, MAY_CHANGE, shown
+from halfbyte.recipe.fields import GOES_ON, MAY_CHANGE, REWARDED, shown
 from halfbyte.recipe.schema import Recipe, leaves
 from halfbyte.runs.folder import RunFolder
 from halfbyte.system import files
@@ -138,18 +138,16 @@ def newest(folder: Path) -> Point | None:
 
 def check_recipe(point: Point, recipe: Recipe) -> None:
     """Raises RunError: the recipe would train otherwise than the run has. Names these fields, and what may change."""
-    strange = {
-        name: values
-        for name, values in point.changes(recipe).items()
-        if name not in MAY_CHANGE | GOES_ON and not _is_moved(name, *values)
-    }
+    free = (MAY_CHANGE | GOES_ON) - (REWARDED if recipe.train.draws else set())
+    changes = point.changes(recipe).items()
+    strange = {name: values for name, values in changes if name not in free and not _is_moved(name, *values)}
     if strange:
         listed = "\n".join(f"  - {name}: {shown(a)} in the run, {shown(b)} asked" for name, (a, b) in strange.items())
-        free = sorted(name.removeprefix("train.") for name in MAY_CHANGE | GOES_ON if name.startswith("train."))
+        of_train = sorted(name.removeprefix("train.") for name in free if name.startswith("train."))
         raise RunError(
             f"the run {recipe.output} was trained until step {point.step} with other values:\n{listed}\n"
             f"  What may change: data.train and data.eval (the same rows elsewhere), quant.placement, lora.save_dtype; "
-            f"under train: {', '.join(free)}",
+            f"under train: {', '.join(of_train)}",
             fix=f"{BACK}halfbyte train {typed(f'{recipe.output}/recipe.yaml')} --output runs/NAME"
             + _from_its_weights(point, recipe.output, {name: now for name, (_, now) in strange.items()}),
         )
