@@ -161,7 +161,7 @@ def evaluation_time(job: Job, rates: Rates, tokens: int) -> float:
     many = rows.tokens / max(1, len(rows.lengths)) * (job.recipe.train.per_device_eval_batch_size if job.packed else 1)
     micro_batches = math.ceil(rows.tokens / max(1.0, min(tokens, many)))
     alone = replace(job, rows=rows, trees=())
-    writing = writing_time(alone, rates, float(rows.labelled.sum())) if job.recipe.train.draws else 0.0
+    writing = writing_time(alone, rates, float(np.sum(rows.labelled))) if job.recipe.train.draws else 0.0
     return writing + sum(_parts(alone, rates, rows.tokens, micro_batches, "none", trains=False).values())
 
 
