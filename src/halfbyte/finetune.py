@@ -23,11 +23,13 @@ from halfbyte.distributed import world as worlds
 from halfbyte.distributed.launch import launch_file
 from halfbyte.distributed.world import World
 from halfbyte.errors import TrainError
+from halfbyte.export import sentence
 from halfbyte.inference import evaluate, verify
 from halfbyte.layers import heads
 from halfbyte.layers.kernels.cpu import ahead
 from halfbyte.objectives.labels import Labels
 from halfbyte.objectives.objective import Objective
+from halfbyte.objectives.vectors import TextVectors
 from halfbyte.plan import calibrate, number_format
 from halfbyte.plan.estimate import format_note
 from halfbyte.proofs import adapter
@@ -267,6 +269,8 @@ def _save(setup: Setup, run: RunFolder, callback: RunCallback) -> int | None:
 
     dtype = load.DTYPES[recipe.lora.save_dtype]
     lora.save(model, run.adapter, base_id=source.id, revision=source.revision, dtype=dtype, beside=beside)
+    if isinstance(prepared.objective, TextVectors):
+        sentence.write(run.path / sentence.FOLDER, run.adapter, model.get_base_model(), prepared.tokenizer, recipe)
     examples = (prepared.evaluation or prepared.train).examples
     with space_for(run.proof):
         adapter.keep_logits(run.proof, model, examples, lora.base_alone(model, setup.model.assembled.own_biases), dtype)

@@ -270,8 +270,8 @@ CASES = [
     Case(
         "recipe is a list",
         "train bad.yaml",
-        "error: bad.yaml holds a list; a recipe is a mapping with the keys model, revision, task, labels, quant, lora, "
-        "data, train, eval, output, allow_pickle, trust_remote_code.\n"
+        "error: bad.yaml holds a list; a recipe is a mapping with the keys model, revision, task, labels, vectors, "
+        "quant, lora, data, train, eval, output, allow_pickle, trust_remote_code.\n"
         "  fix: `halfbyte init NAME.yaml` writes a recipe to start from",
         write("bad.yaml", "- model: model\n"),
     ),

@@ -164,6 +164,7 @@ EACH: Change = {**EVAL, "train__eval_strategy": "steps", "train__eval_steps": 1}
 WORSE: Change = {**EACH, "train__early_stopping_threshold": 9}
 BOARD: Change = {"train__report_to": ["tensorboard"], "train__logging_steps": 3}
 PAIRS: Change = {"data__train": "BOTH", "data__format": "prompt_completion"}
+VECTORS: Change = {"task": "embed", "data__train": "BOTH"}
 LABELS: Change = {"task": "classify", "data__train": "BOTH"}
 SHARED: Change = {"data__train": "BOTH", "data__format": "sharegpt"}
 NUMBERS: Change = {"data__eval": "FORMS", "eval__metrics": ["number"]}
@@ -510,6 +511,19 @@ CASES: dict[str, tuple[Case, ...]] = {
     ),
     "labels": (Case({"labels": ["a", "b", "c"]}, shapes, LABELS),),
     "data.fields.text_pair": (Case({"data__fields__text_pair": "output"}, column("tokens"), LABELS),),
+    "vectors.loss": (Case({"vectors__loss": "CoSENTLoss"}, first_loss, VECTORS),),
+    "vectors.scale": (Case({"vectors__scale": 5.0}, first_loss, VECTORS),),
+    "vectors.margin": (Case({"vectors__margin": 9.0}, first_loss, {**VECTORS, "vectors__loss": "TripletLoss"}),),
+    "vectors.pooling": (Case({"vectors__pooling": "mean"}, first_loss, VECTORS),),
+    "data.query_prompt": (Case({"data__query_prompt": "ask "}, column("tokens"), VECTORS),),
+    "data.passage_prompt": (Case({"data__passage_prompt": "say "}, column("tokens"), VECTORS),),
+    **{
+        f"data.fields.{name}": (Case({f"data__fields__{name}": "other"}, column("tokens"), VECTORS),)
+        for name in ("query", "passage", "negative")
+    },
+    "data.fields.score": (
+        Case({"data__fields__score": "other"}, given={**VECTORS, "vectors__loss": "CoSENTLoss"}, refused="a number is"),
+    ),
     "model": (Case({"model": "OTHER"}, first_loss),),
     "revision": (Case({"revision": "v1"}, refused="revision"),),
     "output": (Case({"output": "ELSEWHERE"}, lambda ran: ran.folder.name, want="elsewhere"),),
@@ -583,7 +597,8 @@ class Lab:
         row = {"prompt": "red " * (1 + i % 3), "completion": "cup", "other": "a longer text in its place"}
         row |= {"instruction": "red", "input": "cup", "output": "box", "text": "tree"}
         shared = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
-        row |= {"label": "ab"[i % 2], "other_label": "abc"[i % 3]}
+        row |= {"label": "ab"[i % 2], "other_label": "abc"[i % 3], "query": "red", "passage": f"cup {i}"}
+        row |= {"negative": "box", "score": i}
         row |= {"conversations": shared, "other_shared": shared * 3, "tools": [{"a": 1}], "other_tools": [{"bb": 22}]}
         return {**row, "messages": said("tree road"), "other_messages": said("small box of cups")}
 

@@ -30,6 +30,13 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "model": ("other", {}),
     "task": ("classify", {}),
     "labels": (["a", "b"], {"task": "classify"}),
+    "vectors.loss": ("CoSENTLoss", {"task": "embed"}),
+    "vectors.scale": (10.0, {"task": "embed"}),
+    "vectors.margin": (1.0, {"task": "embed"}),
+    "vectors.pooling": ("mean", {"task": "embed"}),
+    "data.query_prompt": ("q: ", {"task": "embed"}),
+    "data.passage_prompt": ("p: ", {"task": "embed"}),
+    **{f"data.fields.{name}": ("mine", {}) for name in ("query", "passage", "negative", "score")},
     "revision": ("main", {"model": "org/name"}),
     "output": ("runs/other", {}),
     "allow_pickle": (True, {}),
@@ -450,8 +457,8 @@ def test_a_mistake_is_told_word_for_word(load: Load, text: str, message: str) ->
 WHOLE_FILES: list[tuple[str | bytes, str]] = [
     ("", "r.yaml is empty."),
     ("# only a comment\n", "r.yaml is empty."),
-    ("- model: m\n", "r.yaml holds a list; a recipe is a mapping with the keys model, revision, task, labels, quant, lora, data, train, eval, output, allow_pickle, trust_remote_code."),
-    ("model\n", "r.yaml holds a single value; a recipe is a mapping with the keys model, revision, task, labels, quant, lora, data, train, eval, output, allow_pickle, trust_remote_code."),
+    ("- model: m\n", "r.yaml holds a list; a recipe is a mapping with the keys model, revision, task, labels, vectors, quant, lora, data, train, eval, output, allow_pickle, trust_remote_code."),
+    ("model\n", "r.yaml holds a single value; a recipe is a mapping with the keys model, revision, task, labels, vectors, quant, lora, data, train, eval, output, allow_pickle, trust_remote_code."),
     ("model: m\n\tdata: x\n", "r.yaml: line 2, column 1: not YAML: found character '\\t' that cannot start any token."),
     ("model: [m\n", "r.yaml: line 2, column 1: not YAML: expected ',' or ']', but got '<stream end>'."),
     ("model: m\n---\nmodel: n\n", "r.yaml: line 2, column 1: not YAML: but found another document."),
@@ -482,7 +489,7 @@ SETS: list[tuple[str, str]] = [
     ("=3", "--set =3: must be FIELD=VALUE, such as lora.r=32"),
     ("model.x=3", "--set model.x=3: model.x is inside a value that is not a section"),
     ("output=", "--set output must be text, got null"),
-    ("nonsense=1", "--set nonsense is not a field; a recipe has model, revision, task, labels, quant, lora, data, train, eval, output, allow_pickle, trust_remote_code"),
+    ("nonsense=1", "--set nonsense is not a field; a recipe has model, revision, task, labels, vectors, quant, lora, data, train, eval, output, allow_pickle, trust_remote_code"),
     ("train.optim=[", "--set train.optim must be one of adamw_torch, adamw_torch_fused, adafactor, sgd, adagrad, rmsprop, adamw_bnb_8bit, adamw_8bit, paged_adamw_32bit, paged_adamw_8bit, lion_32bit, lion_8bit, paged_lion_32bit, paged_lion_8bit, ademamix, ademamix_8bit, rmsprop_bnb, rmsprop_bnb_8bit, rmsprop_bnb_32bit, got '['"),
 ]  # fmt: skip
 

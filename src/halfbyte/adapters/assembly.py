@@ -80,8 +80,8 @@ def assemble(
     with structure.shallow(model) as layers:
         packed = prove_packing(model, recipe.data.max_length, alone=alone)
         loss.head_of(model)  # seen here, on few layers
-        if heads.head_of(model) is not None:
-            note("head", prove_pooling(model, packed=packed.ok))
+        if heads.task_type(model) is not None:
+            note("pooling", prove_pooling(model, packed=packed.ok, pooling=recipe.vectors.pooling))
     fused, engine = _fused(model, recipe, packed=packed.ok)
     return AdaptedBase(base, model, dequantised, packed, fused, engine, layers, own_biases)
 

@@ -189,8 +189,7 @@ def writer(
     config = copy(adapted.peft_config[adapted.active_adapter])
     config.base_model_name_or_path, config.revision = base_id, revision
     config.inference_mode = True
-    if heads.head_of(adapted) is not None:
-        config.task_type = "SEQ_CLS"
+    config.task_type = heads.task_type(adapted) or config.task_type
     if isinstance(config.target_modules, set):  # its order changes from process to process
         config.target_modules = sorted(config.target_modules)
     saved = get_peft_model_state_dict(adapted, save_embedding_layers=False)
@@ -215,7 +214,7 @@ def load(model: Model, folder: Path, *, trainable: bool = False) -> Model:
 
     def put() -> Model:
         how: Document = {}
-        if heads.head_of(model) is not None:
+        if heads.task_type(model) is not None:
             how["config"] = PeftConfig.from_pretrained(str(folder))
             how["config"].task_type = "CAUSAL_LM"  # what the model under the head is
         return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, **how)

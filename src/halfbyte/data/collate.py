@@ -138,7 +138,7 @@ class Batches:
 
     def of(self, rows: Sequence[int]) -> Batch:
         """The batch of other rows of the same examples: a step may be split anew while it runs."""
-        return self.lay_out([self.examples[r] for r in rows])
+        return {**self.lay_out([self.examples[r] for r in rows]), "row_numbers": tuple(rows)}
 
 
 class StepItem(TypedDict):

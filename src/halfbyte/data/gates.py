@@ -68,7 +68,7 @@ def check(
         verdicts |= pairs.verdicts(train.examples, first, None if held_out is None else held_out.examples)
     if thoughts := _thoughts(train):
         verdicts["thoughts"] = thoughts
-    if data.format == "labels":  # no answer is written
+    if data.format in ("labels", "vectors"):  # no answer is written
         for gate in ("labels", "end token", "empty answers"):
             del verdicts[gate]
     return tuple(Finding(gate, *verdict) for gate, verdict in verdicts.items())
@@ -127,6 +127,8 @@ def _context(encoded: Sequence[EncodedRows], data: Data, context: Context | None
         lengths = np.array([min(data.max_length, max(int(rows.lengths.sum()) for rows in encoded))])
     if context is None:
         return "ok", "nothing in its config limits what the model reads at once", None
+    if data.format == "vectors":  # a row is several texts, each of at most so many tokens
+        lengths = np.minimum(lengths, data.max_length)
     over, longest = int((lengths > context.tokens).sum()), int(lengths.max())
     if not over:
         return "ok", f"the model reads {context.tokens:,} tokens at once ({context.why})", None

@@ -30,6 +30,7 @@ from halfbyte.models import structure
 from halfbyte.plan import Plan
 from halfbyte.quant import bnb, experts
 from halfbyte.recipe.schema import Recipe
+from halfbyte.recipe.task import EMBED
 from halfbyte.system import accelerator, pages
 from halfbyte.types import Batch, Model
 from halfbyte.upstream.torch import SHARDS
@@ -39,7 +40,9 @@ PLACEMENT = "sharded"
 
 
 def check(recipe: Recipe, ranks: int) -> None:
-    """Refuse what cannot be trained on a sharded base (RecipeError)."""
+    """Refuse what cannot be trained on a sharded base, or on several processes (RecipeError)."""
+    if recipe.task == EMBED and ranks > 1:
+        raise RecipeError("task embed trains in one process: a row's loss depends on all rows of a step.")
     if recipe.quant.placement != PLACEMENT:
         return
     if ranks == 1:

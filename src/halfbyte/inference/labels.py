@@ -13,6 +13,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,8 +30,11 @@ from halfbyte.data.reading.problems import BadRow
 from halfbyte.errors import DataError, typed
 from halfbyte.inference import evaluate
 from halfbyte.models.context import context_of
+from halfbyte.objectives import objective as objectives
 from halfbyte.objectives.labels import Labels
+from halfbyte.objectives.vectors import TextVectors
 from halfbyte.recipe.adapter import ADAPTER_FILES, folder_of
+from halfbyte.recipe.task import EMBED
 from halfbyte.scoring import labels as scoring
 from halfbyte.scoring import sheet
 from halfbyte.scoring.labels import Floats
@@ -54,16 +58,19 @@ def score(
     began, (encoded, source) = time.monotonic(), evaluate.rows_to_score(opened, data)
     examples, settings = encoded.examples[: options.limit], options.settings
     sides: dict[str, Document] = {}
-    objective = Labels.at(folder_of(opened.run))
+    objective = TextVectors(opened.recipe.vectors) if opened.recipe.task == EMBED else Labels.at(folder_of(opened.run))
     objective.check(encoded)
-    truth = objective.targets([e.completion for e in examples]).numpy()
     for name in opened.sides(with_base=options.with_base):
 
         def tell(done: int, name: str = name) -> None:
             progress(f"{name}: scores", done, len(examples))
 
         with opened.using(base=name == "base"):
+            if isinstance(objective, TextVectors):
+                sides[name] = scoring.of_values(_near(opened, objective, examples), settings)
+                continue
             scores = scores_of(opened, objective, examples, tell)
+        truth = objective.targets([e.completion for e in examples]).numpy()
         if objective.names:
             have = truth > 0 if objective.several else truth[:, None] == np.arange(objective.width)
             every = scoring.probabilities(scores, several=objective.several)
@@ -76,7 +83,21 @@ def score(
     ]
     adapter, seconds = sheet.adapter_of(folder_of(opened.run)), time.monotonic() - began
     return {"data": source, "adapter": adapter, "rows": len(examples), "seconds": seconds, "metrics": metrics,
-            "labels": objective.names, "sides": sides}  # fmt: skip
+            "labels": getattr(objective, "names", ()), "sides": sides}  # fmt: skip
+
+
+def _near(opened: Opened, objective: TextVectors, rows: Sequence[Example]) -> dict[str, Floats]:
+    """How near each row's own passage is, by name: (rows,) each."""
+    most = len(rows) if opened.job.packed else 1
+    batches = collate.Batches.of_rows(rows, opened.plan.max_tokens_per_micro_batch, most)
+    sums = objectives.evaluate(objective, opened.model, replace(batches, lay_out=objective.collate))
+    names = dict(zip(objective.sum_names, sums.T, strict=True))
+    return {
+        "recall_1": names["first"],
+        "recall_10": names["nearest"],
+        "mrr": names["reciprocal"],
+        "loss": names["loss"],
+    }
 
 
 def scores_of(

@@ -25,7 +25,7 @@ from halfbyte.models.sources.lookup import find_model
 from halfbyte.objectives.labels import Labels
 from halfbyte.plan import GENERATED_TOKENS, InferencePlan, Job, Rows, RunChoices, plan_inference
 from halfbyte.recipe.schema import Recipe
-from halfbyte.recipe.task import CAUSAL_LM, TASKS
+from halfbyte.recipe.task import CAUSAL_LM, EMBED, TASKS
 from halfbyte.system import device, threads
 from halfbyte.types import Model, Tokenizer
 
@@ -106,7 +106,8 @@ def open_target(
             (tell or supply.Tell()).say(text, label="note")
     trained = RunChoices.from_json(json.loads(run.plan.read_text())) if run is not None and run.plan.is_file() else None
     if recipe.task != CAUSAL_LM and subject.adapter is not None:
-        heads.attach(base.model, Labels.at(subject.adapter).width, seed=recipe.train.seed)
+        width = 0 if recipe.task == EMBED else Labels.at(subject.adapter).width
+        heads.attach(base.model, width, seed=recipe.train.seed)
     longest = (trained.max_tokens_per_micro_batch if trained else GENERATED_TOKENS,)
     rows = Rows(longest, evaluated=longest)
     job = Job.of_checkpoint(recipe, checkpoint, base.model, rows, machine)

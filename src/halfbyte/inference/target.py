@@ -13,7 +13,7 @@ from halfbyte.recipe.adapter import ADAPTER_FILES, HEAD, read_config, read_passp
 from halfbyte.recipe.command import to_use, to_use_alone
 from halfbyte.recipe.data import Sources
 from halfbyte.recipe.schema import Lora, Recipe
-from halfbyte.recipe.task import CAUSAL_LM, CLASSIFY
+from halfbyte.recipe.task import CAUSAL_LM, CLASSIFY, EMBED
 from halfbyte.runs.folder import RunFolder
 
 
@@ -33,7 +33,7 @@ def find(path: Path, overrides: Sequence[str] = (), tasks: Collection[str] = (CA
     base."""
     subject = _find(path, overrides)
     if (task := subject.recipe.task) not in tasks:
-        use = "halfbyte generate" if task == CAUSAL_LM else "halfbyte predict"
+        use = {EMBED: "halfbyte eval"}.get(task, "halfbyte generate" if task == CAUSAL_LM else "halfbyte predict")
         raise RunError(f"{path} is of task {task}, which this is not for.", fix=f"{use} {typed(path)}")
     return subject
 

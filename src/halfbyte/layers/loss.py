@@ -130,6 +130,14 @@ def labelled_hidden(model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
         return _hidden(structure.causal_lm(model), inputs, keep), targets
 
 
+def every_hidden(model: Model, batch: Batch) -> Tensor:
+    """The hidden states of all tokens of a micro-batch: (T, D) in fp32."""
+    tokens, (inputs, _, _) = batch["input_ids"].shape[1], _inputs(model, batch)
+    with torch.autocast(inputs["input_ids"].device.type, enabled=False):
+        hidden: Tensor = structure.body(structure.causal_lm(model))(**inputs)[0][0, :tokens].float()
+    return hidden
+
+
 def _inputs(model: Model, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """What a forward takes of a micro-batch; its positions whose next token is labelled (K,), and the labels (K,)."""
     device = next(model.parameters()).device

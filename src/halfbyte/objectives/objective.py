@@ -126,15 +126,19 @@ def evaluate(objective: Objective, model: Model, batches: Iterable[Batch]) -> ND
     """The sums of each text of an evaluation, (texts, names) in the order of `sum_names`; in eval mode, without
     gradients. The mode is put back."""
     was_training, names = model.training, objective.sum_names
-    texts: list[list[float]] = []
+    sums = list[Sums]()
     model.eval()
     try:
         with torch.no_grad():
-            for batch in batches:
-                texts += [[sums[name] for name in names] for sums in objective.text_sums(model, batch)]
+            if hasattr(objective, "all_sums"):  # of which each text's depend on all the others
+                parts = [(objective.row_vectors(model, batch), batch["targets"]) for batch in batches]
+                vectors = [vector for part, _ in parts for vector in part]
+                sums = objective.all_sums(vectors, torch.cat([t for _, t in parts])) if parts else []
+            else:
+                sums = [each for batch in batches for each in objective.text_sums(model, batch)]
     finally:
         model.train(was_training)
-    return np.array(texts, np.float64).reshape(-1, len(names))
+    return np.array([[each[name] for name in names] for each in sums], np.float64).reshape(-1, len(names))
 
 
 def scores_of(objective: Objective, rows: NDArray[np.float64]) -> dict[str, float]:

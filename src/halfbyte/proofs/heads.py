@@ -1,4 +1,4 @@
-"""The proof at start that a text's scores are its own: of its own last token, packed as alone.
+"""The proof at start that a text's scores or vector are its own: of its own last token, packed as alone.
 
 What: a few texts packed must give what each gives alone by the body's own forward on the stock path.
 Why a proof: a head that reads the neighbour's token trains without any error, on another text.
@@ -18,13 +18,14 @@ from halfbyte.types import Model
 ALLOWED, ALLOWED_HALF = 1000 * torch.finfo(torch.float32).eps, 0.05
 
 
-def prove_pooling(model: Model, *, packed: bool) -> str:
+def prove_pooling(model: Model, *, packed: bool, pooling: str = heads.LAST) -> str:
     """What was seen, in words; the model is as before. Raises BaseModelError: a text gets what is not its own.
 
     Args:
-        model: with a head, after `prove_packing`. packed: texts share a micro-batch.
+        model: after `prove_packing`. packed: texts share a micro-batch. pooling: of vectors, where there is no head.
     """
     lm, layout = structure.causal_lm(model), packing.installed(model)
+    head = heads.head_of(model)
     options = {"use_cache": False} if packing.takes_use_cache(lm) else {}
     exact = setting.precisions(model)[0]
     with setting.as_given(model), torch.no_grad(), setting.few_tokens(model, exact=exact):
@@ -33,16 +34,15 @@ def prove_pooling(model: Model, *, packed: bool) -> str:
         batch = setting.pack(texts)
         batch["keep"] = batch["cu_seq_lens_q"][1:].long() - 1
         batch["targets"] = torch.zeros_like(batch["keep"])
-        ours = heads.scores(model, batch)
+        ours = heads.scores(model, batch) if head is not None else heads.vectors(model, batch, pooling)
         packing.install(lm, "single")
         try:
             hidden = [structure.body(lm)(input_ids=text[None], **options)[0][0].float() for text in texts]
         finally:
             packing.install(lm, layout)
-        head = heads.head_of(model)
-        assert head is not None
-        off = float(row_distances(ours, head(torch.stack([each[-1] for each in hidden]))).max())
+        alone = torch.stack([each[-1] if pooling == heads.LAST else each.mean(0) for each in hidden])
+        off = float(row_distances(ours, alone if head is None else head(alone)).max())
     if not off <= (ALLOWED if exact else ALLOWED_HALF):
         what = f"what is read of a text in a micro-batch is off by {off:.1e} from the text alone"
         raise BaseModelError(f"{type(lm).__name__}: {what}.", fix="report it with the model's config.json")
-    return f"reads the last token of each text, as alone to {off:.1e}"
+    return f"{pooling} of each text, as alone to {off:.1e}"

@@ -56,7 +56,8 @@ def is_name_or_list(value: object) -> bool:
 
 Int = Annotated[int, must("a number", lambda v: not isinstance(v, bool))]
 Format = Literal[
-    "messages", "sharegpt", "alpaca", "prompt_completion", "text", "preference", "unpaired_preference", "labels"
+    "messages", "sharegpt", "alpaca", "prompt_completion", "text", "preference", "unpaired_preference", "labels",
+    "vectors",
 ]  # fmt: skip
 Mask = Literal["completion", "assistant", "all"]
 _LIKE = "rows: files, a glob, a hub: dataset, or a list of them; 5% or a number of the training rows; none; or auto"
@@ -103,6 +104,10 @@ class Fields(Section):
     label: str = field("label", "a text's label, labels or number; kto: whether an answer is good (true)", min_length=1)
     answers: str = field("answers", "several answers, the best first or each with one of the scores", min_length=1)
     scores: str = field("scores", "what each of several answers is worth", min_length=1)
+    query: str = field("query", "of task embed, the text that asks", min_length=1)
+    passage: str = field("passage", "of task embed, the text that fits it", min_length=1)
+    negative: str = field("negative", "of task embed, a text that does not, or a list; may be absent", min_length=1)
+    score: str = field("score", "of task embed with CoSENTLoss, how much the two are alike", min_length=1)
     text_pair: str = field("text_pair", "of task classify or regress, a second text; may be absent", min_length=1)
 
 
@@ -214,6 +219,8 @@ class Data(Section):
     share_prefixes: Literal["auto", "off"] = field(
         "auto", "compute once what rows of a step have in common at their beginnings; the same is learned"
     )
+    query_prompt: str = field("", "task embed: put in front of each query, as sentence-transformers' prompt `query`")
+    passage_prompt: str = field("", "task embed: put in front of each passage, as its prompt `document`")
     chat_template: str | None = field(
         None, "not the model's own: a Jinja template, its file, or chatml, chatml-tools, qwen-tools, llama3-tools"
     )

@@ -45,7 +45,7 @@ def first_of_each(items: Sequence[Problem]) -> list[Problem]:
 
 def fields_in(sentence: str) -> list[str]:
     """The fields that a sentence about values that exclude each other names."""
-    return re.findall(r"\b(?:model|revision|task|labels|(?:quant|lora|data|train|eval)\.\w+)\b", sentence)
+    return re.findall(r"\b(?:model|revision|task|labels|(?:quant|lora|data|train|eval|vectors)\.\w+)\b", sentence)
 
 
 def sentences(item: Problem, lines: Mapping[str, int], given: Mapping[str, Origin]) -> list[str]:

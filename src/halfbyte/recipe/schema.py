@@ -27,10 +27,6 @@ from halfbyte.recipe.values import (  # isort: skip
 )  # fmt: skip
 
 
-def _best_metrics() -> list[str]:
-    return [prefix + name for name in (*LOSSES, *METRICS, rewards.REWARD) for prefix in ("", "eval_")]
-
-
 _DTYPE_NAMES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
 
 
@@ -220,7 +216,12 @@ class Train(method.MethodFields):
     load_best_model_at_end: Bool = field(
         True, "with evaluations: the adapter is that of the best one, not of the last step"
     )
-    metric_for_best_model: Annotated[str, one_of(_best_metrics, ends=("loss", *METRICS))] = field(
+    metric_for_best_model: Annotated[
+        str,
+        one_of(
+            lambda: [p + n for n in (*LOSSES, *METRICS, rewards.REWARD) for p in ("", "eval_")], ends=("loss", *METRICS)
+        ),
+    ] = field(
         "loss",
         "the best evaluation has the lowest loss or perplexity, or the highest of a score in eval.metrics; of one "
         "source NAME: NAME_loss, NAME_exact_match, ...",
@@ -292,8 +293,9 @@ class Recipe(tasks.FormatOfTask):
 
     model: str = field(..., "hub id[@revision], local folder, .gguf file, or a packaged name", min_length=1)
     revision: str | None = field(None, "branch, tag or commit of a hub id; the same as model: id@revision")
-    task: tasks.Task = field(tasks.CAUSAL_LM, "what the model becomes: causal_lm (it writes), classify or regress")
+    task: tasks.Task = field(tasks.CAUSAL_LM, "what it becomes: causal_lm (writes), classify, regress or embed")
     labels: Choices = field(None, "task classify: all labels, in order; null: those of the training rows, sorted")
+    vectors: tasks.VectorFields = field(tasks.VectorFields(), "task embed: the loss, and how a vector is made")
     quant: Quant = field(Quant(), "how the frozen base is kept")
     lora: Lora = field(Lora(), "the adapters, as peft.LoraConfig names them")
     data: Data = field(..., "what is trained on")
@@ -430,6 +432,7 @@ class Loaded(NamedTuple):
 
 SECTIONS: dict[str, type[Section]] = {
     "": Recipe, "quant": Quant, "lora": Lora, "data": Data, "data.fields": Fields, "train": Train, "eval": Eval,
+    "vectors": tasks.VectorFields,
 }  # fmt: skip
 
 

@@ -7,28 +7,41 @@ from typing import Annotated, Literal
 
 from pydantic import model_validator
 
-from halfbyte.recipe.data import Section
-from halfbyte.recipe.values import one_of
+from halfbyte.recipe.data import Section, field
+from halfbyte.recipe.values import Float, one_of
 from halfbyte.types import Document
 
-CAUSAL_LM, *HEADED = TASKS = ("causal_lm", "classify", "regress")
-CLASSIFY, REGRESS = HEADED
-REFUSED = {"tag": "labels of single tokens are not built; classify labels whole texts", "embed": "it is not built"}
-Task = Annotated[Literal["causal_lm", "classify", "regress"], one_of(TASKS, REFUSED)]
-FORMAT = "labels"  # of the rows of other tasks than causal_lm
+TASKS = ("causal_lm", "classify", "regress", "embed")
+CAUSAL_LM, CLASSIFY, REGRESS, EMBED = TASKS
+REFUSED = {"tag": "labels of single tokens are not built; classify labels whole texts"}
+Task = Annotated[Literal["causal_lm", "classify", "regress", "embed"], one_of(TASKS, REFUSED)]
+FORMATS = {CLASSIFY: "labels", REGRESS: "labels", EMBED: "vectors"}  # of rows
+RANKING, COSENT = "MultipleNegativesRankingLoss", "CoSENTLoss"
+TRIPLET = "TripletLoss"
 # Fields that these do not read, and why.
 _UNREAD = {
-    "data.mask": "a text has one label",
+    "data.mask": "a text has one label, or is one vector",
     "data.packing": "rows are texts of their own",
     "data.chat_template": "texts are read as they are",
     "train.method": "labels are learned by the loss of the head",
     "train.max_forgetting": "nothing is written that could be forgotten",
     "train.within": "its learning rates are probed for a causal LM's loss",
     "quant.compute": "8-bit products are proven on a causal LM's loss",
-    "eval.metrics": "halfbyte eval scores labels by themselves",
+    "eval.metrics": "halfbyte eval scores labels and vectors by themselves",
     "lora.modules_to_save": "the head trains whole by itself",
     "lora.adapter": "an adapter of another task has no head",
 }
+
+
+class VectorFields(Section):
+    """Of task embed: the loss, and how a vector is made of a text."""
+
+    loss: Literal["MultipleNegativesRankingLoss", "CoSENTLoss", "TripletLoss"] = field(
+        RANKING, "MultipleNegativesRankingLoss (query, passage, negatives), CoSENTLoss (two texts, score), TripletLoss"
+    )
+    scale: Float = field(20.0, "the similarity is multiplied by it before softmax or CoSENT's exponential", gt=0)
+    margin: Float = field(5.0, "TripletLoss: how much nearer the passage must be than the negative", gt=0)
+    pooling: Literal["lasttoken", "mean"] = field("lasttoken", "a text's vector: its last token's, or the mean of all")
 
 
 class FormatOfTask(Section):
@@ -37,20 +50,22 @@ class FormatOfTask(Section):
     @model_validator(mode="before")
     @classmethod
     def _with_format(cls, values: object) -> object:
-        data = values.get("data") if isinstance(values, Mapping) and values.get("task") in HEADED else None
+        data = values.get("data") if isinstance(values, Mapping) and values.get("task") in FORMATS else None
         if not isinstance(values, Mapping) or not isinstance(data, Mapping) or data.get("format", "auto") != "auto":
             return values
-        return {**values, "data": {**data, "format": FORMAT}}
+        return {**values, "data": {**data, "format": FORMATS[values["task"]]}}
 
 
 def problems(given: Document) -> Iterator[str]:
     """What excludes each other of task and other fields, in sentences. `given`: a recipe's values but for defaults."""
     task, shape = given.get("task", CAUSAL_LM), given["data"].get("format", "auto")
-    if (shape == FORMAT) != (task != CAUSAL_LM):
-        yield f"data.format {FORMAT} is of task {CLASSIFY} and {REGRESS}; data.format is {shape}, and task is {task}"
+    if FORMATS.get(task) != (shape if shape in FORMATS.values() else None):
+        yield f"data.format labels is of task classify and regress, vectors of embed; it is {shape}, and task is {task}"
+    if task != EMBED and ("vectors" in given or {"query_prompt", "passage_prompt"} & given["data"].keys()):
+        yield f"vectors, data.query_prompt and data.passage_prompt are for task embed, and task is {task}"
     if task != CLASSIFY and "labels" in given:
         yield f"labels names those of task classify, and task is {task}"
-    if task == REGRESS and "label_smoothing_factor" in given.get("train", {}):
+    if task in (REGRESS, EMBED) and "label_smoothing_factor" in given.get("train", {}):
         yield f"train.label_smoothing_factor is for labels, and task is {task}"
     for name, why in _UNREAD.items() if task != CAUSAL_LM else ():
         section, _, leaf = name.partition(".")

@@ -8,7 +8,7 @@ Cost: `resamples` passes over the rows for each of these two.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,8 +53,12 @@ def of_labels(every: Floats, truth: Bools, settings: Eval, *, several: bool) -> 
 def of_numbers(answers: Floats, truth: Floats, settings: Eval) -> Document:
     """`scores` of numbers: (n,) each."""
     off = answers - truth
-    errors = {"mean_squared_error": off**2, "mean_absolute_error": np.abs(off)}
-    return {"scores": {name: _mean(values, settings) for name, values in errors.items()}}
+    return of_values({"mean_squared_error": off**2, "mean_absolute_error": np.abs(off)}, settings)
+
+
+def of_values(columns: Mapping[str, Floats], settings: Eval) -> Document:
+    """`scores`: the mean of each column's rows."""
+    return {"scores": {name: _mean(values, settings) for name, values in columns.items()}}
 
 
 def _mean(values: NDArray[np.generic], settings: Eval) -> Document:

@@ -21,7 +21,6 @@ from halfbyte.distributed import shard
 from halfbyte.errors import RunError
 from halfbyte.layers import heads, packing
 from halfbyte.models.structure import meta_model
-from halfbyte.objectives.labels import Labels
 from halfbyte.objectives.objective import Objective
 from halfbyte.plan import Job, Plan, calibrate, choose, memory
 from halfbyte.plan.result import POOL_RESERVE, RESERVE, Recompute
@@ -99,8 +98,7 @@ def with_plan(
     for finding in prepared.findings:
         tell.note("data", finding.line)
     meta = meta_model(prepared.config, trust_remote_code=recipe.trust_remote_code)
-    if isinstance(prepared.objective, Labels):
-        name = heads.attach(meta, prepared.objective.width, seed=0)
+    if name := heads.attach(meta, width, seed=0) if (width := getattr(prepared.objective, "width", 0)) else "":
         recipe = recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"modules_to_save": (name,)})})
         prepared = replace(prepared, recipe=recipe)
     targets, modules = lora.choose_targets(meta, recipe.lora)

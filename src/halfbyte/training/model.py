@@ -10,7 +10,7 @@ from halfbyte.base.tokenizer import check_vocabulary
 from halfbyte.data.encoding.chatml import chat_template
 from halfbyte.errors import DataError
 from halfbyte.layers import heads
-from halfbyte.objectives.labels import Labels
+from halfbyte.recipe.task import CAUSAL_LM
 from halfbyte.training.events import Listener
 from halfbyte.training.fit import PlannedRun
 from halfbyte.training.preflight import RunStart
@@ -45,8 +45,8 @@ def open_model(
         base, placed = take_off(before.assembled), before.placed
         notices = list[str]()
     factors = residual.ensure(base, recipe.lora, tell.note) if start.point is None else None
-    if before is None and isinstance(run.prepared.objective, Labels):
-        heads.attach(base.model, run.prepared.objective.width, seed=recipe.train.seed)
+    if before is None and recipe.task != CAUSAL_LM:
+        heads.attach(base.model, getattr(run.prepared.objective, "width", 0), seed=recipe.train.seed)
     model = assemble(base, recipe, start=start.adapter, factors=factors, note=tell.note)
     if not model.packed.ok and (recipe.data.packing == "stream" or run.prepared.train.examples.seconds() is not None):
         stream = recipe.data.packing == "stream"

@@ -30,8 +30,9 @@ from halfbyte.models.tensors import is_embedding
 from halfbyte.objectives import preference
 from halfbyte.objectives.labels import Labels
 from halfbyte.objectives.objective import Objective
+from halfbyte.objectives.vectors import TextVectors
 from halfbyte.recipe.schema import Recipe
-from halfbyte.recipe.task import CAUSAL_LM
+from halfbyte.recipe.task import CAUSAL_LM, EMBED
 from halfbyte.scoring import metrics
 from halfbyte.system import device
 from halfbyte.training import preflight
@@ -135,6 +136,8 @@ def _objective(recipe: Recipe, train: EncodedRows, evaluation: EncodedRows | Non
     """By the task; a DataError where rows lack what it reads. `train`: those that are held out of them included."""
     if recipe.task == CAUSAL_LM:
         return preference.of(recipe.train)
+    if recipe.task == EMBED:
+        return TextVectors(recipe.vectors).check(train, evaluation)
     return Labels.of(recipe, train, evaluation)
 
 

@@ -206,7 +206,8 @@ def _measure_source(setup: Setup, every: list[Comparison]) -> str:
 def _compared(comparison: Comparison, trainer: StepTrainer) -> Rows:
     """What the adapter loses on the rows of the comparison; the last evaluation has seen them where it was of now."""
     step, rows = trainer.evaluated
-    if comparison.held_out and step == trainer.state.global_step:
+    apart = len(rows) == len(comparison.chosen) or not hasattr(trainer.objective, "all_sums")
+    if comparison.held_out and step == trainer.state.global_step and apart:
         return rows[comparison.chosen]
     return trainer.row_sums(comparison.batches, comparison.chosen, whole=True)[0]
 

@@ -213,7 +213,6 @@ class StepTrainer(Trainer):
 
     @property
     def scaler(self) -> torch.amp.GradScaler | None:
-        """What scales the loss in fp16 on a card."""
         return getattr(self.accelerator, "scaler", None)
 
     def get_train_dataloader(self) -> DataLoader[Document]:
@@ -257,7 +256,7 @@ class StepTrainer(Trainer):
         parts: list[tuple[pack.MicroBatch, torch.Tensor]] = []
         waiting, done = self.pace.between(step.micro_batches), 0
         watches: tuple[str, ...] = getattr(self.objective, "watches", ())
-        watched, of_step = np.zeros((len(watches), 2)), self._step_sums(model, micro_batches)
+        watched, of_step = np.zeros((len(watches), 2)), self._step_sums(model, step, micro_batches)
         if self._sum is not None:
             self._sum.begin()
         while self._another(waiting, done):
@@ -295,8 +294,11 @@ class StepTrainer(Trainer):
         if self.hooks.stops_step():
             raise StepInterrupted
 
-    def _step_sums(self, model: Model, micro_batches: collate.Batches) -> Batch:
+    def _step_sums(self, model: Model, step: pack.Step, micro_batches: collate.Batches) -> Batch:
         """What the loss of each micro-batch must know of the whole step, where the objective asks for something."""
+        if getattr(self.objective, "coupled", False):
+            parts = ((rows, micro_batches.of(rows)) for rows in self.pace.between(step.micro_batches))
+            return {"step": self.objective.step_of(model, parts, lambda *of: self._dropout_of(step, *of))}
         names, asks = getattr(self.objective, "step_names", ()), getattr(self.objective, "step_sums", None)
         if not names or asks is None:
             return {}
@@ -307,7 +309,6 @@ class StepTrainer(Trainer):
         return {"step": dict(zip(names, self._sums([sums[name] for name in names]), strict=True))}
 
     def _sums(self, values: Sequence[float]) -> Sequence[float]:
-        """The sum of each over all processes."""
         return values if self.world.alone or not values else sums(self.world, values)
 
     def _another(self, waiting: list[pack.MicroBatch], done: int) -> bool:

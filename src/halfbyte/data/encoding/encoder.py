@@ -160,9 +160,7 @@ class Encoder:
         if any(row.parts for row in rows):
             tally = Tally(seen=len(rows))
             tally.different.update(islice(dict.fromkeys(str(row.parts) for row in rows), 2))
-            cut = self._data.max_length if self._data.overlong == "truncate" else None
-            of_parts = texts.tokenize(self._tokenizer, rows, cut)
-            fitting = [fit for row in of_parts if (fit := self._fit(row, tally)) is not None]
+            fitting = texts.tokenize(self._tokenizer, rows, self._data, tally)
             tally.keep(fitting, self._ends, self._special)
             return batch(fitting), tally
         tally, rendered = Tally(seen=len(rows), texts=sum(row.text is not None for row in rows)), list[RenderedRow]()

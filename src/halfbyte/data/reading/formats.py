@@ -111,6 +111,7 @@ def unread(shape: Format, data: Data, columns: Collection[str]) -> list[str]:
         "preference": (f.prompt, f.chosen, f.rejected, *others, f.instruction, f.input, f.answers, f.scores),
         "unpaired_preference": (f.prompt, f.completion, f.label, *others),
         "labels": (f.text, f.text_pair, f.label),
+        "vectors": (f.query, f.passage, f.negative, f.score),
     }[shape]
     return [column for column in columns if column not in read]
 
@@ -127,7 +128,8 @@ def parser(shape: Format, data: Data, record: Collection[str]) -> Parser:
         role = f.role or ("from" if shares else "role")
         content = f.content or ("value" if shares else "content")
         return partial(conversation, f, column, role, content, shares)
-    return partial({"alpaca": alpaca, "prompt_completion": prompted, "text": _text, "labels": _labels}[shape], f)
+    simple = {"alpaca": alpaca, "prompt_completion": prompted, "text": _text, "labels": _labels, "vectors": _vectors}
+    return partial(simple[shape], f)
 
 
 def conversation(
@@ -330,3 +332,15 @@ def _labels(f: Fields, where: str, record: Mapping[str, object]) -> Row:
     if not all(isinstance(one, str | int | float) and str(one).strip() for one in every):
         raise BadRow(f"{f.label}: a label, a list of labels or a number is needed, got {kind(value)}")
     return Row(where, parts=texts_of(f, record), completion=json.dumps(value, ensure_ascii=False))
+
+
+def _vectors(f: Fields, where: str, record: Mapping[str, object]) -> Row:
+    negatives = record.get(f.negative)
+    negatives = negatives if isinstance(negatives, list) else [negatives] if negatives not in (None, "") else []
+    texts = text_in(record, f.query), text_in(record, f.passage), *(text_of(one, f.negative) for one in negatives)
+    score = record.get(f.score)
+    try:
+        number = None if score in (None, "") else float(score)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise BadRow(f"{f.score}: a number is needed, got {kind(score)}") from None
+    return Row(where, parts=texts, completion=json.dumps(number))

@@ -1,0 +1,54 @@
+"""The adapter of a run of task embed as a folder that `SentenceTransformer(path)` opens.
+
+What: PEFT's two files, with the names that the layers have below `AutoModel`; tokenizer; and sentence-transformers' own
+few files of JSON: the modules, pooling, length and prompts.
+Source: what `SentenceTransformer.save` writes (sentence-transformers 5). Cost: a copy of the adapter.
+"""
+
+import json
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from halfbyte.recipe.adapter import ADAPTER_FILES
+from halfbyte.recipe.schema import Recipe
+from halfbyte.runs import checkpoint
+from halfbyte.types import Document, Model, Tokenizer
+
+FOLDER = "sentence_transformer"
+_MODULES = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
+
+
+def write(folder: Path, adapter: Path, lm: Model, tokenizer: Tokenizer, recipe: Recipe) -> None:
+    """Write `folder`, whole or not at all. `adapter`: the saved one; `lm`: the base that it is on."""
+    inner, data = f"{lm.base_model_prefix}.", recipe.data
+    config = json.loads((adapter / ADAPTER_FILES[1]).read_text())
+    if isinstance(config["target_modules"], str):  # a regex is over whole names
+        config["target_modules"] = config["target_modules"].replace(inner.replace(".", r"\."), "")
+    documents: dict[str, object] = {
+        ADAPTER_FILES[1]: config,
+        "modules.json": [
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}
+            for i, (path, name) in enumerate(_MODULES.items())
+        ],
+        "sentence_bert_config.json": {"max_seq_length": data.max_length, "do_lower_case": False},
+        "config_sentence_transformers.json": {
+            "prompts": {"query": data.query_prompt, "document": data.passage_prompt}, "similarity_fn_name": "cosine",
+        },
+        "1_Pooling/config.json": _pooling(lm.config.get_text_config().hidden_size, recipe.vectors.pooling),
+        "2_Normalize/config.json": {},
+    }  # fmt: skip
+    state = load_file(adapter / ADAPTER_FILES[0])
+    below = {n.replace(f"base_model.model.{inner}", "base_model.model.", 1): value for n, value in state.items()}
+    with checkpoint.whole_or_absent(f"the folder {folder}", folder) as temporary:
+        tokenizer.save_pretrained(temporary)
+        save_file(below, temporary / ADAPTER_FILES[0], metadata={"format": "pt"})
+        for name, value in documents.items():
+            (temporary / name).parent.mkdir(exist_ok=True)
+            (temporary / name).write_text(json.dumps(value, indent=2))
+
+
+def _pooling(width: int, pooling: str) -> Document:
+    modes = {"cls_token": False, "mean_tokens": pooling == "mean", "lasttoken": pooling == "lasttoken"}
+    return {"word_embedding_dimension": width, **{f"pooling_mode_{name}": on for name, on in modes.items()},
+            "include_prompt": True}  # fmt: skip
