@@ -61,7 +61,7 @@ class Batch(TypedDict, total=False):
     rows: Tensor  # (4, L) what is said of each label's row (`objectives/grpo.py`)
     answers: Tensor  # bool, of each text's labels, one after another: whether it is the answer's
     desirable: Tensor  # (n,) bool: whether a text's answer is a good one
-    step: Document  # what a loss must know of its whole step
+    step: Mapping[Value, Value]  # what a loss must know of its whole step
     row_numbers: tuple[int, ...]
     row_texts: list[int]  # how many of the n texts each row is
     watched: Document  # what it says beside itself: by name (sum, what it is of)

@@ -2,7 +2,7 @@
 
 What: a text's vector is the hidden state of its last token, or the mean of all. A head is one linear layer on it, under
 the name that transformers' own class for the task has, in fp32 whatever the base computes in, trained whole.
-Source: `GenericForSequenceClassification` in transformers' `modeling_layers.py`: `score`, no bias, the last token that
+Source: `GenericForSequenceClassification` in `transformers/modeling_layers.py`: `score`, no bias, the last token that
 is no padding; sentence-transformers' `Pooling` (lasttoken, mean).
 Cost: labels x D numbers; the last layer makes the rows of last tokens alone.
 

@@ -130,10 +130,11 @@ def evaluate(objective: Objective, model: Model, batches: Iterable[Batch]) -> ND
     model.eval()
     try:
         with torch.no_grad():
-            if hasattr(objective, "all_sums"):  # of which each text's depend on all the others
-                parts = [(objective.row_vectors(model, batch), batch["targets"]) for batch in batches]
+            of, all_sums = getattr(objective, "row_vectors", None), getattr(objective, "all_sums", None)
+            if of is not None and all_sums is not None:  # each text's sums depend on all the others
+                parts = [(of(model, batch), batch["targets"]) for batch in batches]
                 vectors = [vector for part, _ in parts for vector in part]
-                sums = objective.all_sums(vectors, torch.cat([t for _, t in parts])) if parts else []
+                sums = all_sums(vectors, torch.cat([t for _, t in parts])) if parts else []
             else:
                 sums = [each for batch in batches for each in objective.text_sums(model, batch)]
     finally:

@@ -296,9 +296,9 @@ class StepTrainer(Trainer):
 
     def _step_sums(self, model: Model, step: pack.Step, micro_batches: collate.Batches) -> Batch:
         """What the loss of each micro-batch must know of the whole step, where the objective asks for something."""
-        if getattr(self.objective, "coupled", False):
+        if (step_of := getattr(self.objective, "step_of", None)) and getattr(self.objective, "coupled", False):
             parts = ((rows, micro_batches.of(rows)) for rows in self.pace.between(step.micro_batches))
-            return {"step": self.objective.step_of(model, parts, lambda *of: self._dropout_of(step, *of))}
+            return {"step": step_of(model, parts, lambda *of: self._dropout_of(step, *of))}
         names, asks = getattr(self.objective, "step_names", ()), getattr(self.objective, "step_sums", None)
         if not names or asks is None:
             return {}
