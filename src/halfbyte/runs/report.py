@@ -71,7 +71,7 @@ def build(
         "tokens_per_second": tokens / train_seconds if train_seconds > 0 else 0.0,
         "loss": {"first": steps[0]["loss"], "last": steps[-1]["loss"]},
         "eval_loss": reached(rows, adapter_step)["eval_loss"],
-        "reward": rewards(rows, adapter_step),
+        **({"reward": value} if (value := rewards(rows, adapter_step)) else {}),
         "planned": planned,
         "measured": measured,
         "errors": {name: MeasuredLine(name, planned[name], measured[name] or 0).error for name in known},
