@@ -34,11 +34,12 @@ def test_a_mistake_leaves_with_2_and_a_failed_run_with_1() -> None:
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, HalfbyteError)]
     assert {kind.__name__: kind.exit_code for kind in kinds if kind.exit_code != 2} == {
         "TrainError": 1,
+        "RewardError": 1,
         "DiskFull": 1,
         "ExportError": 1,
         "Unforeseen": 1,
     }
-    assert TrainError in kinds and len(kinds) == 14
+    assert TrainError in kinds and len(kinds) == 15
 
 
 def test_the_first_line_of_a_library() -> None:

@@ -26,7 +26,10 @@ UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "U
 COMMAND = re.compile(r"(?<![\w/.-])halfbyte ((?:[a-z]+)\b(?:(?!   halfbyte )[^`;\n])*)")  # to the next one in a line
 SET = re.compile(r"--set '?([a-z_.]+)=")
 # Commands that take no `--set`: what they say must not ask for one.
-WITHOUT_SET = {"init", "report", "compare", "runs", "push", "version", "store list", "store verify", "store gc"}
+WITHOUT_SET = {
+    "init", "import", "studio", "report", "compare", "runs", "push", "version",
+    "store list", "store verify", "store gc",
+}  # fmt: skip
 
 
 def text_of(node: ast.AST) -> str | None:

@@ -18,16 +18,13 @@ from halfbyte.data.encoding.examples import IGNORED
 from halfbyte.errors import RecipeError
 from halfbyte.objectives import preference
 from halfbyte.proofs.packing import prove_packing
-from halfbyte.recipe.method import LOSS_TYPES, METHODS
+from halfbyte.recipe.method import FORMATS, LOSS_TYPES
 from halfbyte.recipe.schema import Train
 from halfbyte.runs.folder import RunFolder
 from tests import pairs, plain_peft, tiny, tiny_run
 from tests.distributed import together
 
-METHOD = [
-    *((method, name) for method, names in LOSS_TYPES.items() for name in names),
-    *((method, None) for method in METHODS if method != "sft" and method not in LOSS_TYPES),
-]
+METHOD = [*((method, name) for method in FORMATS for name in LOSS_TYPES.get(method, (None,)))]
 MORE: list[tuple[str, dict[str, Any]]] = [
     *((method, {"loss_type": name} if name else {}) for method, name in METHOD),
     ("dpo", {"label_smoothing": 0.2}), ("dpo", {"ld_alpha": 0.3}), ("dpo", {"rpo_alpha": 0.7}),

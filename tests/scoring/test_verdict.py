@@ -31,6 +31,14 @@ def test_only_an_interval_on_one_side_of_0_is_a_verdict() -> None:
     assert seen([n + 1.0 for n in noise]) == "diverged", "a fifth above the base"
     assert seen([9.0, *[-0.1] * 7]) == "no difference", "one row of eight, however far"
     assert seen([0.0] * 8) == "no difference"
+    wild = np.array([1.0, 2000.0, 3.0, 5.0])
+    few, base = np.stack([wild * 20, np.full(4, 10.0)], -1), np.full((4, 2), [20.0, 10.0])
+    few[0, 0] = 20.5
+    verdict = judge(few, base, "4 rows")
+    assert verdict.interval is not None and verdict.interval[0] < 0, "an interval without an end"
+    assert verdict.name == "diverged" and verdict.useless
+    few[0, 0] = 19.5
+    assert judge(few, base, "4 rows").name == "no difference", "not on every row"
 
 
 def test_a_loss_that_is_no_number_has_diverged_and_what_was_not_measured_is_no_verdict() -> None:

@@ -33,8 +33,9 @@ def find(path: Path, overrides: Sequence[str] = (), tasks: Collection[str] = (CA
     base."""
     subject = _find(path, overrides)
     if (task := subject.recipe.task) not in tasks:
-        use = {EMBED: "halfbyte eval"}.get(task, "halfbyte generate" if task == CAUSAL_LM else "halfbyte predict")
-        raise RunError(f"{path} is of task {task}, which this is not for.", fix=f"{use} {typed(path)}")
+        ways = {CAUSAL_LM: f"halfbyte chat {typed(path)}", EMBED: f"halfbyte eval {typed(path)}"}
+        fix = ways.get(task, f"halfbyte predict {typed(path)} ROWS.csv")
+        raise RunError(f"{path} is of task {task}, which this is not for.", fix=fix)
     return subject
 
 

@@ -78,7 +78,7 @@ def read(path: Path) -> ImportedConfig:
     tool = "trl" if path.suffix in SCRIPTS else tool
     if not known or (tool != "trl" and not known & {*tables[tool]["tells"]}):
         kinds = "Axolotl, LLaMA-Factory or mlx-lm (YAML), nor a script or notebook that calls TRL or Unsloth"
-        raise RecipeError(f"{path} is no config of {kinds}.", fix="halfbyte init writes a recipe to start from")
+        raise RecipeError(f"{path} is no config of {kinds}.", fix="`halfbyte init` writes a recipe to start from")
     every = {**common, **tables[tool]["fields"]}
     rules = {name: rule for names, rule in every.items() for name in names.split()}
     config = ImportedConfig(tool, path.parent, {**tables[tool], "fields": rules}, dict(tables[tool]["defaults"]))

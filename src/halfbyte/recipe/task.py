@@ -27,7 +27,7 @@ _UNREAD = {
     "train.max_forgetting": "nothing is written that could be forgotten",
     "train.within": "its learning rates are probed for a causal LM's loss",
     "quant.compute": "8-bit products are proven on a causal LM's loss",
-    "eval.metrics": "halfbyte eval scores labels and vectors by themselves",
+    "eval.metrics": "`halfbyte eval RUN` scores labels and vectors by themselves",
     "lora.modules_to_save": "the head trains whole by itself",
     "lora.adapter": "an adapter of another task has no head",
 }

@@ -20,6 +20,7 @@ from halfbyte.types import Document
 
 Name = Literal["better", "no difference", "worse", "diverged", "not measured"]
 FAR = 1.2  # times the base's loss
+WILD = 3.0  # times it, and on every row: such losses are so unlike each other that the interval of a few has no end
 WORDS: dict[Name, str] = {
     "better": "better than the base",
     "no difference": "no difference from the base is measured",
@@ -141,8 +142,9 @@ def judge(
     interval = intervals.interval_of_difference(now, before, resamples=RESAMPLES, seed=SEED)
     assert interval is not None
     name: Name = "no difference"
+    is_wild = now.value > WILD * before.value and bool((adapter[:, 0] > base[:, 0]).all())
     if interval[1] < 0:
         name = "better"
-    elif interval[0] > 0:
+    elif interval[0] > 0 or is_wild:
         name = "diverged" if now.value > FAR * before.value else "worse"
     return Verdict(name, rows, before.value, now.value, interval, beside_source(source, base, adapter))

@@ -137,7 +137,7 @@ def application(studio: Studio) -> Starlette:
     async def pass_on(http: Http) -> Response:
         method, port = PASSED_ON.get(http.path_params["path"]), jobs.read(http.path_params["job"])["port"]
         if method != http.method or port is None:
-            raise Refusal(404, "nothing answers here; start `halfbyte serve` for this run.", code="missing")
+            raise Refusal(404, "nothing answers here; start `halfbyte serve RUN`.", code="missing")
         return await run_in_threadpool(_passed_on, port, http, await http.body())
 
     routes = [
