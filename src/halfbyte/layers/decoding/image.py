@@ -79,13 +79,16 @@ class _Addresses:
     def document(self, decoder: Decoder) -> Document:
         """A decoder as JSON."""
         tape, operations = decoder.tape, decoder.tape.prepared(1).operations
-        (at,) = np.nonzero((operations >= _LEAST) & (operations < _MOST))
         starts = np.array(sorted(self.spans))
+        (at,) = np.nonzero((operations >= starts[0]) & (operations < _MOST))
         nearest = starts[np.searchsorted(starts, operations[at], "right") - 1]
         table = np.array([(self.spans[start][0], *self.spans[start][1]) for start in nearest.tolist()])
         inside = operations[at] - nearest
-        if (inside < 0).any() or (inside >= table[:, 0]).any() or decoder.final_cap or decoder.places_of is not None:
+        is_ours, is_high = inside < table[:, 0], operations[at] >= _LEAST
+        if (is_high & ~is_ours).any() or decoder.final_cap or decoder.places_of is not None:
             raise CannotKeep("its logits are capped, its positions learned, or an address none of the tape's")
+        # lower numbers are addresses where the heap is there: under a Python that is not moved when it is loaded
+        at, table, inside = at[is_ours], table[is_ours], inside[is_ours]
         return {
             "kernel": tape.kernel,
             "sizes": {"groups": tape.groups, "max_tokens": tape.max_tokens, "scratch_bytes": tape.scratch_bytes},
