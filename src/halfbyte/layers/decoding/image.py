@@ -84,16 +84,16 @@ class _Addresses:
         nearest = starts[np.searchsorted(starts, operations[at], "right") - 1]
         table = np.array([(self.spans[start][0], *self.spans[start][1]) for start in nearest.tolist()])
         inside = operations[at] - nearest
-        is_ours, is_high = inside < table[:, 0], operations[at] >= _LEAST
-        if (is_high & ~is_ours).any() or decoder.final_cap or decoder.places_of is not None:
+        is_ours = inside < table[:, 0]
+        if (operations[at[~is_ours]] >= _LEAST).any() or decoder.final_cap or decoder.places_of is not None:
             raise CannotKeep("its logits are capped, its positions learned, or an address none of the tape's")
         # lower numbers are addresses where the heap is there: under a Python that is not moved when it is loaded
-        at, table, inside = at[is_ours], table[is_ours], inside[is_ours]
+        at, table = at[is_ours], np.column_stack([table[:, 1], table[:, 2] + inside])[is_ours]
         return {
             "kernel": tape.kernel,
             "sizes": {"groups": tape.groups, "max_tokens": tape.max_tokens, "scratch_bytes": tape.scratch_bytes},
             "operations": self.numbers(operations),
-            "addresses": self.numbers(np.column_stack([at, table[:, 1], table[:, 2] + inside])),
+            "addresses": self.numbers(np.column_stack([at, table])),
             "rough": decoder.rough and [decoder.rough.start, decoder.rough.stop],
             "buffers": {name: self.of(b) for name in _BUFFERS if (b := getattr(decoder, name)) is not None},
             "ropes": [[self.of(table), self.of(row)] for table, row in decoder.ropes],
