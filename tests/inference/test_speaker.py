@@ -15,7 +15,7 @@ from halfbyte.inference import load, speaker, target
 from halfbyte.inference.speaker import Speaker
 from halfbyte.layers.decoding import image
 from halfbyte.layers.decoding.tape import isa
-from halfbyte.system import files, libraries
+from halfbyte.system import files, libraries, pages
 from halfbyte.writing.sampling import SamplingParams
 from halfbyte.writing.text import Session
 from tests import tiny_run
@@ -158,6 +158,26 @@ def test_a_base_that_is_in_no_file_is_not_written_to_one(model: Path, monkeypatc
     ids = who.ids([{"role": "user", "content": "red"}])
     who.answer(ids, GREEDY, session)
     assert "of the disk" in str(who.remember(ids, session))
+
+
+def test_an_address_that_is_none_of_the_tapes_is_seen_wherever_the_heap_begins(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, least = image._Addresses.__init__, image._LEAST
+
+    def forgets(self: Any, decoders: Any) -> None:
+        own(self, decoders)
+        heap = pages.heap()
+        mine = [start for start in self.spans if any(s.start <= start < s.end for s in heap)]
+        self.spans = {start: place for start, place in self.spans.items() if start != mine[-1]}
+
+    monkeypatch.setattr(image._Addresses, "__init__", forgets)
+    for limit in (least, image._MOST):  # as addresses are here, and as where they are lower than any limit
+        monkeypatch.setattr(image, "_LEAST", limit)
+        who, session = opened_by(target.find(model, PLAIN), []), Session(exact=True)
+        ids = who.ids([{"role": "user", "content": "red"}])
+        who.answer(ids, GREEDY, session)
+        assert "an address none of the tape's" in (who.remember(ids, session) or "")
 
 
 def test_an_image_that_says_something_else_is_not_kept(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -296,6 +296,7 @@ CASES: dict[str, tuple[Case, ...]] = {
     "train.adam_epsilon": (Case({"train__adam_epsilon": 0.1}),),
     "train.optim": (
         *(Case({"train__optim": name}) for name in ("adafactor", "sgd", "adagrad", "rmsprop", "lion_8bit")),
+        Case({"train__optim": "adamw_torch_fused"}, argument("optim"), given=SGD, want="adamw_torch_fused"),
     ),
     "train.optim_args": (
         Case({"train__optim_args": "momentum=0.9"}, given=SGD),

@@ -29,10 +29,11 @@ from halfbyte.objectives.causal_lm import CausalLM
 from halfbyte.objectives.objective import mean_scores
 from halfbyte.proofs.packing import PackingProof, prove_packing
 from halfbyte.recipe.file import load_recipe
-from halfbyte.recipe.schema import Loaded
+from halfbyte.recipe.schema import Loaded, Train
 from halfbyte.runs import points
 from halfbyte.runs.folder import RunFolder
 from halfbyte.system import device
+from halfbyte.training import run
 from halfbyte.training.events import Listener
 from halfbyte.training.prepare import prepare
 from halfbyte.writing.sampling import SamplingParams
@@ -383,6 +384,13 @@ def test_an_interrupted_run_ends_in_the_same_bytes(kind: str, how: str, tmp_path
     assert [row["step"] for row in got if "loss" in row] == [1, 2, 3, 4, 5, 6, 7]
     assert adapter_bytes(cut) == adapter_bytes(whole)
     assert outcome.report["steps"] == 7
+
+
+def test_adamw_is_one_call_on_a_cpu_and_as_asked_on_a_card(tmp_path: Path) -> None:
+    how: dict[str, Any] = {"folder": tmp_path, "total_steps": 1, "fp16": False, "eval_steps": 0}
+    for use_cpu, wanted in ((True, "adamw_torch_fused"), (False, "adamw_torch")):
+        assert run.training_arguments(Train(), **how, use_cpu=use_cpu).optim == wanted
+    assert run.training_arguments(Train(optim="sgd"), **how, use_cpu=True).optim == "sgd"
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:

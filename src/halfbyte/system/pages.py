@@ -73,15 +73,26 @@ class FileMaps:
 def file_maps() -> Iterator[tuple[Span, str, int, str]]:
     """Each part of this process's memory that is a file: where, what it may be used for (`r-xp`), where in the file it
     begins, the file's path."""
+    for span, fields in _maps():
+        if len(fields) == 6 and fields[4] != "0" and fields[5].startswith("/"):
+            yield span, fields[1], int(fields[2], 16), fields[5]
+
+
+def heap() -> tuple[Span, ...]:
+    """Where this process has memory of its own that it writes to."""
+    return tuple(span for span, fields in _maps() if fields[4] == "0" and fields[1].startswith("rw"))
+
+
+def _maps() -> Iterator[tuple[Span, list[str]]]:
+    """Each part of this process's memory, with its line of `/proc/self/maps`; none where there is no such file."""
     try:
         with open("/proc/self/maps", encoding="utf-8", errors="replace") as file:
             lines = file.read().splitlines()
     except OSError:
         return
     for fields in (line.split(maxsplit=5) for line in lines):
-        if len(fields) == 6 and fields[4] != "0" and fields[5].startswith("/"):
-            start, end = fields[0].split("-")
-            yield Span(int(start, 16), int(end, 16)), fields[1], int(fields[2], 16), fields[5]
+        start, end = fields[0].split("-")
+        yield Span(int(start, 16), int(end, 16)), fields
 
 
 def whole_pages(areas: Iterable[tuple[int, int]], *, gap: int = PAGE) -> tuple[Span, ...]:

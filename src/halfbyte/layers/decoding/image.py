@@ -85,9 +85,15 @@ class _Addresses:
         table = np.array([(self.spans[start][0], *self.spans[start][1]) for start in nearest.tolist()])
         inside = operations[at] - nearest
         is_ours = inside < table[:, 0]
-        if (operations[at[~is_ours]] >= _LEAST).any() or decoder.final_cap or decoder.places_of is not None:
+        # where a Python is not moved when it is loaded, its heap begins below 2^32
+        rest = np.delete(operations, at[is_ours])
+        heap = np.array([(span.start, span.end) for span in pages.heap()]).reshape(-1, 2)
+        if not len(heap):
+            raise CannotKeep("this system does not say where its memory is")
+        in_heap = rest < heap[np.searchsorted(heap[:, 0], rest, "right") - 1, 1]
+        is_address = (rest < _MOST) & ((rest >= _LEAST) | (in_heap & (rest >= heap[0, 0])))
+        if is_address.any() or decoder.final_cap or decoder.places_of is not None:
             raise CannotKeep("its logits are capped, its positions learned, or an address none of the tape's")
-        # lower numbers are addresses where the heap is there: under a Python that is not moved when it is loaded
         at, table = at[is_ours], np.column_stack([table[:, 1], table[:, 2] + inside])[is_ours]
         return {
             "kernel": tape.kernel,
