@@ -142,7 +142,8 @@ def opened(run: Path) -> Opened:
 
 def test_a_run_opens_in_transformers_and_peft(tmp_path: Path) -> None:
     """Of a 16-bit base, as plain PEFT has no other: the same probabilities."""
-    finetune.train(recipe(tmp_path))
+    report = finetune.train(recipe(tmp_path)).report
+    assert report["verdict"]["rows"].endswith(", where the base has a head drawn at random")
     adapter, base = tmp_path / "run" / "adapter", str(tmp_path / "model")
     model = AutoModelForSequenceClassification.from_pretrained(
         base, config=AutoConfig.from_pretrained(adapter / "head")

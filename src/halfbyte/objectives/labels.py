@@ -47,6 +47,7 @@ class Labels:
     label_smoothing: float = 0.0
 
     cost: ClassVar[ObjectiveCost] = ObjectiveCost()
+    of_base: ClassVar[str] = ", where the base has a head drawn at random"
     sum_names: ClassVar[tuple[str, ...]] = ("loss", "texts", "right", "tokens")
 
     @classmethod

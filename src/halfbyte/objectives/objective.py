@@ -56,6 +56,7 @@ class Objective(Protocol):
     # - `collate_tree`, as `data.collate.collate_tree`: rows share their beginnings;
     # - `watches`, names of figures of a step: `loss` puts (sum, what it is of) of each into `batch["watched"]`, a dict,
     #   where there is one; they come into the step's row of the metrics as means;
+    # - `of_base`, words on what the base is that a run is compared with, where that is not the model as it came;
     # - `step_names` and `step_sums(model, batches)`, by these names: what the loss of a micro-batch must know of its
     #   whole step. Summed over processes it is in `batch["step"]`; a batch without it counts as a step of its own.
 
