@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from halfbyte import finetune
+from halfbyte.base.store.supply import Tell
 from halfbyte.base.store.writer import SafetensorsWriter
 from halfbyte.errors import AdapterError, ExportError
 from halfbyte.export import folder, weights
-from halfbyte.export.export import merge
+from halfbyte.export.export import merge, to_gguf
 from halfbyte.export.job import ExportJob
 from halfbyte.export.weights import BaseKind, MergedModel
 from halfbyte.inference import target
 from halfbyte.inference.target import Target
+from halfbyte.system import files
 from tests import tiny_run
 from tests.export import runs
 
@@ -197,8 +200,9 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from halfbyte.base.store.supply import Tell
 from halfbyte.base.store.writer import SafetensorsWriter
-from halfbyte.export.export import merge
+from halfbyte.export.export import merge, to_gguf
 from halfbyte.export.job import ExportJob
 put, calls = SafetensorsWriter.put, []
 def killed(self, *args):
@@ -222,7 +226,18 @@ def test_a_killed_merge_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir() if "out" in p.name] == ["out"]
 
 
-def test_no_room_is_told_before_anything_is_written(tmp_path: Path) -> None:
-    found = runs.make(tmp_path, "plain")
-    with pytest.raises(ExportError, match="no space left"):
-        folder.check_space(tmp_path / "o", folder.nbytes(MergedModel(found, "16bit")) + 10**18)
+@pytest.mark.parametrize("export", [lambda job: merge(job, "16bit"), lambda job: to_gguf(job, "Q8_0")])
+def test_no_room_is_told_before_the_run_is_asked(
+    export: Callable[[ExportJob], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs.make(tmp_path, "plain")
+    monkeypatch.setattr(files, "free_bytes", lambda path: 10_000)  # of the 100 MB that config and tokenizer may take
+    said = list[str]()
+    job = ExportJob(
+        tmp_path / "adapter", tmp_path / "o", ("quant.type=none",), tell=Tell(None, lambda *note: said.extend(note))
+    )
+    with pytest.raises(
+        ExportError, match=f"no space left for {tmp_path / 'o'}: it needs 0.[12]0 GB, and 0.00 GB are free"
+    ):
+        export(job)
+    assert said == [] and not list(tmp_path.glob("*o-asked*")) and not (tmp_path / "o").exists()

@@ -40,7 +40,7 @@ def merge(job: ExportJob, choice: BaseChoice = "auto", *, quantise: bool = False
     out = job.out_folder("merged")
     run = job.checked_target()
     kinds = bases(run, choice)
-    with job.draft(run, out) as draft:
+    with job.draft(run, out, copies=len(kinds)) as draft:
         for kind in kinds:
             (place := draft.folder / kind).mkdir()
             dtype = write_merged(job, run, kind, place, copies=len(kinds))
@@ -116,7 +116,7 @@ def to_gguf(
         llama_cpp.converter(model_type)
     run = job.checked_target()
     kinds = bases(run, choice)
-    with job.draft(run, out) as draft:
+    with job.draft(run, out, copies=2) as draft:
         remarks = list[str]()
         for each in kinds if _proves(draft) else [better({}, {}, kinds)]:
             (place := draft.folder / each).mkdir()

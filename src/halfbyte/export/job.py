@@ -24,7 +24,7 @@ from halfbyte.data.encoding.chatml import chat_template
 from halfbyte.errors import ExportError
 from halfbyte.export import folder, hub
 from halfbyte.export.gain import HeldOut, difference
-from halfbyte.export.weights import BaseKind, starts_residual
+from halfbyte.export.weights import BaseKind, MergedModel, starts_residual
 from halfbyte.export.witness import PROMPTS, WITNESS, RunQuestions, ask_run
 from halfbyte.inference import target
 from halfbyte.inference.load import tokenizer_of
@@ -75,8 +75,11 @@ class ExportJob:
         return out
 
     @contextmanager
-    def draft(self, run: Target, out: Path, *, prove: bool = True) -> Iterator[DraftExport]:
-        """An export in the making: `out` appears when the block ends, and nothing after an error."""
+    def draft(self, run: Target, out: Path, *, prove: bool = True, copies: int = 0) -> Iterator[DraftExport]:
+        """An export in the making: `out` appears when the block ends, and nothing after an error. `copies` of the
+        merged model must have room there."""
+        if copies:
+            folder.check_space(out, copies * folder.nbytes(MergedModel(run, "16bit", self.tell)))
         with self._witness(run, out, prove=prove) as witness, folder.whole_or_absent(out) as temporary:
             yield DraftExport(run, out, temporary, witness)
         if run.run is not None:
