@@ -3,6 +3,7 @@
     halfbyte eval RUN --limit 48 --max-new-tokens 64
     python benchmarks/gguf_answers.py RUN MERGED.gguf BASE.gguf+ADAPTER.gguf ...
 
+Settings of llama.cpp's stand behind an @, as `benchmarks/gguf_logits.py` names them: what it differs from itself by.
 `as the run`: answers that are those of `RUN/eval/answers.jsonl`, letter by letter. `as the first`: those that are the
 first file's. `exact`: those that are the row's own.
 """
@@ -21,6 +22,7 @@ from benchmarks.measuring import say
 
 
 def main() -> None:
+    from benchmarks.gguf_logits import SETTINGS
     from halfbyte.data.encoding import encode
     from halfbyte.inference import target
     from halfbyte.inference.generate import end_of_turn_id
@@ -30,7 +32,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
-    parser.add_argument("files", nargs="+", help="a GGUF file, or one and an adapter with a + between them")
+    parser.add_argument("files", nargs="+", help="FILE[+ADAPTER][@SETTINGS]")
     parser.add_argument("--tokens", type=int, default=64, help="of an answer, as `eval` had them")
     parser.add_argument("--limit", type=int, default=48)
     parser.add_argument("--threads", type=int, default=1)
@@ -49,8 +51,9 @@ def main() -> None:
     for name in (*args.files, "the run"):
         texts = run
         if name != "the run":
-            path, _, adapter = name.partition("+")
-            program = LlamaCpp(path, adapter or None, threads=args.threads)
+            files, _, settings = name.partition("@")
+            path, _, adapter = files.partition("+")
+            program = LlamaCpp(path, adapter or None, threads=args.threads, **SETTINGS.get(settings, {}))
             texts = [program.text(program.answer(prompts[row["where"]], stops, args.tokens)).strip() for row in rows]
             first = first or texts
         alike = [sum(a == b for a, b in zip(texts, other, strict=False)) for other in (run, first, wanted)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,21 @@ def test_types_of_the_package_side_by_side(tmp_path: Path, kind: str) -> None:
     assert (logits(base.model) - expected).abs().max() <= CLOSE * expected.abs().max()
     plain = base.model.get_submodule("model.layers.1.mlp.up_proj")
     assert type(plain) is torch.nn.Linear and formats.of_module(base.model.model.layers[0].mlp.up_proj).name == "gguf"
+
+
+def test_bitsandbytes_is_not_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its import takes longer than all else that opening a file of 4 GB does."""
+    file, _ = written(tmp_path, "llama")
+
+    class Refusal:
+        @staticmethod
+        def find_spec(name: str, *_: Any) -> None:
+            assert name != "bitsandbytes"
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == "bitsandbytes"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Refusal, *sys.meta_path])
+    assert opened(file).resident_bytes and "bitsandbytes" not in sys.modules
 
 
 def test_a_file_in_16_bits_has_nothing_to_hold_in_blocks(tmp_path: Path) -> None:

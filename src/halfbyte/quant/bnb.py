@@ -6,6 +6,7 @@ training step then runs a kernel without autograd, and all LoRA gradients silent
 What an 8-bit layer needs is told in `int8.py`.
 """
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,19 +18,21 @@ from halfbyte.recipe.schema import Quant
 from halfbyte.types import Model
 
 
+def _classes(*names: str) -> tuple[type, ...]:
+    """bitsandbytes' own layers; none where nobody has imported it, which takes seconds: then there is no such layer."""
+    layers = sys.modules.get("bitsandbytes.nn")
+    return () if layers is None else tuple(getattr(layers, name) for name in names)
+
+
 def linears_4bit(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Every `bitsandbytes.nn.Linear4bit` of a model, with its name."""
-    import bitsandbytes as bnb
-
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)]
+    kinds = _classes("Linear4bit")
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
 
 
 def quantised_linears(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Every quantised linear layer of a model, with its name; also where it holds nothing yet."""
-    import bitsandbytes as bnb
-
-    kinds = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
-    modules = model.named_modules()
+    kinds, modules = _classes("Linear4bit", "Linear8bitLt"), model.named_modules()
     return [(name, module) for name, module in modules if isinstance(module, kinds) or formats.is_quantised(module)]
 
 

@@ -99,10 +99,10 @@ class GgufBlocks(NumberFormat):
             rows, columns = out.shape[::-1] if layout.turned else out.shape
             of_expert = codes.view(layout.shape[0], rows // count, -1)[e]
             if not layout.turned:
-                _write(of_expert, kind, out[i * (rows // count) : (i + 1) * (rows // count)])
+                write(of_expert, kind, out[i * (rows // count) : (i + 1) * (rows // count)])
             else:
                 part = torch.empty((rows // count, columns), dtype=out.dtype)
-                _write(of_expert, kind, part)
+                write(of_expert, kind, part)
                 out[:, i::count] = part.T
         return out
 
@@ -127,7 +127,7 @@ class GgufBlocks(NumberFormat):
             last = min(first + rows, count)
             out = scratch(torch.Size((last - first, width)), dtype, codes.device)
             some = codes[first:last] if layout.order is None else codes
-            _write(some, layout.types[0], out, None if layout.order is None else layout.order[first:last])
+            write(some, layout.types[0], out, None if layout.order is None else layout.order[first:last])
             yield out if layout.columns is None else out[:, layout.columns]
 
     def block_rows(self, module: nn.Module) -> BlockRows | None:
@@ -194,14 +194,8 @@ def parts_of(
     return parts
 
 
-def write(codes: np.ndarray, kind: str, out: Tensor) -> None:
-    """Dequantise rows of a mapped file into `out`, (rows, columns) contiguous."""
-    import torch
-
-    _write(torch.from_numpy(codes), kind, out)
-
-
-def _write(codes: Tensor, kind: str, out: Tensor, order: Tensor | None = None) -> None:
+def write(codes: Tensor, kind: str, out: Tensor, order: Tensor | None = None) -> None:
+    """Dequantise rows of a mapped file into `out`, (rows, columns) contiguous. order: which row each one is."""
     from halfbyte.layers.kernels.cpu import available
 
     if available(out) and kind not in _distrusted:

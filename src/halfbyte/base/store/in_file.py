@@ -54,7 +54,7 @@ class FileParameters:
         flat, done = out.view(-1), 0
         kind = self.file.tensors[source.name].type
         if source == ParameterSource(source.name) and kind in blocks.BLOCKS and len(shape) == 2:
-            gguf_blocks.write(self.file.rows(source.name), kind, out)
+            gguf_blocks.write(torch.from_numpy(self.file.rows(source.name)), kind, out)
             return out
         for piece in source.pieces(self.file):
             flat[done : done + piece.size] = torch.from_numpy(piece).view(-1)

@@ -122,11 +122,11 @@ def _rows(code: Code, kind: Kind, args: Value, vectors: int) -> None:
 
         def chunk(n: Value, w: Value = w, totals: list[Value] = totals) -> None:
             at = code.at(w, (n, nbytes))
-            for k in range(0, nbytes - 16, 64):
-                code.prefetch(code.at(at, AHEAD_BYTES + k), once=vectors > 1)
             _onto(code, terms_of(code, kind, at, halves=2), args, code.at(args.x, (n, x_bytes)), totals)
 
         for several, first in code.ladder(whole, (2, 1) if vectors == 1 and kind.weights == 32 else (1,)):
+            for k in range(0, several * nbytes, 64):  # every line: a part of a row is no whole number of them
+                code.prefetch(code.at(w, (first, nbytes), AHEAD_BYTES + k), once=vectors > 1)
             for k in range(several):
                 chunk(code.at(first, k))
         if kind.weights == 32 and not is_shared:
