@@ -1,12 +1,14 @@
-"""Writes the example's rows: tickets with one of twelve labels.
+"""Writes the example's rows: tickets with one of twelve labels, and questions with the passage that answers each.
 
 The same bytes every time; standard library only. No text is in both splits, and a third of the test's phrases are in no
-training row. Most tickets also name something that is another label's.
+training row. Most tickets also name something that is another label's. The passages are a shop's own manual, which
+calls what customers ask for by names of its own; a quarter of them is asked for in the test alone.
 """
 
 from __future__ import annotations
 
 import csv
+import json
 import random
 from pathlib import Path
 
@@ -156,6 +158,43 @@ def tickets(draw: random.Random, count: int, some: slice, seen: set[str]) -> lis
     return [{"text": text, "label": label} for text, label in rows.items()]
 
 
+# What the shop calls the twelve things that are asked for, and the kinds of customers; how customers say what they are.
+BIRDS = ["heron", "otter", "finch", "lynx", "plover", "marten", "curlew", "stoat", "dunlin", "vole", "wren", "hare"]
+PROCEDURES = dict(zip(ASKS, BIRDS, strict=True))
+TARIFFS = {
+    "north": ["We are a school.", "I write for our college.", "It is for our pupils."],
+    "south": ["We sell it on in our own store.", "I run a furniture shop.", "It is for our dealers."],
+    "east": ["I bought it for myself.", "It is for my home.", "I am a private customer."],
+    "west": ["It is for our office.", "Our company ordered it.", "We are a firm of ten."],
+}
+
+
+def passage(label: str, thing: str, tariff: str) -> str:
+    form, desk = 10 + [*ASKS].index(label), 1 + THINGS.index(thing) % 5
+    name = thing.split(" ", 1)[1]
+    return f"Procedure {PROCEDURES[label]}, {name}, tariff {tariff}: fill in form {form}, desk {desk} decides."
+
+
+def questions(draw: random.Random) -> dict[str, list[dict[str, str]]]:
+    """All passages, and the questions of training and test; a third of the test's phrases are in no training row."""
+    every = [(label, thing, tariff) for label in ASKS for thing in THINGS for tariff in TARIFFS]
+    passages = [{"passage": passage(*one)} for one in every]
+    draw.shuffle(every)
+    splits: dict[str, list[dict[str, str]]] = {"passages": passages}
+    tests, rest = every[: len(every) // 4], every[len(every) // 4 :]
+    for name, some, phrases, kinds in (
+        ("questions", rest * 2, slice(0, 5), slice(0, 2)), ("questions-test", tests, slice(3, 6), slice(1, 3)),
+    ):  # fmt: skip
+        splits[name] = [
+            {
+                "query": f"{draw.choice(ASKS[label][phrases]).format(x=thing)}. {draw.choice(TARIFFS[tariff][kinds])}",
+                "passage": passage(label, thing, tariff),
+            }
+            for label, thing, tariff in some
+        ]
+    return splits
+
+
 def write() -> None:
     draw, seen = random.Random(7), set[str]()
     for name, count, some in (("train", 480, slice(0, 5)), ("test", 240, slice(3, 6))):
@@ -163,6 +202,9 @@ def write() -> None:
             writer = csv.DictWriter(file, ["text", "label"], lineterminator="\n")
             writer.writeheader()
             writer.writerows(tickets(draw, count, some, seen))
+    for name, rows in questions(random.Random(8)).items():
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (HERE / f"{name}.jsonl").write_text(lines, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -270,7 +270,8 @@ def _save(setup: Setup, run: RunFolder, callback: RunCallback) -> int | None:
     dtype = load.DTYPES[recipe.lora.save_dtype]
     lora.save(model, run.adapter, base_id=source.id, revision=source.revision, dtype=dtype, beside=beside)
     if isinstance(prepared.objective, TextVectors):
-        sentence.write(run.path / sentence.FOLDER, run.adapter, model.get_base_model(), prepared.tokenizer, recipe)
+        folder, lm = run.path / sentence.FOLDER, model.get_base_model()
+        sentence.write(folder, run.adapter, lm, prepared.tokenizer, recipe, source)
     examples = (prepared.evaluation or prepared.train).examples
     with space_for(run.proof):
         adapter.keep_logits(run.proof, model, examples, lora.base_alone(model, setup.model.assembled.own_biases), dtype)

@@ -27,6 +27,7 @@ from halfbyte.proofs.heads import prove_pooling
 from halfbyte.proofs.packing import prove_packing
 from halfbyte.recipe.evaluation import Eval
 from halfbyte.recipe.schema import Loaded
+from halfbyte.report import page, record
 from halfbyte.runs.folder import RunFolder
 from halfbyte.scoring import labels as scoring
 from halfbyte.scoring.sheet import EvalOptions
@@ -273,6 +274,66 @@ def test_a_head_that_reads_its_neighbour_is_caught(monkeypatch: pytest.MonkeyPat
         prove_pooling(model, packed=True)
 
 
+def test_a_temperature_is_found_again() -> None:
+    """Labels drawn by probabilities at a temperature: scores divided by it are calibrated, and are not without."""
+    draw = np.random.default_rng(0)
+    scores = 2 * draw.standard_normal((4000, 4))
+    p = scoring.probabilities(scores, several=False)
+    truth = (p.cumsum(1) < draw.random((4000, 1))).sum(1).clip(max=3)
+    sharp = scoring.probabilities(3 * scores, several=False)
+    scored = scoring.of_labels(sharp, truth[:, None] == np.arange(4), Eval(resamples=100), several=False)
+    assert scored["temperature"] == pytest.approx(3, rel=0.1)
+    assert scored["scores"]["ece"]["value"] > 0.1
+    cool = scoring.probabilities(3 * scores, several=False, temperature=scored["temperature"])
+    again = scoring.of_labels(cool, truth[:, None] == np.arange(4), Eval(resamples=100), several=False)
+    assert again["scores"]["ece"]["value"] < 0.03
+    several = scoring.probabilities(2.0 * scores, several=True)
+    drawn = draw.random(scores.shape) < scoring.probabilities(scores, several=True)
+    scored = scoring.of_labels(several, drawn, Eval(resamples=100), several=True)
+    assert scored["temperature"] == pytest.approx(2, rel=0.1)
+
+
+def test_scores_are_scikit_learns() -> None:
+    theirs = pytest.importorskip("sklearn.metrics")
+    draw = np.random.default_rng(1)
+    every = np.round(draw.dirichlet([1, 1, 1], 60), 1)
+    truth = draw.integers(0, 3, 60)
+    values = scoring.of_labels(every, truth[:, None] == np.arange(3), Eval(resamples=100), several=False)
+    area = np.mean([theirs.roc_auc_score(truth == i, every[:, i]) for i in range(3)])
+    assert values["scores"]["auroc"]["value"] == pytest.approx(area)
+    assert values["scores"]["f1_macro"]["value"] == pytest.approx(
+        theirs.f1_score(truth, every.argmax(1), average="macro")
+    )
+    stats = pytest.importorskip("scipy.stats")
+    a, b = np.round(draw.random((2, 40)), 1)
+    assert scoring.spearman(a, b, Eval(resamples=100))["value"] == pytest.approx(stats.spearmanr(a, b).statistic)
+
+
+def test_the_base_chooses_by_likelihood(opened: Opened, run: Path) -> None:
+    """Beside the head: the label that the base alone finds likeliest, as plain transformers has it of one row."""
+    scored = labels.score(opened, EvalOptions(Eval(resamples=100), limit=4, with_base=True))
+    base = scored["sides"]["base"]
+    assert base["by_likelihood"] and not scored["sides"]["adapter"]["by_likelihood"]
+    assert {"accuracy", "auroc"} <= base["scores"].keys()
+    mistakes = scored["sides"]["base"]["mistakes"]
+    assert all(row["expected"] != row["prediction"] and row["text"] for row in mistakes)
+
+
+def test_a_run_at_its_temperature(run: Path, opened: Opened) -> None:
+    with pytest.raises(DataError, match="has no temperature of its adapter"):
+        labels.temperature_of(run)
+    scored = labels.score(opened, EvalOptions(Eval(resamples=100)))
+    (run / "eval").mkdir()
+    (run / "eval" / "scores.json").write_text(json.dumps(scored, default=str))
+    heat, objective = labels.temperature_of(run), Labels.at(run / "adapter")
+    assert heat == scored["sides"]["adapter"]["temperature"]
+    plain, cool = (labels.predictions(opened, objective, [("red",)], t)[0]["probabilities"] for t in (1.0, heat))
+    wanted = np.array([*plain.values()]) ** (1 / heat)
+    assert [*cool.values()] == pytest.approx(wanted / wanted.sum())
+    html = page.html(record.read(run))
+    assert "Rows by label (down) and prediction (across)" in html and "How often it is right" in html
+
+
 def test_scores_by_definition() -> None:
     """Accuracy, macro F1, calibration error and confusion of ten rows, counted by hand."""
     draw = np.random.default_rng(0)
@@ -288,5 +349,12 @@ def test_scores_by_definition() -> None:
         for bin_ in [np.minimum((every.max(1) * 15).astype(int), 14)] for b in range(15)
     )  # fmt: skip
     values = {name: score["value"] for name, score in scored["scores"].items()}
-    assert values == pytest.approx({"accuracy": (answers == truth).mean(), "f1_macro": np.mean(f1), "ece": ece})
+    area = [
+        np.mean([float(a > b) + (a == b) / 2 for a in every[truth == i, i] for b in every[truth != i, i]])
+        for i in range(3)
+    ]
+    wanted = {"accuracy": (answers == truth).mean(), "f1_macro": np.mean(f1), "ece": ece, "auroc": np.mean(area)}
+    assert {name: values[name] for name in wanted} == pytest.approx(wanted)
+    assert values["f1_micro"] == pytest.approx(values["accuracy"])
+    assert sum(one["count"] for one in scored["reliability"]) == 10
     assert scored["confusion"] == [[int(((truth == i) & (answers == j)).sum()) for j in range(3)] for i in range(3)]

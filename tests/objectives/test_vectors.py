@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from torch import Tensor
@@ -16,7 +20,7 @@ from halfbyte import finetune
 from halfbyte.data.encoding import texts
 from halfbyte.data.encoding.examples import Example
 from halfbyte.errors import BaseModelError, DataError, RecipeError
-from halfbyte.inference import labels
+from halfbyte.inference import labels, vectors
 from halfbyte.inference.load import open_run
 from halfbyte.layers import heads, loss
 from halfbyte.objectives.vectors import TextVectors
@@ -24,11 +28,13 @@ from halfbyte.proofs.heads import prove_pooling
 from halfbyte.proofs.packing import prove_packing
 from halfbyte.recipe import task
 from halfbyte.recipe.evaluation import Eval
+from halfbyte.recipe.file import load_recipe
 from halfbyte.recipe.schema import Loaded
 from halfbyte.runs.folder import RunFolder
 from halfbyte.scoring.sheet import EvalOptions
 from halfbyte.training.prepare import prepare
 from tests import tiny, tiny_run
+from tests.distributed import together
 
 WORDS = ["red", "green", "blue", "round", "square", "small", "large", "old", "new", "cup", "box", "tree", "road"]
 
@@ -59,6 +65,46 @@ def test_losses_are_sentence_transformers_own(name: str) -> None:
     assert float(TextVectors(task.VectorFields(loss=name)).losses(rows, scores).mean()) == pytest.approx(
         float(wanted), rel=1e-5
     )
+
+
+class Vectors(torch.nn.Module):
+    """A model of sentence-transformers' kind whose texts are vectors already."""
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"sentence_embedding": features["vectors"]}
+
+    def get_embedding_dimension(self) -> int:
+        return 16
+
+
+@pytest.mark.parametrize("name", [task.RANKING, task.COSENT, task.TRIPLET, task.GROUPS])
+def test_matryoshka_and_groups_are_sentence_transformers_own(name: str) -> None:
+    """Loss and gradient of each vector, with weights and without."""
+    theirs, model = pytest.importorskip("sentence_transformers.losses"), Vectors()
+    counts = [1] * 8 if name == task.GROUPS else [2 if name == task.COSENT else 3] * 6
+    rows = [row.requires_grad_() for row in rows_of(torch.Generator().manual_seed(0), counts)]
+    scores = torch.tensor([0, 1, 2, 0, 1, 2, 0, 0]) if name == task.GROUPS else torch.rand(6)
+    inner = getattr(theirs, name)(model)
+    for dims, weights in (((), ()), ((16, 8, 4), ()), ((4, 16), (0.5, 2.0))):
+        loss_ = inner if not dims else theirs.MatryoshkaLoss(model, inner, list(dims), list(weights) or None)
+        columns = [{"vectors": torch.stack([row[i] for row in rows])} for i in range(counts[0])]
+        wanted = loss_(columns, scores)
+        settings = task.VectorFields(loss=name, matryoshka_dims=dims, matryoshka_weights=weights)
+        ours = TextVectors(settings).losses(rows, scores.float()).mean()
+        assert ours.item() == pytest.approx(wanted.item(), rel=1e-5)
+        for a, b in zip(*(torch.autograd.grad(value, rows) for value in (ours, wanted)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_groups_by_definition() -> None:
+    rows, labels_ = rows_of(torch.Generator().manual_seed(0), [1] * 7), [0, 1, 0, 1, 2, 0, 1]
+    v, each = [row[0] for row in rows], list[Tensor]()
+    for a, p, n in itertools.permutations(range(7), 3):
+        if labels_[a] == labels_[p] != labels_[n]:
+            each.append(torch.relu((v[a] - v[p]).norm() - (v[a] - v[n]).norm() + 5.0))
+    wanted = torch.stack([e for e in each if e > 0]).mean()
+    objective = TextVectors(task.VectorFields(loss=task.GROUPS))
+    assert float(objective.losses(rows, torch.tensor(labels_).float()).mean()) == pytest.approx(float(wanted), rel=1e-5)
 
 
 def by_definition(name: str, rows: Sequence[Tensor], scores: Tensor) -> float:
@@ -99,10 +145,16 @@ def examples(counts: Sequence[int]) -> list[Example]:
     return rows
 
 
+def alone(vectors: Sequence[Tensor], scores: Tensor) -> tuple[list[Tensor], Tensor, slice]:
+    return [*vectors], scores, slice(None)
+
+
 @pytest.mark.parametrize("name", [task.RANKING, task.COSENT])
 @pytest.mark.parametrize("pooling", ["lasttoken", "mean"])
 def test_any_split_into_micro_batches_is_one_step(name: str, pooling: str) -> None:
-    model, objective = tiny.model("llama"), TextVectors(task.VectorFields(loss=name, pooling=pooling))
+    dims = (16, 4) if pooling == "mean" else ()
+    settings = task.VectorFields(loss=name, pooling=pooling, matryoshka_dims=dims)
+    model, objective = tiny.model("llama"), TextVectors(settings)
     heads.attach(model, 0, seed=0)
     prove_packing(model)
     rows = examples([3, 2, 3, 2, 4, 2, 3, 2])
@@ -111,12 +163,7 @@ def test_any_split_into_micro_batches_is_one_step(name: str, pooling: str) -> No
     for count in (1, 3, 8):
         parts = [range(len(rows))[i::count] for i in range(count)]
         batches = [{**objective.collate([rows[r] for r in part]), "row_numbers": tuple(part)} for part in parts]
-        step: dict[int, tuple[Tensor, float]] = {}
-        with torch.no_grad():
-            for part, batch in zip(parts, batches, strict=True):
-                vectors = objective.row_vectors(model, batch)
-                step |= dict(zip(part, zip(vectors, batch["targets"].tolist(), strict=True), strict=True))
-        coupled = objective.couple(step)
+        coupled = objective.step_of(model, zip(parts, batches, strict=True), lambda *of: nullcontext(), alone)
         model.zero_grad()
         total = 0.0
         for batch in batches:
@@ -165,6 +212,77 @@ def test_sentence_transformers_opens_the_folder(tmp_path: Path) -> None:
     with torch.no_grad():
         ours = torch.cat(objective.row_vectors(opened.model, objective.collate(rows)))
     assert torch.allclose(torch.nn.functional.normalize(ours, dim=-1), wanted, atol=1e-5)
+
+
+def steps(recipe_: Path) -> None:
+    finetune.train(load_recipe(recipe_))
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [task.RANKING, pytest.param(task.COSENT, marks=pytest.mark.slow)])
+def test_any_number_of_processes_is_one(name: str, size: int, tmp_path: Path) -> None:
+    """In-batch negatives of rows that another process has, in steps and in evaluations; with dropout."""
+    runs = []
+    for count in (1, size):
+        changes = {"vectors__loss": name, "vectors__pooling": "mean", "output": tmp_path / f"run{count}"}
+        loaded = recipe(tmp_path, **changes, lora__lora_dropout=0.1, train__max_tokens_per_micro_batch=24)
+        assert loaded.path is not None
+        if count == 1:
+            steps(loaded.path)
+        else:
+            together.run(count, steps, loaded.path)
+        runs.append(RunFolder(tmp_path / f"run{count}").read_metrics())
+    for key in ("loss", "grad_norm", "eval_loss", "eval_mrr"):
+        one, more = ([row[key] for row in rows if key in row] for rows in runs)
+        assert more == pytest.approx(one, rel=1e-5), key
+
+
+def test_texts_with_labels_train_and_are_scored(tmp_path: Path) -> None:
+    loaded = recipe(tmp_path, vectors__loss=task.GROUPS, vectors__matryoshka_dims=[8, 4])
+    draw, path = random.Random(0), tmp_path / "pairs.jsonl"
+    lines = [{"text": " ".join(draw.sample(WORDS, 3)), "label": draw.choice(["a", "b"])} for _ in range(24)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    finetune.train(loaded)
+    side = labels.score(open_run(tmp_path / "run"), EvalOptions(Eval(resamples=100)))["sides"]["adapter"]
+    assert {"recall_1", "mrr", "ndcg_10", "loss"} <= side["scores"].keys()
+    with pytest.raises(RecipeError, match="vectors have 64 numbers"):
+        prepare(recipe(tmp_path, vectors__loss=task.GROUPS, vectors__matryoshka_dims=[65]).recipe)
+    with pytest.raises(RecipeError, match="matryoshka_weights has 1 numbers"):
+        recipe(tmp_path, vectors__matryoshka_dims=[8, 4], vectors__matryoshka_weights=[1.0])
+
+
+def test_a_corpus_makes_it_harder_to_find(tmp_path: Path) -> None:
+    """Scores of a corpus by its vectors alone; rows with the same query want the passages of all of them."""
+    finetune.train(recipe(tmp_path, data__query_prompt="ask: ", vectors__pooling="mean"))
+    rows = [("red cup", "red"), ("red cup", "blue"), ("old road", "new road"), ("tree", "box")]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps({"query": q, "passage": p}) + "\n" for q, p in rows))
+    corpus = ["small box", "red", "large tree", "cup", "old old road"]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"passage": p}) + "\n" for p in corpus))
+    opened = open_run(tmp_path / "run")
+    scored = labels.score(
+        opened, EvalOptions(Eval(resamples=100)), data=tmp_path / "test.jsonl", corpus=tmp_path / "corpus.jsonl"
+    )
+    queries, passages = ["red cup", "old road", "tree"], ["red", "blue", "new road", "box", *corpus[:1], *corpus[2:]]
+    fits = [[0, 1], [2], [3]]
+    alike = vectors.of_texts(opened, [f"ask: {q}" for q in queries]) @ vectors.of_texts(opened, passages).T
+    places = [sorted(int((row > row[i]).sum()) for i in fit) for row, fit in zip(alike, fits, strict=True)]
+    got = {name: one["value"] for name, one in scored["sides"]["adapter"]["scores"].items()}
+    assert got["recall_1"] == pytest.approx(sum(p[0] == 0 for p in places) / 3)
+    assert got["mrr"] == pytest.approx(sum(1 / (p[0] + 1) for p in places) / 3)
+    ideal = [1 + 1 / np.log2(3), 1, 1]
+    gain = [sum(1 / np.log2(i + 2) for i in p if i < 10) for p in places]
+    assert got["ndcg_10"] == pytest.approx(np.mean([a / b for a, b in zip(gain, ideal, strict=True)]))
+    (neighbour, *_) = scored["sides"]["adapter"]["neighbours"]
+    assert neighbour["place"] == max(p[0] for p in places) + 1 and len(neighbour["nearest"]) == 3
+
+
+def test_predict_writes_vectors(tmp_path: Path) -> None:
+    finetune.train(recipe(tmp_path, data__passage_prompt="say: "))
+    opened, out = open_run(tmp_path / "run"), tmp_path / "out.parquet"
+    (tmp_path / "rows.csv").write_text("passage\nred cup\nold road\n")
+    assert labels.predict(opened, tmp_path / "rows.csv", out)["rows"] == 2
+    got = np.array(pyarrow.parquet.read_table(out)["vector"].to_pylist())
+    np.testing.assert_allclose(got, vectors.of_texts(opened, ["say: red cup", "say: old road"]), atol=1e-6)
 
 
 def test_what_it_refuses(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
-"""`halfbyte predict`, and the tables of `halfbyte eval` of a run with a head."""
+"""`halfbyte predict`, the tables of `halfbyte eval`, and the server of a run that labels texts or gives vectors."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -11,49 +13,64 @@ from rich.markup import escape
 from halfbyte.cli import progress, show
 from halfbyte.cli.options import Force, Json, Run, Set, open_run
 from halfbyte.cli.show import out, visible
-from halfbyte.errors import RunError
+from halfbyte.errors import RunError, typed
 from halfbyte.system import libraries
 from halfbyte.system.words import duration
 from halfbyte.types import Document
 
-TASKS = ("classify", "regress")
-SHOWN = 30  # labels, the worst first
+if TYPE_CHECKING:
+    from socket import socket
+
+    from halfbyte.inference.target import Target
+    from halfbyte.serving.settings import Settings
+
+TASKS = ("classify", "regress", "embed")
+SHOWN, SHOWN_ROWS = 30, 3  # labels, and rows, the worst first
 
 
 def predict(
     run: Run,
     data: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="CSV, JSONL, JSON or Parquet.")] = None,
     text: Annotated[list[str], typer.Option("--text", "-t", help="A text instead of a file; repeatable.")] = [],  # noqa: B006
+    pair: Annotated[list[str], typer.Option("--text-pair", help="The second text of each --text.")] = [],  # noqa: B006
     to: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="A .jsonl, .csv or .parquet file.")] = None,
+    calibrated: Annotated[
+        bool, typer.Option("--calibrated", help="Probabilities at the temperature that `halfbyte eval` has fitted.")
+    ] = False,
     set_: Set = [],  # noqa: B006
     force: Force = False,
     json_: Json = False,
 ) -> None:
-    """Labels with probabilities, or numbers, of texts, by a run of task classify or regress. Goes on where an earlier
-    call was ended. Exit code 1 if rows could not be read."""
+    """Labels with probabilities, numbers, or vectors, of texts. Goes on where an earlier call was ended. Exit code 1 if
+    rows could not be read."""
     from halfbyte.inference import target
 
-    if (data is None) == (not text):
+    if (data is None) == (not text) or (pair and len(pair) != len(text)):
         raise RunError("predict takes a file of rows, or --text.", fix="halfbyte predict RUN FILE.csv")
-    target.find(run, set_, TASKS)
+    embeds = target.find(run, set_, TASKS).recipe.task == "embed"
     with libraries.loading():
-        from halfbyte.inference import labels
+        from halfbyte.inference import labels, vectors
         from halfbyte.objectives.labels import Labels
         from halfbyte.recipe.adapter import folder_of
+    heat = labels.temperature_of(run) if calibrated else 1.0
     if data is not None:
         kind = data.suffix if data.suffix in labels.SUFFIXES else labels.SUFFIXES[0]
         labels.check(data, to := to or data.with_name(f"{data.stem}.predictions{kind}"))
     ready = open_run(run, set_, silent=json_, force=force, tasks=TASKS)
     if data is None or to is None:
-        answers = labels.predictions(ready, Labels.at(folder_of(run)), [(one,) for one in text])
+        texts = list(zip(text, pair, strict=True)) if pair else [(one,) for one in text]
+        if embeds:
+            answers = [{"vector": vector.tolist()} for vector in vectors.of_texts(ready, text)]
+        else:
+            answers = labels.predictions(ready, Labels.at(folder_of(run)), texts, heat)
         if json_:
             show.document({"run": str(run), "texts": answers})
         for one, row in zip(text, answers if not json_ else (), strict=False):
-            best, every = row["prediction"], row.get("probabilities", {})
+            best, every = row.get("prediction", row.get("vector")), row.get("probabilities", {})
             show.text(f"{best}{f' ({every[best]:.1%})' if isinstance(best, str) else ''}: {visible(one)}")
         return
     with progress.counting("rows", silent=json_) as tell:
-        done = labels.predict(ready, data, to, lambda rows: tell(rows, rows))
+        done = labels.predict(ready, data, to, lambda rows: tell(rows, rows), temperature=heat)
     more = f", {done['resumed']:,} of them by an earlier call" if done["resumed"] else ""
     bad = f"; {done['bad']:,} could not be read (column error)" if done["bad"] else ""
     show.document(done) if json_ else show.text(f"{done['rows']:,} rows{more}{bad}: {done['out']}")
@@ -61,27 +78,57 @@ def predict(
         raise typer.Exit(1)
 
 
-def table(scored: Document, folder: Path | None) -> None:
+def table(scored: Document, folder: Path | None, run: Path) -> None:
     sides, names = scored["sides"], scored["labels"]
-    adapter = sides["adapter"]
+    one = sides.get("adapter") or sides["base"]
     lines = show.table("", *sides, right=[*sides])
-    for name in adapter["scores"]:
-        values = (side["scores"][name] for side in sides.values())
-        lines.add_row(name, *(escape("{:.4f} [{:.4f}, {:.4f}]".format(v["value"], *v["interval"])) for v in values))
+    for name in one["scores"]:
+        values = (side["scores"].get(name) for side in sides.values())
+        shown = ("{:.4f} [{:.4f}, {:.4f}]".format(v["value"], *v["interval"]) if v else "" for v in values)
+        lines.add_row(name, *map(escape, shown))
     out.print(lines)
     show.text(f"{scored['rows']:,} rows in {duration(scored['seconds'])}; [..]: 95% interval")
-    numbers = ("rows", "precision", "recall", "F1")
-    lines, rows = (
-        show.table("label", *numbers, "taken for", right=numbers),
-        adapter.get("confusion") or [()] * len(names),
-    )
-    every = zip(names, adapter.get("by_label", ()), rows, strict=False)
+    if sides.get("base", {}).get("by_likelihood"):
+        show.text("base: the label that it finds the likeliest answer to a question for it")
+    if names:
+        _labels(one, names)
+    if "temperature" in one:
+        show.text(f"temperature {one['temperature']:.3f}, which --calibrated divides scores by")
+    for row in one.get("mistakes", ())[:SHOWN_ROWS]:
+        show.text(f"  {row['expected']}, not {row['prediction']}: {visible(row['text'])}")
+    for row in one.get("neighbours", ())[:SHOWN_ROWS]:
+        show.text(f"  {visible(row['query'])}\n    nearest  {visible(row['nearest'][0]['text'])}")
+        show.text(f"    place {row['place']}  {visible(row['expected'])}")
+    if folder is not None:
+        show.text(
+            f"scores   {folder}\n  next: halfbyte predict {typed(run)} ROWS.csv   or   halfbyte serve {typed(run)}"
+        )
+
+
+def _labels(one: Document, names: Sequence[str]) -> None:
+    """Each label, the worst first, and what it is taken for."""
+    numbers = ("rows", "precision", "recall", "F1", "AUROC")
+    lines, rows = show.table("label", *numbers, "taken for", right=numbers), one.get("confusion") or [()] * len(names)
+    every = zip(names, one["by_label"], rows, strict=False)
     for name, label, row in sorted(every, key=lambda each: float(each[1]["f1"]))[:SHOWN]:
         others = sorted(((n, other) for n, other in zip(row, names, strict=False) if other != name and n), reverse=True)
-        rates = (f"{label[rate]:.3f}" for rate in ("precision", "recall", "f1"))
+        rates = ("" if label[r] is None else f"{label[r]:.3f}" for r in ("precision", "recall", "f1", "auroc"))
         taken = ", ".join(f"{other} {n}" for n, other in others[:3])
         lines.add_row(escape(visible(name)), f"{label['rows']:,}", *rates, escape(visible(taken)))
-    if names:
-        out.print(lines)
-    if folder is not None:
-        show.text(f"scores and confusion matrix: {folder}")
+    out.print(lines)
+
+
+def serve(
+    one: tuple[str, Target], where: tuple[Settings, socket, str], *, waiting: int, force: bool, quiet: bool
+) -> None:
+    """The server of one run, until a signal."""
+    with progress.waiting("opening base and adapter", silent=quiet) as tell, libraries.loading():
+        from halfbyte.inference import load
+        from halfbyte.serving.http import pages, server
+        from halfbyte.serving.reader import TextReader
+
+        reader = TextReader(load.open_target(one[1], tell, force=force), one[0], waiting)
+    ways = {"embed": "/v1/embeddings, /rerank", "classify": "/classify", "regress": "/rerank"}[one[1].recipe.task]
+    lines = [f"serving {one[0]} at {where[2]}: {ways}", "  Ctrl-C ends it when what was asked is answered"]
+    ready = partial(show.text, "\n".join(lines[: 1 if quiet else 2]))
+    pages.run(server.build_reader(reader, where[0]), where[1], ready)

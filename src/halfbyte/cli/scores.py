@@ -13,6 +13,7 @@ from rich.table import Table
 from halfbyte.cli import labels, progress, show
 from halfbyte.cli.options import Force, Json, Run, Set, open_run
 from halfbyte.cli.show import field, out, text, visible
+from halfbyte.errors import RunError
 from halfbyte.recipe.evaluation import LOSSES, OF_PAIRS
 from halfbyte.scoring.intervals import CONFIDENCE
 from halfbyte.system.words import duration
@@ -30,6 +31,7 @@ def evaluate(
     run: Run,
     base: Annotated[bool, typer.Option("--base", help="Score the base alone too, on the same rows.")] = False,
     data: Annotated[Path | None, typer.Option(help="Rows to score; default: the recipe's data.eval.")] = None,
+    corpus: Annotated[Path | None, typer.Option(help="Task embed: a file of more passages to look among.")] = None,
     metric: Annotated[
         list[str], typer.Option("--metric", "-m", metavar="NAME", help="Instead of eval.metrics; repeatable.")
     ] = [],  # noqa: B006
@@ -60,24 +62,20 @@ def evaluate(
 
     overrides = [*set_, *([f"eval.max_new_tokens={max_new_tokens}"] if max_new_tokens is not None else [])]
     subject = target.find(run, overrides, TASKS if not (task or metric or max_new_tokens) else ("causal_lm",))
+    if corpus is not None and subject.recipe.task != "embed":
+        raise RunError(f"--corpus is of task embed, and {run} is of task {subject.recipe.task}.")
     folder = to or (sheet.folder_of(run, None if task else data) if subject.run is not None else None)
     if folder is not None:
         check_writable(folder, "name another one: --out DIR")
     if task:
         sheet.need_harness()
         ready = open_run(run, overrides, silent=json_, force=force)
-        from halfbyte.inference import harness
-
-        with progress.scoring(silent=json_) as tell:
-            results = harness.run(ready, task, task_path, limit=limit, with_base=base, progress=tell)
-        sheet.write_harness(results, folder)
-        show.document(results) if json_ else tasks(results)
-        return None
+        return _harness(ready, task, task_path, folder, limit=limit, with_base=base, json_=json_)
     target.held_out(subject.recipe, run, data)
     wanted = sheet.EvalOptions.of(subject.recipe.eval, metric, limit=limit, with_base=base, sure=sure)
     ready = open_run(run, overrides, silent=json_, force=force, tasks=TASKS)
     if subject.recipe.task != "causal_lm":
-        return _score_task(ready, wanted, data, folder, json_=json_)
+        return _score_task(ready, wanted, (data, corpus), folder, json_=json_)
     from halfbyte.inference import evaluate as scoring
 
     with progress.scoring(silent=json_) as tell:
@@ -88,21 +86,36 @@ def evaluate(
     return None
 
 
-def _score_task(ready: Opened, wanted: EvalOptions, data: Path | None, folder: Path | None, *, json_: bool) -> None:
-    """The same of a run with a head."""
+def _harness(
+    ready: Opened, names: list[str], path: Path | None, folder: Path | None, *, limit: int | None, with_base: bool,
+    json_: bool,
+) -> None:  # fmt: skip
+    from halfbyte.inference import harness
+    from halfbyte.scoring import sheet
+
+    with progress.scoring(silent=json_) as tell:
+        results = harness.run(ready, names, path, limit=limit, with_base=with_base, progress=tell)
+    sheet.write_harness(results, folder)
+    show.document(results) if json_ else tasks(results)
+
+
+def _score_task(
+    ready: Opened, wanted: EvalOptions, rows: tuple[Path | None, Path | None], folder: Path | None, *, json_: bool
+) -> None:
+    """The same of a run with a head, or with vectors. `rows`: those to score, and a corpus."""
     from halfbyte.inference import labels as scoring
     from halfbyte.report import page
     from halfbyte.scoring import sheet
     from halfbyte.system import files
 
     with progress.scoring(silent=json_) as tell:
-        scored = scoring.score(ready, wanted, data=data, progress=tell)
+        scored = scoring.score(ready, wanted, data=rows[0], corpus=rows[1], progress=tell)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         files.write(folder / sheet.SCORES, files.as_json(scored))
         if folder == ready.run / "eval":
             page.renew(ready.run)
-    show.document(scored) if json_ else labels.table(scored, folder)
+    show.document(scored) if json_ else labels.table(scored, folder, ready.run)
 
 
 def _keep(scored: Sheet, folder: Path, run: Path | None) -> None:

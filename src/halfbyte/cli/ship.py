@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from halfbyte.cli import progress, show
+from halfbyte.cli import labels, progress, show
 from halfbyte.cli.options import AllowHost, Force, Host, Json, KeyFile, Port, Quiet, Set
 from halfbyte.errors import RecipeError
 from halfbyte.system import libraries
@@ -154,15 +154,21 @@ def serve(
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
-    """OpenAI's HTTP interface for adapters and their base, and a page to talk to them, on this machine alone."""
+    """OpenAI's HTTP interface for adapters and their base, and a page to talk to them, on this machine alone; of a run
+    with labels or vectors /classify, /v1/embeddings, /rerank."""
     from halfbyte.serving import names
     from halfbyte.serving import settings as where
 
-    named = names.find(runs, set_)
+    other = names.of_other_task(runs, set_)
+    named = None if other is not None else names.find(runs, set_)
     where.check_installed()
     hosts = frozenset(map(str.lower, allow_host))
     settings = where.Settings(host, port, hosts, where.key_of(key_file), time_limit, grace)
     sock = where.bind(settings)
+    address = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
+    if named is None:
+        assert other is not None
+        return labels.serve(other, (settings, sock, address), waiting=queue, force=force, quiet=quiet)
     with progress.waiting("opening base and adapters", silent=quiet) as tell:
         with libraries.loading():
             from halfbyte.serving import models
@@ -173,7 +179,6 @@ def serve(
         folders = AdapterFolders.of(allow_adapters, set_)
         opened = models.open_all(named, tell, max_length=context, places=at_once, force=force)
         engine = Engine(opened, queue, pack=pack)
-    address = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
     sizes = f"{opened.max_length:,} tokens each, caches of {opened.cache_bytes / 1e9:.2f} GB"
     lines = [
         f"serving {', '.join(opened.by_name)} at {address}/v1, and a page at {address}/",
@@ -181,6 +186,7 @@ def serve(
         "  Ctrl-C ends it when the answers that are being written are whole; twice: at once",
     ]
     server.serve(engine, settings, sock, lambda: show.text("\n".join(lines[: 1 if quiet else 3])), folders)
+    return None
 
 
 def _show(result: Exported, *, json_: bool) -> None:

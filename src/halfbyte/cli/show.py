@@ -212,9 +212,12 @@ def report(outcome: Outcome) -> None:
         return
     held_out = row["data"]["eval"] is not None
     run = outcome.run
-    first = f"halfbyte eval {typed(run)} --base" if held_out else f'halfbyte generate {typed(run)} --prompt "..."'
+    embeds = (run / "sentence_transformer").is_dir()
+    last, ask = f"chat {typed(run)}", f'generate {typed(run)} --prompt "..."'
+    if embeds or (run / "adapter" / "head").is_dir():
+        last, ask = f"predict {typed(run)} ROWS.csv", f'predict {typed(run)} --text "..."'
+    first = f"halfbyte eval {typed(run)} --base" if held_out else f"halfbyte {ask}"
     text(f"page     {outcome.run}/report.html")
-    last = f"predict {typed(run)} ROWS.csv" if (run / "adapter" / "head").is_dir() else f"chat {typed(run)}"
     text(f"adapter  {outcome.run}/adapter\n  next: {first}   or   halfbyte {last}")
 
 

@@ -41,10 +41,10 @@ PLACEMENT = "sharded"
 
 def check(recipe: Recipe, ranks: int) -> None:
     """Refuse what cannot be trained on a sharded base, or on several processes (RecipeError)."""
-    if recipe.task == EMBED and ranks > 1:
-        raise RecipeError("task embed trains in one process: a row's loss depends on all rows of a step.")
     if recipe.quant.placement != PLACEMENT:
         return
+    if recipe.task == EMBED:
+        raise RecipeError("task embed needs the base whole in each process.", fix="--set quant.placement=auto")
     if ranks == 1:
         raise RecipeError(
             "quant.placement sharded shares the base out over several processes, and this one is alone.",

@@ -72,6 +72,22 @@ def sums(world: World, values: Sequence[float]) -> list[float]:
     return flat.tolist()
 
 
+def of_all(world: World, rows: Sequence[Tensor], values: Tensor) -> tuple[list[Tensor], Tensor, slice]:
+    """Vectors of rows, (k, D) each, and a number of each, (rows,), of all processes; and which are this one's."""
+    if world.alone:
+        return [*rows], values, slice(None)
+    every = world.gather([list(row.shape) for row in rows])
+    counts, start = [k for part in every for k, _ in part], sum(map(len, every[: world.rank]))
+    ours, at = slice(start, start + len(rows)), sum(counts[:start])
+    vectors = torch.zeros(sum(counts), max((width for part in every for _, width in part), default=0))
+    numbers = torch.zeros(len(counts))
+    if rows:
+        vectors[at : at + sum(counts[ours])], numbers[ours] = torch.cat([*rows]).cpu(), values.cpu()
+    world.sum_(vectors)
+    world.sum_(numbers)
+    return list(vectors.to(rows[0].device if rows else vectors.device).split(counts)), numbers, ours
+
+
 def same_start(world: World, parameters: Iterable[Tensor]) -> None:
     """Every process begins with what the first one has."""
     if world.alone:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
+from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.recipe.adapter import ADAPTER_FILES
 from halfbyte.recipe.schema import Recipe
 from halfbyte.runs import checkpoint
@@ -19,10 +20,12 @@ FOLDER = "sentence_transformer"
 _MODULES = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
 
 
-def write(folder: Path, adapter: Path, lm: Model, tokenizer: Tokenizer, recipe: Recipe) -> None:
-    """Write `folder`, whole or not at all. `adapter`: the saved one; `lm`: the base that it is on."""
+def write(folder: Path, adapter: Path, lm: Model, tokenizer: Tokenizer, recipe: Recipe, base: Checkpoint) -> None:
+    """Write `folder`, whole or not at all. `adapter`: the saved one; `lm`: the base that it is on, of `base`."""
     inner, data = f"{lm.base_model_prefix}.", recipe.data
     config = json.loads((adapter / ADAPTER_FILES[1]).read_text())
+    if base.kind in ("packaged", "gguf"):  # a name that others do not know: where its checkpoint lies
+        config["base_model_name_or_path"] = str(base.path)
     if isinstance(config["target_modules"], str):  # a regex is over whole names
         config["target_modules"] = config["target_modules"].replace(inner.replace(".", r"\."), "")
     documents: dict[str, object] = {

@@ -31,9 +31,18 @@ def choose(
 ) -> list[str]:  # fmt: skip
     """For each row the choice that is the most likely answer. `shares`: its prompt may be computed once for all."""
     named = choices(settings, [e.completion for e in asking])
+    every = losses(model, tokenizer, asking, named, tell, shares=shares)
+    return [named[min(range(len(named)), key=row.__getitem__)] for row in every]
+
+
+def losses(
+    model: Model, tokenizer: Tokenizer, asking: Sequence[Example], named: Sequence[str],
+    tell: Callable[[str, int, int], None], *, shares: bool = False,
+) -> list[list[float]]:  # fmt: skip
+    """For each row what each of the choices loses as its answer. Raises DataError: one cannot take its place."""
     stops = set(stop_ids(model, tokenizer))
     ids = {name: tokenizer(name, add_special_tokens=False)["input_ids"] for name in named}
-    chosen = list[str]()
+    every = list[list[float]]()
     packed = packing.installed(model) != "single"
     for done, example in enumerate(asking, 1):
         rows = [with_answer(example, ids[name], stops) for name in named]
@@ -46,13 +55,13 @@ def choose(
             )
         once = shares and packed and sharing.shares(model, rows)
         batches = collate.Batches.of_rows(rows, TOGETHER, len(rows) if packed else 1, shares=once)
-        losses = dict[int, float]()
+        of_row = dict[int, float]()
         with evaluating(model):
             for together in batches.micro_batches:
-                losses |= zip(together, loss.text_losses(model, batches.of(together)), strict=True)
-        chosen.append(named[min(losses, key=lambda row: losses[row])])
+                of_row |= zip(together, loss.text_losses(model, batches.of(together)), strict=True)
+        every.append([of_row[number] for number in range(len(rows))])
         tell("choices", done, len(asking))
-    return chosen
+    return every
 
 
 def with_answer(example: Example, ids: Sequence[int], stops: set[int]) -> Example:

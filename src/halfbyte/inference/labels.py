@@ -12,29 +12,28 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from halfbyte.data import collate
-from halfbyte.data.encoding import texts as encoding
-from halfbyte.data.encoding.examples import IGNORED, Example
+from halfbyte.data.encoding.encoder import EncodedRows, Encoder
+from halfbyte.data.encoding.examples import Example, Examples
 from halfbyte.data.reading import records
 from halfbyte.data.reading.files import find
-from halfbyte.data.reading.formats import texts_of
+from halfbyte.data.reading.formats import Row, texts_of
 from halfbyte.data.reading.problems import BadRow
 from halfbyte.errors import DataError, typed
-from halfbyte.inference import evaluate
-from halfbyte.models.context import context_of
-from halfbyte.objectives import objective as objectives
+from halfbyte.inference import choices, evaluate, vectors
+from halfbyte.models import structure
 from halfbyte.objectives.labels import Labels
 from halfbyte.objectives.vectors import TextVectors
 from halfbyte.recipe.adapter import ADAPTER_FILES, folder_of
+from halfbyte.recipe.evaluation import Eval
 from halfbyte.recipe.task import EMBED
+from halfbyte.runs.folder import read_json
 from halfbyte.scoring import labels as scoring
 from halfbyte.scoring import sheet
 from halfbyte.scoring.labels import Floats
@@ -45,96 +44,135 @@ if TYPE_CHECKING:
     from halfbyte.inference.load import Opened
 
 CHUNK_ROWS = 1024
+MISTAKES = 10  # rows that are shown
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 ERROR = "error"  # in the place of a prediction, where a row cannot be read
 
 
 def score(
-    opened: Opened, options: sheet.EvalOptions, *, data: Path | None = None,
+    opened: Opened, options: sheet.EvalOptions, *, data: Path | None = None, corpus: Path | None = None,
     progress: evaluate.Progress = lambda what, done, of: None,
 ) -> Document:  # fmt: skip
     """Score the held-out rows, or those of `data`: `sides` (adapter, and base where it is asked for) as
-    `scoring.labels` has them, and `labels`. Raises DataError: no rows, or labels that the head does not have."""
+    `scoring.labels` has them, and `labels`. A base without a head of its own chooses labels by their likelihood.
+    `corpus`: more passages to look among. Raises DataError: no rows, or labels that the head does not have."""
     began, (encoded, source) = time.monotonic(), evaluate.rows_to_score(opened, data)
     examples, settings = encoded.examples[: options.limit], options.settings
     sides: dict[str, Document] = {}
-    objective = TextVectors(opened.recipe.vectors) if opened.recipe.task == EMBED else Labels.at(folder_of(opened.run))
-    objective.check(encoded)
     for name in opened.sides(with_base=options.with_base):
 
         def tell(done: int, name: str = name) -> None:
             progress(f"{name}: scores", done, len(examples))
 
         with opened.using(base=name == "base"):
-            if isinstance(objective, TextVectors):
-                sides[name] = scoring.of_values(_near(opened, objective, examples), settings)
-                continue
-            scores = scores_of(opened, objective, examples, tell)
-        truth = objective.targets([e.completion for e in examples]).numpy()
-        if objective.names:
-            have = truth > 0 if objective.several else truth[:, None] == np.arange(objective.width)
-            every = scoring.probabilities(scores, several=objective.several)
-            sides[name] = scoring.of_labels(every, have, settings, several=objective.several)
-        else:
-            sides[name] = scoring.of_numbers(scores[:, 0], truth, settings)
+            if opened.recipe.task == EMBED:
+                objective = TextVectors(opened.recipe.vectors).check(encoded)
+                passages = vectors.corpus_of(opened, corpus) if corpus is not None else ()
+                sides[name] = vectors.side(opened, objective, examples, passages, settings, tell)
+            else:
+                sides[name] = _side(opened, encoded, examples, settings, tell, base=name == "base")
+    first = next(reversed(sides.values()))["scores"]
     metrics = [
-        {"name": name, "rows": len(examples), **{side: values["scores"][name] for side, values in sides.items()}}
-        for name in sides["adapter"]["scores"]
+        {"name": name, "rows": len(examples), **{side: values["scores"].get(name) for side, values in sides.items()}}
+        for name in first
     ]
-    adapter, seconds = sheet.adapter_of(folder_of(opened.run)), time.monotonic() - began
+    labels = Labels.at(folder_of(opened.run)).names if opened.recipe.task != EMBED else ()
+    adapter, seconds = None if opened.alone else sheet.adapter_of(folder_of(opened.run)), time.monotonic() - began
     return {"data": source, "adapter": adapter, "rows": len(examples), "seconds": seconds, "metrics": metrics,
-            "labels": getattr(objective, "names", ()), "sides": sides}  # fmt: skip
+            "labels": labels, "sides": sides}  # fmt: skip
 
 
-def _near(opened: Opened, objective: TextVectors, rows: Sequence[Example]) -> dict[str, Floats]:
-    """How near each row's own passage is, by name: (rows,) each."""
-    most = len(rows) if opened.job.packed else 1
-    batches = collate.Batches.of_rows(rows, opened.plan.max_tokens_per_micro_batch, most)
-    sums = objectives.evaluate(objective, opened.model, replace(batches, lay_out=objective.collate))
-    names = dict(zip(objective.sum_names, sums.T, strict=True))
-    return {
-        "recall_1": names["first"],
-        "recall_10": names["nearest"],
-        "mrr": names["reciprocal"],
-        "loss": names["loss"],
-    }
+def _side(
+    opened: Opened, encoded: EncodedRows, rows: Sequence[Example], settings: Eval, tell: vectors.Tell, *, base: bool
+) -> Document:
+    """Of labels and numbers, and the `mistakes`: rows that are the furthest from what is said of them."""
+    objective = Labels.at(folder_of(opened.run))
+    objective.check(encoded)
+    truth = objective.targets([e.completion for e in rows]).numpy()
+    if not objective.names:
+        answers = scores_of(opened, objective, rows, tell)[:, 0]
+        result, off = scoring.of_numbers(answers, truth, settings), np.abs(answers - truth)
+        replies, wanted = answers.tolist(), truth.tolist()
+        sure = [None] * len(rows)
+    else:
+        several = objective.several
+        have = truth > 0 if several else truth[:, None] == np.arange(objective.width)
+        likely = _likelihoods(opened, objective, rows, tell) if base and not several else None
+        scores = scores_of(opened, objective, rows, tell) if likely is None else likely
+        every = scoring.probabilities(scores, several=several)
+        result = scoring.of_labels(every, have, settings, several=several) | {"by_likelihood": likely is not None}
+        off = np.abs(every - have).max(1) if several else 1 - (every * have).sum(1)
+        replies = [answer_of(objective, p)["prediction"] for p in every]
+        of_row = ([name for name, has in zip(objective.names, row, strict=True) if has] for row in have)
+        wanted, sure = [every if several else every[0] for every in of_row], every.max(1).tolist()
+    furthest = [n for n in np.argsort(-off).tolist() if replies[n] != wanted[n]][:MISTAKES]
+    result["mistakes"] = [
+        {
+            "where": rows[n].where, "text": opened.tokenizer.decode(rows[n].input_ids, skip_special_tokens=True),
+            "expected": wanted[n], "prediction": replies[n], "probability": sure[n],
+        }
+        for n in furthest
+    ]  # fmt: skip
+    return result
+
+
+def _likelihoods(opened: Opened, objective: Labels, rows: Sequence[Example], tell: vectors.Tell) -> Floats | None:
+    """The log-likelihood of each label as the answer to a question for it, (n, L), by a language model without its
+    head; None of one that writes nothing."""
+    if structure.causal_lm(opened.model).get_output_embeddings() is None:
+        return None
+    asks = f"Which of these fits it best: {', '.join(objective.names)}? Answer with that alone."
+    asking = [
+        Row(row.where, prompt=f"{opened.tokenizer.decode(row.input_ids, skip_special_tokens=True)}\n\n{asks}",
+            completion=objective.names[0])
+        for row in rows
+    ]  # fmt: skip
+    data = opened.recipe.data.model_copy(update={"format": "prompt_completion", "mask": "completion"})
+    batch, _ = Encoder(opened.tokenizer, data).encode(asking)
+    examples, shares = Examples([batch])[:], opened.recipe.data.share_prefixes == "auto"
+    every = choices.losses(
+        opened.model, opened.tokenizer, examples, objective.names, lambda what, done, of: tell(done), shares=shares
+    )
+    return -np.array(every)
 
 
 def scores_of(
-    opened: Opened, objective: Labels, rows: Sequence[Example], tell: Callable[[int], None] = lambda done: None
+    opened: Opened, objective: Labels, rows: Sequence[Example], tell: vectors.Tell = lambda done: None
 ) -> Floats:
     """The head's scores of rows: (n, L)."""
-    import torch
-
     from halfbyte.layers import heads
 
-    scores, done = np.empty((len(rows), objective.width)), 0
-    most = len(rows) if opened.job.packed else 1
-    batches = collate.Batches.of_rows(rows, opened.plan.max_tokens_per_micro_batch, max(1, most))
-    with torch.no_grad():
-        for numbers in batches.micro_batches:
-            batch = collate.collate_texts([rows[n] for n in numbers])
-            scores[list(numbers)] = heads.scores(opened.model, batch).cpu().numpy()
-            tell(done := done + len(numbers))
-    return scores
+    return vectors.read(opened, rows, heads.scores, tell).reshape(len(rows), objective.width).astype(float)
 
 
-def predictions(opened: Opened, objective: Labels, texts: Sequence[tuple[str, ...]]) -> list[Document]:
+def temperature_of(run: Path) -> float:
+    """The temperature that `halfbyte eval` has fitted on the run's held-out rows. Raises DataError: there is none of
+    this adapter."""
+    scores = read_json(run / "eval" / sheet.SCORES)
+    heat = (scores.get("sides") or {}).get("adapter", {}).get("temperature")
+    if heat is None or sheet.other_adapter(scores, folder_of(run)):
+        raise DataError(f"{run} has no temperature of its adapter.", fix=f"halfbyte eval {typed(run)}, which fits one")
+    return float(heat)
+
+
+def answer_of(objective: Labels, every: Floats) -> Document:
+    """What is said of a text by the probabilities of its labels: (L,)."""
+    by_name = dict(zip(objective.names, every.tolist(), strict=True))
+    some = [name for name, p in by_name.items() if p > 0.5]
+    best = some if objective.several else max(by_name, key=by_name.__getitem__)
+    return {"prediction": best, "probabilities": by_name}
+
+
+def predictions(
+    opened: Opened, objective: Labels, texts: Sequence[tuple[str, ...]], temperature: float = 1.0
+) -> list[Document]:
     """What is said of texts and of pairs of texts: `prediction`, and the `probabilities` of labels. A text is cut where
     it is longer than what training, or the model, allows."""
-    data, context = opened.recipe.data, context_of(opened.model.config)
-    cut = data.max_length if data.overlong == "truncate" else None if context is None else context.tokens
-    ids = encoding.ids_of(opened.tokenizer, texts, cut)
-    scores = scores_of(opened, objective, [Example(tuple(i), (IGNORED,) * len(i), "", (), "") for i in ids])
+    scores = scores_of(opened, objective, vectors.rows_of(opened, texts))
     if not objective.names:
         return [{"prediction": float(number)} for number in scores[:, 0]]
-    answers = list[Document]()
-    for every in scoring.probabilities(scores, several=objective.several).tolist():
-        by_name = dict(zip(objective.names, every, strict=True))
-        some = [name for name, p in by_name.items() if p > 0.5]
-        best = some if objective.several else max(by_name, key=by_name.__getitem__)
-        answers.append({"prediction": best, "probabilities": by_name})
-    return answers
+    every = scoring.probabilities(scores, several=objective.several, temperature=temperature)
+    return [answer_of(objective, p) for p in every]
 
 
 def check(data: Path, out: Path) -> None:
@@ -146,13 +184,18 @@ def check(data: Path, out: Path) -> None:
     find(str(data))
 
 
-def predict(opened: Opened, data: Path, out: Path, progress: Callable[[int], None] = lambda done: None) -> Document:
-    """Say of each row of a file what the run says of it. Returns `rows`, of them `bad`, which have an `error`, and
-    `resumed`, of an earlier call. Raises DataError: the file cannot be read, or the partial one is of other rows or of
-    another adapter."""
-    objective, partial = Labels.at(folder_of(opened.run)), out.with_name(f"{out.name}.partial")
+def predict(
+    opened: Opened, data: Path, out: Path, progress: vectors.Tell = lambda done: None, *, temperature: float = 1.0
+) -> Document:
+    """Say of each row of a file what the run says of it, or give it the vector of its text. Returns `rows`, of them
+    `bad`, which have an `error`, and `resumed`, of an earlier call. Raises DataError: the file cannot be read, or the
+    partial one is of other rows or of another adapter."""
+    partial = out.with_name(f"{out.name}.partial")
+    embeds, fields = opened.recipe.task == EMBED, opened.recipe.data.fields
+    objective = Labels() if embeds else Labels.at(folder_of(opened.run))
     sizes = [[str(s.path), s.path.stat().st_size, s.path.stat().st_mtime_ns] for s in find(str(data))]
-    done = resumed = _goes_on(partial, {"adapter": files.sha256(folder_of(opened.run) / ADAPTER_FILES[0]), "of": sizes})
+    by = str(opened.run) if opened.alone else files.sha256(folder_of(opened.run) / ADAPTER_FILES[0])
+    done = resumed = _goes_on(partial, {"adapter": by, "of": sizes, "temperature": temperature})
     every = ((s.where(n), record) for s in find(str(data)) for n, record in records.records(s))
     bad, rows = 0, islice(every, done, None)
     with partial.open("ab") as file:
@@ -162,10 +205,17 @@ def predict(opened: Opened, data: Path, out: Path, progress: Callable[[int], Non
                 lines.append({})
                 try:
                     lines[-1] |= records.parse(raw)
-                    texts[len(lines) - 1] = texts_of(opened.recipe.data.fields, lines[-1])
+                    row, place = lines[-1], len(lines) - 1
+                    texts[place] = (vectors.text_of_row(opened, row),) if embeds else texts_of(fields, row)
                 except BadRow as wrong:
                     lines[-1][ERROR], bad = f"{where}: {wrong}", bad + 1
-            for place, answer in zip(texts, predictions(opened, objective, [*texts.values()]), strict=True):
+            if embeds and texts:
+                answers = [
+                    {"vector": v.tolist()} for v in vectors.of_texts(opened, [text for text, *_ in texts.values()])
+                ]
+            else:
+                answers = predictions(opened, objective, [*texts.values()], temperature) if texts else []
+            for place, answer in zip(texts, answers, strict=True):
                 lines[place] |= answer
             file.write(b"".join(map(_line, lines)))
             file.flush()

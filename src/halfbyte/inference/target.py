@@ -7,13 +7,13 @@ from pathlib import Path
 
 from halfbyte.data.reading import read
 from halfbyte.errors import AdapterError, DataError, RunError, SourceError, typed
-from halfbyte.models.sources import hub, pypi
+from halfbyte.models.sources import hub, pypi, sentence
 from halfbyte.plan import number_format
 from halfbyte.recipe.adapter import ADAPTER_FILES, HEAD, read_config, read_passport
 from halfbyte.recipe.command import to_use, to_use_alone
 from halfbyte.recipe.data import Sources
 from halfbyte.recipe.schema import Lora, Recipe
-from halfbyte.recipe.task import CAUSAL_LM, CLASSIFY, EMBED
+from halfbyte.recipe.task import CAUSAL_LM, CLASSIFY
 from halfbyte.runs.folder import RunFolder
 
 
@@ -33,8 +33,7 @@ def find(path: Path, overrides: Sequence[str] = (), tasks: Collection[str] = (CA
     base."""
     subject = _find(path, overrides)
     if (task := subject.recipe.task) not in tasks:
-        ways = {CAUSAL_LM: f"halfbyte chat {typed(path)}", EMBED: f"halfbyte eval {typed(path)}"}
-        fix = ways.get(task, f"halfbyte predict {typed(path)} ROWS.csv")
+        fix = f"halfbyte chat {typed(path)}" if task == CAUSAL_LM else f"halfbyte predict {typed(path)} ROWS.csv"
         raise RunError(f"{path} is of task {task}, which this is not for.", fix=fix)
     return subject
 
@@ -44,7 +43,8 @@ def _find(path: Path, overrides: Sequence[str]) -> Target:
         if (path / ADAPTER_FILES[1]).is_file():
             return _adapter(path, overrides)
         if _is_base(path):
-            return Target(path, number_format.settle(to_use_alone(str(path), overrides)).recipe)
+            more = sentence.overrides(str(path))
+            return Target(path, number_format.settle(to_use_alone(str(path), overrides, more)).recipe)
     run = RunFolder.open(path)
     return Target(path, to_use(run.recipe, overrides), run.adapter, run)
 

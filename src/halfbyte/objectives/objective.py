@@ -123,9 +123,15 @@ def _auxiliary_loss(lm: Model) -> Callable[..., Any] | None:
     return getattr(sys.modules.get(type(lm).__module__), "load_balancing_loss_func", None)
 
 
-def evaluate(objective: Objective, model: Model, batches: Iterable[Batch]) -> NDArray[np.float64]:
+OfAll = Callable[[Sequence[Tensor], Tensor], tuple[list[Tensor], Tensor, slice]]
+"""Vectors and numbers of rows to those of all processes, as `distributed.step.of_all`."""
+
+
+def evaluate(
+    objective: Objective, model: Model, batches: Iterable[Batch], of_all: OfAll | None = None
+) -> NDArray[np.float64]:
     """The sums of each text of an evaluation, (texts, names) in the order of `sum_names`; in eval mode, without
-    gradients. The mode is put back."""
+    gradients. The mode is put back. `of_all`: where each text's sums depend on those of other processes too."""
     was_training, names = model.training, objective.sum_names
     sums = list[Sums]()
     model.eval()
@@ -134,8 +140,11 @@ def evaluate(objective: Objective, model: Model, batches: Iterable[Batch]) -> ND
             of, all_sums = getattr(objective, "row_vectors", None), getattr(objective, "all_sums", None)
             if of is not None and all_sums is not None:  # each text's sums depend on all the others
                 parts = [(of(model, batch), batch["targets"]) for batch in batches]
-                vectors = [vector for part, _ in parts for vector in part]
-                sums = all_sums(vectors, torch.cat([t for _, t in parts])) if parts else []
+                vectors, ours = [vector for part, _ in parts for vector in part], slice(None)
+                numbers = torch.cat([torch.empty(0), *(t for _, t in parts)])
+                if of_all is not None:
+                    vectors, numbers, ours = of_all(vectors, numbers)
+                sums = all_sums(vectors, numbers)[ours] if vectors else []
             else:
                 sums = [each for batch in batches for each in objective.text_sums(model, batch)]
     finally:

@@ -10,7 +10,7 @@ Cost: a forward more of each text, but for `TripletLoss`, whose rows are apart.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
@@ -20,25 +20,27 @@ import numpy as np
 from halfbyte.data import collate, pack
 from halfbyte.data.encoding.encoder import EncodedRows
 from halfbyte.data.encoding.examples import IGNORED, Example
-from halfbyte.errors import DataError
+from halfbyte.errors import DataError, RecipeError
 from halfbyte.plan.job import ObjectiveCost
 from halfbyte.recipe import task
+from halfbyte.scoring import retrieval
 from halfbyte.types import Batch, Model
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from halfbyte.objectives.objective import Sums
-
-NEAREST = 10
+    from halfbyte.objectives.objective import OfAll, Sums
 
 
 @dataclass(frozen=True)
 class TextVectors:
+    """`groups`: the labels of rows that have one, by their numbers."""
+
     settings: task.VectorFields
+    groups: tuple[str, ...] = ()
 
     name: ClassVar[str] = task.EMBED
-    sum_names: ClassVar[tuple[str, ...]] = ("loss", "rows", "first", "nearest", "reciprocal")
+    sum_names: ClassVar[tuple[str, ...]] = ("loss", "rows", *retrieval.NAMES)
 
     @property
     def cost(self) -> ObjectiveCost:
@@ -50,13 +52,22 @@ class TextVectors:
         return self.settings.loss != task.TRIPLET
 
     def check(self, *every: EncodedRows | None) -> TextVectors:
-        """Itself. Raises DataError: names the first row without what the loss reads."""
-        needs = {task.COSENT: "a score", task.TRIPLET: "a negative"}.get(self.settings.loss)
-        for example in (e for rows in every if rows is not None and needs for e in rows.examples):
-            there = len(_ends(example)) > 2 if needs == "a negative" else json.loads(example.completion) is not None
-            if not there:
-                raise DataError(f"{example.where}: {self.settings.loss} needs {needs} in each row.", fix="data.fields")
-        return self
+        """Itself, with the labels of these rows. Raises DataError: names the first row without what the loss reads."""
+        loss, labels = self.settings.loss, set[str]()
+        texts, needs = {task.TRIPLET: (3, "a negative"), task.GROUPS: (1, "a label")}.get(loss, (2, "a passage"))
+        some = (zip(rows.labelled.tolist(), rows.examples.completions(), strict=True) for rows in every if rows)
+        for count, (text, where) in (row for part in some for row in part):  # a text has one labelled token
+            labels.add(text)
+            scored = loss != task.COSENT or text != "null"
+            if count < texts or (loss == task.GROUPS) != (count == 1) or not scored:
+                needs = needs if scored else "a score"
+                raise DataError(f"{where}: {loss} needs {needs} in each row.", fix="data.fields")
+        return replace(self, groups=tuple(sorted(labels)) if loss == task.GROUPS else ())
+
+    def check_width(self, width: int) -> None:
+        """Raises RecipeError: more numbers are asked for than a vector has."""
+        if (most := max(self.settings.matryoshka_dims, default=0)) > width:
+            raise RecipeError(f"vectors.matryoshka_dims has {most:,}, and vectors have {width:,} numbers.")
 
     def weights(self, rows: EncodedRows) -> pack.Weights:
         return np.ones(len(rows.examples), np.int64)
@@ -64,10 +75,16 @@ class TextVectors:
     def collate(self, examples: Sequence[Example]) -> Batch:
         import torch
 
-        ends = [_ends(example) for example in examples]
+        ends = [ends_of(example) for example in examples]
         batch = collate.collate_texts([replace(e, starts=(0, *at[:-1])) for e, at in zip(examples, ends, strict=True)])
-        scores = [json.loads(e.completion or "null") or 0.0 for e in examples]
+        scores = [self.number_of(e.completion) for e in examples]
         return {**batch, "targets": torch.tensor(scores), "row_texts": [len(at) for at in ends]}
+
+    def number_of(self, text: str) -> float:
+        """A row's score, or the number of its label; a row without, as proofs make them, has 0."""
+        return float(
+            self.groups.index(text) if text in self.groups else 0 if self.groups else json.loads(text or "0") or 0
+        )
 
     def weight(self, batch: Batch) -> float:
         return len(batch["row_texts"])
@@ -83,27 +100,31 @@ class TextVectors:
         model: Model,
         parts: Iterable[tuple[pack.MicroBatch, Batch]],
         same: Callable[..., AbstractContextManager[None]],
+        of_all: OfAll,
     ) -> dict[int, tuple[float, Tensor]]:
-        """As `couple`, of micro-batches and their rows' numbers; `same`: in which dropout is that of the loss."""
+        """The loss of each row of micro-batches with their rows' numbers, and the gradient of the step's by its
+        vectors. `same`: in which dropout is that of the loss; `of_all`: this process's rows to those of all."""
         import torch
 
-        step: dict[int, tuple[Tensor, float]] = {}
+        numbers, every = list[int](), list["Tensor"]()
+        scores = [torch.empty(0)]
         for rows, batch in parts:
             with torch.no_grad(), same(rows, batch):
-                vectors = self.row_vectors(model, batch)
-            step |= dict(zip(rows, zip(vectors, batch["targets"].tolist(), strict=True), strict=True))
-        return self.couple(step)
+                every += self.row_vectors(model, batch)
+            numbers += rows
+            scores.append(batch["targets"])
+        vectors, of_rows, ours = of_all(every, torch.cat(scores))
+        return dict(zip(numbers, self.couple(vectors, of_rows)[ours], strict=True))
 
-    def couple(self, step: Mapping[int, tuple[Tensor, float]]) -> dict[int, tuple[float, Tensor]]:
-        """The loss of each row of a step, and the gradient of all by the row's vectors, by its number. `step`: the
-        vectors and the score of each row."""
+    def couple(self, step: Sequence[Tensor], scores: Tensor) -> list[tuple[float, Tensor]]:
+        """The loss of each row of a step, and the gradient of all by the row's vectors."""
         import torch
 
         with torch.enable_grad():
-            leaves = [vectors.detach().requires_grad_() for vectors, _ in step.values()]
-            losses = self.losses(leaves, torch.tensor([score for _, score in step.values()]))
+            leaves = [vectors.detach().requires_grad_() for vectors in step]
+            losses = self.losses(leaves, scores)
             gradients = torch.autograd.grad(losses.sum(), leaves, allow_unused=True, materialize_grads=True)
-        return dict(zip(step, zip(losses.tolist(), gradients, strict=True), strict=True))
+        return list(zip(losses.tolist(), gradients, strict=True))
 
     def loss(self, model: Model, batch: Batch) -> Tensor:
         """Of rows whose step is coupled (`batch["step"]`) their share of it; of others as if they were a step."""
@@ -118,7 +139,19 @@ class TextVectors:
 
     def losses(self, rows: Sequence[Tensor], scores: Tensor) -> Tensor:
         """The loss of each row of a step, whose mean is sentence-transformers' loss of the batch: (rows,). Each row is
-        (k, D): what asks, what fits it, and what does not."""
+        (k, D): what asks, what fits it, and what does not. With `matryoshka_dims` a weighted sum of those of the first
+        numbers of each, as `MatryoshkaLoss`."""
+        import torch
+        from torch.nn import functional as F
+
+        if not (dims := self.settings.matryoshka_dims):
+            return self._losses(rows, scores)
+        every, counts = torch.cat([*rows]), [len(row) for row in rows]
+        cut = (F.normalize(every[:, :d], dim=-1).split(counts) for d in dims)
+        weights = self.settings.matryoshka_weights or (1.0,) * len(dims)
+        return torch.stack([w * self._losses(part, scores) for w, part in zip(weights, cut, strict=True)]).sum(0)
+
+    def _losses(self, rows: Sequence[Tensor], scores: Tensor) -> Tensor:
         import torch
         from torch.nn import functional as F
 
@@ -134,6 +167,8 @@ class TextVectors:
             truth = scores.to(alike.device)
             wrong = (alike[:, None] - alike[None, :])[truth[:, None] < truth[None, :]]
             return torch.logsumexp(torch.cat([wrong.new_zeros(1), wrong]), 0).expand(len(rows))
+        if self.settings.loss == task.GROUPS:
+            return _triplets(first, scores.to(first.device), self.settings.margin).expand(len(rows))
         others = [row[2:] for row in rows if len(row) > 2]
         candidates = F.normalize(torch.cat([second, *others]), dim=-1)
         alike = F.normalize(first, dim=-1) @ candidates.T * self.settings.scale
@@ -143,29 +178,46 @@ class TextVectors:
         return self.all_sums(self.row_vectors(model, batch), batch["targets"])
 
     def all_sums(self, vectors: Sequence[Tensor], scores: Tensor) -> list[Sums]:
-        """Of each row of an evaluation, among the passages of all: its loss, and how near its own passage is."""
+        """Of each row of an evaluation, among the passages of all: its loss, and how near its own passage is; of a
+        text with a label, among the others, how near one with the same label is."""
         import torch
         from torch.nn import functional as F
 
-        queries, passages = (F.normalize(torch.stack([row[i] for row in vectors]), dim=-1) for i in (0, 1))
-        near = (queries * passages).sum(1, keepdim=True)
-        before = torch.cat(
-            [(q @ passages.T > o + 1e-6).sum(1) for q, o in zip(queries.split(512), near.split(512), strict=True)]
+        queries = F.normalize(torch.stack([row[0] for row in vectors]), dim=-1).cpu().numpy()
+        passages = (
+            queries if self.groups else F.normalize(torch.stack([row[1] for row in vectors]), dim=-1).cpu().numpy()
         )
-        every = zip(self.losses(vectors, scores).tolist(), before.tolist(), strict=True)
-        return [
-            {"loss": loss, "rows": 1.0, "first": float(n < 1), "nearest": float(n < NEAREST), "reciprocal": 1 / (n + 1)}
-            for loss, n in every
-        ]
+        labels = scores.cpu().numpy()
+        sums: list[Sums] = []
+        for n, loss in enumerate(self.losses(vectors, scores).tolist()):
+            alike, fits = passages @ queries[n], np.array([n])
+            if self.groups:
+                fits, alike[n] = np.flatnonzero((labels == labels[n]) & (np.arange(len(labels)) != n)), -np.inf
+            values = (
+                retrieval.values(retrieval.places(alike, fits)) if len(fits) else dict.fromkeys(retrieval.NAMES, 0.0)
+            )
+            sums.append({"loss": loss, "rows": 1.0, **values})
+        return sums
 
     def scores(self, sums: Sums) -> dict[str, float]:
-        """`loss`; `recall_1`, `recall_10` and `mrr` of a query's own passage among those of all rows."""
-        rows = max(sums["rows"], 1.0)
-        names = {"loss": "loss", "first": "recall_1", "nearest": f"recall_{NEAREST}", "reciprocal": "mrr"}
-        return {shown: sums[name] / rows for name, shown in names.items()}
+        """`loss`, and what is found, as `scoring.retrieval` has it."""
+        return {name: sums[name] / max(sums["rows"], 1.0) for name in self.sum_names if name != "rows"}
 
 
-def _ends(example: Example) -> list[int]:
+def _triplets(vectors: Tensor, labels: Tensor, margin: float) -> Tensor:
+    """The mean over all triplets that are not far enough apart, a scalar: `BatchAllTripletLoss`, Euclidean."""
+    import torch
+
+    products = vectors @ vectors.T
+    squares = (products.diag()[:, None] - 2 * products + products.diag()).clamp_min(0)
+    apart = torch.where(squares > 0, (squares + (squares == 0) * 1e-16).sqrt(), 0.0)
+    same = labels[:, None] == labels
+    one, other = (same & ~torch.eye(len(labels), dtype=torch.bool, device=same.device)).nonzero(as_tuple=True)
+    short = torch.where(same[one], 0.0, apart[one, other][:, None] - apart[one] + margin).clamp_min(0)
+    return short.sum() / ((short > 1e-16).sum() + 1e-16)
+
+
+def ends_of(example: Example) -> list[int]:
     """Where each text of a row ends; a row without marks, as proofs make them, is one text."""
     ends = [i + 1 for i, label in enumerate(example.labels) if label != IGNORED]
     return ends if ends and ends[-1] == len(example.labels) else [*ends, len(example.labels)]

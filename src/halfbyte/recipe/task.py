@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import model_validator
 
 from halfbyte.recipe.data import Section, field
-from halfbyte.recipe.values import Float, one_of
+from halfbyte.recipe.values import Count, Float, one_of
 from halfbyte.types import Document
 
 TASKS = ("causal_lm", "classify", "regress", "embed")
@@ -17,7 +17,7 @@ REFUSED = {"tag": "labels of single tokens are not built; classify labels whole 
 Task = Annotated[Literal["causal_lm", "classify", "regress", "embed"], one_of(TASKS, REFUSED)]
 FORMATS = {CLASSIFY: "labels", REGRESS: "labels", EMBED: "vectors"}  # of rows
 RANKING, COSENT = "MultipleNegativesRankingLoss", "CoSENTLoss"
-TRIPLET = "TripletLoss"
+TRIPLET, GROUPS = "TripletLoss", "BatchAllTripletLoss"
 # Fields that these do not read, and why.
 _UNREAD = {
     "data.mask": "a text has one label, or is one vector",
@@ -36,11 +36,17 @@ _UNREAD = {
 class VectorFields(Section):
     """Of task embed: the loss, and how a vector is made of a text."""
 
-    loss: Literal["MultipleNegativesRankingLoss", "CoSENTLoss", "TripletLoss"] = field(
-        RANKING, "MultipleNegativesRankingLoss (query, passage, negatives), CoSENTLoss (two texts, score), TripletLoss"
+    loss: Literal["MultipleNegativesRankingLoss", "CoSENTLoss", "TripletLoss", "BatchAllTripletLoss"] = field(
+        RANKING,
+        "MultipleNegativesRankingLoss (query, passage, negatives), CoSENTLoss (two texts, score), TripletLoss, "
+        "BatchAllTripletLoss (text, label)",
     )
     scale: Float = field(20.0, "the similarity is multiplied by it before softmax or CoSENT's exponential", gt=0)
-    margin: Float = field(5.0, "TripletLoss: how much nearer the passage must be than the negative", gt=0)
+    margin: Float = field(5.0, "of triplets: how much nearer what fits must be than what does not", gt=0)
+    matryoshka_dims: tuple[Count, ...] = field(
+        (), "MatryoshkaLoss around it: the loss of so many first numbers, summed"
+    )
+    matryoshka_weights: tuple[Float, ...] = field((), "what each of matryoshka_dims counts for; empty: all 1")
     pooling: Literal["lasttoken", "mean"] = field("lasttoken", "a text's vector: its last token's, or the mean of all")
 
 
@@ -63,6 +69,10 @@ def problems(given: Document) -> Iterator[str]:
         yield f"data.format labels is of task classify and regress, vectors of embed; it is {shape}, and task is {task}"
     if task != EMBED and ("vectors" in given or {"query_prompt", "passage_prompt"} & given["data"].keys()):
         yield f"vectors, data.query_prompt and data.passage_prompt are for task embed, and task is {task}"
+    vectors = given.get("vectors", {})
+    dims, weights = vectors.get("matryoshka_dims", ()), vectors.get("matryoshka_weights")
+    if weights is not None and len(weights) != len(dims):
+        yield f"vectors.matryoshka_weights has {len(weights)} numbers, and vectors.matryoshka_dims {len(dims)}"
     if task != CLASSIFY and "labels" in given:
         yield f"labels names those of task classify, and task is {task}"
     if task in (REGRESS, EMBED) and "label_smoothing_factor" in given.get("train", {}):

@@ -20,7 +20,7 @@ from jinja2 import ChainableUndefined, Environment, FileSystemLoader, Undefined
 from markupsafe import Markup
 
 from halfbyte.recipe.fields import shown
-from halfbyte.report import curves, plots, record, series
+from halfbyte.report import curves, pictures, plots, record, series
 from halfbyte.report.record import Record
 from halfbyte.runs.folder import RunFolder
 from halfbyte.scoring.intervals import CONFIDENCE
@@ -70,6 +70,7 @@ def html(run: Record, *, live: bool = False) -> str:
         live=live,
         run=run,
         heat=heat,
+        pictures=pictures.of_scores(run.scores),
         facts=facts(run),
         summary=summary(run),
         most_rows=max((part["rows"] for part in run.started.get("histogram") or []), default=1),

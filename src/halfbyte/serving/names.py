@@ -13,6 +13,7 @@ from halfbyte.inference import target
 from halfbyte.inference.target import Target
 from halfbyte.recipe.fields import shown
 from halfbyte.recipe.schema import Recipe
+from halfbyte.recipe.task import CAUSAL_LM, TASKS
 
 _NAMED = re.compile(r"(?P<name>[\w.:@+-]+)=(?P<path>.+)")
 # What an adapter computes with, beside the numbers of its own: two that differ in one of these need two servers.
@@ -57,12 +58,23 @@ def find(words: Sequence[str], overrides: Sequence[str] = ()) -> Names:
     return Names(base, first, adapters)
 
 
-def _one(word: str, overrides: Sequence[str]) -> tuple[str, Target]:
+def of_other_task(words: Sequence[str], overrides: Sequence[str] = ()) -> tuple[str, Target] | None:
+    """The run that labels texts or gives vectors, with its name; None where all are causal language models. Raises
+    RecipeError: it is not alone."""
+    every = [_one(word, overrides, TASKS) for word in words]
+    others = [(name, one) for name, one in every if one.recipe.task != CAUSAL_LM]
+    if others and len(every) > 1:
+        what = f"{others[0][1].path} is of task {others[0][1].recipe.task}, and is served alone."
+        raise RecipeError(what, fix=f"halfbyte serve {typed(others[0][1].path)}")
+    return others[0] if others else None
+
+
+def _one(word: str, overrides: Sequence[str], tasks: Sequence[str] = (CAUSAL_LM,)) -> tuple[str, Target]:
     given = _NAMED.fullmatch(word)
     if given is not None and not Path(word).exists():
-        return given["name"], target.find(Path(given["path"]), overrides)
+        return given["name"], target.find(Path(given["path"]), overrides, tasks)
     path = Path(word)
-    one = target.find(path, overrides)
+    one = target.find(path, overrides, tasks)
     folder = path.resolve()
     return (folder.parent if folder.name == "adapter" and one.run is None else folder).name, one
 

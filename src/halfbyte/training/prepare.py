@@ -107,7 +107,7 @@ def look(recipe: Recipe, objective: Objective | None = None) -> Prepared:
     every = encode.encode(data.train, tokenizer, data, cores=cores)
     every = split.told_apart(every, data.train, recipe.train.order_seed)
     train, evaluation, held_out = _held_out(recipe, every, tokenizer)
-    objective = objective or _objective(recipe, every, evaluation)
+    objective = objective or _objective(recipe, config, every, evaluation)
     of = train.sources
     mixture = None if of is None else Mixture.of(data.sources, of.of_row, recipe.train.rows_per_step)
     trained = frozenset(recipe.lora.trainable_token_indices or (settled.new_tokens if settled else ()))
@@ -132,12 +132,14 @@ def _together(rows: EncodedRows) -> EncodedRows:
     return replace(rows, shared=np.array([prefixes.worth(n) for n in rows.examples.alike().tolist()], np.int64))
 
 
-def _objective(recipe: Recipe, train: EncodedRows, evaluation: EncodedRows | None) -> Objective:
+def _objective(recipe: Recipe, config: Config, train: EncodedRows, evaluation: EncodedRows | None) -> Objective:
     """By the task; a DataError where rows lack what it reads. `train`: those that are held out of them included."""
     if recipe.task == CAUSAL_LM:
         return preference.of(recipe.train)
     if recipe.task == EMBED:
-        return TextVectors(recipe.vectors).check(train, evaluation)
+        vectors = TextVectors(recipe.vectors)
+        vectors.check_width(config.get_text_config().hidden_size)
+        return vectors.check(train, evaluation)
     return Labels.of(recipe, train, evaluation)
 
 

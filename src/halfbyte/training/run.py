@@ -13,7 +13,7 @@ from halfbyte.adapters import lora
 from halfbyte.data import collate
 from halfbyte.distributed import agree
 from halfbyte.distributed.shard import first_layers_whole
-from halfbyte.errors import RewardError
+from halfbyte.errors import RecipeError, RewardError
 from halfbyte.objectives.objective import scores_of
 from halfbyte.recipe.task import CAUSAL_LM
 from halfbyte.runs.checkpoint import Best
@@ -215,6 +215,9 @@ def _compared(comparison: Comparison, trainer: StepTrainer) -> Rows:
 def _trainer(setup: Setup, folder: RunFolder, hooks: RunHooks) -> StepTrainer:
     prepared, assembled = setup.run.prepared, setup.model.assembled
     train = prepared.recipe.train
+    if setup.shards is not None and hasattr(prepared.objective, "row_vectors"):
+        what = f"task {prepared.objective.name} needs the base whole in each process, and quant.placement is sharded."
+        raise RecipeError(what, fix="fewer processes, or --set quant.placement=resident")
     return StepTrainer(
         assembled.model,
         training_arguments(

@@ -30,7 +30,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from halfbyte.adapters.lora import loraplus_optimizer
 from halfbyte.data import collate, pack
 from halfbyte.distributed.shard import Shards
-from halfbyte.distributed.step import StepSum, sums
+from halfbyte.distributed.step import StepSum, of_all, sums
 from halfbyte.distributed.world import World
 from halfbyte.errors import RecipeError, first_line
 from halfbyte.layers.kernels import dropout
@@ -54,8 +54,7 @@ NOT_FOR_TRAINER = frozenset(
         "save_minutes", "load_best_model_at_end", "metric_for_best_model", "loraplus_lr_ratio",
         "max_tokens_per_micro_batch", "data_seed", "eval_strategy", "eval_steps",
         "early_stopping_patience", "early_stopping_threshold", "greater_is_better", "within", "max_forgetting",
-        "max_source_rise",
-        *MethodFields.model_fields,
+        "max_source_rise", *MethodFields.model_fields,
     }
 )  # fmt: skip
 
@@ -192,18 +191,15 @@ class StepTrainer(Trainer):
         schedule: Schedule | None = None,
         sources: Mapping[str, NDArray[np.int64]] = MappingProxyType({}),
     ) -> None:
-        self.sources = sources
+        self.sources, self.schedule = sources, schedule
         self.objective, self.pace = objective, pace
-        self.schedule = schedule
-        self.ends_with_evaluation = ends_with_evaluation
+        self.ends_with_evaluation, self._checked_first = ends_with_evaluation, False
         self.hooks, self.shards = hooks, shards
-        self.world, self._sum = world or World(), None
-        if not self.world.alone:
-            self._sum = StepSum(self.world, model.parameters())
+        self.world = world or World()
+        self._sum = None if self.world.alone else StepSum(self.world, model.parameters())
         self._sites = dropout.sites_of(model)
         self.eval_batches, self.loraplus_lr_ratio = eval_batches, loraplus_lr_ratio
-        self.last: Document = {}
-        self._steps_down, self._checked_first = 0, False
+        self.last, self._steps_down = Document(), 0
         self.evaluated: tuple[int, NDArray[np.float64]] = -1, np.empty((0, 0))  # the last evaluation's step and rows
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=[])
         self.loss_is_scaled_for_ga = True
@@ -247,8 +243,7 @@ class StepTrainer(Trainer):
             TrainError: the loss or a gradient is not finite (names the rows), or an adapter got no gradient.
         """
         model.train()
-        if callable(getattr(self.optimizer, "train", None)):
-            self.optimizer.train()
+        getattr(self.optimizer, "train", model.train)()
         if self.hooks.rollouts is not None:
             inputs = {**self.hooks.rollouts.begin(inputs["step"], self.pace, self._look)}
         step, micro_batches = inputs["step"], inputs["micro_batches"]
@@ -256,7 +251,7 @@ class StepTrainer(Trainer):
         parts: list[tuple[pack.MicroBatch, torch.Tensor]] = []
         waiting, done = self.pace.between(step.micro_batches), 0
         watches: tuple[str, ...] = getattr(self.objective, "watches", ())
-        watched, of_step = np.zeros((len(watches), 2)), self._step_sums(model, step, micro_batches)
+        watched, of_step = np.zeros((len(watches), 2)), self._step_sums(model, inputs, waiting)
         if self._sum is not None:
             self._sum.begin()
         while self._another(waiting, done):
@@ -267,9 +262,11 @@ class StepTrainer(Trainer):
             try:
                 batch: Batch = {**micro_batches.of(waiting[0]), **of_step, "watched": {}}
                 with self._dropout_of(step, waiting[0], batch), self._sharded_pass():
-                    part = self._run_micro_batch(model, batch, step.weight)
+                    part: torch.Tensor | None = self._run_micro_batch(model, batch, step.weight)
             except (RuntimeError, MemoryError) as error:
-                waiting = self.pace.after_failure(error, model, before, waiting)
+                waiting, part = self.pace.after_failure(error, model, before, waiting), None
+            if part is None:
+                of_step = of_step or self._step_sums(model, inputs, waiting)
                 continue
             total += part.to(total.device)
             watched += [batch["watched"][name] for name in watches] if watches else 0.0
@@ -294,11 +291,15 @@ class StepTrainer(Trainer):
         if self.hooks.stops_step():
             raise StepInterrupted
 
-    def _step_sums(self, model: Model, step: pack.Step, micro_batches: collate.Batches) -> Batch:
+    def _step_sums(self, model: Model, item: Document, waiting: list[pack.MicroBatch]) -> Batch:
         """What the loss of each micro-batch must know of the whole step, where the objective asks for something."""
+        step, micro_batches = item["step"], item["micro_batches"]
         if (step_of := getattr(self.objective, "step_of", None)) and getattr(self.objective, "coupled", False):
-            parts = ((rows, micro_batches.of(rows)) for rows in self.pace.between(step.micro_batches))
-            return {"step": step_of(model, parts, lambda *of: self._dropout_of(step, *of))}
+            if len(waiting) == 1 and self.world.alone:  # a micro-batch is the step
+                return {}
+            parts = ((rows, micro_batches.of(rows)) for rows in waiting)
+            every = (lambda *of: self._dropout_of(step, *of)), (lambda *of: of_all(self.world, *of))
+            return {"step": step_of(model, parts, *every)}
         names, asks = getattr(self.objective, "step_names", ()), getattr(self.objective, "step_sums", None)
         if not names or asks is None:
             return {}
@@ -329,9 +330,8 @@ class StepTrainer(Trainer):
     @contextlib.contextmanager
     def _dropout_of(self, step: pack.Step, rows: pack.MicroBatch, batch: Batch) -> Iterator[None]:
         """What is random in a micro-batch depends on the seed, the step and its rows, not on what ran before it."""
-        seed = self.args.seed
-        torch.manual_seed(dropout.number(seed, step.index, rows[0]))
-        where = {"seed": seed, "step": step.index, "anywhere": not self.world.alone}
+        torch.manual_seed(dropout.number(self.args.seed, step.index, rows[0]))
+        where = {"seed": self.args.seed, "step": step.index, "anywhere": not self.world.alone}
         with dropout.row_masks(self._sites, batch["beginnings"], **where):
             yield
 
@@ -400,7 +400,7 @@ class StepTrainer(Trainer):
             lengths = [len(example.labels) for example in batches.examples]
             row = batches.of((self.shards.empty(lengths),))
             parts = self.shards.with_empty_passes(iter(parts), lambda: objective.text_sums(self.model, row))
-        texts = objectives.evaluate(objective, self.model, parts)
+        texts = objectives.evaluate(objective, self.model, parts, lambda *every: of_all(self.world, *every))
         rows = np.zeros((len(numbers), texts.shape[1]))
         self._ended = time.perf_counter()
         np.add.at(rows, np.searchsorted(numbers, batches.text_rows[: len(texts)]), texts)

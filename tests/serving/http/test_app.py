@@ -19,6 +19,7 @@ from halfbyte.inference.generate import generate
 from halfbyte.serving.adapters import AdapterFolders
 from halfbyte.serving.engine import Engine
 from halfbyte.serving.http import server
+from halfbyte.serving.reader import TextReader
 from halfbyte.serving.settings import Settings, bind
 from halfbyte.writing.sampling import SamplingParams
 from tests import tiny_run
@@ -32,11 +33,14 @@ NAMES = ("first", "second", served.BASE)
 class Running:
     """A server in a thread of its own."""
 
-    def __init__(self, engine: Engine, *, folders: AdapterFolders = _NONE, **settings: Any) -> None:
+    def __init__(self, engine: Engine | TextReader, *, folders: AdapterFolders = _NONE, **settings: Any) -> None:
         self.settings = Settings(port=0, **settings)
         self.sock = bind(self.settings)
         self.sock.listen(64)
-        self.engine, self.server = engine, server.build(engine, self.settings, folders)
+        if isinstance(engine, TextReader):
+            self.server = server.build_reader(engine, self.settings)
+        else:
+            self.engine, self.server = engine, server.build(engine, self.settings, folders)
         self.url = f"http://127.0.0.1:{self.sock.getsockname()[1]}"
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.sock]})
         self.thread.start()

@@ -111,7 +111,7 @@ def unread(shape: Format, data: Data, columns: Collection[str]) -> list[str]:
         "preference": (f.prompt, f.chosen, f.rejected, *others, f.instruction, f.input, f.answers, f.scores),
         "unpaired_preference": (f.prompt, f.completion, f.label, *others),
         "labels": (f.text, f.text_pair, f.label),
-        "vectors": (f.query, f.passage, f.negative, f.score),
+        "vectors": (f.query, f.passage, f.negative, f.score, f.text, f.label),
     }[shape]
     return [column for column in columns if column not in read]
 
@@ -335,6 +335,9 @@ def _labels(f: Fields, where: str, record: Mapping[str, object]) -> Row:
 
 
 def _vectors(f: Fields, where: str, record: Mapping[str, object]) -> Row:
+    if f.label in record and f.passage not in record:  # of a labelled group
+        label = json.dumps(value_of(record, f.label), ensure_ascii=False)
+        return Row(where, parts=(text_in(record, f.text),), completion=label)
     negatives = record.get(f.negative)
     negatives = negatives if isinstance(negatives, list) else [negatives] if negatives not in (None, "") else []
     texts = text_in(record, f.query), text_in(record, f.passage), *(text_of(one, f.negative) for one in negatives)

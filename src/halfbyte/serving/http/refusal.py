@@ -9,6 +9,8 @@ import json
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as Http
 from starlette.responses import Response
 
 from halfbyte.types import Document
@@ -42,3 +44,20 @@ class Json(Response):
     def of(cls, refusal: Refusal, *, close: bool = False) -> Json:
         headers = {**refusal.headers, **({"Connection": "close"} if close else {})}
         return cls(refusal.body, refusal.status, headers)
+
+
+async def refused(http: Http, error: Exception) -> Response:
+    assert isinstance(error, Refusal)
+    return Json.of(error)
+
+
+async def unknown(http: Http, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return Json.of(Refusal(error.status_code, f"{http.method} {http.url.path[:200]}: {error.detail}"))
+
+
+async def unforeseen(http: Http, error: Exception) -> Response:
+    return Json.of(Refusal(500, "the server has failed; its log says why.", kind="server_error"))
+
+
+HANDLERS = {Refusal: refused, HTTPException: unknown, Exception: unforeseen}

@@ -14,10 +14,11 @@ from sse_starlette.sse import AppStatus
 
 from halfbyte.serving.adapters import AdapterFolders
 from halfbyte.serving.engine import Engine
-from halfbyte.serving.http import pages
+from halfbyte.serving.http import pages, reading
 from halfbyte.serving.http.app import application
 from halfbyte.serving.http.gauges import Gauges
 from halfbyte.serving.http.service import Service
+from halfbyte.serving.reader import TextReader
 from halfbyte.serving.settings import Settings
 
 _NONE = AdapterFolders()
@@ -26,7 +27,7 @@ _NONE = AdapterFolders()
 class _Server(uvicorn.Server):
     """uvicorn's, which tells the engine when it shall end."""
 
-    def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
+    def __init__(self, config: uvicorn.Config, engine: Engine | TextReader) -> None:
         super().__init__(config)
         self.engine = engine
 
@@ -42,6 +43,11 @@ def build(engine: Engine, settings: Settings, folders: AdapterFolders = _NONE) -
     service = Service(engine, Gauges(engine), settings.answer_s)
     config = pages.config(application(service, folders), settings)
     return _Server(config, engine)
+
+
+def build_reader(reader: TextReader, settings: Settings) -> uvicorn.Server:
+    """The same of a run that reads texts and writes none."""
+    return _Server(pages.config(reading.application(reader), settings), reader)
 
 
 def serve(

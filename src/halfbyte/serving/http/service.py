@@ -130,10 +130,7 @@ class Service:
         """As a stream of documents, encoded, or whole."""
         try:
             self.engine.submit(asks)
-        except Full as full:
-            raise Refusal(429, str(full), kind="rate_limit_error", code="queue_full",
-                          headers={"Retry-After": str(full.after_s)}) from None  # fmt: skip
-        except (Stopping, Unloaded) as error:
+        except (Full, Stopping, Unloaded) as error:
             raise failed(error) from None
         with ExitStack() as leaving:
             leaving.callback(self._leave, asks)
@@ -276,6 +273,9 @@ def _variables(asked: ChatRequest, template: str, tokenizer: Tokenizer) -> Mappi
 
 
 def failed(error: Exception) -> Refusal:
+    if isinstance(error, Full):
+        headers = {"Retry-After": str(error.after_s)}
+        return Refusal(429, str(error), kind="rate_limit_error", code="queue_full", headers=headers)
     if isinstance(error, Stopping):
         headers = {"Retry-After": "10"}
         return Refusal(503, error.message, kind="server_error", code="stopping", headers=headers)
