@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from starlette.testclient import TestClient
@@ -23,6 +26,7 @@ from halfbyte.studio.jobs import Jobs
 from halfbyte.studio.worker import Worker
 from halfbyte.studio.workspace import SETTABLE, Workspace
 from tests.report import made
+from tests.studio.driven import Server
 
 KEY = "k" * 24
 TRAIN = {"words": ["train", "recipes/rows.yaml", "--output", "runs/rows"]}
@@ -176,7 +180,7 @@ def test_bases_that_may_be_named(studio: Studio, tmp_path: Path) -> None:
     space = Workspace(studio.workspace.folder, (tmp_path / "others",))
     for name in ("smollm2-135m", "org/name", "org/name@main", "mine", str(tmp_path / "others" / "x.gguf")):
         assert space.base(name) == name
-    assert {"smollm2-135m", "mine"} <= set(space.listing()["bases"])
+    assert {"smollm2-135m", "mine", str(tmp_path / "others" / "x.gguf")} <= set(space.listing()["bases"])
     with pytest.raises(Refusal):
         studio.workspace.base(str(tmp_path / "others" / "x.gguf"))
 
@@ -227,7 +231,30 @@ def test_nothing_is_deleted_without_its_name_said_again(client: TestClient, stud
     assert client.request("DELETE", "/api/runs/a", json={"confirm": "a"}).status_code == 200 and not run.path.exists()
 
 
+def test_columns_are_those_of_a_dropped_file(client: TestClient, studio: Studio, tmp_path: Path) -> None:
+    client.put("/api/data/rows.csv", content=b"frage,antwort\n1,2\n")
+    assert client.get("/api/data/rows.csv").json() == {"columns": ["frage", "antwort"]}
+    client.put("/api/data/torn.json", content=b"[" * 9_000)
+    assert client.get("/api/data/torn.json").status_code in (200, 422)
+    (tmp_path / "secret.csv").write_text("a,b\n")
+    (studio.workspace.folder / "data" / "link.csv").symlink_to(tmp_path / "secret.csv")
+    assert client.get("/api/data/link.csv").json()["error"]["code"] == "link"
+    assert client.get("/api/data/none.csv").status_code == 404
+    assert client.get("/api/data/..%2Fsecret.csv").status_code in (400, 404)
+
+
 # ------------------------------------------------------------------------------------------------- recipes
+def test_a_preset_and_how_rows_are_read_are_said_to_init(client: TestClient, studio: Studio) -> None:
+    client.put("/api/data/rows.csv", content=b"frage,antwort\n1,2\n")
+    said = ["--for=style", '--set=data.fields.prompt="frage"', "--set=data.format=text"]
+    words = [*init("smollm2-135m")["words"], *said]
+    assert client.post("/api/commands", json={"words": words}).status_code == 200
+    assert studio.worker.asked == [tuple(words)]  # type: ignore[attr-defined]
+    before = studio.state()["changed"]["rows.yaml"]
+    client.patch("/api/recipes/rows.yaml", json={"lora.r": 4})
+    assert studio.state()["changed"]["rows.yaml"] == client.get("/api/recipes/rows.yaml").json()["changed"] > before
+
+
 def test_short_commands_are_answered_by_the_worker(client: TestClient, studio: Studio) -> None:
     client.put("/api/data/rows.csv", content=b"question,answer\n1,2\n")
     assert client.post("/api/commands", json=init("smollm2-135m")).json()["recipe"] == "recipes/rows.yaml"
@@ -241,7 +268,9 @@ BAD_WORDS: list[object] = [
     ["train", "recipes/rows.yaml", "--set", "trust_remote_code=true"], ["serve", "runs/a", "--host", "0.0.0.0"],
     ["train", "recipes/../x.yaml"], ["train", "smollm2-135m", "data/rows.csv"], ["export", "runs/a", "--out=/tmp/x"],
     ["merge", "runs/a", "--out", "runs/../x"], ["init", "/tmp/x.yaml"], ["train", "/etc/passwd"],
-    ["init", "recipes/x.yaml", "--data=/etc/passwd"],
+    ["init", "recipes/x.yaml", "--data=/etc/passwd"], ["init", "recipes/x.yaml", "--set=model=/etc"],
+    ["init", "recipes/x.yaml", "--set=data.chat_template=/etc/passwd"], ["init", "recipes/x.yaml", "--for=../x"],
+    ["train", "recipes/rows.yaml", "--set=data.format=text"], ["store", "gc"], ["store", "list", "--unused-days=0"],
 ]  # fmt: skip
 
 
@@ -387,3 +416,29 @@ def test_the_key_is_its_owners_and_stays(studio: Studio) -> None:
     key = studio.workspace.begin()
     assert len(key) >= 24 and studio.workspace.begin() == key
     assert (studio.workspace.folder / ".studio" / "key").stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.slow  # writes two gigabytes
+@pytest.mark.parametrize("declared", [True, False])
+def test_two_gigabytes_and_more_are_refused_in_little_memory(tmp_path: Path, declared: bool) -> None:
+    server = Server(tmp_path)
+    process, peak, size = psutil.Process(server.process.pid), 0, 2_100_000_000
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    length = {"Content-Length": str(size)} if declared else {}
+
+    def parts() -> Iterator[bytes]:
+        nonlocal peak
+        for _ in range(size // 1_000_000):
+            peak = max(peak, process.memory_info().rss)
+            yield bytes(1_000_000)
+
+    try:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it does not read on
+            headers = {"Authorization": f"Bearer {server.key}", **length}
+            connection.request("PUT", "/api/data/big.csv", parts(), headers, encode_chunked=not declared)
+        if not declared:
+            assert connection.getresponse().status == 413
+        until(lambda: not list((tmp_path / "data").iterdir()))
+        assert peak < 400_000_000
+    finally:
+        server.end()

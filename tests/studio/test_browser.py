@@ -1,59 +1,24 @@
 """The studio in headless Chromium: from a dropped file to an adapter, a compared answer and an exported file, without a
 terminal; a reload and a killed server meanwhile; what axe-core finds. Needs playwright (PyPI) and a browser; axe-core
-comes from npm. STUDIO_SHOTS=DIR keeps pictures: light, dark, 390 wide."""
+comes from npm."""
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import os
 import re
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from tests import tiny_run
 from tests.report import made
 from tests.serving.http.test_page import CHROMIUM
+from tests.studio.driven import MINUTE, MOVE, Server, look, of_a_kill
 
-playwright = pytest.importorskip("playwright.sync_api")
+pytest.importorskip("playwright.sync_api")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not CHROMIUM, reason="no Chromium here")]
-MINUTE = 60_000
-SHOTS = os.environ.get("STUDIO_SHOTS")
-MOVE = """(input, value) => {
-  input.value = value;
-  for (const name of ["input", "change"]) input.dispatchEvent(new Event(name, { bubbles: true }));
-}"""
-
-
-class Server:
-    """`halfbyte studio` in a folder, at one port; killed and started anew."""
-
-    def __init__(self, folder: Path) -> None:
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            self.port = sock.getsockname()[1]
-        self.folder, self.url = folder, f"http://127.0.0.1:{self.port}/"
-        self.start()
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "halfbyte", "studio", str(self.folder), "--port", str(self.port)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert self.process.stdout is not None
-        self.key = self.process.stdout.readline().rstrip().partition("#key=")[2]
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -62,64 +27,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     tiny_run.checkpoint(folder / "tiny")
     server = Server(folder)
     yield server
-    server.process.send_signal(signal.SIGTERM)
-    server.process.wait(20)
-    for lock in (folder / ".studio" / "jobs").glob("*/lock"):  # what a test that failed has left
-        if (lock.parent / "code").exists():
-            continue
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(int(lock.read_text()), signal.SIGKILL)
-
-
-@pytest.fixture(scope="module")
-def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """axe-core's script; empty where npm has none."""
-    folder = tmp_path_factory.mktemp("axe")
-    if shutil.which("npm") is None:
-        return ""
-    packed = subprocess.run(["npm", "pack", "axe-core@4"], cwd=folder, capture_output=True, check=False)
-    if packed.returncode:
-        return ""
-    shutil.unpack_archive(next(folder.glob("*.tgz")), folder)
-    return (folder / "package" / "axe.min.js").read_text()
-
-
-@pytest.fixture
-def page(server: Server) -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1200, "height": 900})
-        page.problems = []
-
-        def asked(request: Any) -> None:
-            page.problems += [] if request.url.startswith(server.url) else [request.url]
-
-        page.on("console", lambda message: page.problems.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: page.problems.append(str(error)))
-        page.on("request", asked)
-        page.goto(f"{server.url}#key={server.key}")
-        yield page
-        browser.close()
-
-
-def look(page: Any, axe: str, name: str) -> None:
-    """Pictures, and that axe-core finds nothing serious in any of them; nothing is wider than the window."""
-    for scheme in ("light", "dark"):
-        page.emulate_media(color_scheme=scheme)
-        for width in (1200, 390):
-            page.set_viewport_size({"width": width, "height": 900})
-            page.wait_for_timeout(150)
-            if SHOTS:
-                page.screenshot(path=f"{SHOTS}/{name}-{scheme}-{width}.png", full_page=True)
-            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), (name, width)
-            if axe:
-                page.evaluate(axe)
-                found = page.evaluate("axe.run().then((r) => r.violations)")
-                serious = [v for v in found if v["impact"] in ("serious", "critical")]
-                nodes = [(v["id"], v["nodes"][0]["html"], v["nodes"][0].get("failureSummary")) for v in serious]
-                assert not serious, (name, scheme, width, nodes)
-    page.emulate_media(color_scheme="light")
-    page.set_viewport_size({"width": 1200, "height": 900})
+    server.end()
 
 
 def rows(path: Path, count: int) -> Path:
@@ -181,7 +89,7 @@ def test_from_a_dropped_file_to_an_answer_and_an_export(server: Server, page: An
     page.locator("#jobs >> text=Stop").first.click()
     page.wait_for_selector("#jobs:not(:has(.running))", timeout=MINUTE)
     look(page, axe, "commands")
-    assert page.problems == [p for p in page.problems if "Failed to load resource" in p or "ERR_" in p]  # of the kill
+    assert of_a_kill(page.problems) == []
 
 
 BAD_FILES = {
@@ -239,39 +147,3 @@ def test_runs_are_compared_and_deleted_when_that_is_confirmed(server: Server, pa
         page.wait_for_timeout(500)
         assert (server.folder / "runs" / "left").exists() is left
     assert not page.problems
-
-
-def test_how_soon_a_plan_is_shown(server: Server, page: Any, tmp_path: Path, record_property: Any) -> None:
-    """A figure, not a bound: `pytest -s` prints the seconds from the drop of 10,000 rows to the plan. Before the drop
-    are three seconds, in which a person looks for the file."""
-    page.wait_for_selector("#state.ready")
-    page.wait_for_timeout(3_000)
-    page.fill("#base", os.environ.get("STUDIO_BASE", "tiny"))
-    file = rows(tmp_path / "many.csv", 10_000)
-    began = time.monotonic()
-    page.set_input_files("#file", file)
-    page.wait_for_selector("#plan dd[data-of=memory]", timeout=2 * MINUTE)
-    seconds = time.monotonic() - began
-    record_property("seconds", seconds)
-    print(f"\nplan shown {seconds:.2f} s after the drop of 10,000 rows", end=" ")
-    page.wait_for_selector("#examples .piece.on", timeout=2 * MINUTE)
-    print(f"rows {time.monotonic() - began:.2f} s")
-
-
-def test_how_soon_a_step_is_seen_and_what_that_costs(server: Server, page: Any) -> None:
-    """Figures, not bounds: from a row of the metrics to the chart; the server's share of a core meanwhile."""
-    run = made.run(server.folder / "runs" / "steps", made.metrics(2000), steps=5000)
-    page.goto(f"{server.url}#run/steps")
-    page.wait_for_selector("#charts svg", timeout=MINUTE)
-    process, waits = psutil.Process(server.process.pid), list[float]()
-    before, began = sum(process.cpu_times()[:2]), time.monotonic()
-    for step in range(2001, 2021):
-        row = {**made.metrics(1)[0], "step": step, "loss": step / 1000}
-        wrote = time.monotonic()
-        run.append_metrics(row)
-        page.wait_for_selector(f"#charts svg[aria-label^='Loss: each step {step / 1000:g}']", timeout=MINUTE)
-        waits.append(time.monotonic() - wrote)
-        time.sleep(0.8)
-    share = (sum(process.cpu_times()[:2]) - before) / (time.monotonic() - began)
-    mean = sum(waits) / len(waits)
-    print(f"\na step is seen after {mean:.2f} s, at most {max(waits):.2f}; the server takes {share:.1%} of a core")

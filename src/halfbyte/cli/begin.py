@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -19,9 +19,9 @@ import typer
 import yaml
 
 from halfbyte.cli import show
-from halfbyte.cli.options import Json
+from halfbyte.cli.options import Json, Set
 from halfbyte.errors import DataError, HalfbyteError, RecipeError, typed
-from halfbyte.recipe.start import START
+from halfbyte.recipe.start import START, preset, presets
 from halfbyte.types import Document
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 MODEL, ROWS = "smollm2-135m", "train.jsonl"
 HELD_OUT = ("test", "eval", "valid", "validation", "dev")
 MOST_FIXES = 3
+PAIRS = {"classify": ("text", "label"), "regress": ("text", "label"), "embed": ("query", "passage")}  # of other tasks
 COUNTED_WRONG = 1.3  # an estimate of tokens by characters, and a chat template, may be so many times too low
 
 
@@ -39,9 +40,15 @@ class Draft:
 
     model: str
     data: str
-    values: dict[str, object] = field(default_factory=lambda: {name: start.value for name, start in START.items()})
+    first: dict[str, object] = field(default_factory=dict)
+    """Values that somebody gave, or a preset; stronger than `START`."""
+    values: dict[str, object] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
     plan: Plan | None = None
+
+    def __post_init__(self) -> None:
+        usual = {name: start.value for name, start in START.items() if not start.others & self.first.keys()}
+        self.values = self.values or usual | self.first
 
     @property
     def sets(self) -> list[str]:
@@ -57,14 +64,23 @@ def init(
     machine: Annotated[
         str | None, typer.Option(help="Where it will train: 24GB or 4x80GB for cards, cpu:16GB; default: here.")
     ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option("--for", metavar="NAME", help=f"A preset: {', '.join(presets())}.", autocompletion=presets),
+    ] = None,
+    set_: Set = [],  # noqa: B006  typer copies it
     json_: Json = False,
 ) -> None:
     """Write a commented recipe to start from; at a terminal it asks for what is not given."""
     from halfbyte.recipe import command
 
+    first = first_values(kind, set_)
     command.check_new(path)
     asks = sys.stdin.isatty() and show.out.is_terminal and None in (model, data, machine) and not json_
-    draft = asked(model, data, machine) if asks else given(model, data, machine)
+    draft = asked(model, data, machine, first) if asks else given(model, data, machine, first)
+    if kind is not None:
+        start = preset(kind)
+        draft.remarks.insert(0, f"for {kind}: {start.what}" + (start.measured and f"; measured: {start.measured}"))
     run = Path("runs") / Path(draft.data).stem
     if run.exists():  # a run is never overwritten
         free = next(number for number in count(2) if not run.with_name(f"{run.name}-{number}").exists())
@@ -108,9 +124,20 @@ def import_config(
         show.text(f"  next: halfbyte data check {typed(out)}   then   halfbyte train {typed(out)}")
 
 
-def given(model: str | None, data: str | None, machine: str | None) -> Draft:
+def first_values(kind: str | None, overrides: Sequence[str]) -> dict[str, object]:
+    """What a preset and `--set` say, by dotted name. Raises RecipeError: no such preset, no such field."""
+    from halfbyte.recipe.command import NO_ROWS
+    from halfbyte.recipe.file import recipe_from
+
+    values = dict(preset(kind).values) if kind is not None else {}
+    values |= {name: yaml.safe_load(text) for name, _, text in (pair.partition("=") for pair in overrides)}
+    recipe_from(MODEL, NO_ROWS, Draft("", "", values).sets)
+    return values
+
+
+def given(model: str | None, data: str | None, machine: str | None, first: dict[str, object]) -> Draft:
     """The draft of what the options say. Rows that are not named need not be there yet."""
-    draft = Draft(model or MODEL, data or ROWS)
+    draft = Draft(model or MODEL, data or ROWS, first)
     if data is None and not Path(ROWS).is_file():
         draft.remarks.append(f"{ROWS} is not here yet: name your rows under data.train")
         return draft
@@ -124,19 +151,19 @@ def given(model: str | None, data: str | None, machine: str | None) -> Draft:
     return draft
 
 
-def asked(model: str | None, data: str | None, machine: str | None) -> Draft:
+def asked(model: str | None, data: str | None, machine: str | None, first: dict[str, object]) -> Draft:
     """The draft of three answers; one that cannot be is told at once and asked for again."""
     from halfbyte.models.sources.pypi import MODELS
     from halfbyte.system.device import detect
 
-    draft = Draft(model or "", data or "")
+    draft = Draft(model or "", data or "", first)
 
     def model_is(answer: str) -> None:
         draft.model = answer
         look_at_model(answer)
 
     def rows_are(answer: str) -> None:
-        draft.values, draft.remarks = Draft("", "").values, []
+        draft.values, draft.remarks = Draft("", "", first).values, []
         draft.data = answer
         look_at_rows(draft, _agrees)
 
@@ -227,7 +254,7 @@ def _how_read(draft: Draft, name: str, ask: Callable[[str], bool] | None) -> Doc
     from halfbyte.recipe.file import recipe_from
 
     try:
-        read.look(name, recipe_from(draft.model, name).recipe.data)
+        read.look(name, recipe_from(draft.model, name, draft.sets).recipe.data)
         return {}
     except read.Unclear as unclear:
         pair = unclear.asking, unclear.answering
@@ -238,11 +265,12 @@ def _how_read(draft: Draft, name: str, ask: Callable[[str], bool] | None) -> Doc
         how = f"; to learn {pair[0]} alone: data.format: text"
     except DataError:
         guess, how = read.likely(name), ""
-        if guess is None:
+        if guess is None or {"data.fields", "data.format"} & draft.values.keys():
             raise
         pair = guess
-    way: Document = {"fields": {"prompt": pair[0], "completion": pair[1]}}
-    read.look(name, recipe_from(draft.model, name, [f"data.fields={way['fields']}"]).recipe.data)
+    names = PAIRS.get(str(draft.values.get("task")), ("prompt", "completion"))
+    way: Document = {"fields": dict(zip(names, pair, strict=True))}
+    read.look(name, recipe_from(draft.model, name, [*draft.sets, f"data.fields={way['fields']}"]).recipe.data)
     draft.remarks.append(f"{name}: the column {pair[0]} asks, {pair[1]} answers{how}")
     return way
 
@@ -263,7 +291,7 @@ def fit(draft: Draft, machine: str | None) -> None:
         loaded = recipe_from(trial.model, trial.data, trial.sets)
         return estimate.plan_model(number_format.settle(loaded, device=machine), device=machine)
 
-    trial = Draft(draft.model, draft.data, dict(draft.values), list(draft.remarks))
+    trial = Draft(draft.model, draft.data, draft.first, dict(draft.values), list(draft.remarks))
     recipe = recipe_from(trial.model, trial.data, trial.sets).recipe
     context = context_in(describe.describe(recipe.model, recipe.revision).config)
     longest = round(COUNTED_WRONG * estimate.longest_row(recipe))

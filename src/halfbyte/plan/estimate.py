@@ -200,6 +200,8 @@ def _texts(row: Row) -> tuple[str, ...]:
     """What a row of any format asks and what it answers; its text alone, of plain text."""
     if row.text is not None:
         return (row.text,)
+    if row.parts:  # of a label nothing is written
+        return ("\n".join(row.parts),)
     if row.messages is not None:
         *before, answer = [str(message.content or "") for message in row.messages]
         return "".join(before), answer

@@ -147,8 +147,10 @@ def init_template(model: str, data: str, values: Mapping[str, object], remarks: 
         "# Check it before training:  halfbyte train THIS_FILE --dry-run",
         *(f"# {line}" for remark in remarks for line in remark.splitlines()),
         f"model: {_scalar(model)}    # {about['model']}",
+        *(f"task: {_scalar(values[name])}    # {about[name]}" for name in ("task",) if name in values),
     ]
-    for section, names in _INIT_SHOWN.items():
+    for section in dict.fromkeys([*_INIT_SHOWN, *(name.partition(".")[0] for name in values if "." in name)]):
+        names = _INIT_SHOWN.get(section, ())
         lines.append(f"{section}:    # {about[section]}")
         given = {name.partition(".")[2]: _scalar(v) for name, v in values.items() if name.startswith(f"{section}.")}
         for name in dict.fromkeys([*names, *given]):

@@ -1,4 +1,5 @@
-"""What a recipe begins with where nobody wrote one: `halfbyte train MODEL ROWS`, `plan MODEL`, the recipe of `init`.
+"""What a recipe begins with where nobody wrote one: `halfbyte train MODEL ROWS`, `plan MODEL`, the recipe of `init`;
+and of `init --for NAME`, a file each in `presets/`.
 
 Why: the fields' own defaults are the classic script's, and a recipe that leaves one of them out keeps it. Who writes
 none wants the best adapter after the minutes that he waits; what that takes is measured.
@@ -7,9 +8,15 @@ Source: docs/log/2026-11.md, "Defaults that are measured": each has won on two m
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 
+import yaml
+
+from halfbyte.errors import RecipeError
 from halfbyte.recipe.number_formats import AUTO, UNSET
+
+PRESETS = Path(__file__).parent / "presets"
 
 
 @dataclass(frozen=True)
@@ -35,3 +42,25 @@ START: Mapping[str, StartValue] = MappingProxyType(
         ),
     }
 )
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A start for one kind of task. `rows`: columns that it reads. `measured`: time and score, with the packaged model.
+    `values`: by dotted name, stronger than `START`."""
+
+    what: str
+    rows: str
+    measured: str
+    values: Mapping[str, object]
+
+
+def presets() -> list[str]:
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def preset(name: str) -> Preset:
+    """The preset of this name. Raises RecipeError: there is none."""
+    if name not in presets():
+        raise RecipeError(f"--for {name}: there is no such preset; allowed: {', '.join(presets())}.")
+    return Preset(**yaml.safe_load((PRESETS / f"{name}.yaml").read_text(encoding="utf-8")))

@@ -19,17 +19,13 @@ from halfbyte.report import page, record
 
 REST = 20.0  # a page is made again after at least so many times as long as it took
 MIN_REST_S = 2.0
-WAITING = (
-    "<!doctype html><meta charset=utf-8><meta http-equiv=refresh content=2><title>halfbyte</title>"
-    "<main>The run has not begun: its model is being opened.</main>"
-)
 
 
 class _PageCache:
     """The page as it was last made. One thread makes it; others get the last one."""
 
     def __init__(self, run: Path) -> None:
-        self.run, self.text = run, WAITING
+        self.run, self.text = run, page.render("waiting.html", (), live=True)
         self.due, self.lock = 0.0, threading.Lock()
 
     def now(self) -> str:
@@ -40,7 +36,7 @@ class _PageCache:
                 took = time.monotonic() - began
                 self.due = time.monotonic() + max(MIN_REST_S, REST * took)
             except RunError:  # there is no folder yet
-                self.text = WAITING
+                pass
             finally:
                 self.lock.release()
         return self.text

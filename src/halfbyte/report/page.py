@@ -16,7 +16,7 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-from jinja2 import ChainableUndefined, Environment, FileSystemLoader, Undefined
+from jinja2 import Environment, Undefined
 from markupsafe import Markup
 
 from halfbyte.recipe.fields import shown
@@ -85,17 +85,16 @@ def render(name: str, charts: Sequence[plots.Chart], **values: object) -> str:
     style = web.text("style.css")
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; connect-src 'self'"
     ours = {"script": Markup(script), "style": Markup(style)}  # files of this package  # nosec B704
-    drawn = {"wide": plots.svg(charts[0], width=900, height=320), "charts": [plots.svg(chart) for chart in charts]}
+    drawn: Document = {"charts": [plots.svg(chart) for chart in charts]}
+    if charts:
+        drawn["wide"] = plots.svg(charts[0], width=900, height=320)
     now = time.strftime("%Y-%m-%d %H:%M")
     return environment().get_template(name).render(**ours, **drawn, policy=policy, made=now, **values)
 
 
 @cache
 def environment() -> Environment:
-    loader = FileSystemLoader(WEB)
-    jinja = Environment(
-        loader=loader, autoescape=True, undefined=ChainableUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    jinja = web.templates(WEB)
     jinja.filters |= {"gb": gb, "shown": shown, "cut": cut, "number": number, "beside": beside}
     return jinja
 

@@ -6,6 +6,7 @@ are passed on to it. `guard.py` is before all of them.
 
 import http.client
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from starlette.requests import Request as Http
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
+from halfbyte.data.reading import read
 from halfbyte.errors import HalfbyteError
 from halfbyte.recipe.file import load_recipe
 from halfbyte.runs import listing
@@ -42,11 +44,13 @@ PAGE = {"": WEB / "index.html", "studio.js": WEB / "studio.js"} | {
 # bars have their width in a style attribute, as in a report, whose page is shown inside this one
 POLICY = pages.POLICY.replace("style-src 'self'", "style-src 'self' 'unsafe-inline'")
 PASSED_ON = {"models": "GET", "chat/completions": "POST"}
-SHORT, LONG = ("init", "data", "report", "compare"), ("train", "eval", "serve", "merge", "export", "verify")
+SHORT = ("init", "data", "report", "compare", "store")
+LONG = ("train", "eval", "serve", "merge", "export", "verify")
 FLAGS = frozenset({
-    "check", "--json", "--row", "--output", "--resume", "--base", "--port", "--peft", "--ollama", "--gguf",
+    "check", "list", "--json", "--row", "--output", "--resume", "--base", "--port", "--peft", "--ollama", "--gguf",
     "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0",
 })  # fmt: skip
+HOW_READ = re.compile(r"--set=data\.(fields\.[a-z_]+|format)=.*|--for=\w+")  # said of `init`
 ANSWER_S = 600
 
 
@@ -66,8 +70,12 @@ class Studio:
     def recipe(self, name: str) -> Document:
         path = self.workspace.folder / self.workspace.path("recipes", name)
         load_recipe(path)  # tells in words what is wrong with it
-        text = path.read_text(encoding="utf-8")
-        return {"values": yaml.safe_load(text), "text": text}
+        text, changed = path.read_text(encoding="utf-8"), path.stat().st_mtime
+        return {"values": yaml.safe_load(text), "text": text, "changed": changed}
+
+    def columns(self, name: str) -> Document:
+        """The columns of a dropped file, by its first row."""
+        return {"columns": read.columns(str(self.workspace.folder / self.workspace.path("data", name)))}
 
     def change(self, asked: Document, name: str) -> Document:
         self.workspace.change(name, asked)
@@ -86,7 +94,7 @@ class Studio:
                 space.rows(value)
             elif kind in SUFFIXES:
                 space.path(kind, name, new=before in ("init", "--output"))
-            elif word not in FLAGS and not word.isdigit():
+            elif word not in FLAGS and not word.isdigit() and not (words[0] == "init" and HOW_READ.fullmatch(word)):
                 raise Refusal(400, f"{word[:80]!r} is not said from here.", code="words")
         return list(map(str, words))
 
@@ -147,6 +155,7 @@ def application(studio: Studio) -> Starlette:
         Route("/api/events", listen),
         Route("/api/page", show),
         Route("/api/data/{name}", upload, methods=["PUT"]),
+        _route("/api/data/{name}", "GET", lambda asked, name: studio.columns(name)),
         _route("/api/commands", "POST", studio.run),
         _route("/api/recipes/{name}", "GET", lambda asked, name: studio.recipe(name)),
         _route("/api/recipes/{name}", "PATCH", studio.change),

@@ -25,7 +25,8 @@ class Worker:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def run(self, *words: str) -> Document:
-        """The JSON document of a command; empty where it printed text. Raises Refusal: the command's error."""
+        """The JSON document of a command, a list as its `entries`; empty where it printed text. Raises Refusal: the
+        command's error."""
         with self._lock:
             if self._process is None or self._process.poll() is not None:
                 pipes = (subprocess.PIPE, subprocess.PIPE, subprocess.DEVNULL)
@@ -37,7 +38,8 @@ class Worker:
                 answer = json.loads(self._process.stdout.readline())
             except (OSError, ValueError):
                 raise Refusal(500, f"halfbyte {words[0]} was ended: by its time, or for want of memory.") from None
-        document: Document = json.loads(answer["out"]) if answer["out"].startswith("{") else {}
+        printed = json.loads(answer["out"]) if answer["out"].startswith(("{", "[")) else {}
+        document: Document = printed if isinstance(printed, dict) else {"entries": printed}
         failure = {"message": answer["err"].strip()} if answer["code"] and not document else None
         if error := document.get("error", failure):
             raise Refusal(422, error["message"], code=error.get("kind"), param=error.get("fix"))

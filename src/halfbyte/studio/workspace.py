@@ -18,6 +18,7 @@ import yaml
 from halfbyte.models.sources import hub, pypi
 from halfbyte.recipe.command import ROW_SUFFIXES
 from halfbyte.recipe.file import load_recipe
+from halfbyte.recipe.start import presets
 from halfbyte.runs.folder import RunFolder
 from halfbyte.serving.http.refusal import Refusal
 from halfbyte.system import files
@@ -87,13 +88,15 @@ class Workspace:
         return str(name) if _HUB_ROWS.fullmatch(str(name)) else str(self.path("data", str(name).removeprefix("data/")))
 
     def listing(self) -> Document:
-        """Files and recipes, the newest first; and bases that are here."""
-        there: Document = {"folder": str(self.folder), "bases": [*pypi.MODELS]}
-        there["bases"] += [p.name for p in self.folder.glob("*.gguf")]
-        there["bases"] += [p.parent.name for p in self.folder.glob("*/config.json")]
+        """Files and recipes, the newest first, and when recipes have changed; bases that are here; presets."""
+        there: Document = {"folder": str(self.folder), "bases": [*pypi.MODELS], "presets": presets()}
+        for root in (self.folder, *self.bases):
+            names = [*root.glob("*.gguf"), *(path.parent for path in root.glob("*/config.json"))]
+            there["bases"] += [p.name if root == self.folder else str(p) for p in sorted(names)]
         for kind in SUFFIXES:
             paths = sorted((self.folder / kind).iterdir(), key=lambda path: -path.lstat().st_mtime)
             there[kind] = [p.name for p in paths if _NAME.fullmatch(p.name) and not p.is_symlink()]
+        there["changed"] = {name: (self.folder / "recipes" / name).stat().st_mtime for name in there["recipes"]}
         return there
 
     async def upload(self, name: str, size: int, parts: AsyncIterator[bytes]) -> Path:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from halfbyte.serving.http.pages import TALK, TYPES
+from halfbyte.web import files as web
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
@@ -54,7 +55,7 @@ class Server(BaseHTTPRequestHandler):
             self.send(DRIVE, "text/javascript")
         else:
             file = TALK[self.path.strip("/")]
-            text = file.read_text().replace("</head>", '<script src="/drive.js" defer></script></head>')
+            text = web.content(file).decode().replace("</head>", '<script src="/drive.js" defer></script></head>')
             self.send(text, TYPES[file.suffix])
 
     def do_POST(self) -> None:

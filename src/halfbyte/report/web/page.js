@@ -6,7 +6,8 @@ if (every) {
     try {
       const answer = await fetch(location.href, { cache: "no-store" });
       if (answer.ok) {
-        const fresh = new DOMParser().parseFromString(await answer.text(), "text/html").querySelector("main");
+        const page = new DOMParser().parseFromString(await answer.text(), "text/html"), fresh = page.querySelector("main");
+        document.title = page.title;
         const open = [...document.querySelectorAll("details")].map((d) => d.open);
         document.querySelector("main").replaceWith(fresh);
         document.querySelectorAll("details").forEach((d, i) => { if (i < open.length) d.open = open[i]; });

@@ -35,7 +35,7 @@ def routes(files: Mapping[str, Path], below: str = "/", policy: str = POLICY) ->
 
 async def _file(path: Path, policy: str, http: Http) -> Response:
     headers = {"Content-Security-Policy": policy}
-    return Response(path.read_bytes(), media_type=TYPES[path.suffix], headers=headers)
+    return Response(web.content(path), media_type=TYPES[path.suffix], headers=headers)
 
 
 def config(app: ASGIApp, settings: Settings, lifespan: Literal["on", "off"] = "on") -> uvicorn.Config:

@@ -14,8 +14,12 @@ const SETTINGS = [ // field, words, choices of a slider or a list; none: text
   ["data.eval", "held out: auto, none, 5% or a file's name", null],
 ];
 const CHARTS = [["Loss", "nats a trained token", "loss"], ["Learning rate", "", "learning_rate"], ["Gradient norm", "before clipping", "grad_norm"], ["Speed", "tokens/s", "tokens_per_second"], ["Memory", "GB", "rss_bytes"]];
-let now = { data: [], recipes: [], runs: [], jobs: [], bases: [], names: [], folder: "" };
-let recipe = "", run = "", curves = {}, drawn = 0, listening = null, checking = 0;
+const ROLES = { prompt: "asks", completion: "answers", instruction: "asks", input: "is beside it", output: "answers", text: "holds the text", label: "holds the label", messages: "holds the messages", conversations: "holds the conversation", query: "is searched with", passage: "is to be found", chosen: "holds the better answer", rejected: "holds the worse answer" };
+const FORMATS = { auto: ["prompt", "completion"], prompt_completion: ["prompt", "completion"], messages: ["messages"], sharegpt: ["conversations"], alpaca: ["instruction", "input", "output"], text: ["text"], labels: ["text", "label"], vectors: ["query", "passage"], preference: ["prompt", "chosen", "rejected"] };
+const OF_KIND = { classify: "labels", embed: "vectors" }; // the format that a preset reads
+const GGUF = ["Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "F16", "BF16"];
+let now = { data: [], recipes: [], runs: [], jobs: [], bases: [], names: [], presets: [], changed: {}, folder: "" };
+let recipe = "", run = "", curves = {}, drawn = 0, listening = null, checking = 0, lost = false, shownAt = 0, gguf = GGUF[0], stored = [];
 
 // -------------------------------------------------------------------------------------------------- the server
 async function call(method, path, body) {
@@ -67,6 +71,7 @@ async function listen() {
     if (response.status === 401) return needKey();
     if (!response.ok) throw new Error();
     state("connected", "ready");
+    if (lost) again();
     for await (const data of events(response)) {
       const news = JSON.parse(data);
       if (news.state) stateIs(news.state);
@@ -79,21 +84,38 @@ async function listen() {
     if (!mine.signal.aborted && !/fetch|network/i.test(error.message)) console.error(error);
   }
   if (mine.signal.aborted) return;
+  lost = true;
   state("not connected; trying again", "bad");
   setTimeout(() => mine === listening && listen(), 1000);
 }
+
+// The server is there again: what was asked of it meanwhile is asked once more.
+const again = attempt(async () => {
+  lost = false;
+  if (recipe) await openRecipe(recipe);
+});
 
 // -------------------------------------------------------------------------------------------------- what is there
 function stateIs(value) {
   now = value;
   $("folder").textContent = "in " + now.folder;
   $("where").textContent = "in " + now.folder;
-  if ($("bases").children.length !== now.bases.length) $("bases").replaceChildren(...now.bases.map((name) => new Option(name, name)));
-  options($("rows"), ["", ...now.data], "choose");
+  showBases();
+  options($("rows"), ["", ...now.data], "choose", recipe ? undefined : $("rows").value || chosen.rows);
+  if (!recipe && $("rows").value && $("columns").dataset.of !== $("rows").value) showColumns($("rows").value, chosen.fields);
+  options($("kind"), ["", ...now.presets], "any task", recipe ? undefined : $("kind").value || chosen.kind);
   options($("recipe"), ["", ...now.recipes], "a new one", recipe);
+  if (recipe && now.changed[recipe] > shownAt && $("pending").hidden) attempt(() => openRecipe(recipe))(); // by another tab, or an editor
+  const going = now.jobs.find((job) => job.state === "running" && job.words[0] === "train" && job.words[1] === "recipes/" + recipe);
+  $("going").textContent = going ? "it is being trained: see Runs" : "it goes on without this page";
   listRuns();
   listJobs();
   if (run) showRun();
+}
+
+function showBases() {
+  const bases = [...new Set([...now.bases, ...stored])];
+  if ($("bases").children.length !== bases.length) $("bases").replaceChildren(...bases.map((name) => new Option(name, name)));
 }
 
 function options(select, names, none, chosen) {
@@ -178,6 +200,9 @@ async function drop(files) {
     const response = await fetch("api/data/" + encodeURIComponent(name), { method: "PUT", headers: headers(), body: file });
     const taken = (await read(response)).name;
     $("upload").textContent = taken + " is in data/";
+    leaveRecipe();
+    now.data.unshift(taken);
+    options($("rows"), ["", ...new Set(now.data)], "choose", taken);
     await begin(taken);
   } catch (error) {
     $("upload").textContent = "";
@@ -185,17 +210,65 @@ async function drop(files) {
   }
 }
 
+// What is chosen before there is a recipe, kept for a reload of this tab.
+const chosen = JSON.parse(sessionStorage.getItem("chosen") || "{}");
+function keep(values) {
+  sessionStorage.setItem("chosen", JSON.stringify(Object.assign(chosen, values)));
+}
+
+const shape = () => OF_KIND[$("kind").value] || $("format").value || "auto";
+const columnsChosen = () => Object.fromEntries([...$("columns").querySelectorAll("select")].filter((s) => s.value).map((s) => [s.name, s.value]));
+
+async function showColumns(rows, fields) {
+  const columns = rows ? (await call("GET", "data/" + encodeURIComponent(rows)).catch(() => ({ columns: [] }))).columns : [];
+  $("columns").hidden = !columns.length;
+  $("columns").dataset.of = rows;
+  $("columns").replaceChildren(...FORMATS[shape()].map((role) => {
+    const label = document.createElement("label");
+    label.textContent = "the column that " + ROLES[role] + " ";
+    const select = put(label, "select", "");
+    select.name = role;
+    options(select, ["", ...columns], "told by its name", (fields || {})[role]);
+    select.addEventListener("change", attempt(readAs));
+    return label;
+  }));
+}
+
+async function readAs() { // another format, other columns: of the recipe, or of the one that is to be begun
+  if (recipe) return change("data.fields", Object.keys(columnsChosen()).length ? columnsChosen() : null);
+  keep({ format: $("format").value, fields: columnsChosen() });
+  const open = [...$("columns").querySelectorAll("select")].filter((s) => !s.value && s.name !== "input" && ![...s.options].some((o) => o.value === s.name));
+  if ($("rows").value && !open.length) await begin($("rows").value);
+}
+
 async function begin(rows) {
   pending(true);
+  keep({ base: $("base").value.trim(), rows, kind: $("kind").value, format: $("format").value, fields: columnsChosen() });
   try {
     const name = free(now.recipes, rows.replace(/\..*/, ""), ".yaml");
-    const begun = await ask("init", "recipes/" + name, "--model=" + $("base").value.trim(), "--data=data/" + rows, "--json");
+    const words = ["init", "recipes/" + name, "--model=" + chosen.base, "--data=data/" + rows];
+    if (chosen.kind) words.push("--for=" + chosen.kind);
+    if (chosen.format && chosen.format !== "auto") words.push("--set=data.format=" + chosen.format);
+    for (const [role, column] of Object.entries(chosen.fields)) words.push("--set=data.fields." + role + "=" + JSON.stringify(column));
+    const begun = await ask(...words, "--json").catch(async (error) => {
+      $("draft").hidden = true;
+      await showColumns(rows, chosen.fields);
+      throw error;
+    });
+    keep({ rows: "", fields: {}, format: "" });
     $("draft").hidden = false;
     showPlan(begun.plan, begun.remarks);
     location.hash = "new/" + name;
   } finally {
     pending(false);
   }
+}
+
+function leaveRecipe() { // rows are chosen anew: columns of other rows are not theirs
+  recipe = "";
+  history.replaceState(null, "", "#new");
+  $("columns").replaceChildren();
+  $("columns").hidden = true;
 }
 
 function pending(on) {
@@ -207,11 +280,12 @@ async function openRecipe(name) {
   recipe = name;
   $("draft").hidden = !name;
   options($("recipe"), ["", ...new Set([...now.recipes, ...(name ? [name] : [])])], "a new one", name);
-  if (name) showRecipe(await call("GET", "recipes/" + name));
+  if (name) await showRecipe(await call("GET", "recipes/" + name));
   if (name) await check();
 }
 
-function showRecipe(value) {
+async function showRecipe(value) {
+  shownAt = value.changed;
   const form = $("settings-of"), of = (field) => field.split(".").reduce((section, key) => (section || {})[key], value.values);
   const train = of("data.train"), file = Array.isArray(train) ? train[0].path || train[0] : train;
   value.values.data.rows = Array.isArray(train) ? train[0].limit : undefined;
@@ -238,6 +312,9 @@ function showRecipe(value) {
       said(input, given);
     } else input.value = given === undefined || given === null ? "" : given;
   }
+  $("kind").value = Object.keys(OF_KIND).find((kind) => kind === value.values.task) || "";
+  $("format").value = FORMATS[of("data.format")] ? of("data.format") : "auto";
+  await showColumns(String(file).replace("data/", ""), of("data.fields"));
   $("typed").replaceChildren();
   for (const words of [["data", "check"], ["train"]]) commandBox($("typed"), typed([...words, "recipes/" + recipe]));
   $("text").replaceChildren();
@@ -255,10 +332,10 @@ async function change(field, given) {
   const values = { [field]: value };
   if (field === "lora.r") values["lora.lora_alpha"] = 2 * value; // the usual scale
   try {
-    showRecipe(await call("PATCH", "recipes/" + recipe, values));
+    await showRecipe(await call("PATCH", "recipes/" + recipe, values));
   } catch (error) {
     document.activeElement.blur();
-    showRecipe(await call("GET", "recipes/" + recipe));
+    await showRecipe(await call("GET", "recipes/" + recipe));
     throw error;
   }
   await check();
@@ -354,10 +431,11 @@ function showRun() {
   if ($("actions").dataset.of !== run + wanted) {
     $("actions").dataset.of = run + wanted;
     $("actions").replaceChildren();
+    $("words").replaceChildren();
     const action = (label, words, kind, work) => {
+      if (words) commandBox($("words"), typed(words));
       const button = put($("actions"), "button", kind || "", label);
       button.type = "button";
-      button.title = words ? typed(words) : "";
       button.addEventListener("click", attempt(work || (async () => { await call("POST", "jobs", { words }); listen(); })));
     };
     const name = "runs/" + run;
@@ -368,12 +446,16 @@ function showRun() {
       if (talking) put($("actions"), "a", "button primary", "Ask base and adapter").href = "ask/" + talking.id + "/";
       else action("Ask", ["serve", name, "--port", "0"]);
       action("Merge", ["merge", name]);
-      action("Export GGUF", ["export", name, "--gguf", "Q8_0", "--ollama"]);
+      action("Export GGUF", ["export", name, "--gguf", gguf, "--ollama"]);
+      const format = put(put($("actions"), "label", "note", "GGUF as "), "select", "");
+      format.append(...GGUF.map((name) => new Option(name, name, name === gguf, name === gguf)));
+      format.addEventListener("change", () => { gguf = format.value; $("actions").dataset.of = ""; showRun(); $("actions").querySelector("select").focus(); });
       action("Export adapter", ["export", name, "--peft"]);
       action("Verify", ["verify", name]);
     }
     if (one) put($("actions"), "a", "button", "Report").href = "#report/" + run;
     if (one && !trains) action("Delete", null, "danger", () => remove("runs", run, "#runs"));
+    $("their-words").hidden = !$("words").children.length;
   }
   const followed = new URLSearchParams(listening ? listening.subject : "");
   if ((job && followed.get("job") !== job.id) || (one && followed.get("run") !== run)) listen();
@@ -530,6 +612,8 @@ if (given) {
   localStorage.setItem("key", given);
   history.replaceState(null, "", location.pathname);
 }
+for (const name of Object.keys(FORMATS)) $("format").append(new Option(name === "auto" ? "told from its columns" : name, name));
+if (chosen.base) $("base").value = chosen.base;
 $("key").value = localStorage.getItem("key") || "";
 $("key").addEventListener("change", () => { localStorage.setItem("key", $("key").value); location.reload(); });
 $("file").addEventListener("change", attempt(() => drop($("file").files)));
@@ -539,7 +623,15 @@ for (const [type, over] of [["dragover", true], ["dragleave", false], ["drop", f
     $("drop").classList.toggle("over", over);
     if (type === "drop") attempt(() => drop(event.dataTransfer.files))();
   });
-$("rows").addEventListener("change", attempt(() => $("rows").value && begin($("rows").value)));
+$("base").addEventListener("change", () => keep({ base: $("base").value.trim() }));
+$("rows").addEventListener("change", attempt(() => { leaveRecipe(); return $("rows").value && begin($("rows").value); }));
+$("kind").addEventListener("change", attempt(() => { const rows = $("rows").value; keep({ kind: $("kind").value }); leaveRecipe(); return rows && begin(rows); }));
+$("format").addEventListener("change", attempt(async () => {
+  keep({ format: $("format").value });
+  if (recipe) return change("data.format", $("format").value);
+  await showColumns($("rows").value, {});
+  if ($("rows").value) await begin($("rows").value);
+}));
 $("recipe").addEventListener("change", () => { location.hash = "new" + ($("recipe").value ? "/" + $("recipe").value : ""); });
 document.querySelector(".skip").addEventListener("click", (event) => { event.preventDefault(); document.querySelector("section[data-page]:not([hidden])").focus(); });
 $("settings-of").addEventListener("submit", (event) => event.preventDefault());
@@ -548,13 +640,20 @@ for (const [id, by] of [["back-row", -1], ["next-row", 1]])
   $(id).addEventListener("click", attempt(() => { $("row").value = Math.min(Math.max(1, Number($("row").value) + by), Number($("row").max) || 1); return check(); }));
 $("start").addEventListener("click", attempt(async () => {
   $("start").disabled = true; // a second click is a second run
+  try { await start(); } catch (error) { $("start").disabled = false; throw error; }
+}));
+async function start() {
   const taken = [...now.names, ...now.jobs.flatMap((job) => job.words.map((word) => word.replace("runs/", "")))];
   const name = free(taken, recipe.replace(/\.yaml$/, ""), "");
   now.jobs.unshift(await call("POST", "jobs", { words: ["train", "recipes/" + recipe, "--output", "runs/" + name] }));
   location.hash = "run/" + name;
-}));
+}
 $("run-rows").addEventListener("change", () => { $("compare").disabled = picked().length < 2; });
 $("compare").addEventListener("click", () => { location.hash = "report/" + picked().map(encodeURIComponent).join("/"); });
 addEventListener("hashchange", go);
 listen();
 go();
+ask("store", "list", "--json").then((found) => { // bases that are quantised here already, by their names on the hub
+  stored = found.entries.map((entry) => (entry.source || {}).id || "").filter((name) => /^\w[\w.-]*\/[\w.-]+$/.test(name));
+  showBases();
+}).catch(() => {});
