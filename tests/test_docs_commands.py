@@ -69,7 +69,11 @@ def wrong(words: list[str], *, whole: bool) -> str:
             return f"there is no command {name}"
         words, context = words[1:], typer.Context(command, info_name=name, parent=context)
     if command is COMMANDS:  # options of halfbyte itself
-        return "" if {*words} <= {opt for param in command.params for opt in param.opts} else f"{words[0]} is no option"
+        return (
+            ""
+            if {*words} <= {"--help", *(o for param in command.params for o in param.opts)}
+            else f"{words[0]} is no option"
+        )
     try:
         values, rest, _ = command.make_parser(context).parse_args(args=words)
         if {*rest} - {"..."}:
