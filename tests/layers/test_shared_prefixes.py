@@ -76,6 +76,9 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "sinks and experts": ("gpt_oss", {}, "none"),
     "experts": ("mixtral", {}, "none"),
     "latent attention": ("deepseek_v3", {}, "none"),
+    "ALiBi": ("bloom", {}, "none"),
+    "ALiBi, recomputed": ("mpt", {}, "full"),
+    "attention of its own": ("falcon", {}, "none"),
 }
 
 
