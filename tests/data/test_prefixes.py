@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 import pytest
@@ -107,3 +107,22 @@ def test_beginnings_are_equal_where_texts_are() -> None:
             key = int(batch["beginnings"][start + i])
             assert seen.setdefault(key, e.input_ids[: i + 1]) == e.input_ids[: i + 1]
     assert len(seen) == len({e.input_ids[: i + 1] for e in examples for i in range(len(e.input_ids))})
+
+
+def test_a_step_of_families_has_rows_that_begin_alike() -> None:
+    draw = random.Random(0)
+    begins = [[draw.randrange(9) for _ in range(40)] for _ in range(16)]
+    rows = [np.array([*begins[n % 16], draw.randrange(9), n], np.uint32) for n in range(130)]
+    neighbours, sizes = np.array(prefixes.in_order(rows), np.uint32), np.full(130, 42)
+
+    def steps(seed: int, epoch: int) -> list[list[int]]:
+        plan = pack.Steps(sizes, sizes, 8, 68, seed, 4096, None, ids=rows.__getitem__, neighbours=neighbours)
+        return [plan.rows(index) for index in range(epoch * 17, epoch * 17 + 17)]
+
+    first = steps(3, 0)
+    assert sorted(chain(*first)) == list(range(130)) and [len(step) for step in first] == [8] * 16 + [2]
+    assert all(len({n % 16 for n in step}) <= 2 for step in first[:-1])  # eight or nine a family
+    heads = [min(step) for step in first]
+    assert heads != sorted(heads) and first == steps(3, 0)  # steps in a random order, the same again
+    cuts = {frozenset(frozenset(step) for step in steps(3, epoch)) for epoch in range(4)}
+    assert len(cuts) > 1 and first != steps(4, 0)

@@ -474,6 +474,10 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case({"data__packing": "stream"}, refused="data.packing stream is for plain text"),
     ),
     "data.share_prefixes": (Case({"data__share_prefixes": "off"}, line("shared")),),
+    "data.order": (
+        Case({"data__order": "families"}, first_loss),
+        Case({"data__order": "families", "data__packing": "stream"}, refused="data.order families puts rows"),
+    ),
     "data.chat_template": (
         Case({"data__chat_template": tiny_run.CHATML.replace("role'] + '\n'", "role'] + '\n\n'")}, column("tokens")),
     ),

@@ -94,6 +94,7 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "data.overlong": ("skip", {}),
     "data.packing": ("stream", {}),
     "data.share_prefixes": ("off", {}),
+    "data.order": ("families", {}),
     "data.chat_template": ("chat.jinja", {}),
     "data.template_args": ({"enable_thinking": False}, {}),
     "data.thoughts": ("last", {}),

@@ -10,6 +10,7 @@ a second for two million rows. No torch.
 """
 
 import math
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -53,8 +54,8 @@ class Step:
 class Steps:
     """Every step of a run, each made when it is asked for.
 
-    Epoch e takes the rows in the order of `random.Random(f"{seed}/{e}").shuffle`, which does not depend on the machine,
-    on torch or on earlier epochs. The same arguments give the same steps anywhere.
+    Epoch e takes the rows (of `neighbours` whole steps) in the order of `random.Random(f"{seed}/{e}").shuffle`, which
+    does not depend on the machine, on torch or on earlier epochs. The same arguments give the same steps anywhere.
     """
 
     lengths: NDArray[np.int64]
@@ -80,6 +81,8 @@ class Steps:
     """Rows are padded to the longest of their micro-batch."""
     mixture: Mixture | None = None
     """How sources are mixed; None: every row once in an epoch."""
+    neighbours: NDArray[np.uint32] | None = None
+    """The rows in the order of their tokens, where those that begin alike stand in the same step."""
     _orders: dict[int, NDArray[np.uint32]] = field(default_factory=dict, init=False)
 
     @property
@@ -179,10 +182,22 @@ class Steps:
     def _order(self, epoch: int) -> NDArray[np.uint32]:
         """The rows of one epoch in their order: (rows,) uint32; the last epoch asked for is kept."""
         if epoch not in self._orders:
-            mixed, plain = self.mixture, f"{self.seed}/{epoch}"
-            order = shuffled(len(self.lengths), plain) if mixed is None else mixed.order(epoch, self.seed)
+            mixed, key = self.mixture, f"{self.seed}/{epoch}"
+            if self.neighbours is not None:
+                order = families(self.neighbours, self.rows_per_step, key)
+            else:
+                order = shuffled(len(self.lengths), key) if mixed is None else mixed.order(epoch, self.seed)
             self._orders = {epoch: order}
         return self._orders[epoch]
+
+
+def families(neighbours: NDArray[np.uint32], rows_per_step: int, key: str) -> NDArray[np.uint32]:
+    """An epoch of steps whose rows are neighbours, (rows,): cut at another place for another key, and then shuffled.
+    The last step may be short, as it is of any epoch."""
+    turned = np.roll(neighbours, -random.Random(key).randrange(rows_per_step))
+    steps = len(turned) // rows_per_step
+    whole, rest = np.split(turned, [steps * rows_per_step])
+    return np.concatenate([whole.reshape(steps, rows_per_step)[shuffled(steps, key)].ravel(), rest])
 
 
 def share(rows: Sequence[int], lengths: Sizes, ranks: int, ids: IdsOf | None = None) -> list[list[int]]:

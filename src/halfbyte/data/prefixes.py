@@ -9,7 +9,7 @@ Source: Prefix Grouper (arXiv:2506.05433), identical outputs and gradients for g
 Cost: a sort of the rows and one look at each token. No torch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -38,6 +38,12 @@ def worth(alike: int) -> int:
     return shared if shared >= LEAST else 0
 
 
+def in_order(rows: Iterable[Tokens]) -> list[int]:
+    """Places of rows in the order of their tokens, so that those which begin alike are neighbours."""
+    keys = [row.astype(">u4").tobytes() for row in rows]
+    return sorted(range(len(keys)), key=keys.__getitem__)
+
+
 @dataclass(frozen=True)
 class Tree:
     """Rows in the order of their tokens. `order`: their places among those that were given; `lengths`: tokens of each;
@@ -49,8 +55,7 @@ class Tree:
 
     @classmethod
     def of(cls, rows: Sequence[Tokens]) -> "Tree":
-        keys = [row.astype(">u4").tobytes() for row in rows]
-        order = sorted(range(len(rows)), key=keys.__getitem__)
+        order = in_order(rows)
         shared = [common(rows[a], rows[b]) for a, b in pairwise(order)]
         return cls(tuple(order), tuple(len(rows[place]) for place in order), (0, *shared)[: len(rows)])
 

@@ -219,6 +219,9 @@ class Data(Section):
     share_prefixes: Literal["auto", "off"] = field(
         "auto", "compute once what rows of a step have in common at their beginnings; the same is learned"
     )
+    order: Literal["random", "families"] = field(
+        "random", "the rows of a step: any, or families: those whose beginnings are most alike; steps are at random"
+    )
     query_prompt: str = field("", "task embed: put in front of each query, as sentence-transformers' prompt `query`")
     passage_prompt: str = field("", "task embed: put in front of each passage, as its prompt `document`")
     chat_template: str | None = field(
@@ -272,6 +275,9 @@ class Data(Section):
             yield "data.train: replay is a share beside other sources, and nothing is left for them"
         if self.packing == "stream" and kinds:
             yield "data.packing stream lays all texts end to end, so that data.train cannot mix sources; say rows"
+        if self.order == "families" and (kinds or self.packing == "stream"):
+            other = "data.train mixes sources" if kinds else "data.packing stream cuts all texts into blocks"
+            yield f"data.order families puts rows that begin alike into a step, and {other}; say random"
         if any(source.mixes for source in sources_of(self.eval_names)):
             yield "data.eval: weight, repeat, limit and replay are for data.train; a source that is scored has a name"
         if self.packing != "stream":

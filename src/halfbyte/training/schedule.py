@@ -39,6 +39,7 @@ def plan_steps(
         ids=None if padded else prepared.ids_of(prepared.train),
         padded=padded,
         mixture=prepared.mixture,
+        neighbours=prepared.train.examples.neighbours if prepared.recipe.data.order == "families" else None,
     )
 
 

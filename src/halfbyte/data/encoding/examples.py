@@ -10,12 +10,15 @@ import hashlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate, chain, pairwise
 from typing import Any, Self, overload
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+
+from halfbyte.data.prefixes import in_order
 
 IGNORED = -100
 
@@ -171,6 +174,11 @@ class Examples(Sequence[Example]):
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each row: (rows,) int64."""
         return np.concatenate([np.diff(np.from_dlpack(b.column("ids").offsets)) for b in self.batches])
+
+    @cached_property
+    def neighbours(self) -> NDArray[np.uint32]:
+        """The rows in the order of their tokens: (rows,) uint32."""
+        return np.array(in_order(map(self.ids, range(len(self)))), np.uint32)
 
     def labelled(self) -> NDArray[np.int64]:
         """Labelled tokens of each row: (rows,) int64."""
