@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Mapping
 from functools import cache
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -101,4 +102,8 @@ GGUF_RULES = Seam(
     "transformers", "table of rules for GGUF tokenizers", "a GGUF file is not read as a model",
     lambda: bool(gguf_splits()),
 )  # fmt: skip
-SEAMS = (PACKED_ATTENTION, EXPERTS, GGUF_RULES)
+RECURRENT_MASK = Seam(
+    "transformers", "mask of recurrent layers", "rows of most hybrids are padded, or one a micro-batch",
+    lambda: hasattr(import_module("transformers.masking_utils"), "create_recurrent_attention_mask"),
+)  # fmt: skip
+SEAMS = (PACKED_ATTENTION, EXPERTS, GGUF_RULES, RECURRENT_MASK)
