@@ -35,8 +35,7 @@ def main() -> None:
     words = Pipeline([("tfidf", TfidfVectorizer(sublinear_tf=True)), ("lr", LogisticRegression(max_iter=2000))])
     grams = [("word", (1, 1)), ("word", (1, 2)), ("char_wb", (2, 5))]
     grid = [
-        {"tfidf__analyzer": [kind], "tfidf__ngram_range": [spread], "lr__C": [10.0, 100.0]}
-        for kind, spread in grams
+        {"tfidf__analyzer": [kind], "tfidf__ngram_range": [spread], "lr__C": [10.0, 100.0]} for kind, spread in grams
     ]
     search = GridSearchCV(words, grid, cv=3).fit(texts, names)
     test, truth = rows("test")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from halfbyte.data.reading import read
 from halfbyte.errors import AdapterError, DataError, RunError, SourceError, typed
-from halfbyte.models.sources import hub, pypi, sentence
+from halfbyte.models.sources import hub, pypi
 from halfbyte.plan import number_format
 from halfbyte.recipe.adapter import ADAPTER_FILES, HEAD, read_config, read_passport
 from halfbyte.recipe.command import to_use, to_use_alone
@@ -43,7 +43,9 @@ def _find(path: Path, overrides: Sequence[str]) -> Target:
         if (path / ADAPTER_FILES[1]).is_file():
             return _adapter(path, overrides)
         if _is_base(path):
-            more = sentence.overrides(str(path))
+            base = pypi.MODELS.get(str(path))
+            embeds = (path / "modules.json").is_file() or (base is not None and base.suffix == ".zip")
+            more = ["task=embed"] if embeds else []  # sentence-transformers' form
             return Target(path, number_format.settle(to_use_alone(str(path), overrides, more)).recipe)
     run = RunFolder.open(path)
     return Target(path, to_use(run.recipe, overrides), run.adapter, run)

@@ -126,7 +126,7 @@ def with_type(loaded: Loaded, name: str, why: str) -> Loaded:
 
 # What may be another than in training where an adapter is used: where the base lies, and what rows are read, and how.
 USABLE = ("quant.placement", "data.", "eval.", "train.per_device_eval_batch_size")
-USABLE_ALONE = ("model", "revision", "quant.", "trust_remote_code", "allow_pickle", *USABLE[1:])  # no run says them
+USABLE_ALONE = ("model", "revision", "quant.", "vectors.", "trust_remote_code", "allow_pickle", *USABLE[1:])  # no run's
 
 
 def to_use(file: Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -25,12 +25,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from halfbyte.errors import SourceError
+from halfbyte.inference import target
 from halfbyte.models.gguf import tokenizer as gguf_tokenizer
 from halfbyte.models.gguf.header import read_header
 from halfbyte.models.gguf.reader import GgufError
-from halfbyte.models.sources import gguf_file, hub, pypi, sentence
+from halfbyte.models.sources import gguf_file, hub, pypi
 from halfbyte.models.sources.checkpoint import need_space
 from halfbyte.models.sources.lookup import resolve
+from halfbyte.recipe.task import TASKS
 from halfbyte.system.files import cache_dir
 from tests.models.gguf import files, test_architectures
 from tests.models.gguf.files import TEMPLATE, TOKENS
@@ -430,26 +432,21 @@ def test_a_packaged_model_that_is_installed_is_found_without_pip(wheels: Path, m
     assert not any(name.startswith("halfbyte_test") for name in sys.modules)
 
 
-def test_a_packaged_folder_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With what sentence-transformers' files in it say of its vectors."""
-    path = cache_dir() / "packaged" / "m.zip"
+def test_a_packaged_folder_is_unpacked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    path, names = cache_dir() / "packaged" / "m.zip", ["1_Pooling/config.json", "config.json", "modules.json"]
     path.parent.mkdir(parents=True)
-    more = {"1_Pooling/config.json": {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False},
-            "modules.json": [], "sentence_bert_config.json": {"max_seq_length": 99},
-            "config_sentence_transformers.json": {"prompts": {"query": "ask: "}}}  # fmt: skip
     with zipfile.ZipFile(path, "w") as archive:
-        for name, value in more.items():
-            archive.writestr(name, json.dumps(value))
+        for name in names:
+            archive.writestr(name, "{}")
     part = pypi.WheelFile("p", "1.0", "p/m.zip")
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     monkeypatch.setitem(pypi.MODELS, "test", pypi.PypiModel((part,), sha256, path.stat().st_size))
     path.rename(pypi._cached("test"))
     found = resolve("test")
-    assert sorted(str(p.relative_to(found.path)) for p in found.path.rglob("*.json")) == sorted(more)
-    assert not list(found.path.parent.glob("*.partial")) and resolve("test") == found
-    wanted = ['vectors.pooling="cls"', "data.max_length=99", 'data.query_prompt="ask: "', "task=embed"]
-    assert set(wanted) <= set(sentence.overrides("test"))
+    assert sorted(str(p.relative_to(found.path)) for p in found.path.rglob("*.json")) == names
+    assert not list(found.path.parent.glob(".*tmp*")) and resolve("test") == found
     assert "a GGUF file's own blocks" in error_of("test", in_blocks=True)
+    assert target.find(Path("test"), (), TASKS).recipe.task == "embed"
 
 
 def test_wrong_weights_are_never_used(wheels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
