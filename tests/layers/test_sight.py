@@ -82,7 +82,10 @@ def test_masks_are_described_as_they_are() -> None:
     assert chunks == sight.Sight(40, 8) and not chunks.is_window(8) and not chunks.is_window(None)
     assert described(lambda b, h, q, k: (k <= q) | (k == q + 1)).causal == 0
     assert described(lambda b, h, q, k: (k <= q) & (k != 3)).causal == 0
-    assert described(lambda b, h, q, k: k >= 0).causal == 0
+    assert described(lambda b, h, q, k: k >= 0) == sight.Sight(40, 40, ahead=True)
+    both = described(lambda b, h, q, k: abs(q - k) <= 7)
+    assert both == sight.Sight(40, 8, slides=True, ahead=True) and both.is_window(8) and not both.is_causal(5)
+    assert described(lambda b, h, q, k: (abs(q - k) <= 7) & (k != 3)).causal == 0
 
 
 def test_looking_leaves_no_trace() -> None:

@@ -252,7 +252,7 @@ def test_what_a_task_refuses(run: Path, tmp_path: Path) -> None:
         {"data__mask": "all"},
         {"train__within": "1h"},
         {"quant__compute": "int8"},
-        {"task": "tag"},
+        {"task": "regress", "class_weight": "balanced"},
         {"data__format": "text"},
     ):
         with pytest.raises(RecipeError):

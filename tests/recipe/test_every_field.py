@@ -166,6 +166,7 @@ BOARD: Change = {"train__report_to": ["tensorboard"], "train__logging_steps": 3}
 PAIRS: Change = {"data__train": "BOTH", "data__format": "prompt_completion"}
 VECTORS: Change = {"task": "embed", "data__train": "BOTH"}
 LABELS: Change = {"task": "classify", "data__train": "BOTH"}
+TAGS: Change = {"task": "tag", "data__train": "BOTH"}
 SHARED: Change = {"data__train": "BOTH", "data__format": "sharegpt"}
 NUMBERS: Change = {"data__eval": "FORMS", "eval__metrics": ["number"]}
 AUTO: Change = {"quant__compute_dtype": "auto"}
@@ -511,9 +512,17 @@ CASES: dict[str, tuple[Case, ...]] = {
     "eval.seed": (Case({"eval__seed": 1}, interval, EVAL),),
     "task": (
         Case({"task": "classify"}, config("task_type"), {"data__train": "BOTH"}, want="SEQ_CLS"),
-        Case({"task": "tag"}, refused="labels of single tokens are not built"),
+        Case({"task": "tag"}, config("task_type"), {"data__train": "BOTH"}, want="TOKEN_CLS"),
     ),
     "labels": (Case({"labels": ["a", "b", "c"]}, shapes, LABELS),),
+    "class_weight": (
+        Case({"class_weight": {"a": 3.0}}, first_loss, {**LABELS, "train__per_device_train_batch_size": 8}),
+    ),
+    "data.fields.tokens": (Case({"data__fields__tokens": "other_tokens"}, column("tokens"), TAGS),),
+    "data.fields.tags": (Case({"data__fields__tags": "other_tags"}, shapes, TAGS),),
+    "data.fields.spans": (
+        Case({"data__fields__spans": "other_spans"}, shapes, {**TAGS, "data__fields__tokens": "absent"}),
+    ),
     "data.fields.text_pair": (Case({"data__fields__text_pair": "output"}, column("tokens"), LABELS),),
     "vectors.loss": (Case({"vectors__loss": "CoSENTLoss"}, first_loss, VECTORS),),
     "vectors.scale": (Case({"vectors__scale": 5.0}, first_loss, VECTORS),),
@@ -601,6 +610,13 @@ class Lab:
         row = {"prompt": "red " * (1 + i % 3), "completion": "cup", "other": "a longer text in its place"}
         row |= {"instruction": "red", "input": "cup", "output": "box", "text": "tree"}
         shared = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+        row |= {
+            "tokens": ["a", "cup"],
+            "other_tokens": ["a long", "cup"],
+            "tags": ["O", "X"],
+            "other_tags": ["O", "B-x"],
+        }
+        row |= {name: [{"start": 0, "end": 2, "label": f"x{i % n}"}] for n, name in ((1, "spans"), (2, "other_spans"))}
         row |= {"label": "ab"[i % 2], "other_label": "abc"[i % 3], "query": "red", "passage": f"cup {i}"}
         row |= {"negative": "box", "score": i}
         row |= {"conversations": shared, "other_shared": shared * 3, "tools": [{"a": 1}], "other_tools": [{"bb": 22}]}

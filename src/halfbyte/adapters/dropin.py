@@ -13,7 +13,7 @@ import difflib
 import warnings
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary, WeakSet
 
 import peft
@@ -60,11 +60,17 @@ class LoraConfig(peft.LoraConfig):
     """PEFT's `LoraConfig`. Who hands it to PEFT's own `get_peft_model`, as TRL's trainers do, gets our model."""
 
 
-class PeftModelForCausalLM(peft.PeftModelForCausalLM):
-    """PEFT's `PeftModelForCausalLM`, computing in the base's own dtype, whatever autocast its caller has entered, and
-    running the padded batches of a training script without their padding (`unpad.py`). The first training forward
-    proves the fused layers on a few layers of the model; if they are wrong there, PEFT's own run instead.
+class _Ours:
+    """One of PEFT's models, computing in the base's own dtype, whatever autocast its caller has entered, and running
+    the padded batches of a training script without their padding (`unpad.py`). The first training forward proves the
+    fused layers on a few layers of the model; if they are wrong there, PEFT's own run instead.
     """
+
+    writes = False  # it is a causal LM
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
 
     @classmethod
     def from_pretrained(cls, model: Model, model_id: str, *args: Any, **kwargs: Any) -> Model:
@@ -79,14 +85,16 @@ class PeftModelForCausalLM(peft.PeftModelForCausalLM):
                 _refuse_apples_gpu(next(self.parameters()), *kwargs.values())
                 step = first_step.prove(self, {} if args else kwargs, raised=_hold(self), compute=compute_of(self))
             unpad.attach(self)
-            loss, why = (None, "positional arguments") if args else unpad.training_loss(self, kwargs)
+            loss, why = None, "positional arguments" if args else ""
+            if self.writes and not args:
+                loss, why = unpad.training_loss(self, kwargs)
             out = CausalLMOutputWithPast(loss=loss) if loss is not None else self._plain(args, kwargs)
             if step is not None:
                 step.say(self, why)
             return out
 
     def _plain(self, args: tuple[object, ...], kwargs: dict[str, object]) -> ModelOutput:
-        out = super().forward(*args, **_beside(self, kwargs))
+        out: Any = super().forward(*args, **_beside(self, kwargs))  # type: ignore[misc]
         if isinstance(labels := kwargs.get("labels"), torch.Tensor) and getattr(out, "loss", None) is not None:
             out.loss = out.loss.to(labels.device)  # a Trainer takes it from nowhere else
         return out
@@ -112,6 +120,33 @@ class PeftModelForCausalLM(peft.PeftModelForCausalLM):
         _hold(self)  # what trains beside LoRA in another adapter trains from now on
 
 
+class PeftModelForCausalLM(_Ours, peft.PeftModelForCausalLM):
+    """PEFT's `PeftModelForCausalLM` as `_Ours`."""
+
+    writes = True
+
+
+class PeftModelForSequenceClassification(_Ours, peft.PeftModelForSequenceClassification):
+    """PEFT's class of this name as `_Ours`."""
+
+
+class PeftModelForTokenClassification(_Ours, peft.PeftModelForTokenClassification):
+    """PEFT's class of this name as `_Ours`."""
+
+
+class PeftModelForFeatureExtraction(_Ours, peft.PeftModelForFeatureExtraction):
+    """PEFT's class of this name as `_Ours`."""
+
+
+_OURS = {
+    cls.__mro__[2]: cls
+    for cls in (
+        PeftModelForCausalLM, PeftModelForSequenceClassification, PeftModelForTokenClassification,
+        PeftModelForFeatureExtraction,
+    )
+}  # fmt: skip
+
+
 class AutoPeftModelForCausalLM(peft.AutoPeftModelForCausalLM):
     """PEFT's class of this name, giving our model."""
 
@@ -119,7 +154,7 @@ class AutoPeftModelForCausalLM(peft.AutoPeftModelForCausalLM):
 
 
 # Of which a script has asked for no fp32 masters.
-_ROUNDED: WeakSet[PeftModelForCausalLM] = WeakSet()
+_ROUNDED: WeakSet[torch.nn.Module] = WeakSet()
 # What the products of a base's layers are asked to be; of each base that was prepared here.
 _COMPUTE: WeakKeyDictionary[torch.nn.Module, str] = WeakKeyDictionary()
 
@@ -148,10 +183,10 @@ def _adopt(module: torch.nn.Module, name: str, part: torch.nn.Module | None) -> 
     ours = lm in _COMPUTE or any(isinstance(config, LoraConfig) for config in part.peft_config.values())
     if type(module) is peft.PeftModel and ours and type(lm).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         setattr(module, f"base_model_{_PREPARES}", getattr(lm, _PREPARES))  # no task_type was given
-    elif type(module) is not peft.PeftModelForCausalLM or not ours:
+    elif type(module) not in _OURS or not ours:
         return
     make_ready(lm)
-    module.__class__ = PeftModelForCausalLM
+    module.__class__ = _OURS.get(type(module), PeftModelForCausalLM)
     fuse.install(part)
 
 
@@ -184,10 +219,10 @@ def _refuse_apples_gpu(*values: object) -> None:
 
 
 def own_class(adapted: Model) -> Model:
-    """Give a plain PeftModelForCausalLM our class, which adds no state, and fused forwards; other task types stay, but
-    for LoRA on quantised experts, which only our function computes."""
-    if type(adapted) in (peft.PeftModelForCausalLM, PeftModelForCausalLM):
-        adapted.__class__ = PeftModelForCausalLM
+    """Give a plain model of PEFT's our class, which adds no state, and fused forwards; other task types stay, but for
+    LoRA on quantised experts, which only our function computes."""
+    if type(adapted) in (*_OURS, *_OURS.values()):
+        adapted.__class__ = _OURS.get(type(adapted), type(adapted))
         fuse.install(adapted)
     else:
         fuse.install_quantised_experts(adapted)

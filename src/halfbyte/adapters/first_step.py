@@ -43,14 +43,14 @@ class FirstStep:
     def say(self, model: Model, why_logits: str) -> None:
         """After that forward: what runs fast in this training, and what does not and why. `why_logits`: why the loss
         was not made from the labelled tokens alone; empty if it was."""
-        padded = unpad.why_padded(model) if why_logits else ""
+        padded = unpad.why_padded(model) if why_logits or not model.writes else ""
         if "num_items_in_batch" in padded:  # a Trainer's own loss stays whole, as its labels may lie on padding
             padded = why_logits
         parts = (
             (self.layers, "PEFT's own layers", self.problem),
             ("rows without padding", "rows with their padding", padded),
             ("logits of labelled tokens alone", "the script's own loss", why_logits),
-        )
+        )[: 3 if model.writes else 2]
         fast = [text for text, _, why in parts if not why]
         fast += ["fp32 for what trains, which it was not"] * bool(self.raised) + [self.products] * bool(self.products)
         slow = "; ".join(f"{text} ({why})" for _, text, why in parts if why)

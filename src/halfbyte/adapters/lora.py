@@ -65,11 +65,18 @@ def add(model: Model, lora: Lora, targets: Targets, *, seed: int) -> Model:
             warnings.filterwarnings(
                 "ignore", "The following (rank|alpha)_pattern keys did not match any targeted module"
             )
-            adapted = get_peft_model(model, lora_config(lora, targets))
+            config = lora_config(lora, targets)
+            config.task_type = _under_head(model)
+            adapted = get_peft_model(model, config)
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         fix = "`halfbyte train RECIPE.yaml --dry-run` shows each value"
         raise AdapterError(f"lora: {first_line(error)}", fix=fix) from error
     return adapted
+
+
+def _under_head(model: Model) -> str | None:
+    """PEFT's name of what a base is, whatever head is on it: an encoder cannot write."""
+    return "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None
 
 
 def choose_targets(model: Model, lora: Lora) -> tuple[Targets, list[str]]:
@@ -216,7 +223,7 @@ def load(model: Model, folder: Path, *, trainable: bool = False) -> Model:
         how: Document = {}
         if heads.task_type(model) is not None:
             how["config"] = PeftConfig.from_pretrained(str(folder))
-            how["config"].task_type = "CAUSAL_LM"  # what the model under the head is
+            how["config"].task_type = _under_head(model)
         return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, **how)
 
     adapted = _fitting(folder, put)

@@ -11,6 +11,7 @@ cache, no hidden states of every layer asked for.
 Cost: one gather of the ids, one scatter of (T, D).
 """
 
+import inspect
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,7 +26,7 @@ from halfbyte.proofs import sharing
 from halfbyte.proofs.packing import prove_packing
 from halfbyte.types import Batch, Document, Model
 
-_PLAIN = frozenset({"input_ids", "inputs_embeds", "attention_mask", "use_cache", "return_dict"})
+_PLAIN = frozenset({"input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "use_cache", "return_dict"})
 _LABELLED = frozenset({"input_ids", "attention_mask", "labels", "use_cache", "return_dict"})
 NOT_RIGHT = "rows are not padded on the right"
 NOT_PROVEN = "packing is not proven on this model"
@@ -100,7 +101,9 @@ class Unpad(BodyHooks):
             whole = packed.new_zeros((rows * width, packed.shape[-1])).index_copy(0, tokens.to(packed.device), packed)
             return whole.view(rows, width, -1)
 
-        return {**inputs, name: x.flatten(0, 1)[tokens][None], "use_cache": False}, back
+        rows_of = {n: given[n].flatten(0, 1)[tokens][None] for n in (name, "token_type_ids") if n in given}
+        more = {"use_cache": False} if "use_cache" in inspect.signature(body.forward).parameters else {}
+        return {**inputs, **rows_of, **more}, back
 
 
 def attach(model: Model) -> bool:

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import BaseModelError, first_line
-from halfbyte.models import text_half
+from halfbyte.models import structure, text_half
+from halfbyte.recipe.task import CAUSAL_LM
 from halfbyte.system import limits
 from halfbyte.types import Config
 
@@ -31,7 +32,7 @@ def open_config(folder: Path, *, trust_remote_code: bool = False) -> Config:
         ) from error
     own_code = trust_remote_code and hasattr(config, "auto_map")
     config = config if own_code else text_half.half_of(config) or config
-    if type(config) not in AutoModelForCausalLM._model_mapping and not own_code:
+    if type(config) not in AutoModelForCausalLM._model_mapping and not own_code and not structure.is_encoder(config):
         raise BaseModelError(
             f"{folder}: model type {config.model_type!r} is not a causal language model, and has none that is opened "
             "alone.",
@@ -41,6 +42,13 @@ def open_config(folder: Path, *, trust_remote_code: bool = False) -> Config:
     if getattr(config, "quantization_config", None) is not None and _method(config.quantization_config) == "mxfp4":
         del config.quantization_config
     return config
+
+
+def check_task(config: Config, task: str) -> None:
+    """Raise a BaseModelError where an encoder is to write."""
+    if task == CAUSAL_LM and structure.is_encoder(config):
+        what = f"a {config.model_type} is an encoder: it reads texts and writes none"
+        raise BaseModelError(f"{what}.", fix="task: classify, regress, tag or embed")
 
 
 def _method(quantised: Any) -> str:

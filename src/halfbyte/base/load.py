@@ -11,7 +11,6 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from halfbyte.base import gguf_file, quantisation_error, residency
 from halfbyte.base.config import is_quantised_already, open_config
@@ -161,7 +160,7 @@ class _Opening:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                auto = AutoModelForCausalLM
+                auto = structure.auto_class(self.config)
                 if self.checkpoint.blocks:  # the automatic class asks for a folder
                     auto = auto._model_mapping[type(self.config)]
                 model, info = auto.from_pretrained(

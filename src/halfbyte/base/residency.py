@@ -8,6 +8,7 @@ from torch import nn
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from halfbyte.errors import BaseModelError
+from halfbyte.models import structure
 from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.structure import meta_model
 from halfbyte.quant import bnb as codec
@@ -78,6 +79,7 @@ def big_unquantised(model: Model, quant: Quant) -> list[tuple[str, nn.Parameter]
         and p.numel() * 1000 > total
         and not name.endswith("_bias")  # one row for each expert
         and not matches(name, (*quant.exempt, *skipped, *in_fp32))
+        and not structure.of_head(model, name)
     ]
 
 
@@ -124,15 +126,17 @@ def named_fp32(model: Model, patterns: tuple[str, ...]) -> list[nn.Module]:
 
 def heads_to_skip(config: Config, quant: Quant) -> tuple[str, ...]:
     """The output head's names, where the recipe names modules of its own to be left unquantised."""
-    if not quant.exempt:
-        return ()
-    return tuple(get_keys_to_not_convert(meta_model(config)))
+    empty = meta_model(config) if quant.exempt or structure.is_encoder(config) else None
+    if empty is not None and structure.is_encoder(config):  # beside the head what stands before it
+        heads = (name.rpartition(".")[0] for name, _ in empty.named_parameters() if structure.of_head(empty, name))
+        return tuple(dict.fromkeys(heads))
+    return () if empty is None else tuple(get_keys_to_not_convert(empty))
 
 
 def check_complete(model: Model, info: Document, checkpoint: Checkpoint, quant: Quant) -> None:
     """Refuse a model that would have random weights, or lacks a module that the recipe skips (BaseModelError). `info`:
     what transformers says of the load."""
-    missing = sorted(info.get("missing_keys", ()))
+    missing = sorted(name for name in info.get("missing_keys", ()) if not structure.of_head(model, name))
     mismatched = sorted(
         f"{name} is {tuple(there)}, not {tuple(needed)}" for name, there, needed in info.get("mismatched_keys", ())
     )

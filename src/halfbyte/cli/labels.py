@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from halfbyte.inference.target import Target
     from halfbyte.serving.settings import Settings
 
-TASKS = ("classify", "regress", "embed")
+TASKS = ("classify", "regress", "tag", "embed")
 SHOWN, SHOWN_ROWS = 30, 3  # labels, and rows, the worst first
 
 
@@ -41,8 +41,8 @@ def predict(
     force: Force = False,
     json_: Json = False,
 ) -> None:
-    """Labels with probabilities, numbers, or vectors, of texts. Goes on where an earlier call was ended. Exit code 1 if
-    rows could not be read."""
+    """Labels with probabilities, numbers, tags or vectors, of texts. Goes on where an earlier call was ended. Exit code
+    1 if rows could not be read."""
     from halfbyte.inference import target
 
     if (data is None) == (not text) or (pair and len(pair) != len(text)):
@@ -50,7 +50,7 @@ def predict(
     embeds = target.find(run, set_, TASKS).recipe.task == "embed"
     with libraries.loading():
         from halfbyte.inference import labels, vectors
-        from halfbyte.objectives.labels import Labels
+        from halfbyte.objectives.labels import Labels, Tags
         from halfbyte.recipe.adapter import folder_of
     heat = labels.temperature_of(run) if calibrated else 1.0
     if data is not None:
@@ -61,11 +61,17 @@ def predict(
         texts = list(zip(text, pair, strict=True)) if pair else [(one,) for one in text]
         if embeds:
             answers = [{"vector": vector.tolist()} for vector in vectors.of_texts(ready, text)]
+        elif isinstance(objective := Labels.at(folder_of(run)), Tags):
+            answers = labels.tags_of(ready, objective, texts, [False] * len(texts))
         else:
-            answers = labels.predictions(ready, Labels.at(folder_of(run)), texts, heat)
+            answers = labels.predictions(ready, objective, texts, heat)
         if json_:
             show.document({"run": str(run), "texts": answers})
         for one, row in zip(text, answers if not json_ else (), strict=False):
+            if "entities" in row:
+                each = (f"{e['label']} {e['text']!r} ({e['score']:.1%})" for e in row["entities"])
+                show.text(f"{', '.join(map(visible, each)) or 'nothing'}: {visible(one)}")
+                continue
             best, every = row.get("prediction", row.get("vector")), row.get("probabilities", {})
             show.text(f"{best}{f' ({every[best]:.1%})' if isinstance(best, str) else ''}: {visible(one)}")
         return

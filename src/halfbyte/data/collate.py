@@ -101,10 +101,16 @@ def collate_tree(examples: Sequence[Example]) -> Batch:
 
 def collate_texts(examples: Sequence[Example]) -> Batch:
     """The batch of texts that are read whole: `keep` is each one's last token (`starts` of an example say where its
-    texts begin); `targets` are zeros, (n,)."""
+    texts begin); `targets` are zeros, (n,). `token_types` (1, T): 1 in the second text of a pair."""
     batch = collate(examples)
     batch["keep"] = batch["cu_seq_lens_q"][1:].long() - 1
     batch["targets"] = torch.zeros_like(batch["keep"])
+    begins = batch["labels"][0] != IGNORED  # of a pair's second text, beside the last token
+    begins[batch["keep"]] = False
+    if bool(begins.any()):
+        starts, seconds = batch["cu_seq_lens_q"].long(), begins.cumsum(0)
+        before = (seconds - begins.long())[starts[:-1]].repeat_interleave(starts.diff())
+        batch["token_types"] = (seconds - before)[None]
     return batch
 
 

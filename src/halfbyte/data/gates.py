@@ -68,7 +68,7 @@ def check(
         verdicts |= pairs.verdicts(train.examples, first, None if held_out is None else held_out.examples)
     if thoughts := _thoughts(train):
         verdicts["thoughts"] = thoughts
-    if data.format in ("labels", "vectors"):  # no answer is written
+    if data.format in ("labels", "tags", "vectors"):  # no answer is written
         for gate in ("labels", "end token", "empty answers"):
             del verdicts[gate]
     return tuple(Finding(gate, *verdict) for gate, verdict in verdicts.items())

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
+from halfbyte.layers import heads
 from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.recipe.adapter import ADAPTER_FILES
 from halfbyte.recipe.schema import Recipe
@@ -38,7 +39,9 @@ def write(folder: Path, adapter: Path, lm: Model, tokenizer: Tokenizer, recipe: 
         "config_sentence_transformers.json": {
             "prompts": {"query": data.query_prompt, "document": data.passage_prompt}, "similarity_fn_name": "cosine",
         },
-        "1_Pooling/config.json": _pooling(lm.config.get_text_config().hidden_size, recipe.vectors.pooling),
+        "1_Pooling/config.json": _pooling(
+            lm.config.get_text_config().hidden_size, heads.settled(recipe.vectors.pooling, lm.config)
+        ),
         "2_Normalize/config.json": {},
     }  # fmt: skip
     state = load_file(adapter / ADAPTER_FILES[0])
@@ -52,6 +55,6 @@ def write(folder: Path, adapter: Path, lm: Model, tokenizer: Tokenizer, recipe: 
 
 
 def _pooling(width: int, pooling: str) -> Document:
-    modes = {"cls_token": False, "mean_tokens": pooling == "mean", "lasttoken": pooling == "lasttoken"}
+    modes = {"cls_token": pooling == "cls", "mean_tokens": pooling == "mean", "lasttoken": pooling == "lasttoken"}
     return {"word_embedding_dimension": width, **{f"pooling_mode_{name}": on for name, on in modes.items()},
             "include_prompt": True}  # fmt: skip

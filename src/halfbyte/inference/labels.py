@@ -13,22 +13,25 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
-from itertools import islice
+from itertools import accumulate, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from halfbyte.data.encoding import texts as encoding
 from halfbyte.data.encoding.encoder import EncodedRows, Encoder
 from halfbyte.data.encoding.examples import Example, Examples
 from halfbyte.data.reading import records
 from halfbyte.data.reading.files import find
-from halfbyte.data.reading.formats import Row, texts_of
+from halfbyte.data.reading.formats import Row, texts_of, words_of
 from halfbyte.data.reading.problems import BadRow
 from halfbyte.errors import DataError, typed
 from halfbyte.inference import choices, evaluate, vectors
 from halfbyte.models import structure
-from halfbyte.objectives.labels import Labels
+from halfbyte.models.context import context_of
+from halfbyte.objectives.labels import Labels, Tags, entities
 from halfbyte.objectives.vectors import TextVectors
 from halfbyte.recipe.adapter import ADAPTER_FILES, folder_of
 from halfbyte.recipe.evaluation import Eval
@@ -38,9 +41,11 @@ from halfbyte.scoring import labels as scoring
 from halfbyte.scoring import sheet
 from halfbyte.scoring.labels import Floats
 from halfbyte.system import files
-from halfbyte.types import Document
+from halfbyte.types import Batch, Document, Model
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from halfbyte.inference.load import Opened
 
 CHUNK_ROWS = 1024
@@ -77,6 +82,7 @@ def score(
         for name in first
     ]
     labels = Labels.at(folder_of(opened.run)).names if opened.recipe.task != EMBED else ()
+    labels = next(reversed(sides.values())).get("labels", labels)
     adapter, seconds = None if opened.alone else sheet.adapter_of(folder_of(opened.run)), time.monotonic() - began
     return {"data": source, "adapter": adapter, "rows": len(examples), "seconds": seconds, "metrics": metrics,
             "labels": labels, "sides": sides}  # fmt: skip
@@ -88,6 +94,8 @@ def _side(
     """Of labels and numbers, and the `mistakes`: rows that are the furthest from what is said of them."""
     objective = Labels.at(folder_of(opened.run))
     objective.check(encoded)
+    if isinstance(objective, Tags):
+        return _entities(objective, _tag_scores(opened, objective, rows, tell), rows, settings)
     truth = objective.targets([e.completion for e in rows]).numpy()
     if not objective.names:
         answers = scores_of(opened, objective, rows, tell)[:, 0]
@@ -114,6 +122,50 @@ def _side(
         for n in furthest
     ]  # fmt: skip
     return result
+
+
+def _tag_scores(
+    opened: Opened, objective: Tags, rows: Sequence[Example], tell: vectors.Tell = lambda done: None
+) -> list[Floats]:
+    """The scores of each row's marked tokens: (k, L)."""
+    from halfbyte.layers import heads
+
+    def of(model: Model, batch: Batch) -> list[Tensor]:
+        return objective.of_texts(heads.scores(model, batch), batch)
+
+    return [each.astype(float) for each in vectors.read_each(opened, rows, of, tell, objective.collate)]
+
+
+def _entities(objective: Tags, scores: Sequence[Floats], rows: Sequence[Example], settings: Eval) -> Document:
+    texts = list[scoring.Tagged]()
+    for row, of_row in zip(rows, scores, strict=True):
+        there, said = json.loads(row.completion), [objective.names[i] for i in of_row.argmax(1)]
+        right = sum(a == b for a, b in zip(said, there, strict=True))
+        texts.append(scoring.Tagged(entities(said), entities(there), right, len(there)))
+    return scoring.of_entities(texts, settings)
+
+
+def tags_of(opened: Opened, objective: Tags, texts: Sequence[tuple[str, ...]], words: Sequence[bool]) -> list[Document]:
+    """What is said of words: `tags`; of a text: `entities`, each with `start`, `end` (characters), `label`, `score`."""
+    data, context = opened.recipe.data, context_of(opened.model.config)
+    cut = data.max_length if data.overlong == "truncate" or context is None else context.tokens
+    tokens = [encoding.tagged(opened.tokenizer, t, words=w, cut=cut) for t, w in zip(texts, words, strict=True)]
+    answers = list[Document]()
+    rows = _tag_scores(opened, objective, [vectors.row(ids, marks) for ids, marks, _ in tokens])
+    for parts, of_words, (_, _, places), scores in zip(texts, words, tokens, rows, strict=True):
+        chances = scoring.probabilities(scores, several=False)
+        tags = [objective.names[i] for i in chances.argmax(1)]
+        if of_words:
+            by_start = dict(zip((start for start, _ in places), tags, strict=True))
+            begins = accumulate((len(part) + 1 for part in parts[:-1]), initial=0)
+            answers.append({"tags": [by_start.get(at, "O") for at in begins]})
+            continue
+        answers.append({"entities": [
+            {"start": places[a][0], "end": places[b][1], "label": kind, "text": parts[0][places[a][0] : places[b][1]],
+             "score": float(chances[a : b + 1].max(1).mean())}
+            for kind, a, b in sorted(entities(tags), key=itemgetter(1))
+        ]})  # fmt: skip
+    return answers
 
 
 def _likelihoods(opened: Opened, objective: Labels, rows: Sequence[Example], tell: vectors.Tell) -> Floats | None:
@@ -198,6 +250,7 @@ def predict(
     done = resumed = _goes_on(partial, {"adapter": by, "of": sizes, "temperature": temperature})
     every = ((s.where(n), record) for s in find(str(data)) for n, record in records.records(s))
     bad, rows = 0, islice(every, done, None)
+    reads = words_of if isinstance(objective, Tags) else texts_of
     with partial.open("ab") as file:
         while chunk := list(islice(rows, CHUNK_ROWS)):
             lines, texts = list[Document](), dict[int, tuple[str, ...]]()
@@ -206,13 +259,16 @@ def predict(
                 try:
                     lines[-1] |= records.parse(raw)
                     row, place = lines[-1], len(lines) - 1
-                    texts[place] = (vectors.text_of_row(opened, row),) if embeds else texts_of(fields, row)
+                    texts[place] = (vectors.text_of_row(opened, row),) if embeds else reads(fields, row)
                 except BadRow as wrong:
                     lines[-1][ERROR], bad = f"{where}: {wrong}", bad + 1
             if embeds and texts:
                 answers = [
                     {"vector": v.tolist()} for v in vectors.of_texts(opened, [text for text, *_ in texts.values()])
                 ]
+            elif isinstance(objective, Tags):
+                words = [lines[place].get(fields.tokens) is not None for place in texts]
+                answers = tags_of(opened, objective, [*texts.values()], words)
             else:
                 answers = predictions(opened, objective, [*texts.values()], temperature) if texts else []
             for place, answer in zip(texts, answers, strict=True):

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from halfbyte.adapters import lora, passport
 from halfbyte.adapters.assembly import assemble
 from halfbyte.base import load, stream
-from halfbyte.base.config import open_config
+from halfbyte.base.config import check_task, open_config
 from halfbyte.base.store import supply
 from halfbyte.base.tokenizer import check_vocabulary, open_tokenizer
 from halfbyte.data.encoding.chatml import chat_template
@@ -97,7 +97,9 @@ def open_target(
     threads.configure(machine.cores)
     tokenizer = tokenizer_of(subject, checkpoint)
     foreign = recipe.trust_remote_code
-    check(tokenizer, context_of(open_config(checkpoint.path, trust_remote_code=foreign)))
+    config = open_config(checkpoint.path, trust_remote_code=foreign)
+    check_task(config, recipe.task)
+    check(tokenizer, context_of(config))
     base = load.open_base(checkpoint, recipe.quant, machine, trust_remote_code=foreign, tell=tell)
     check_vocabulary(checkpoint, tokenizer, base.model)
     for one in (subject, *beside.values()):
@@ -106,8 +108,9 @@ def open_target(
             (tell or supply.Tell()).say(text, label="note")
     trained = RunChoices.from_json(json.loads(run.plan.read_text())) if run is not None and run.plan.is_file() else None
     if recipe.task != CAUSAL_LM and subject.adapter is not None:
-        width = 0 if recipe.task == EMBED else Labels.at(subject.adapter).width
-        heads.attach(base.model, width, seed=recipe.train.seed)
+        head = None if recipe.task == EMBED else Labels.at(subject.adapter)
+        names = [spec.name for spec in base.specs]
+        heads.attach(base.model, *heads.wanted(head), seed=recipe.train.seed, names=names)
     longest = (trained.max_tokens_per_micro_batch if trained else GENERATED_TOKENS,)
     rows = Rows(longest, evaluated=longest)
     job = Job.of_checkpoint(recipe, checkpoint, base.model, rows, machine)

@@ -13,7 +13,7 @@ from halfbyte.recipe.adapter import ADAPTER_FILES, HEAD, read_config, read_passp
 from halfbyte.recipe.command import to_use, to_use_alone
 from halfbyte.recipe.data import Sources
 from halfbyte.recipe.schema import Lora, Recipe
-from halfbyte.recipe.task import CAUSAL_LM, CLASSIFY
+from halfbyte.recipe.task import CAUSAL_LM, CLASSIFY, TAG
 from halfbyte.runs.folder import RunFolder
 
 
@@ -75,8 +75,9 @@ def _adapter(path: Path, overrides: Sequence[str]) -> Target:
         values = {f"quant.{name}": value for name, value in trained["quant"].items()}
         values |= {"data.chat_template": trained["chat_template"]} if trained["chat_template"] else {}
         named += [f"{name}={json.dumps(value)}" for name, value in values.items()]
-    if config.get("task_type") == "SEQ_CLS" and (path / HEAD).is_dir():
-        named += [f"task={CLASSIFY}"]
+    task = {"SEQ_CLS": CLASSIFY, "TOKEN_CLS": TAG}.get(str(config.get("task_type")))
+    if task is not None and (path / HEAD).is_dir():
+        named += [f"task={task}"]
     recipe = number_format.settle(to_use_alone(str(base), overrides, named)).recipe
     lora = Lora.model_validate({name: config[name] for name in ("r", "bias", "use_dora") if name in config})
     return Target(path, recipe.model_copy(update={"lora": lora}), path)

@@ -42,6 +42,17 @@ def read(
     opened: Opened, rows: Sequence[Example], of: Callable[[Model, Batch], Tensor], tell: Tell = lambda done: None
 ) -> NDArray[np.float32]:
     """What is read of each text, in their order: (n, numbers of a text)."""
+    return np.stack(read_each(opened, rows, of, tell))
+
+
+def read_each(
+    opened: Opened,
+    rows: Sequence[Example],
+    of: Callable[[Model, Batch], Tensor | Sequence[Tensor]],
+    tell: Tell = lambda done: None,
+    lay_out: Callable[[Sequence[Example]], Batch] = collate.collate_texts,
+) -> list[NDArray[np.float32]]:
+    """The same, where texts may have numbers of other shapes."""
     import torch
 
     done = 0
@@ -50,11 +61,11 @@ def read(
     every: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(rows)
     with torch.no_grad():
         for numbers in batches.micro_batches:
-            values = of(opened.model, collate.collate_texts([rows[n] for n in numbers]))
-            for number, value in zip(numbers, values.float().cpu().numpy(), strict=True):
-                every[number] = value
+            values = of(opened.model, lay_out([rows[n] for n in numbers]))
+            for number, value in zip(numbers, values, strict=True):
+                every[number] = value.float().cpu().numpy()
             tell(done := done + len(numbers))
-    return np.stack(every)
+    return every
 
 
 def of_rows(opened: Opened, rows: Sequence[Example], tell: Tell = lambda done: None) -> Vectors:
@@ -74,11 +85,15 @@ def rows_of(opened: Opened, texts: Sequence[tuple[str, ...]], *, whole: bool = F
     """Texts and pairs as rows, each cut where it is longer than what training, or unless `whole` the model, allows."""
     data, context = opened.recipe.data, context_of(opened.model.config)
     cut = data.max_length if data.overlong == "truncate" else None if whole or context is None else context.tokens
-    return [row(ids) for ids in encoding.ids_of(opened.tokenizer, texts, cut)]
+    return [row(ids, marks) for ids, marks in encoding.tokens_of(opened.tokenizer, texts, cut)]
 
 
-def row(ids: Sequence[int]) -> Example:
-    return Example(tuple(ids), (IGNORED,) * len(ids), "", (), "")
+def row(ids: Sequence[int], marks: Sequence[int] = ()) -> Example:
+    """`marks`: tokens that are marked, as `encoding.tokens_of` has them."""
+    labels = [IGNORED] * len(ids)
+    for mark in marks:
+        labels[mark] = ids[mark]
+    return Example(tuple(ids), tuple(labels), "", (), "")
 
 
 def text_of_row(opened: Opened, record: Document) -> str:

@@ -1,5 +1,5 @@
-"""Causal attention over packed examples on a CPU, with rotary: one kernel of our own, or torch's flash forward and a
-backward of matrix products.
+"""Attention over packed examples on a CPU, causal or to both sides, with rotary: one kernel of our own, or torch's
+flash forward and a backward of matrix products.
 
 Why: torch's flash attention for CPUs runs its backward at a tenth of the matmul's rate (SmolLM2 on GSM8K: a fifth of a
 step), and rotary in plain torch makes some twenty passes over q and k.
@@ -29,7 +29,7 @@ from halfbyte.layers.kernels.cpu import available, whole_attention
 from halfbyte.layers.kernels.dropout import ScoreTerms, TokenSeed
 
 if TYPE_CHECKING:
-    from halfbyte.layers.kernels.cpu.attention.tasks import Attention, Segments
+    from halfbyte.layers.kernels.cpu.attention.tasks import Attention, Reach, Segments
 
 ROWS = 512  # rows of queries whose scores are computed at once in the backward of a long example
 SCORES_BYTES = 24_000_000  # fp32 scores at once; as many again for dP
@@ -83,15 +83,17 @@ def attention(
     slopes: Tensor | None = None,
     p: float = 0.0,
     seed: TokenSeed | None = None,
+    reach: "Reach | None" = None,
 ) -> Tensor:
-    """Causal attention of each example to itself, or of each segment of a tree to its path (`kernels.card.PackLengths`;
+    """Attention of each example to itself, or of each segment of a tree to its path (`kernels.card.PackLengths`;
     only where `whole_attention` is one kernel).
 
     Args:
         q: (T, H, D). k, v: (T, K, D). lengths: of the examples or segments; they sum to T.
         cos, sin: (T, R), rotary tables for q and k; None for none.
         levels: how many segments each follows; none where nothing is shared.
-        slopes: (H,), ALiBi's. p, seed: dropout of chances. Both only where `whole_attention` says so.
+        slopes: (H,), ALiBi's. p, seed: dropout of chances. reach: how many tokens before and after itself a token sees;
+            None for a causal mask. All of these only where `whole_attention` says so.
 
     Returns:
         (T, H, D).
@@ -100,7 +102,7 @@ def attention(
         cos = sin = q.new_empty((q.shape[0], 0))
     rotary = cos.to(q.dtype).contiguous(), sin.to(q.dtype).contiguous()
     terms = ScoreTerms(slopes, p, seed)
-    out: Tensor = BlockAttention.apply(q, k, v, *rotary, blocks_of(lengths, levels), scale, terms)
+    out: Tensor = BlockAttention.apply(q, k, v, *rotary, blocks_of(lengths, levels), scale, terms, reach)
     return out
 
 
@@ -110,17 +112,17 @@ class BlockAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, blocks: HeadBlocks, scale: float,
-        terms: ScoreTerms,
+        terms: ScoreTerms, reach: "Reach | None",
     ) -> Tensor:  # fmt: skip
-        none = cos[:, :0]
+        none, sees = cos[:, :0], () if reach is None else (reach,)
         qb, kb = _to_blocks(q, cos, sin, blocks), _to_blocks(k, cos, sin, blocks)
         vb = _to_blocks(v, none, none, blocks)
         if whole_attention(q):
-            out, lse = _kernels(q).forward(qb, kb, vb, blocks.tree, scale, terms)
+            out, lse = _kernels(q).forward(qb, kb, vb, blocks.tree, scale, terms, *sees)
         else:
             out, lse = _forward_by_torch(qb, kb, vb, blocks, scale)
         ctx.blocks, ctx.scale = blocks, scale
-        ctx.terms = terms
+        ctx.terms, ctx.sees = terms, sees
         ctx.save_for_backward(qb, kb, vb, out, lse, cos, sin)
         return out
 
@@ -132,7 +134,7 @@ class BlockAttention(torch.autograd.Function):
         blocks, none = ctx.blocks, cos[:, :0]
         dout = grads[0].contiguous()
         if whole_attention(out):
-            given = qb, kb, vb, out, dout, lse, blocks.tree, ctx.scale, ctx.terms
+            given = qb, kb, vb, out, dout, lse, blocks.tree, ctx.scale, ctx.terms, *ctx.sees
             dqb, dkb, dvb = _kernels(out).backward(*given)
         else:
             dob = _to_blocks(dout, none, none, blocks)
@@ -141,7 +143,7 @@ class BlockAttention(torch.autograd.Function):
         dq = kernels.from_blocks(dqb, cos, sin, blocks.start, blocks.length)
         dk = kernels.from_blocks(dkb, cos, sin, blocks.start, blocks.length)
         dv = kernels.from_blocks(dvb, none, none, blocks.start, blocks.length)
-        return dq, dk, dv, None, None, None, None, None
+        return dq, dk, dv, None, None, None, None, None, None
 
 
 def _kernels(x: Tensor) -> "Attention":

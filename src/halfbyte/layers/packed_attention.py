@@ -51,6 +51,7 @@ class Formula:
     softcap: float | None
     s_aux: Tensor | None  # (H,): sinks, a learned score per head for looking at nothing
     sliding_window: int | None
+    causal: bool = True
 
     @property
     def is_plain(self) -> bool:
@@ -72,7 +73,8 @@ def _mask(
     *, q_length: int, mask_function: Callable[..., Tensor], device: torch.device, **rest: object
 ) -> Tensor | None:
     """Stock SDPA's mask; while `sight.look` asks what layers see, what it takes in the place of one."""
-    marked = sight.mark(mask_function, q_length, device, plain=not rest.get("use_vmap"))
+    plain = not rest.get("use_vmap") or getattr(rest.get("config"), "use_bidirectional_attention", False)  # Gemma 3's
+    marked = sight.mark(mask_function, q_length, device, plain=plain)
     if marked is not None:
         return marked
     stock = upstream.attention_masks()()["sdpa"]
@@ -123,13 +125,16 @@ def attention(
         The output (N, T, H, D), and None for the attention weights.
     """
     causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
-    asked = Formula(scaling, dropout, softcap, s_aux, sliding_window)
+    asked = Formula(scaling, dropout, softcap, s_aux, sliding_window, causal)
     pack = lengths_on(attention_mask)
     if cu_seq_lens_q is None and pack is not None:  # a layer that hands on no more than the mask
         cu_seq_lens_q, rest[LENGTHS] = torch.tensor([0, *pack.lengths]).cumsum(0), pack
     if cu_seq_lens_q is not None:
-        lengths = _check_packed(query, key, causal, cu_seq_lens_q, cu_seq_lens_k, rest)
         seen = sight.of(module)
+        as_seen = seen is not None and seen.ahead and seen.causal > 0
+        lengths = _check_packed(query, key, causal or as_seen, cu_seq_lens_q, cu_seq_lens_k, rest)
+        if causal and as_seen:
+            raise PackingError(f"{type(module).__name__} asks for a causal mask; by its mask: {seen}")
         if seen is not None and not seen.is_window(sliding_window):
             raise PackingError(f"{type(module).__name__} asks for sliding_window={sliding_window}; by its mask: {seen}")
         return _packed(module, query, key, value, lengths, asked), None
@@ -177,23 +182,28 @@ def _check_packed(
 def _packed(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, pack: card.PackLengths, asked: Formula
 ) -> Tensor:
-    """Causal attention; on a card all examples at once where its kernel can, else each run of neighbours of equal
+    """Attention as asked; on a card all examples at once where its kernel can, else each run of neighbours of equal
     length L as one batch. Returns (1, T, H, D)."""
     lengths, levels = pack.lengths, pack.levels
     slides = asked.sliding_window is not None and pack.longest > asked.sliding_window
     if asked.is_plain:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
-        if query.device.type != "cpu" and not levels and not asked.dropout and card.takes(q, k, v, pack.kernel):
+        on_card = query.device.type != "cpu" and asked.causal
+        if on_card and not levels and not asked.dropout and card.takes(q, k, v, pack.kernel):
             return card.attention(q, k, v, pack, asked.scale(query), asked.sliding_window if slides else None)[None]
         # without gradients torch's own kernel is as good as blocks
         plain = not levels and not asked.dropout
         blocks = not slides and (whole_attention(query) or (query.requires_grad and plain))
+        reach = None if asked.causal else reach_of(asked.sliding_window if slides else None)
+        blocks = blocks if reach is None else whole_attention(query) and not levels
         if blocks and block_attention.takes(q, k, v):
             seed = masks.some_seed(module, q) if asked.dropout else None
             out = block_attention.attention(
-                q, k, v, lengths, asked.scale(query), None, None, levels, None, asked.dropout, seed
+                q, k, v, lengths, asked.scale(query), None, None, levels, None, asked.dropout, seed, reach
             )
             return out[None]
+    if levels and not asked.causal:
+        raise PackingError("segments of a tree are attended to causally alone")
     if levels:
         return _paths(query, key, value, pack, asked)
     runs = [(length, sum(1 for _ in same)) for length, same in groupby(lengths)]  # (L, how many)
@@ -220,12 +230,12 @@ def _paths(query: Tensor, key: Tensor, value: Tensor, pack: card.PackLengths, as
 
 
 def _one_length(query: Tensor, key: Tensor, value: Tensor, asked: Formula) -> Tensor:
-    """Causal attention of n examples of one length, or of their last tokens: (n, H, L, D), (n, K, S, D) ->
-    (n, H, L, D), S at least L."""
+    """Attention of n examples of one length, or of their last tokens: (n, H, L, D), (n, K, S, D) -> (n, H, L, D), S at
+    least L."""
     length, seen = query.shape[2], key.shape[2]
     window = asked.sliding_window
     slides = window is not None and seen > window
-    visible = _visible(length, window if slides else None, query.device, seen)
+    visible = _visible(length, window if slides else None, query.device, seen, ahead=not asked.causal)
     if not asked.is_plain:
         return _eager(query, key, value, visible, asked)
     mask = visible if slides or seen > length else None
@@ -239,8 +249,9 @@ def _one_length(query: Tensor, key: Tensor, value: Tensor, asked: Formula) -> Te
         grouped = False
     with card.without_cudnn() if on_card else nullcontext():
         return F.scaled_dot_product_attention(
-            query, key, value, mask, asked.dropout, is_causal=mask is None, scale=asked.scaling, enable_gqa=grouped
-        )
+            query, key, value, mask, asked.dropout, is_causal=mask is None and asked.causal, scale=asked.scaling,
+            enable_gqa=grouped,
+        )  # fmt: skip
 
 
 def _eager(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, asked: Formula) -> Tensor:
@@ -261,10 +272,18 @@ def _eager(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, asked
     return F.dropout(weights, asked.dropout) @ _repeat(value, query)
 
 
-def _visible(length: int, sliding_window: int | None, device: torch.device, seen: int = 0) -> Tensor:
-    """(L, S) bool: which key (column) a query (row) sees, of the last L of S tokens; 0: of L."""
+def reach_of(window: int | None) -> tuple[int, int]:
+    """How many tokens before and after itself a token sees, where it sees `window` to each side, itself included."""
+    return ((1 << 40) if window is None else window - 1,) * 2
+
+
+def _visible(
+    length: int, sliding_window: int | None, device: torch.device, seen: int = 0, *, ahead: bool = False
+) -> Tensor:
+    """(L, S) bool: which key (column) a query (row) sees, of the last L of S tokens; 0: of L. `ahead`: both ways."""
     positions = torch.arange(max(length, seen), device=device)
     back = positions[-length:, None] - positions[None, :]
+    back = back.abs() if ahead else back
     return back >= 0 if sliding_window is None else (back >= 0) & (back < sliding_window)
 
 

@@ -126,6 +126,8 @@ def forward_inputs(model: Model, batch: Batch) -> dict[str, Tensor]:
     }
     if takes_use_cache(lm):
         inputs["use_cache"] = False
+    if "token_types" in batch and "token_type_ids" in inspect.signature(structure.body(lm).forward).parameters:
+        inputs["token_type_ids"] = batch["token_types"].to(device)
     starts: Tensor = batch["cu_seq_lens_q"]
     if len(starts) <= 2 and not (installed(lm) == "cu_seq_lens" and torch.is_grad_enabled()):
         return inputs  # in a training forward even one example brings its lengths: the fused attention asks for them
@@ -167,7 +169,15 @@ def aligned(batch: Batch) -> Batch:
     }
     if "levels" in batch:
         longer["levels"] = torch.cat([batch["levels"], batch["levels"].new_zeros(1)])
+    if "token_types" in batch:
+        longer["token_types"] = torch.nn.functional.pad(batch["token_types"], (0, more))
     return {**batch, **longer}
+
+
+def first_position(body: nn.Module) -> int:
+    """The position of a text's first token: RoBERTa's positions begin behind the number of its padding."""
+    embeddings = getattr(body, "embeddings", None)
+    return int(embeddings.padding_idx) + 1 if hasattr(embeddings, "create_position_ids_from_input_ids") else 0
 
 
 def packed_inputs(body: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -182,7 +192,8 @@ def packed_inputs(body: nn.Module, batch: Batch) -> dict[str, Tensor]:
     levels = tuple(batch["levels"].tolist()) if "levels" in batch else ()
     known = card.PackLengths(tuple(starts.diff().tolist()), card.kernel_name(_ASKED.get(body)), levels)
     longest, device = known.longest, body.device
-    inputs = {"position_ids": batch["position_ids"].to(device), "attention_mask": no_mask(device, known)}
+    positions = batch["position_ids"].to(device) + first_position(body)
+    inputs = {"position_ids": positions, "attention_mask": no_mask(device, known)}
     recurrent.complete(body)
     if by_mask.is_on(body):
         by_mask.install(body)  # on layers that a proof on the first ones did not meet
@@ -233,7 +244,12 @@ class BodyHooks:
 
     def _after(self, body: torch.nn.Module, args: object, output: Any) -> object:
         back, self._back = self._back, None
-        return None if back is None else with_hidden(output, back(output[0]))
+        if back is None:
+            return None
+        changed: Any = with_hidden(output, back(output[0]))
+        if getattr(output, "pooler_output", None) is not None:  # of the first tokens of rows
+            output.pooler_output = body.pooler(output.last_hidden_state)
+        return changed
 
 
 def with_hidden(output: Any, hidden: Tensor) -> object:

@@ -33,10 +33,11 @@ class Sight:
     tokens: int
     causal: int  # up to this length a token sees everything before it; 0: the mask is of no known kind
     slides: bool = False  # beyond it, a token sees the last `causal` tokens, itself included
+    ahead: bool = False  # a token sees as many behind itself as before
 
     def is_causal(self, length: int) -> bool:
-        """Whether a text of this length is attended to without window or chunk."""
-        return length <= self.causal
+        """Whether a text of this length is attended to causally, without window or chunk."""
+        return length <= self.causal and not self.ahead
 
     def is_window(self, window: int | None) -> bool:
         """Whether `window` (None: none) is what this layer sees of every text of up to `tokens` tokens."""
@@ -47,6 +48,8 @@ class Sight:
     def __str__(self) -> str:
         if not self.causal:
             return "a mask of no known kind"
+        if self.ahead:
+            return "no mask" if self.causal == self.tokens else f"a window of {self.causal} tokens to both sides"
         shape = "a causal mask" if self.causal == self.tokens else f"a window of {self.causal} tokens"
         known = self.slides or self.causal == self.tokens
         return (
@@ -83,6 +86,10 @@ def _describe(mask_function: Callable[..., Tensor], length: int, device: torch.d
         seen = mask_function(zero, zero, rows.view(1, 1, -1, 1), keys.view(1, 1, 1, -1))
         return seen.expand(1, 1, len(rows), len(keys))[0, 0]  # (rows, keys) bool
 
+    if (far := int(sees(positions[:1], positions).sum())) > 1:  # the first token sees behind itself
+        rows = torch.linspace(0, length - 1, _SAMPLED_ROWS, device=device).long()
+        alike = torch.equal(sees(rows, positions), (rows[:, None] - positions).abs() < far)
+        return Sight(length, far if alike else 0, slides=alike and far < length, ahead=True)
     hidden = (~sees(positions, positions[:1])[:, 0]).nonzero()  # from which row on the first token is not seen
     causal = int(hidden[0]) if len(hidden) else length
     spread = torch.linspace(0, length - 1, _SAMPLED_ROWS, device=device).long()
@@ -98,6 +105,7 @@ def _describe(mask_function: Callable[..., Tensor], length: int, device: torch.d
 def look(body: nn.Module, length: int) -> None:
     """Find out what each decoder layer of a body sees of texts of up to `length` tokens, where that is not known yet.
     The model must be set to the attention of `packed_attention.py`. Nothing about it is changed afterwards."""
+    length = max(length, 2)  # one token shows no direction
     holder, name = structure.layer_list(body)
     layers = list(getattr(holder, name))
     if all(layer in _SIGHTS and _SIGHTS[layer].tokens >= length for layer in layers):

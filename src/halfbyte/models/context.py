@@ -46,7 +46,8 @@ def context_of(config: Config) -> Context | None:
     if getattr(text, "alibi", False):
         return None
     name = _field(text.model_type)
-    return _context(name, getattr(text, name, None), getattr(text, "rope_parameters", None) or {})
+    positions = _usable(text.model_type, getattr(text, name, None), text.pad_token_id)
+    return _context(name, positions, getattr(text, "rope_parameters", None) or {})
 
 
 def context_in(config: ConfigFile) -> Context | None:
@@ -63,7 +64,14 @@ def context_in(config: ConfigFile) -> Context | None:
     if original and rope:
         rope.setdefault("original_max_position_embeddings", original)
     name = _field(text.get("model_type"))
-    return _context(name, text.get(name) or text.get("n_positions"), rope)
+    positions = _usable(text.get("model_type"), text.get(name) or text.get("n_positions"), text.get("pad_token_id", 1))
+    return _context(name, positions, rope)
+
+
+def _usable(model_type: object, positions: object, padding: int | None) -> object:
+    """The positions of a text: RoBERTa's begin behind the number of its padding."""
+    behind = (padding or 0) + 1 if model_type in ("roberta", "xlm-roberta") else 0
+    return positions - behind if isinstance(positions, int) else positions
 
 
 def _field(model_type: object) -> str:

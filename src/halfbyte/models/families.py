@@ -64,6 +64,7 @@ class Family:
         shared_gate: what shared experts give is multiplied by a gate of its own, which keeps it.
         gated_attention: what attention returns is multiplied by a gate, and both are kept.
         stock_gate: what stands between an expert's two stacks is the model's own code.
+        encoder: it sees to both sides, and has no head of a language model.
     """
 
     layout: Layout | None = None
@@ -81,6 +82,7 @@ class Family:
     shared_gate: bool = False
     gated_attention: bool = False
     stock_gate: bool = False
+    encoder: bool = False
 
     def fused_classes(self) -> dict[str, FusedPart]:
         """Class -> which part of a layer it is, of those whose forward is: attention: project, (norm q and k,) rotate
@@ -134,6 +136,13 @@ FAMILIES: dict[str, Family] = {
     "lfm2": Family(mlp="gated_stock", qk_norms=True),
     "qwen3_5_text": Family(mlp="gated_stock", qk_norms=True, gated_attention=True),
     **dict.fromkeys(("granitemoehybrid", "falcon_h1"), UNKNOWN),
+    # Encoders: norms behind both halves in BERT's kind, before them in ModernBERT's.
+    **dict.fromkeys(
+        ("bert", "roberta", "xlm-roberta"),
+        Family(rms=False, mlp="formula", own_sums=True, post_norms=True, dropout_modules=True, encoder=True),
+    ),
+    "modernbert": Family(classes="ModernBert", rms=False, mlp="gated_stock", fused_qkv=True, encoder=True),
+    "deberta-v2": Family(rms=False, mlp="formula", attention="eager", own_sums=True, post_norms=True, encoder=True),
     "mixtral": UNKNOWN_MIXTURE,
     "gpt_oss": Family(mlp="experts", attention="eager", stock_gate=True),  # sinks: a score more, none in fp32
     "qwen2_moe": Family(mlp="experts", shared_gate=True),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from halfbyte.errors import BaseModelError, SourceError
+from halfbyte.models.families import FAMILIES
 from halfbyte.types import Config, Model
 
 if TYPE_CHECKING:
@@ -16,14 +17,33 @@ if TYPE_CHECKING:
 def meta_model(config: Config, *, trust_remote_code: bool = False) -> Model:
     """The model of a transformers config on the meta device: shapes without weights."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            return auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
         kind = getattr(config, "model_type", type(config).__name__)
         raise SourceError(f"{kind}: transformers cannot build this model: {error}") from error
+
+
+def is_encoder(config: Config) -> bool:
+    """Whether a config is one of an encoder: it reads texts to both sides, and writes none."""
+    family = FAMILIES.get(getattr(config, "model_type", ""))
+    return family is not None and family.encoder and not getattr(config, "is_decoder", False)
+
+
+def auto_class(config: Config) -> Any:
+    """The automatic class that opens a base of this config: with a language model's head; of an encoder with one for
+    texts, in whose place `layers/heads.py` puts the task's."""
+    import transformers
+
+    return transformers.AutoModelForSequenceClassification if is_encoder(config) else transformers.AutoModelForCausalLM
+
+
+def of_head(lm: Model, name: str) -> bool:
+    """Whether a weight of an encoder is one of its head: outside of the body, or its pooler."""
+    inside = f"{lm.base_model_prefix}."
+    return is_encoder(lm.config) and (not name.startswith(inside) or name.startswith(f"{inside}pooler."))
 
 
 def causal_lm(model: Model) -> Model:

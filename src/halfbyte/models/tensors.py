@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from halfbyte.errors import SourceError
+from halfbyte.models.families import FAMILIES
 from halfbyte.models.sources.safetensors import DTYPE_BITS, read_header, weight_files
 from halfbyte.models.text_half import text_config, text_tensors
 from halfbyte.system import limits
@@ -37,7 +38,12 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
 # Buffers that older checkpoints hold and transformers passes over: causal masks, rotary tables.
 _PASSED_OVER = re.compile(
     r"(?:^|\.)(?:attn|attention)\.(?:bias|masked_bias)$|rotary_emb\.(?:inv_freq|cos_cached|sin_cached)$"
+    r"|embeddings\.position_ids$"
 )
+# Of encoders: heads that no task of ours reads, and what stands between body and head.
+_OTHER_HEADS = re.compile(r"(cls|lm_head|decoder|lm_predictions|mask_predictions|classifier|score|qa_outputs)\.")
+_BEFORE_HEAD = re.compile(r"(\w+\.)?pooler\.|head\.")
+_NO_POOLER = frozenset(("roberta", "xlm-roberta", "modernbert"))
 # Dropout by default, in transformers' config classes; everyone else's is 0.
 _OWN_DROPOUT = {"gpt2": {"attention_dropout": 0.1, "resid_pdrop": 0.1}, "opt": {"resid_pdrop": 0.1}}
 _OWN_WINDOW = dict.fromkeys(("mistral", "gemma2", "gemma3_text"), 4096)  # by default, as above
@@ -150,13 +156,22 @@ def specs_of(
     specs = [
         replace(spec_of(read[name], tuple(entry["shape"]), entry["dtype"], config), blocks=blocks.get(name, ()))
         for name, entry in entries.items()
-        if name in read and _PASSED_OVER.search(name) is None
+        if name in read and _PASSED_OVER.search(name) is None and not _unread(name, config)
     ]
     if _experts(config) and config.get("auto_map") is None:
         specs = _stacked(specs)
     if _get(config, "tie_word_embeddings") and any(s.role == "embedding" for s in specs):
         specs = [s for s in specs if s.role != "head"]
     return specs
+
+
+def _unread(name: str, config: ConfigFile) -> bool:
+    """Whether a tensor of an encoder is of a head that is not read."""
+    kind = str(config.get("model_type"))
+    if kind not in FAMILIES or not FAMILIES[kind].encoder:
+        return False
+    pooler = kind in _NO_POOLER and "pooler." in name
+    return pooler or _OTHER_HEADS.match(name) is not None
 
 
 def _stacked(specs: list[TensorSpec]) -> list[TensorSpec]:
@@ -251,8 +266,8 @@ def facts_of(config: ConfigFile, specs: Iterable[TensorSpec]) -> Facts:
         key_heads=_key_heads(config, kind, heads),
         head_size=_first(config, "head_dim") or (hidden // heads if heads else 0),
         positions=_first(config, "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx"),
-        attention_dropout=_dropout(config, kind, "attention_dropout", "attn_pdrop"),
-        residual_dropout=_dropout(config, kind, "resid_pdrop", "hidden_dropout", "dropout"),
+        attention_dropout=_dropout(config, kind, "attention_dropout", "attn_pdrop", "attention_probs_dropout_prob"),
+        residual_dropout=_dropout(config, kind, "resid_pdrop", "hidden_dropout", "dropout", "hidden_dropout_prob"),
         windows=_windows(config, kind, layers),
         recurrences=recurrences,
     )
@@ -330,6 +345,8 @@ def _role(name: str, shape: tuple[int, ...], config: ConfigFile, *, in_layer: bo
         return "head"
     if is_embedding(module) or (not in_layer and shape[0] == _first(config, "vocab_size")):
         return "embedding"
+    if not in_layer and _BEFORE_HEAD.match(name):
+        return "other"
     return "linear"
 
 

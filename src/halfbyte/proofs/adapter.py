@@ -60,11 +60,12 @@ def keep_logits(
         first = next(i for i, label in enumerate(row.labels) if label != IGNORED)
         part = slice(max(0, first - REACH), first + REACH)
         ids, labels = row.input_ids[part], row.labels[part]
-        positions = [i - 1 for i, label in enumerate(labels) if label != IGNORED]
+        before = 0 if heads.has_head(model) else 1  # a language model predicts the next token
+        positions = [i - before for i, label in enumerate(labels) if label != IGNORED]
         positions = positions[:: -(-len(positions) // TOKENS)]
         logits = logits_at(model, ids, positions)
         tokens = logits.topk(min(LIKELIEST, logits.shape[1])).indices
-        if heads.head_of(model) is None:  # a head's scores are not of tokens
+        if not heads.has_head(model):  # a head's scores are not of tokens
             following = torch.tensor([[ids[i + 1]] for i in positions], device=logits.device)
             tokens = torch.cat([following, tokens], 1)
         samples.append(
@@ -114,7 +115,7 @@ def logits_at(model: Model, ids: Sequence[int], positions: Sequence[int]) -> tor
     options = {"use_cache": False} if packing.takes_use_cache(structure.causal_lm(model)) else {}
     try:
         with torch.no_grad():
-            if heads.head_of(model) is not None:
+            if heads.has_head(model):
                 rows = (Example(tuple(ids[: p + 1]), (IGNORED,) * (p + 1), "", (), "") for p in positions)
                 return torch.cat([heads.scores(model, collate.collate_texts([row])) for row in rows])
             row = torch.tensor([list(ids)], device=model.device)

@@ -21,7 +21,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from halfbyte.errors import first_line
-from halfbyte.layers import fuse, loss, packing
+from halfbyte.layers import fuse, packing
 from halfbyte.layers.experts.layout import is_routed
 from halfbyte.models import structure
 from halfbyte.proofs import setting
@@ -96,12 +96,12 @@ def _compare(model: Model, *, packed: bool, longest: int | None) -> tuple[str, f
             fuse.install(model)
             _, ours = loss_and_gradients(model, together)
             with torch.no_grad():
-                loss.micro_batch_loss(model, together[0])
+                setting.micro_batch_loss(model, together[0])
             _, again = loss_and_gradients(model, together)
             fuse.remove(model)
             packing.install(lm, "single")
             try:
-                _, pefts = loss_and_gradients(model, alone, loss=partial(loss.micro_batch_loss, fused=False))
+                _, pefts = loss_and_gradients(model, alone, loss=partial(setting.micro_batch_loss, fused=False))
             finally:
                 packing.install(lm, layout)
         dead = sorted(set(pefts) - set(ours)) + sorted(set(pefts) - set(again))

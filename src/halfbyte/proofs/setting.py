@@ -6,6 +6,7 @@ model is added where the run has such rows and it can be afforded.
 A model is as before after each of these: its weights, modes, gradients and the random state.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,11 +15,12 @@ import torch
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 
+from halfbyte.layers import loss as losses
 from halfbyte.layers import recurrent, sight
-from halfbyte.layers.loss import micro_batch_loss
 from halfbyte.layers.packed_attention import NAME
 from halfbyte.layers.packing import forward_inputs
 from halfbyte.models import structure
+from halfbyte.models.context import context_of
 from halfbyte.quant import bnb, dequantise, formats
 from halfbyte.system import accelerator
 from halfbyte.types import Batch, Model
@@ -46,7 +48,10 @@ def short_lengths(*, packed: bool) -> tuple[int, ...]:
 
 def random_examples(lm: Model, lengths: Sequence[int], seed: int = 0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)  # its own: the run's random numbers stay what they would have been
-    return [torch.randint(tokens_of(lm), (n,), generator=generator).to(lm.device) for n in lengths]
+    rows, padding = [torch.randint(tokens_of(lm), (n,), generator=generator) for n in lengths], -1
+    if structure.is_encoder(lm.config):  # which may count no position for padding
+        padding = int(getattr(lm.get_input_embeddings(), "padding_idx", None) or 0)
+    return [row.masked_fill(row == padding, padding + 1).to(lm.device) for row in rows]
 
 
 def pack(examples: Sequence[Tensor]) -> Batch:
@@ -67,9 +72,31 @@ def labelled(examples: Sequence[Tensor]) -> Batch:
     return batch
 
 
+def micro_batch_loss(model: Model, batch: Batch, *, fused: bool = True) -> Tensor:
+    """The loss of a proof: of a language model its own; of another the sum of all hidden states behind the first two
+    tokens of each text, with weights that depend on the token."""
+    if has_logits(structure.causal_lm(model)):
+        return losses.micro_batch_loss(model, batch, fused=fused)
+    hidden = losses.every_hidden(model, batch)  # (T, D)
+    angles = torch.outer(batch["input_ids"][0] + 1.0, torch.arange(1.0, hidden.shape[1] + 1))
+    weights = angles.cos() * (batch["position_ids"][0] > 1)[:, None]
+    return (hidden * weights.to(hidden.device)).sum() / hidden.shape[1] ** 0.5
+
+
+def has_logits(lm: Model) -> bool:
+    """Whether its forward gives logits of the vocabulary."""
+    by_name = "logits_to_keep" in inspect.signature(lm.forward).parameters
+    return by_name or lm.get_output_embeddings() is not None
+
+
 def logits(lm: Model, examples: Sequence[Tensor]) -> Tensor:
-    """(T, V) in fp32: one packed forward, through `forward_inputs` as in training."""
-    packed_logits: Tensor = lm(**forward_inputs(lm, pack(examples))).logits[0].float()
+    """(T, V) in fp32: one packed forward, through `forward_inputs` as in training. Of a model without a language
+    model's head its hidden states: (T, D)."""
+    inputs = forward_inputs(lm, pack(examples))
+    if not has_logits(lm):
+        hidden: Tensor = structure.body(lm)(**inputs)[0][0].float()
+        return hidden
+    packed_logits: Tensor = lm(**inputs).logits[0].float()
     return packed_logits
 
 
@@ -111,6 +138,8 @@ def long_row(lm: Model, longest: int | None) -> tuple[int, str]:
         return 0, ""
     positions = int(getattr(lm.config.get_text_config(), "max_position_embeddings", None) or LOOK_TOKENS)
     longest = longest or min(positions, LOOK_TOKENS)
+    if structure.is_encoder(lm.config) and (context := context_of(lm.config)) is not None:  # a table of positions
+        longest = min(longest, context.tokens)
     sight.look(body, longest)
     layers = structure.decoder_layers(body)
     sights = [sight.of(layer) for layer in layers]

@@ -123,7 +123,7 @@ class FourBit(NumberFormat):
             bnb_4bit_quant_type=self.name,
             bnb_4bit_use_double_quant=quant.double_quant,
             bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=[*head_names, *quant.exempt] if quant.exempt else None,
+            llm_int8_skip_modules=[*head_names, *quant.exempt] or None,
         )
 
     def settings_of(self, config: Config) -> Document | None:

@@ -104,7 +104,7 @@ class RowWise8(NumberFormat):
         return BitsAndBytesConfig(
             load_in_8bit=True,
             llm_int8_threshold=activation_threshold(quant),
-            llm_int8_skip_modules=[*head_names, *quant.exempt] if quant.exempt else None,
+            llm_int8_skip_modules=[*head_names, *quant.exempt] or None,
         )
 
     def settings_of(self, config: Config) -> Document | None:

@@ -125,7 +125,7 @@ class OwnConfig(QuantizationConfigMixin):
 
 def _own_config(quant: Quant, head_names: Iterable[str]) -> OwnConfig:
     fields = {"type", *number_formats.UNSET, "skip_modules", "fp32_modules"}
-    skipped = [*head_names, *quant.exempt] if quant.exempt else None
+    skipped = [*head_names, *quant.exempt] or None
     return OwnConfig(quant.model_dump(mode="json", include=fields), skipped)
 
 

@@ -57,7 +57,7 @@ def is_name_or_list(value: object) -> bool:
 Int = Annotated[int, must("a number", lambda v: not isinstance(v, bool))]
 Format = Literal[
     "messages", "sharegpt", "alpaca", "prompt_completion", "text", "preference", "unpaired_preference", "labels",
-    "vectors",
+    "tags", "vectors",
 ]  # fmt: skip
 Mask = Literal["completion", "assistant", "all"]
 _LIKE = "rows: files, a glob, a hub: dataset, or a list of them; 5% or a number of the training rows; none; or auto"
@@ -109,6 +109,9 @@ class Fields(Section):
     negative: str = field("negative", "of task embed, a text that does not, or a list; may be absent", min_length=1)
     score: str = field("score", "of task embed with CoSENTLoss, how much the two are alike", min_length=1)
     text_pair: str = field("text_pair", "of task classify or regress, a second text; may be absent", min_length=1)
+    tokens: str = field("tokens", "of task tag, the list of words; rows without have text and spans", min_length=1)
+    tags: str = field("tags", "of task tag, a tag for each word", min_length=1)
+    spans: str = field("spans", "of task tag, a list of {start, end, label} in a text, by characters", min_length=1)
 
 
 class DataEntry(Section):

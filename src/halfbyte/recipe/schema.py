@@ -66,8 +66,7 @@ class Quant(Section):
     )
     placement: Literal["auto", "resident", "mapped", "streamed", "sharded"] = field(
         "auto",
-        "where the frozen base is kept: in RAM, memory-mapped, streamed layer by layer, or sharded over the processes "
-        "of a run (FSDP2)",
+        "where the frozen base is kept: in RAM, memory-mapped, streamed layer by layer, or sharded over ranks (FSDP2)",
     )
     skip_modules: NamesOrNone = field((), "modules that are not quantised, by name")
     fp32_modules: NamesOrNone = field((), "modules that are kept in fp32, by name")
@@ -293,8 +292,9 @@ class Recipe(tasks.FormatOfTask):
 
     model: str = field(..., "hub id[@revision], local folder, .gguf file, or a packaged name", min_length=1)
     revision: str | None = field(None, "branch, tag or commit of a hub id; the same as model: id@revision")
-    task: tasks.Task = field(tasks.CAUSAL_LM, "what it becomes: causal_lm (writes), classify, regress or embed")
-    labels: Choices = field(None, "task classify: all labels, in order; null: those of the training rows, sorted")
+    task: tasks.Task = field(tasks.CAUSAL_LM, "what it becomes: causal_lm (writes), classify, regress, tag or embed")
+    labels: Choices = field(None, "task classify, tag: all labels, in order; null: the training rows', sorted")
+    class_weight: tasks.ClassWeight = field(None, "what labels count for: balanced, or {label: number}, others 1")
     vectors: tasks.VectorFields = field(tasks.VectorFields(), "task embed: the loss, and how a vector is made")
     quant: Quant = field(Quant(), "how the frozen base is kept")
     lora: Lora = field(Lora(), "the adapters, as peft.LoraConfig names them")

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from halfbyte.recipe.data import Section, field
 from halfbyte.recipe.values import Count, Float, one_of
 from halfbyte.types import Document
 
-TASKS = ("causal_lm", "classify", "regress", "embed")
-CAUSAL_LM, CLASSIFY, REGRESS, EMBED = TASKS
-REFUSED = {"tag": "labels of single tokens are not built; classify labels whole texts"}
-Task = Annotated[Literal["causal_lm", "classify", "regress", "embed"], one_of(TASKS, REFUSED)]
-FORMATS = {CLASSIFY: "labels", REGRESS: "labels", EMBED: "vectors"}  # of rows
+TASKS = ("causal_lm", "classify", "regress", "tag", "embed")
+CAUSAL_LM, CLASSIFY, REGRESS, TAG, EMBED = TASKS
+Task = Annotated[Literal["causal_lm", "classify", "regress", "tag", "embed"], one_of(TASKS)]
+FORMATS = {CLASSIFY: "labels", REGRESS: "labels", TAG: "tags", EMBED: "vectors"}  # of rows
 RANKING, COSENT = "MultipleNegativesRankingLoss", "CoSENTLoss"
 TRIPLET, GROUPS = "TripletLoss", "BatchAllTripletLoss"
 # Fields that these do not read, and why.
@@ -33,6 +32,9 @@ _UNREAD = {
 }
 
 
+ClassWeight = Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None
+
+
 class VectorFields(Section):
     """Of task embed: the loss, and how a vector is made of a text."""
 
@@ -47,7 +49,11 @@ class VectorFields(Section):
         (), "MatryoshkaLoss around it: the loss of so many first numbers, summed"
     )
     matryoshka_weights: tuple[Float, ...] = field((), "what each of matryoshka_dims counts for; empty: all 1")
-    pooling: Literal["lasttoken", "mean"] = field("lasttoken", "a text's vector: its last token's, or the mean of all")
+    pooling: Literal["auto", "lasttoken", "mean", "cls"] = field(
+        "auto",
+        "a text's vector: of its last token, of its first (cls), or their mean",
+        "encoders mean, others lasttoken",
+    )
 
 
 class FormatOfTask(Section):
@@ -66,15 +72,16 @@ def problems(given: Document) -> Iterator[str]:
     """What excludes each other of task and other fields, in sentences. `given`: a recipe's values but for defaults."""
     task, shape = given.get("task", CAUSAL_LM), given["data"].get("format", "auto")
     if FORMATS.get(task) != (shape if shape in FORMATS.values() else None):
-        yield f"data.format labels is of task classify and regress, vectors of embed; it is {shape}, and task is {task}"
+        own = "labels is of task classify and regress, tags of tag, vectors of embed"
+        yield f"data.format {own}; it is {shape}, and task is {task}"
     if task != EMBED and ("vectors" in given or {"query_prompt", "passage_prompt"} & given["data"].keys()):
         yield f"vectors, data.query_prompt and data.passage_prompt are for task embed, and task is {task}"
     vectors = given.get("vectors", {})
     dims, weights = vectors.get("matryoshka_dims", ()), vectors.get("matryoshka_weights")
     if weights is not None and len(weights) != len(dims):
         yield f"vectors.matryoshka_weights has {len(weights)} numbers, and vectors.matryoshka_dims {len(dims)}"
-    if task != CLASSIFY and "labels" in given:
-        yield f"labels names those of task classify, and task is {task}"
+    for name in {"labels", "class_weight"} & given.keys() if task not in (CLASSIFY, TAG) else ():
+        yield f"{name} is for the labels of task classify or tag, and task is {task}"
     if task in (REGRESS, EMBED) and "label_smoothing_factor" in given.get("train", {}):
         yield f"train.label_smoothing_factor is for labels, and task is {task}"
     for name, why in _UNREAD.items() if task != CAUSAL_LM else ():

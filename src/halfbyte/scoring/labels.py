@@ -10,6 +10,7 @@ Cost: `resamples` passes over the rows for each of these.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,6 +84,38 @@ def spearman(answers: Floats, truth: Floats, settings: Eval) -> Document:
         return float(np.corrcoef(one, other)[0, 1]) if one.std() * other.std() > 0 else 0.0
 
     return _bootstrap(alike, len(truth), settings)
+
+
+class Tagged(NamedTuple):
+    """Of a text: entities that were said and that are there, each with its kind first; tags that are right, and all."""
+
+    said: set[tuple[str, int, int]]
+    there: set[tuple[str, int, int]]
+    right: int
+    tags: int
+
+
+def of_entities(texts: Sequence[Tagged], settings: Eval) -> Document:
+    """`scores`: F1, precision and recall of entities of any kind, accuracy of tags; `labels`, the kinds, and `by_label`
+    as `of_labels` has it. Source: seqeval, which counts an entity as right where its ends and its kind are."""
+    kinds = sorted({each[0] for text in texts for each in text.said | text.there})
+    both = [(text.said & text.there, text.said, text.there) for text in texts]
+    counts = np.array([[[sum(e[0] == kind for e in x) for kind in kinds] for x in of] for of in both], float)
+    counts = counts.reshape(len(texts), 3, len(kinds))  # (n, right said there, kinds)
+    tags, every = np.array([(text.right, text.tags) for text in texts], float), counts.sum(2)
+    rates = {
+        "f1": lambda right, said, there: 2 * right / max(said + there, 1),
+        "precision": lambda right, said, there: right / max(said, 1),
+        "recall": lambda right, said, there: right / max(there, 1),
+    }
+
+    def score(name: str) -> Document:
+        return _bootstrap(lambda rows: rates[name](*every[rows].sum(0)), len(texts), settings)
+
+    scores = {name: score(name) for name in rates}
+    scores["accuracy"] = _bootstrap(lambda rows: tags[rows, 0].sum() / tags[rows, 1].sum(), len(texts), settings)
+    by_label = [{"rows": int(of[2]), **{name: rate(*of) for name, rate in rates.items()}} for of in counts.sum(0).T]
+    return {"scores": scores, "labels": kinds, "by_label": by_label, "confusion": []}
 
 
 def _mean(values: NDArray[np.generic], settings: Eval) -> Document:

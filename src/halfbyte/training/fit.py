@@ -21,6 +21,7 @@ from halfbyte.distributed import shard
 from halfbyte.errors import RunError
 from halfbyte.layers import heads, packing
 from halfbyte.models.structure import meta_model
+from halfbyte.models.tensors import read_checkpoint
 from halfbyte.objectives.objective import Objective
 from halfbyte.plan import Job, Plan, calibrate, choose, memory
 from halfbyte.plan.result import POOL_RESERVE, RESERVE, Recompute
@@ -98,8 +99,10 @@ def with_plan(
     for finding in prepared.findings:
         tell.note("data", finding.line)
     meta = meta_model(prepared.config, trust_remote_code=recipe.trust_remote_code)
-    if name := heads.attach(meta, width, seed=0) if (width := getattr(prepared.objective, "width", 0)) else "":
-        recipe = recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"modules_to_save": (name,)})})
+    if (head := heads.wanted(prepared.objective))[0]:
+        names = [] if prepared.checkpoint.pickle else [s.name for s in read_checkpoint(prepared.checkpoint.path)]
+        drawn = heads.attach(meta, *head, seed=0, names=names)
+        recipe = recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"modules_to_save": drawn})})
         prepared = replace(prepared, recipe=recipe)
     targets, modules = lora.choose_targets(meta, recipe.lora)
     job_for = partial(job_of, machine=machine, model=meta, targets=targets.names, ranks=ranks, done=done)

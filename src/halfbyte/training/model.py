@@ -46,7 +46,8 @@ def open_model(
         notices = list[str]()
     factors = residual.ensure(base, recipe.lora, tell.note) if start.point is None else None
     if before is None and recipe.task != CAUSAL_LM:
-        heads.attach(base.model, getattr(run.prepared.objective, "width", 0), seed=recipe.train.seed)
+        names = [spec.name for spec in base.specs]
+        heads.attach(base.model, *heads.wanted(run.prepared.objective), seed=recipe.train.seed, names=names)
     model = assemble(base, recipe, start=start.adapter, factors=factors, note=tell.note)
     if not model.packed.ok and (recipe.data.packing == "stream" or run.prepared.train.examples.seconds() is not None):
         stream = recipe.data.packing == "stream"

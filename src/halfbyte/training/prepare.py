@@ -13,7 +13,7 @@ from typing import Self
 
 import numpy as np
 
-from halfbyte.base.config import open_config
+from halfbyte.base.config import check_task, open_config
 from halfbyte.base.tokenizer import open_tokenizer
 from halfbyte.data import blocks, gates, prefixes, split
 from halfbyte.data.encoding import chatml, encode
@@ -96,6 +96,7 @@ def look(recipe: Recipe, objective: Objective | None = None) -> Prepared:
     preflight.check_rows(recipe)
     checkpoint = find_model(recipe)
     config = open_config(checkpoint.path, trust_remote_code=recipe.trust_remote_code)
+    check_task(config, recipe.task)
     tokenizer = open_tokenizer(checkpoint, trust_remote_code=recipe.trust_remote_code)
     data, cores = recipe.data, device.cores()
     text, settled = config.get_text_config(), None

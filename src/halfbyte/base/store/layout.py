@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import AutoModelForCausalLM
 from transformers.quantizers import AutoHfQuantizer
 
 from halfbyte.base.store import conversion, mxfp4
@@ -20,6 +19,7 @@ from halfbyte.base.store.conversion import Rule, planned_dtype, renamed
 from halfbyte.base.store.encode import slots
 from halfbyte.base.store.reading import FLOATS, SourceTensor, TensorPlan
 from halfbyte.base.store.shelf import CannotHold, StoreSpec
+from halfbyte.models.structure import auto_class
 from halfbyte.models.tensors import spec_of
 from halfbyte.plan.store_build import OWN_FILE_BYTES
 from halfbyte.quant import experts, formats, loader
@@ -98,7 +98,7 @@ class _EmptyModel:
         quant, dtype = spec.quant, spec.dtype
         self.compute_dtype = dtype
         with torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(copy.deepcopy(spec.config), dtype=dtype)
+            self.model = auto_class(spec.config).from_config(copy.deepcopy(spec.config), dtype=dtype)
         self.original = dict(self.model.named_modules())
         settings = loader.load_config(self.model, quant, dtype, spec.head_names)
         known = formats.of(quant).load_config(quant, dtype) is not None

@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 from halfbyte.data.reading.problems import BadRow, keys, kind, near, shorten, text_in, text_of, value_of
@@ -111,6 +112,7 @@ def unread(shape: Format, data: Data, columns: Collection[str]) -> list[str]:
         "preference": (f.prompt, f.chosen, f.rejected, *others, f.instruction, f.input, f.answers, f.scores),
         "unpaired_preference": (f.prompt, f.completion, f.label, *others),
         "labels": (f.text, f.text_pair, f.label),
+        "tags": (f.tokens, f.tags, f.text, f.spans),
         "vectors": (f.query, f.passage, f.negative, f.score, f.text, f.label),
     }[shape]
     return [column for column in columns if column not in read]
@@ -128,7 +130,8 @@ def parser(shape: Format, data: Data, record: Collection[str]) -> Parser:
         role = f.role or ("from" if shares else "role")
         content = f.content or ("value" if shares else "content")
         return partial(conversation, f, column, role, content, shares)
-    simple = {"alpaca": alpaca, "prompt_completion": prompted, "text": _text, "labels": _labels, "vectors": _vectors}
+    simple = {"alpaca": alpaca, "prompt_completion": prompted, "text": _text, "labels": _labels}
+    simple |= {"tags": _tags, "vectors": _vectors}
     return partial(simple[shape], f)
 
 
@@ -332,6 +335,40 @@ def _labels(f: Fields, where: str, record: Mapping[str, object]) -> Row:
     if not all(isinstance(one, str | int | float) and str(one).strip() for one in every):
         raise BadRow(f"{f.label}: a label, a list of labels or a number is needed, got {kind(value)}")
     return Row(where, parts=texts_of(f, record), completion=json.dumps(value, ensure_ascii=False))
+
+
+def words_of(f: Fields, record: Mapping[str, object]) -> tuple[str, ...]:
+    """The words that get tags; or the one text in which spans get labels."""
+    words = record.get(f.tokens)
+    if words is None:
+        return (text_in(record, f.text),)
+    words = _from_json(words, f.tokens)
+    if not isinstance(words, list) or not words or not all(isinstance(w, str) and w.strip() for w in words):
+        raise BadRow(f"{f.tokens}: a list of words is needed, got {kind(words)}")
+    return tuple(words)
+
+
+def _tags(f: Fields, where: str, record: Mapping[str, object]) -> Row:
+    """`completion`: as JSON a tag for each word; or [start, end, label] of each span in a text, in their order."""
+    parts, name = words_of(f, record), f.tags if record.get(f.tokens) is not None else f.spans
+    value = _from_json(value_of(record, name), name)
+    if not isinstance(value, list):
+        raise BadRow(f"{name}: a list is needed, got {kind(value)}")
+    if name == f.tags:
+        if len(value) != len(parts) or not all(isinstance(tag, str | int) for tag in value):
+            raise BadRow(f"{name}: a tag for each of {len(parts)} words is needed, got {len(value)}")
+        return Row(where, parts=parts, completion=json.dumps([str(tag) for tag in value], ensure_ascii=False))
+    spans = list[tuple[int, int, str]]()
+    for i, each in enumerate(value):
+        given = [each.get(key) for key in ("start", "end", "label")] if isinstance(each, dict) else []
+        right = [isinstance(x, t) for x, t in zip(given, (int, int, str), strict=False)]
+        if not (right and all(right) and 0 <= given[0] < given[1] <= len(parts[0])):
+            raise BadRow(f"{name}[{i}]: start, end (characters of the text) and label are needed, got {kind(each)}")
+        spans.append((given[0], given[1], given[2]))
+    spans.sort()
+    if any(a[1] > b[0] for a, b in pairwise(spans)):
+        raise BadRow(f"{name}: spans overlap")
+    return Row(where, parts=parts, completion=json.dumps(spans, ensure_ascii=False))
 
 
 def _vectors(f: Fields, where: str, record: Mapping[str, object]) -> Row:

@@ -223,6 +223,8 @@ def understand(chunk: Chunk, data: Data) -> tuple[list[Row], Problems]:
     for number, raw in chunk.records:
         try:
             record = records.parse(raw)
+            if data.format == "labels" and chunk.source.kind == "txt":  # a folder for each label
+                record = {data.fields.label: chunk.source.path.parent.name, **record}
             if parse is not None:  # a good record tells the format
                 rows.append(parse(chunk.source.where(number), record))
         except BadRow as bad:

@@ -30,8 +30,9 @@ def draw(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 
 
 def formula(
-    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float, cos: Tensor, sin: Tensor
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float, cos: Tensor, sin: Tensor,
+    reach: tuple[int, int] = (1 << 40, 0),
+) -> Tensor:  # fmt: skip
     def turned(x: Tensor) -> Tensor:
         r = cos.shape[1]
         a, rest = x[..., :r], x[..., r:]
@@ -43,7 +44,9 @@ def formula(
         a, b, c = (x.transpose(0, 1) for x in one)  # (heads, L, D)
         b, c = (x.repeat_interleave(a.shape[0] // x.shape[0], 0) for x in (b, c))
         s = a @ b.transpose(1, 2) * scale
-        hidden = torch.ones_like(s, dtype=torch.bool).triu(1)
+        places = torch.arange(s.shape[1])
+        behind = places - places[:, None]
+        hidden = (behind > reach[1]) | (-behind > reach[0])
         out.append((s.masked_fill(hidden, float("-inf")).softmax(-1) @ c).transpose(0, 1))
     return torch.cat(out)
 
@@ -119,3 +122,24 @@ def test_the_formula_is_torchs() -> None:
     none = x.new_empty(7, 0)
     wanted = F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for _ in range(3)), is_causal=True)[0]
     torch.testing.assert_close(formula(x, x, x, (7,), 8**-0.5, none, none), wanted.transpose(0, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("reach", [(1 << 40, 1 << 40), (64, 64), (3, 3), (63, 0)], ids=str)
+def test_what_a_token_sees(reach: tuple[int, int], dtype: torch.dtype) -> None:
+    """To both sides, and in windows shorter and longer than a tile."""
+    if not cpu.whole_attention(torch.zeros(1, dtype=dtype)):
+        pytest.skip("one kernel for all: fp32 with AVX2, bf16 with AVX512-BF16")
+    lengths = (1, 7, 130, 65)
+    q, do = draw(203, 4, 32, dtype=dtype), draw(203, 4, 32, dtype=dtype, seed=1)
+    k, v = draw(203, 2, 32, dtype=dtype, seed=2), draw(203, 2, 32, dtype=dtype, seed=3)
+    given = [x.clone().requires_grad_() for x in (q, k, v)]
+    got = attention(*given, lengths, 0.2, None, None, reach=reach)
+    got.backward(do)
+    wide = [x.double().requires_grad_() for x in (q, k, v)]
+    none = torch.zeros(203, 0, dtype=torch.float64)
+    wanted = formula(*wide, lengths, 0.2, none, none, reach)
+    wanted.backward(do.double())
+    for a, b in [(got, wanted), *((a.grad, b.grad) for a, b in zip(given, wide, strict=True))]:
+        assert a is not None and b is not None
+        assert float((a.detach().double() - b.detach()).norm()) <= TOLERANCE[dtype] * float(b.detach().norm())

@@ -79,35 +79,39 @@ def _copy_rows(x, row, rows, pairs, out, padded):  # type: ignore[no-untyped-def
 
 
 @inlined
-def _softmax_rows(s, p, o_sums, first, before, length, reach, until, scale, lse, terms):  # type: ignore[no-untyped-def]
-    """Rows of scores s (ROWS, reach) -> p in bf16, unnormalised; zeros where a row does not see, up to `until`.
-    `before`: tokens above the segment."""
+def _softmax_rows(s, p, o_sums, first, before, length, reach, begin, until, scale, lse, terms, sees):  # type: ignore[no-untyped-def]
+    """Rows of scores s (ROWS, reach) from column `begin` on -> p in bf16, unnormalised; zeros where a row does not see,
+    up to `until`. `before`: tokens above the segment."""
     for r in range(ROWS):
-        i = first + r
-        q = p[r * reach : r * reach + until]
-        seen = before + i + 1 if i < length else 0
-        if seen:
-            a = s[r * reach : r * reach + seen]
+        i, low, many = first + r, begin, 0
+        if i < length:
+            low = max(begin, before + i - sees[0])
+            many = min(before + length, before + i + 1 + sees[1]) - low
+        q = p[r * reach + low : r * reach + until]
+        if many:
+            a = s[r * reach + low : r * reach + low + many]
             if terms[0] != np.float32(0.0):
-                tilt(a, -before - i, terms[0])
+                tilt(a, low - before - i, terms[0])
             m = largest(a) * scale
             total = np.float32(0.0)
-            for j in range(seen):
+            for j in range(many):
                 e = exp_f32(a[j] * scale - m)
                 total += e
                 q[j] = store(e, q)
             if terms[3] != 0:
                 seed = row_seed(terms, i)
-                for j in range(seen):
-                    q[j] = q[j] if hash_u32(np.uint32(j) ^ seed) >= terms[3] else np.uint16(0)
+                for j in range(many):
+                    q[j] = q[j] if hash_u32(np.uint32(low + j) ^ seed) >= terms[3] else np.uint16(0)
             o_sums[r] = total
             lse[i] = m + np.float32(math.log(total))
-        for j in range(seen, until):
+        for j in range(many, until - low):
             q[j] = np.uint16(0)
+        for j in range(r * reach + begin, r * reach + low):
+            p[j] = np.uint16(0)
 
 
 @inlined
-def _forward_head(head, keys, sizes, work, terms):  # type: ignore[no-untyped-def]
+def _forward_head(head, keys, sizes, work, terms, sees):  # type: ignore[no-untyped-def]
     """One query head of one segment: q (L, D) of 16 bits -> out (L, D), `row` apart, and lse (L)."""
     q, out, lse = head
     kt, vp = keys
@@ -116,14 +120,15 @@ def _forward_head(head, keys, sizes, work, terms):  # type: ignore[no-untyped-de
     pairs, q = d // 2, q.view(np.uint32)
     for i in range(0, length, ROWS):
         rows = min(ROWS, length - i)
-        columns = before + i + rows
+        columns = min(before + length, before + i + rows + sees[1])
+        begin = max(0, before + i - sees[0]) // COLUMNS * COLUMNS
         _copy_rows(q[i * pairs :], pairs, rows, pairs, qp, ROWS)
-        for j in range(0, columns, COLUMNS):
+        for j in range(begin, columns, COLUMNS):
             tile(s[j:], reach, qp, pairs, 1, kt[j:], reach, pairs, 0)
-        until = up(columns, 2)
-        _softmax_rows(s, p, sums, i, before, length, reach, until, scale, lse, terms)
+        until, v_at = up(columns, 2), begin // 2 * wide
+        _softmax_rows(s, p, sums, i, before, length, reach, begin, until, scale, lse, terms, sees)
         for c in range(0, wide, COLUMNS):
-            tile(o[c:], wide, p, reach // 2, 1, vp[c:], wide, until // 2, 0)
+            tile(o[c:], wide, p[begin:], reach // 2, 1, vp[v_at + c :], wide, (until - begin) // 2, 0)
         for r in range(rows):
             a, to = o[r * wide : r * wide + d], out[(i + r) * row : (i + r) * row + d]
             share = terms[4] / sums[r]
@@ -147,7 +152,7 @@ def _forward(address):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _probabilities(s, dp, i0, j0, rows, width, until, scale, lse, delta, ds, dsp, pp):  # type: ignore[no-untyped-def]
+def _probabilities(s, dp, i0, j0, rows, width, until, scale, lse, delta, ds, dsp, pp, sees):  # type: ignore[no-untyped-def]
     """Two rows at a time: p and ds of a block, ds by rows, both by pairs of rows; zeros up to `until`."""
     for pair in range(up(rows, ROWS) // 2):
         a, b = 2 * pair, 2 * pair + 1
@@ -157,21 +162,23 @@ def _probabilities(s, dp, i0, j0, rows, width, until, scale, lse, delta, ds, dsp
         sb, gb = s[b * WIDE : b * WIDE + until], dp[b * WIDE : b * WIDE + until]
         la, ea = lse[a], delta[a]
         lb, eb = lse[b], delta[b]
-        seen_a = max(0, min(width, i0 + a + 1 - j0)) if a < rows else 0
-        seen_b = max(0, min(width, i0 + b + 1 - j0)) if b < rows else 0
-        both_see = min(seen_a, seen_b)
-        for j in range(both_see):
+        seen_a = max(0, min(width, i0 + a + 1 + sees[1] - j0)) if a < rows else 0
+        seen_b = max(0, min(width, i0 + b + 1 + sees[1] - j0)) if b < rows else 0
+        low_a, low_b, both_see = i0 + a - sees[0] - j0, i0 + b - sees[0] - j0, min(seen_a, seen_b)
+        both_from = min(both_see, max(0, low_b))
+        for j in range(both_from, both_see):
             pa, pb = exp_f32(sa[j] * scale - la), exp_f32(sb[j] * scale - lb)
             ua, ub = store(pa * (ga[j] - ea) * scale, da), store(pb * (gb[j] - eb) * scale, db)
             da[j], db[j] = ua, ub
             td[j] = np.uint32(ua) | (np.uint32(ub) << _HIGH)
             tp[j] = np.uint32(store(pa, da)) | (np.uint32(store(pb, db)) << _HIGH)
-        for j in range(both_see, until):
+        for n in range(both_from + until - both_see):
+            j = n if n < both_from else n - both_from + both_see
             ua = ub = wa = wb = np.uint16(0)
-            if j < seen_a:
+            if low_a <= j < seen_a:
                 pa = exp_f32(sa[j] * scale - la)
                 wa, ua = store(pa, da), store(pa * (ga[j] - ea) * scale, da)
-            if j < seen_b:
+            if low_b <= j < seen_b:
                 pb = exp_f32(sb[j] * scale - lb)
                 wb, ub = store(pb, db), store(pb * (gb[j] - eb) * scale, db)
             da[j], db[j] = ua, ub
@@ -193,7 +200,7 @@ def _drop_pairs(pp, first, j0, rows, until, terms):  # type: ignore[no-untyped-d
 
 
 @inlined
-def _backward_head(head, keys, sizes, work, terms):  # type: ignore[no-untyped-def]
+def _backward_head(head, keys, sizes, work, terms, sees):  # type: ignore[no-untyped-def]
     """One query head of one segment: fills dq (L, D) of 16 bits, adds to dk and dv (reach, wide) in fp32."""
     q, do, o, lse, dq = head
     kt, kp, vt, dk, dv = keys
@@ -216,31 +223,31 @@ def _backward_head(head, keys, sizes, work, terms):  # type: ignore[no-untyped-d
                     total += load(a[c]) * load(b[c])
             delta[r] = total
             sums[r] = lse[i + r] if r < rows else np.float32(0.0)
-        end = i0 + rows  # columns that the last row sees
-        for j0 in range(0, end, WIDE):
+        begin, end = max(0, i0 - sees[0]) // COLUMNS * COLUMNS, min(before + length, i0 + rows + sees[1])
+        for j0 in range(begin, end, WIDE):
             width = min(WIDE, end - j0)
             for r in range(0, tall, ROWS):
-                for j in range(0, min(width, i0 + r + ROWS - j0), COLUMNS):
+                for j in range(0, min(width, i0 + r + ROWS + sees[1] - j0), COLUMNS):
                     to = r * WIDE + j
                     tile(s[to:], WIDE, qn[r * pairs :], pairs, 1, kt[j0 + j :], reach, pairs, 0)
                     tile(dp[to:], WIDE, don[r * pairs :], pairs, 1, vt[j0 + j :], reach, pairs, 0)
             until = up(up(width, ROWS), 2)
             if terms[0] != np.float32(0.0) or terms[3] != 0:
                 for r in range(rows):
-                    at = slice(r * WIDE, r * WIDE + max(0, min(width, i0 + r + 1 - j0)))
+                    at = slice(r * WIDE, r * WIDE + max(0, min(width, i0 + r + 1 + sees[1] - j0)))
                     tilt(s[at], j0 - i0 - r, terms[0])
                     if terms[3] != 0:
                         drop_chances(dp[at], j0, row_seed(terms, i + r), terms[3], terms[4])
-            _probabilities(s, dp, i0, j0, rows, width, until, scale, sums, delta, ds, dsp, pp)
+            _probabilities(s, dp, i0, j0, rows, width, until, scale, sums, delta, ds, dsp, pp, sees)
             if terms[3] != 0:
                 _drop_pairs(pp, i, j0, rows, until, terms)
             for r in range(0, tall, ROWS):
-                steps = up(max(0, min(width, i0 + r + ROWS - j0)), 2) // 2
+                steps = up(max(0, min(width, i0 + r + ROWS + sees[1] - j0)), 2) // 2
                 for c in range(0, wide, COLUMNS):
                     k_at = j0 // 2 * wide + c
-                    tile(dqa[r * wide + c :], wide, ds[r * WIDE :], WIDE // 2, 1, kp[k_at:], wide, steps, j0)
+                    tile(dqa[r * wide + c :], wide, ds[r * WIDE :], WIDE // 2, 1, kp[k_at:], wide, steps, j0 - begin)
             for j in range(0, width, ROWS):
-                skip = max(0, j0 + j - i0) // 2  # rows of queries before the first that sees column j
+                skip = max(0, j0 + j - sees[1] - i0) // 2  # rows of queries before the first that sees column j
                 for c in range(0, wide, COLUMNS):
                     to = (j0 + j) * wide + c
                     a, b = skip * WIDE + j, skip * wide + c

@@ -26,6 +26,7 @@ from halfbyte.layers.kernels.cpu.attention.tasks import (
     row_seed,
     scratch,
     store_rows,
+    tile_end,
     tilt,
 )
 from halfbyte.layers.kernels.cpu.parallel import kernel
@@ -63,31 +64,36 @@ def _rows(x, row, rows, d, out, wide, padded):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _softmax(s, sums, first, before, rows, reach, scale, lse, terms):  # type: ignore[no-untyped-def]
-    """Rows of scores s (TALL, reach) -> exp(scale s - max), zeros where a row does not see, up to its tile's end.
-    `before`: tokens above the segment."""
+def _softmax(s, sums, first, i0, begin, end, rows, reach, scale, lse, terms, sees):  # type: ignore[no-untyped-def]
+    """Rows of scores s (TALL, reach) from column `begin` on -> exp(scale s - max), zeros where a row does not see, up
+    to its tile's end. `first`: row of the segment, `i0`: of its path, which has `end` columns."""
     for r in range(up(rows, ROWS)):
-        seen = before + first + r + 1 if r < rows else 0
-        row = s[r * reach : r * reach + before + first + up(r + 1, ROWS)]
-        if seen:
+        low, many = begin, 0
+        if r < rows:
+            low = max(begin, i0 + r - sees[0])
+            many = min(end, i0 + r + 1 + sees[1]) - low
+        row = s[r * reach + low : r * reach + tile_end(i0 + up(r + 1, ROWS), end, sees[1])]
+        if many:
             if terms[0] != _ZERO:
-                tilt(row[:seen], -(before + first + r), terms[0])
-            m = largest(row[:seen]) * scale
+                tilt(row[:many], low - i0 - r, terms[0])
+            m = largest(row[:many]) * scale
             total = _ZERO
-            for j in range(seen):
+            for j in range(many):
                 e = exp_f32(row[j] * scale - m)
                 total += e
                 row[j] = e
             if terms[3] != 0:
-                drop_chances(row[:seen], 0, row_seed(terms, first + r), terms[3], np.float32(1.0))
+                drop_chances(row[:many], low, row_seed(terms, first + r), terms[3], np.float32(1.0))
             sums[r] = total
             lse[first + r] = m + np.float32(math.log(total))
-        for j in range(seen, len(row)):
+        for j in range(many, len(row)):
             row[j] = _ZERO
+        for j in range(r * reach + begin, r * reach + low):
+            s[j] = _ZERO
 
 
 @inlined
-def _forward_head(head, keys, sizes, work, terms):  # type: ignore[no-untyped-def]
+def _forward_head(head, keys, sizes, work, terms, sees):  # type: ignore[no-untyped-def]
     """One query head of one segment: q (L, D) -> out (L, D), `row` apart, and lse (L)."""
     q, out, lse = head
     kt, vp = keys
@@ -95,15 +101,17 @@ def _forward_head(head, keys, sizes, work, terms):  # type: ignore[no-untyped-de
     s, o, qp, sums = work
     for i in range(0, length, TALL):
         rows, i0 = min(TALL, length - i), before + i
-        tall = up(rows, ROWS)
+        tall, end = up(rows, ROWS), before + length
+        begin = max(0, i0 - sees[0]) // COLUMNS * COLUMNS
         _rows(q[i * d :], d, rows, d, qp, d, tall)
-        for j in range(0, i0 + rows, COLUMNS):
-            for r in range(max(0, j - i0) // ROWS * ROWS, tall, ROWS):
+        for j in range(begin, min(end, i0 + rows + sees[1]), COLUMNS):
+            for r in range(max(0, j - sees[1] - i0) // ROWS * ROWS, tall, ROWS):
                 tile32(s[r * reach + j :], reach, qp[r * d :], d, 1, kt[j * d :], COLUMNS, d, 0)
-        _softmax(s, sums, i, before, rows, reach, scale, lse[:length], terms)
+        _softmax(s, sums, i, i0, begin, end, rows, reach, scale, lse[:length], terms, sees)
         for r in range(0, tall, ROWS):
+            many, at = tile_end(i0 + r + ROWS, end, sees[1]) - begin, r * reach + begin
             for c in range(0, wide, COLUMNS):
-                tile32(o[r * wide + c :], wide, s[r * reach :], reach, 1, vp[c:], wide, i0 + r + ROWS, 0)
+                tile32(o[r * wide + c :], wide, s[at:], reach, 1, vp[begin * wide + c :], wide, many, 0)
         for r in range(rows):
             a, to = o[r * wide : r * wide + d], out[(i + r) * row : (i + r) * row + d]
             share = terms[4] / sums[r]
@@ -126,30 +134,35 @@ def _forward(address):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _probabilities(s, dp, i0, j0, first, rows, width, scale, lse, delta, terms):  # type: ignore[no-untyped-def]
+def _probabilities(s, dp, i0, j0, first, rows, width, scale, lse, delta, terms, sees):  # type: ignore[no-untyped-def]
     """Scores s and dP (TALL, WIDE) become P and dS; zeros where a row does not see, to the last column's tile."""
     until = up(width, ROWS)
     for r in range(up(rows, ROWS)):
-        seen = max(0, min(width, i0 + r + 1 - j0)) if r < rows else 0
-        p, ds = s[r * WIDE : r * WIDE + until], dp[r * WIDE : r * WIDE + until]
+        seen = max(0, min(width, i0 + r + 1 + sees[1] - j0)) if r < rows else 0
+        low = min(seen, max(0, i0 + r - sees[0] - j0))
+        many, at = seen - low, r * WIDE + low
+        p, ds = s[at : r * WIDE + until], dp[at : r * WIDE + until]
         m, e = lse[r], delta[r]
         if terms[0] != _ZERO:
-            tilt(p[:seen], j0 - i0 - r, terms[0])
-        if terms[3] != 0 and seen:
-            drop_chances(ds[:seen], j0, row_seed(terms, first + r), terms[3], terms[4])
-        for j in range(seen):
+            tilt(p[:many], j0 + low - i0 - r, terms[0])
+        if terms[3] != 0 and many:
+            drop_chances(ds[:many], j0 + low, row_seed(terms, first + r), terms[3], terms[4])
+        for j in range(many):
             v = exp_f32(p[j] * scale - m)
             ds[j] = v * (ds[j] - e) * scale
             p[j] = v
-        if terms[3] != 0 and seen:
-            drop_chances(p[:seen], j0, row_seed(terms, first + r), terms[3], np.float32(1.0))
-        for j in range(seen, until):
+        if terms[3] != 0 and many:
+            drop_chances(p[:many], j0 + low, row_seed(terms, first + r), terms[3], np.float32(1.0))
+        for j in range(many, until - low):
             p[j] = _ZERO
             ds[j] = _ZERO
+        for j in range(r * WIDE, at):
+            s[j] = _ZERO
+            dp[j] = _ZERO
 
 
 @inlined
-def _backward_head(head, keys, sizes, work, terms):  # type: ignore[no-untyped-def]
+def _backward_head(head, keys, sizes, work, terms, sees):  # type: ignore[no-untyped-def]
     """One query head of one segment: fills dq (L, D), adds to dk and dv (reach, wide)."""
     q, do, o, lse, dq = head
     kt, kp, vt, dk, dv = keys
@@ -167,20 +180,22 @@ def _backward_head(head, keys, sizes, work, terms):  # type: ignore[no-untyped-d
                 total += a[c] * b[c]
             delta[r] = total
             sums[r] = lse[i + r]
-        for j0 in range(0, i0 + rows, WIDE):
-            width = min(WIDE, i0 + rows - j0)
+        begin, end = max(0, i0 - sees[0]) // COLUMNS * COLUMNS, min(before + length, i0 + rows + sees[1])
+        for j0 in range(begin, end, WIDE):
+            width = min(WIDE, end - j0)
             for j in range(0, width, COLUMNS):
-                for r in range(max(0, j0 + j - i0) // ROWS * ROWS, tall, ROWS):
+                for r in range(max(0, j0 + j - sees[1] - i0) // ROWS * ROWS, tall, ROWS):
                     to, panel = r * WIDE + j, (j0 + j) * d
                     tile32(s[to:], WIDE, qp[r * wide :], wide, 1, kt[panel:], COLUMNS, d, 0)
                     tile32(dp[to:], WIDE, dop[r * wide :], wide, 1, vt[panel:], COLUMNS, d, 0)
-            _probabilities(s, dp, i0, j0, i, rows, width, scale, sums, delta, terms)
+            _probabilities(s, dp, i0, j0, i, rows, width, scale, sums, delta, terms, sees)
             for r in range(0, tall, ROWS):
-                steps = max(0, min(width, i0 + r + ROWS - j0))
+                steps, more = max(0, min(width, i0 + r + ROWS + sees[1] - j0)), j0 - begin
                 for c in range(0, wide, COLUMNS):
-                    tile32(dqa[r * wide + c :], wide, dp[r * WIDE :], WIDE, 1, kp[j0 * wide + c :], wide, steps, j0)
+                    k_at = j0 * wide + c
+                    tile32(dqa[r * wide + c :], wide, dp[r * WIDE :], WIDE, 1, kp[k_at:], wide, steps, more)
             for j in range(0, width, ROWS):
-                skip = max(0, j0 + j - i0)  # rows of queries before the first that sees column j
+                skip = max(0, j0 + j - sees[1] - i0)  # rows of queries before the first that sees column j
                 for c in range(0, wide, COLUMNS):
                     to = (j0 + j) * wide + c
                     a, b = skip * WIDE + j, skip * wide + c

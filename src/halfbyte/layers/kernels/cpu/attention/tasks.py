@@ -11,6 +11,7 @@ Letters as in `bf16.py`; L tokens of a segment.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ PAD = 96  # of a path's length: a multiple of both
 MOST_ROWS = 12  # of a tile
 # What lies in the kernels' slots, as `Attention._run` puts it there; then what is of the forward or backward alone.
 TOKENS, HEADS, KEY_HEADS, WIDTH, PARTS, FAMILIES, LONGEST, DEPTH, MEMORY, BYTES, SCALE = range(3, 14)
-STARTS, LEVELS, FIRSTS, SLOPES, TOKEN_KEYS, SEED, LOW, Q, K, V, OUT, MORE = range(14, 26)
+BACK, AHEAD, STARTS, LEVELS, FIRSTS, SLOPES, TOKEN_KEYS, SEED, LOW, Q, K, V, OUT, MORE = range(14, 28)
 
 
 @njit(forceinline=True, fastmath={*FASTMATH, "nnan"}, error_model="numpy")
@@ -54,6 +55,12 @@ def store_rows(x, wide, rows, d, out, factor):  # type: ignore[no-untyped-def]
         a, to = x[r * wide : r * wide + d], out[r * d : (r + 1) * d]
         for c in range(d):
             to[c] = store(a[c] * factor, to)
+
+
+@inlined
+def tile_end(i, total, ahead):  # type: ignore[no-untyped-def]
+    """Behind the last column that is computed of rows up to i, of `total` columns."""
+    return min(i + ahead, max(total, i))
 
 
 @inlined
@@ -163,7 +170,8 @@ def _forward_task(given, slot, sizes, keys, work, tree, turn, lay, head, task, _
         for n in range(first, last):
             at = start * slot[HEADS] + n * length
             given_head = (q[at * d :], out[start * row + n * d :], lse[at:])
-            head(given_head, keys, (length, before, reach, d, wide, row, scale), work, _terms(slot, start, n))
+            about = (length, before, reach, d, wide, row, scale)
+            head(given_head, keys, about, work, _terms(slot, start, n), (slot[BACK], slot[AHEAD]))
 
 
 @inlined
@@ -212,7 +220,8 @@ def _backward_task(given, slot, sizes, keys, work, tree, turn, lay, head, task, 
             for n in range(first, last):
                 at, rows = start * slot[HEADS] + n * length, start * row + n * d
                 here = (q[at * d :], do[rows:], o[rows:], lse[at:], dq[at * d :])
-                head(here, keys, (length, before, reach, d, wide, row, scale), work, _terms(slot, start, n))
+                about = (length, before, reach, d, wide, row, scale)
+                head(here, keys, about, work, _terms(slot, start, n), (slot[BACK], slot[AHEAD]))
 
 
 @inlined
@@ -250,6 +259,12 @@ class Segments:
         return cls(before, above, firsts, longest)
 
 
+# How many tokens before and after itself a token sees.
+Reach: TypeAlias = tuple[int, int]
+ALL = 1 << 40
+CAUSAL: Reach = (ALL, 0)
+
+
 def tasks_of_a_head(q: Tensor, k: Tensor, tree: Segments) -> int:
     """Into how many tasks the query heads of a key head are split, so that every thread has a few."""
     groups, wanted = q.shape[1] // k.shape[1], 4 * torch.get_num_threads()
@@ -269,32 +284,33 @@ class Attention:
     backward_bytes: Callable[[int, int, int], int]
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, tree: Segments, scale: float, terms: ScoreTerms = NO_TERMS
-    ) -> tuple[Tensor, Tensor]:
-        """Causal attention of each segment to its path. `q`: (T, H, D), k, v: (T, K, D) of the kernels' dtype in
-        blocks: segment after segment, each (heads, L, D). Returns the output (T, H, D) by tokens, and the log-sum-exp
-        in blocks of (H, L), fp32."""
+        self, q: Tensor, k: Tensor, v: Tensor, tree: Segments, scale: float, terms: ScoreTerms = NO_TERMS,
+        reach: Reach = CAUSAL,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Attention of each segment to its path. `q`: (T, H, D), k, v: (T, K, D) of the kernels' dtype in blocks:
+        segment after segment, each (heads, L, D). `reach`: how far tokens see. Returns the output (T, H, D) by tokens,
+        and the log-sum-exp in blocks of (H, L), fp32."""
         out, lse = pool.empty_like(q), torch.empty(q.shape[0] * q.shape[1], dtype=torch.float32)
-        self._run(self.forward_kernel, self.forward_bytes, q, k, tree, scale, terms, v, out, lse)
+        self._run(self.forward_kernel, self.forward_bytes, q, k, tree, scale, terms, reach, v, out, lse)
         return out, lse
 
     def backward(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, tree: Segments, scale: float,
-        terms: ScoreTerms = NO_TERMS,
+        terms: ScoreTerms = NO_TERMS, reach: Reach = CAUSAL,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """The gradients of q, k and v, in blocks as they are, from `dout` (T, H, D) by tokens and what `forward`
         gave."""
         parts, dq = tasks_of_a_head(q, k, tree), pool.empty_like(q)
         dk, dv = (pool.empty((parts, *x.shape), x) for x in (k, v))
         others = (v, out, dout, lse, dq, dk, dv)
-        self._run(self.backward_kernel, self.backward_bytes, q, k, tree, scale, terms, *others)
+        self._run(self.backward_kernel, self.backward_bytes, q, k, tree, scale, terms, reach, *others)
         if parts == 1:
             return dq, dk[0], dv[0]
         return dq, dk.sum(0, dtype=torch.float32).to(k.dtype), dv.sum(0, dtype=torch.float32).to(v.dtype)
 
     def _run(
         self, compiled: object, needed: Callable[[int, int, int], int], q: Tensor, k: Tensor, tree: Segments,
-        scale: float, terms: ScoreTerms, *others: Tensor,
+        scale: float, terms: ScoreTerms, reach: Reach, *others: Tensor,
     ) -> None:  # fmt: skip
         """Call one of the two kernels; `others` are its tensors, from v on."""
         tokens, heads, d = q.shape
@@ -303,7 +319,7 @@ class Attention:
         wide, depth = -(-d // self.columns) * self.columns, int(tree.levels.max()) + 1
         each = -(-needed(d, wide, tree.longest) // 4096) * 4096 + 4096  # bytes a thread
         memory = pool.empty((each * torch.get_num_threads(),), q, torch.uint8)
-        sizes = (tokens, heads, key_heads, d, parts, families, tree.longest, depth, memory, each, float(scale))
+        sizes = (tokens, heads, key_heads, d, parts, families, tree.longest, depth, memory, each, float(scale), *reach)
         where = (tree.starts, tree.levels, tree.firsts)
         slopes = 0 if terms.slopes is None else terms.slopes.float().contiguous()
         masks = (0, 0) if terms.seed is None else (terms.seed.keys, terms.seed.seed)

@@ -1,0 +1,163 @@
+"""Losses and gradients of every task on decoders and encoders, packed, beside those of transformers and PEFT (fp32)."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification
+
+from halfbyte.adapters.assembly import AdaptedBase, assemble
+from halfbyte.base import load
+from halfbyte.data.encoding.examples import Example
+from halfbyte.errors import BaseModelError
+from halfbyte.layers import heads, packed_attention
+from halfbyte.models.sources.lookup import resolve
+from halfbyte.objectives.labels import Labels, Tags
+from halfbyte.recipe.schema import Lora, Quant, Recipe
+from halfbyte.system import device
+from tests import encoders, tiny_run
+
+CLOSE = 1e-5
+LENGTHS = (5, 17, 2, 30, 9)  # longer than a window of 8 among them
+CAUSAL = ("llama", "qwen3", "gemma3", "gpt2")
+EVERY = (*CAUSAL, *encoders.NAMES)
+KINDS = {"classify": Labels(("a", "b", "c")), "regress": Labels(), "tag": Tags(("B-x", "I-x", "O"))}
+FAST = {
+    ("bert", "classify"), ("roberta", "classify"), ("modernbert", "classify"), ("deberta", "classify"),
+    ("embeddinggemma", "embed"), ("bert", "tag"), ("llama", "tag"), ("bert", "embed"), ("xlm_roberta", "regress"),
+    ("modernbert", "tag"),
+}  # fmt: skip
+CASES = [
+    pytest.param(name, task, marks=() if (name, task) in FAST else pytest.mark.slow, id=f"{name}-{task}")
+    for name in EVERY
+    for task in (*KINDS, "embed")
+    if task != "tag" or "gemma" not in name  # transformers has no class for it
+]
+
+
+def folder(where: Path, name: str) -> Path:
+    save = encoders.checkpoint if name in encoders.NAMES else tiny_run.checkpoint
+    return save(where / name, name)
+
+
+def opened(path: Path, task: str, quant: str = "none") -> AdaptedBase:
+    """A base of this checkpoint in fp32, with a head and LoRA whose B is not 0."""
+    settings: dict[str, Any] = {"type": quant, "compute_dtype": "fp32"}
+    base = load.open_base(resolve(str(path)), Quant(**settings), device.detect())
+    names = [spec.name for spec in base.specs]
+    drawn = heads.attach(base.model, *heads.wanted(KINDS.get(task)), seed=0, names=names)
+    lora = Lora(r=4, lora_alpha=8, lora_dropout=0.0, modules_to_save=drawn or None)
+    recipe = Recipe(model=str(path), data={"train": "x.jsonl"}, lora=lora)
+    model = assemble(base, recipe)
+    generator = torch.Generator().manual_seed(3)
+    for n, p in model.model.named_parameters():
+        if "lora_B" in n:
+            p.data.normal_(0, 0.1, generator=generator)
+    model.model.train()
+    return model
+
+
+def rows(task: str, vocabulary: int = tiny_run.VOCAB) -> list[Example]:
+    """Ragged texts; their tags on all tokens but the first and the last."""
+    draw, made = random.Random(0), list[Example]()
+    for length in LENGTHS:
+        ids = tuple(draw.randrange(5, vocabulary) for _ in range(length))
+        marked = range(1, length - 1) if task == "tag" and length > 2 else (length - 1,)
+        value: Any = [draw.choice(KINDS["tag"].names) for _ in marked] if task == "tag" else draw.choice("abc")
+        value = draw.random() if task == "regress" else value
+        labels = tuple(token if i in marked else -100 for i, token in enumerate(ids))
+        made.append(Example(ids, labels, "", (), json.dumps(value)))
+    return made
+
+
+def plain(path: Path, task: str, ours: Any) -> Any:
+    """transformers' class for the task with PEFT, and our numbers in all that trains."""
+    lm = ours.get_base_model()
+    auto = {"tag": AutoModelForTokenClassification, "embed": AutoModel}.get(task, AutoModelForSequenceClassification)
+    width = {} if task == "embed" else {"num_labels": KINDS[task].width}
+    base = auto.from_pretrained(path, dtype=torch.float32, **width)
+    config = ours.peft_config["default"]
+    saved = sorted(config.modules_to_save or ())
+    inner = f"{lm.base_model_prefix}." if task == "embed" else ""
+    targets = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules)
+    kind = {"tag": "TOKEN_CLS", "embed": "FEATURE_EXTRACTION"}.get(task, "SEQ_CLS")
+    model = get_peft_model(
+        base,
+        LoraConfig(
+            r=4, lora_alpha=8, lora_dropout=0.0, target_modules=targets, modules_to_save=saved or None, task_type=kind
+        ),
+    )
+    state = {n.replace(f"base_model.model.{inner}", "base_model.model.", 1): p for n, p in ours.named_parameters()}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            p.data.copy_(state[name])
+    return model.train()
+
+
+def plain_loss(model: Any, row: Example, task: str, pooling: str, weights: Tensor) -> Tensor:
+    """Of one text, summed."""
+    ids = torch.tensor([row.input_ids])
+    if task == "embed":
+        hidden = model(input_ids=ids)[0][0]
+        return ((hidden.mean(0) if pooling == "mean" else hidden[-1]) * weights).sum()
+    value = json.loads(row.completion)
+    if task == "tag":
+        marks = [i for i, label in enumerate(row.labels) if label >= 0]
+        target = torch.full((1, len(row.input_ids)), -100)
+        target[0, marks] = torch.tensor([KINDS["tag"].names.index(tag) for tag in value])
+        return model(input_ids=ids, labels=target).loss * len(marks)
+    target = torch.tensor([value if task == "regress" else "abc".index(value)])
+    return model(input_ids=ids, labels=target).loss
+
+
+@pytest.mark.parametrize(("name", "task"), CASES)
+def test_loss_and_gradients_are_those_of_transformers_and_peft(name: str, task: str, tmp_path: Path) -> None:
+    path = folder(tmp_path, name)
+    assembled = opened(path, task)
+    assert assembled.packed.ok and assembled.packed.layout == ("rows" if name == "deberta" else "cu_seq_lens")
+    assert assembled.fused.ok, assembled.fused.reason
+    ours, examples = assembled.model, rows(task)
+    weights = torch.randn(64, generator=torch.Generator().manual_seed(5))
+    config = ours.get_base_model().config
+    if task == "embed":
+        batch = Labels(("a", "b", "c")).collate(examples)
+        loss = (heads.vectors(ours, batch, "auto") * weights).sum()
+    else:
+        loss = KINDS[task].loss(ours, KINDS[task].collate(examples))
+    loss.backward()
+    other = plain(path, task, ours)
+    wanted = torch.stack([plain_loss(other, row, task, heads.settled("auto", config), weights) for row in examples])
+    wanted.sum().backward()
+    assert float(loss.detach()) == pytest.approx(float(wanted.detach().sum()), rel=CLOSE)
+    inner = f"{ours.get_base_model().base_model_prefix}." if task == "embed" else ""
+    got = {n.replace(f"base_model.model.{inner}", "base_model.model.", 1): p.grad for n, p in ours.named_parameters()}
+    for n, p in other.named_parameters():
+        if p.requires_grad:
+            assert p.grad is not None and got[n] is not None, n
+            assert float((got[n] - p.grad).norm()) <= CLOSE * max(float(p.grad.norm()), 1e-3), n
+
+
+def test_a_causal_mask_in_an_encoder_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, right = folder(tmp_path, "bert"), packed_attention._packed
+
+    def causal(module: Any, q: Tensor, k: Tensor, v: Tensor, pack: Any, asked: Any) -> Tensor:
+        return right(module, q, k, v, pack, type(asked)(asked.scaling, asked.dropout, None, None, None))
+
+    monkeypatch.setattr(packed_attention, "_packed", causal)
+    assembled = opened(path, "classify")
+    assert assembled.packed.layout == "rows"
+    assert "cu_seq_lens: logits differ" in assembled.packed.reason
+
+
+def test_a_pooled_neighbour_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = heads.loss.labelled_hidden
+    monkeypatch.setattr(heads.loss, "labelled_hidden", lambda m, b: right(m, {**b, "keep": (b["keep"] + 1) % 15}))
+    with pytest.raises(BaseModelError, match="off by"):
+        opened(folder(tmp_path, "bert"), "classify")
