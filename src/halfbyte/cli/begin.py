@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 MODEL, ROWS = "smollm2-135m", "train.jsonl"
 HELD_OUT = ("test", "eval", "valid", "validation", "dev")
 MOST_FIXES = 3
-PAIRS = {"classify": ("text", "label"), "regress": ("text", "label"), "embed": ("query", "passage")}  # of other tasks
+PAIRS = dict.fromkeys(("classify", "regress"), ("text", "label"))  # of other tasks
+PAIRS |= {"tag": ("tokens", "tags"), "embed": ("query", "passage")}
 COUNTED_WRONG = 1.3  # an estimate of tokens by characters, and a chat template, may be so many times too low
 
 

@@ -13,7 +13,7 @@ from halfbyte.inference import target
 from halfbyte.inference.target import Target
 from halfbyte.recipe.fields import shown
 from halfbyte.recipe.schema import Recipe
-from halfbyte.recipe.task import CAUSAL_LM, TASKS
+from halfbyte.recipe.task import CAUSAL_LM, TAG, TASKS
 
 _NAMED = re.compile(r"(?P<name>[\w.:@+-]+)=(?P<path>.+)")
 # What an adapter computes with, beside the numbers of its own: two that differ in one of these need two servers.
@@ -61,7 +61,7 @@ def find(words: Sequence[str], overrides: Sequence[str] = ()) -> Names:
 def of_other_task(words: Sequence[str], overrides: Sequence[str] = ()) -> tuple[str, Target] | None:
     """The run that labels texts or gives vectors, with its name; None where all are causal language models. Raises
     RecipeError: it is not alone."""
-    every = [_one(word, overrides, TASKS) for word in words]
+    every = [_one(word, overrides, [task for task in TASKS if task != TAG]) for word in words]
     others = [(name, one) for name, one in every if one.recipe.task != CAUSAL_LM]
     if others and len(every) > 1:
         what = f"{others[0][1].path} is of task {others[0][1].recipe.task}, and is served alone."
