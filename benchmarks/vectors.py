@@ -31,7 +31,7 @@ def pairs(count: int) -> list[dict[str, str]]:
 def theirs(steps: int, batch: int, loss: str) -> list[float]:
     import torch
     from datasets import Dataset
-    from peft import LoraConfig
+    from peft import LoraConfig, get_peft_model
     from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, losses, models
     from sentence_transformers import SentenceTransformerTrainingArguments as Arguments
     from transformers import TrainerCallback
@@ -42,8 +42,9 @@ def theirs(steps: int, batch: int, loss: str) -> list[float]:
     body = models.Transformer(base, max_seq_length=64, model_kwargs={"dtype": torch.bfloat16})
     body.tokenizer.pad_token = body.tokenizer.pad_token or body.tokenizer.eos_token
     width = body.model.config.hidden_size
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="FEATURE_EXTRACTION")
+    body.model = get_peft_model(body.model, lora)
     model = SentenceTransformer(modules=[body, models.Pooling(width, "mean")], device="cpu")
-    model.add_adapter(LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="FEATURE_EXTRACTION"))
     times = [time.perf_counter()]
 
     class Clock(TrainerCallback):

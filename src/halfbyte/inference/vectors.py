@@ -134,7 +134,7 @@ def side(
     texts = [[number.setdefault(ids[a:b], len(number)) for a, b in ends] for ids, ends in spans]
     more = rows_of(opened, [(text,) for text in corpus]) if corpus else []
     beside = [number.setdefault(one.input_ids, len(number)) for one in more]
-    vectors = of_rows(opened, [row(ids) for ids in number], tell)
+    vectors = of_rows(opened, [row(ids) for ids in number], lambda done: tell(done * len(rows) // len(number)))
     numbers, near = [objective.number_of(one.completion) for one in rows], unit(vectors)
     losses = objective.losses([torch.from_numpy(vectors[some]) for some in texts], torch.tensor(numbers))
     asked, candidates = _asked(objective, texts, beside, numbers)
