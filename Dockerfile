@@ -18,7 +18,7 @@ RUN useradd --create-home --uid 1000 halfbyte \
  && mkdir /cache /work \
  && chown halfbyte:halfbyte /cache /work
 ENV PATH=/opt/halfbyte/bin:$PATH HALFBYTE_CACHE=/cache HF_HOME=/cache/huggingface PYTHONUNBUFFERED=1
-USER halfbyte
+USER 1000:1000
 WORKDIR /work
 VOLUME ["/cache", "/work"]
 EXPOSE 8765 8000

@@ -69,7 +69,7 @@ def test_the_dockerfile_has_no_problem_and_keeps_what_lasts_in_volumes() -> None
 @pytest.mark.parametrize(
     ("before", "after", "said"),
     [
-        ("USER halfbyte\n", "", "DL3002"),
+        ("USER 1000:1000\n", "", "DL3002"),
         ("FROM python:3.13-slim AS", "FROM python AS", "DL3006"),
         ("--no-cache-dir --index-url", "--index-url", "DL3042"),
         ('ENTRYPOINT ["halfbyte"]', "ENTRYPOINT halfbyte", "DL3025"),

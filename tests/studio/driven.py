@@ -1,5 +1,6 @@
 """A studio's page driven in headless Chromium: a server of a process of its own, that can be killed; a page that keeps
-what is wrong on it; pictures, and what axe-core finds. STUDIO_SHOTS=DIR keeps the pictures: light, dark, 390 wide."""
+what is wrong on it; pictures, and what axe-core finds. STUDIO_SHOTS=DIR keeps the pictures:
+light, dark, 390 wide; STUDIO_PATIENCE=N waits N times as long."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-MINUTE = 60_000
+MINUTE = 60_000 * int(os.environ.get("STUDIO_PATIENCE", "1"))  # of a busy machine more
 SHOTS = os.environ.get("STUDIO_SHOTS")
 MOVE = """(input, value) => {
   input.value = value;

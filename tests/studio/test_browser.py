@@ -65,13 +65,27 @@ def test_from_a_dropped_file_to_an_answer_and_an_export(server: Server, page: An
     page.wait_for_selector("#state.bad")
     server.start()
     page.wait_for_selector("#state.ready", timeout=MINUTE)
-    page.wait_for_selector("#run-name .finished, #run-name .worse, #run-name .diverged", timeout=3 * MINUTE)
+    page.click("#actions >> text=Stop")
+    page.click("#actions >> text=Go on", timeout=2 * MINUTE)
+    page.wait_for_selector("#job pre:has-text('halfbyte train runs/asked --resume')", timeout=MINUTE)
+    page.wait_for_selector("#run-name .finished, #run-name .worse, #run-name .diverged", timeout=6 * MINUTE)
     look(page, axe, "run")
     assert (server.folder / "runs" / "asked" / "adapter" / "adapter_model.safetensors").is_file()
 
-    page.click("text=Export adapter")
-    page.wait_for_selector("#result:has-text('export done')", timeout=2 * MINUTE)
-    assert list((server.folder / "runs" / "asked").glob("*/export.json"))
+    page.select_option("#actions select", "F16")
+    for button, said in (
+        ("Score", "eval"),
+        ("Verify", "verify"),
+        ("Merge", "merge"),
+        ("Export GGUF", "export"),
+        ("Export adapter", "export"),
+    ):
+        page.click(f"#actions >> text={button}")
+        page.wait_for_selector("#job .note:has-text('running')", timeout=MINUTE)
+        page.wait_for_selector(f"#result:has-text('{said} done')", timeout=4 * MINUTE)
+    run = server.folder / "runs" / "asked"
+    assert (run / "eval" / "scores.json").is_file() and list(run.glob("*/*.gguf"))
+    assert {"merged"} < {path.parent.name for path in run.glob("*/export.json")}
     page.click("#actions >> text=Report")
     page.wait_for_selector("#report svg.chart", timeout=MINUTE)
     look(page, axe, "report")

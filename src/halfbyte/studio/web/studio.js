@@ -120,7 +120,7 @@ function showBases() {
 
 function options(select, names, none, chosen) {
   const value = chosen === undefined ? select.value : chosen;
-  if ([...select.options].map((o) => o.value).join() !== names.join()) {
+  if (select.options.length !== names.length || [...select.options].map((o) => o.value).join() !== names.join()) {
     select.replaceChildren(...names.map((name) => new Option(name || none, name)));
   }
   if (names.includes(value)) select.value = value;
@@ -196,18 +196,16 @@ async function drop(files) {
   if (!file) return;
   $("upload").textContent = "taking " + file.name;
   const name = file.name.replace(/[^\w.+@ -]/g, "-").replace(/^[^\w]+/, "");
-  try {
-    const response = await fetch("api/data/" + encodeURIComponent(name), { method: "PUT", headers: headers(), body: file });
-    const taken = (await read(response)).name;
-    $("upload").textContent = taken + " is in data/";
-    leaveRecipe();
-    now.data.unshift(taken);
-    options($("rows"), ["", ...new Set(now.data)], "choose", taken);
-    await begin(taken);
-  } catch (error) {
+  const response = await fetch("api/data/" + encodeURIComponent(name), { method: "PUT", headers: headers(), body: file });
+  const taken = await read(response).then((answer) => answer.name).catch((error) => {
     $("upload").textContent = "";
     throw error;
-  }
+  });
+  $("upload").textContent = taken + " is in data/";
+  leaveRecipe();
+  now.data.unshift(taken);
+  options($("rows"), ["", ...new Set(now.data)], "choose", taken);
+  await begin(taken);
 }
 
 // What is chosen before there is a recipe, kept for a reload of this tab.
