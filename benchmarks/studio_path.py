@@ -112,9 +112,9 @@ def cpu_seconds(server: int) -> tuple[float, float]:
 def cost(base: str, turns: int) -> None:
     with studio() as (server, page):
         steps = FIRST + 2 * turns * TURN
-        rows(server.folder / "data" / "rows.csv", 8 * steps)
+        rows(server.folder / "data" / "rows.csv", 4 * steps)
         command = [sys.executable, "-m", "halfbyte", "train", base, "data/rows.csv", "-q", "--output", "runs/a"]
-        sets = (f"train.max_steps={steps}", "train.per_device_train_batch_size=8", "data.eval=none")
+        sets = (f"train.max_steps={steps}", "train.per_device_train_batch_size=4", "data.eval=none")
         words = [word for text in sets for word in ("--set", text)]
         training = subprocess.Popen([*command, *words], cwd=server.folder)
         metrics = server.folder / "runs" / "a" / "metrics.jsonl"
