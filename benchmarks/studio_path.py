@@ -114,7 +114,8 @@ def cost(base: str, turns: int) -> None:
         steps = FIRST + 2 * turns * TURN
         rows(server.folder / "data" / "rows.csv", 4 * steps)
         command = [sys.executable, "-m", "halfbyte", "train", base, "data/rows.csv", "-q", "--output", "runs/a"]
-        sets = (f"train.max_steps={steps}", "train.per_device_train_batch_size=4", "data.eval=none")
+        sets = (f"train.max_steps={steps}", "train.per_device_train_batch_size=4", "data.eval=none",
+                "data.fields={prompt: question, completion: answer}")  # fmt: skip
         words = [word for text in sets for word in ("--set", text)]
         training = subprocess.Popen([*command, *words], cwd=server.folder)
         metrics = server.folder / "runs" / "a" / "metrics.jsonl"
