@@ -19,7 +19,7 @@ import typer
 import yaml
 
 from halfbyte.cli import show
-from halfbyte.cli.options import Json, Set
+from halfbyte.cli.options import Json, Set, argument, option
 from halfbyte.errors import DataError, HalfbyteError, RecipeError, typed
 from halfbyte.recipe.start import START, preset, presets
 from halfbyte.types import Document
@@ -59,12 +59,12 @@ class Draft:
 
 
 def init(
-    path: Annotated[Path, typer.Argument(help="Where to write the recipe.")] = Path("recipe.yaml"),
-    model: Annotated[str | None, typer.Option(help="Hub id, folder, .gguf file or packaged name.")] = None,
-    data: Annotated[str | None, typer.Option(help="The training rows.")] = None,
-    machine: Annotated[
-        str | None, typer.Option(help="Where it will train: 24GB or 4x80GB for cards, cpu:16GB; default: here.")
-    ] = None,
+    path: Path = argument(Path("recipe.yaml"), None, "Where to write the recipe."),
+    model: str | None = option(None, "--model", "Hub id, folder, .gguf file or packaged name."),
+    data: str | None = option(None, "--data", "The training rows."),
+    machine: str | None = option(
+        None, "--machine", "Where it will train: 24GB or 4x80GB for cards, cpu:16GB; default: here."
+    ),
     kind: Annotated[
         str | None,
         typer.Option("--for", metavar="NAME", help=f"A preset: {', '.join(presets())}.", autocompletion=presets),
@@ -99,7 +99,7 @@ def init(
 
 def import_config(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="YAML of Axolotl, LLaMA-Factory, mlx-lm; .py, .ipynb.")],
-    out: Annotated[Path, typer.Option("--out", help="Where to write the recipe.")] = Path("recipe.yaml"),
+    out: Path = option(Path("recipe.yaml"), "--out", "Where to write the recipe."),
     json_: Json = False,
 ) -> None:
     """Make a recipe of another tool's config, or of a script that trains with TRL or Unsloth, which is not run."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 from rich.markup import escape
 
 from halfbyte.cli import progress, show
-from halfbyte.cli.options import Force, Json, Run, Set, open_run
+from halfbyte.cli.options import Force, Json, Run, Set, argument, flag, open_run, option
 from halfbyte.cli.show import out, visible
 from halfbyte.errors import RunError, typed
 from halfbyte.system import libraries
@@ -30,13 +30,11 @@ SHOWN, SHOWN_ROWS = 30, 3  # labels, and rows, the worst first
 
 def predict(
     run: Run,
-    data: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="CSV, JSONL, JSON or Parquet.")] = None,
-    text: Annotated[list[str], typer.Option("--text", "-t", help="A text instead of a file; repeatable.")] = [],  # noqa: B006
-    pair: Annotated[list[str], typer.Option("--text-pair", help="The second text of each --text.")] = [],  # noqa: B006
-    to: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="A .jsonl, .csv or .parquet file.")] = None,
-    calibrated: Annotated[
-        bool, typer.Option("--calibrated", help="Probabilities at the temperature that `halfbyte eval` has fitted.")
-    ] = False,
+    data: Path | None = argument(None, "[FILE]", "CSV, JSONL, JSON or Parquet."),
+    text: list[str] = option([], "--text -t", "A text instead of a file; repeatable."),
+    pair: list[str] = option([], "--text-pair", "The second text of each --text."),
+    to: Path | None = option(None, "--out", "A .jsonl, .csv or .parquet file.", metavar="FILE"),
+    calibrated: bool = flag("--calibrated", "Probabilities at the temperature that `halfbyte eval` has fitted."),
     set_: Set = [],  # noqa: B006
     force: Force = False,
     json_: Json = False,

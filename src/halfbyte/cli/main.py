@@ -15,6 +15,7 @@ import typer
 
 from halfbyte.cli import begin, conversation, labels, progress, reports, scores, ship, show, show_plan, studio, train
 from halfbyte.cli import options as shared
+from halfbyte.cli.options import argument, flag, option
 from halfbyte.cli.store import stores
 from halfbyte.errors import HalfbyteError, RecipeError, typed
 from halfbyte.system import libraries
@@ -50,9 +51,7 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="The version of halfbyte, and leave.")
-    ] = False,
+    version: bool = option(False, "--version", "The version of halfbyte, and leave.", callback=_version, is_eager=True),
 ) -> None:
     show.hear()
     show.as_json(False)
@@ -65,21 +64,11 @@ def plan(
         typer.Argument(metavar="MODEL | RECIPE.yaml", help="Hub id, folder, .gguf file, bundled shape, or a recipe."),
     ],
     set_: shared.Set = [],  # noqa: B006  typer copies it
-    device: Annotated[
-        str | None, typer.Option("--device", help="A machine that is not here: 24GB, 4x80GB, or cpu:16GB.")
-    ] = None,
-    length: Annotated[
-        int | None, typer.Option("--length", min=2, help="Tokens of each row, instead of the data.")
-    ] = None,
-    compare: Annotated[
-        bool, typer.Option("--compare", help="Full fine-tuning, 16-bit LoRA and 4-bit QLoRA side by side.")
-    ] = False,
-    nodes: Annotated[
-        int | None, typer.Option("--nodes", min=1, max=4096, help="Also on so many machines like this one.")
-    ] = None,
-    link: Annotated[
-        str, typer.Option("--link", help="With --nodes: what joins them, 1Gb/s or 125MB/s; with a delay 1Gb/s,5ms.")
-    ] = "1Gb/s",
+    device: str | None = option(None, "--device", "A machine that is not here: 24GB, 4x80GB, or cpu:16GB."),
+    length: int | None = option(None, "--length", "Tokens of each row, instead of the data.", min=2),
+    compare: bool = flag("--compare", "Full fine-tuning, 16-bit LoRA and 4-bit QLoRA side by side."),
+    nodes: int | None = option(None, "--nodes", "Also on so many machines like this one.", min=1, max=4096),
+    link: str = option("1Gb/s", "--link", "With --nodes: what joins them, 1Gb/s or 125MB/s; with a delay 1Gb/s,5ms."),
     json_: shared.Json = False,
 ) -> None:
     """What a training takes (memory, disk, time) and how it fits, before anything is downloaded or loaded. Exit code 3
@@ -114,12 +103,8 @@ def plan(
 
 @app.command()
 def doctor(
-    model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL | RECIPE.yaml]", help="Also prove everything on it.")
-    ] = None,
-    compile_: Annotated[
-        bool, typer.Option("--compile", help="Compile all kernels now, which the first run would do on its way.")
-    ] = False,
+    model: str | None = argument(None, "[MODEL | RECIPE.yaml]", "Also prove everything on it."),
+    compile_: bool = flag("--compile", "Compile all kernels now, which the first run would do on its way."),
     set_: shared.Set = [],  # noqa: B006  typer copies it
     json_: shared.Json = False,
 ) -> None:
@@ -150,7 +135,7 @@ def generate(
     top_p: shared.TopP = 1.0,
     min_p: shared.MinP = 0.0,
     repetition_penalty: shared.Repetition = None,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    seed: int | None = option(None, "--seed", "Makes sampling repeatable."),
     set_: shared.Set = [],  # noqa: B006
     force: shared.Force = False,
     prove: shared.Prove = False,
@@ -179,7 +164,7 @@ def generate(
 @app.command()
 def chat(
     run: shared.Run,
-    system: Annotated[str | None, typer.Option(help="A system message to begin with.")] = None,
+    system: str | None = option(None, "--system", "A system message to begin with."),
     max_new_tokens: shared.Tokens = 512,
     temperature: shared.Temperature = 0.0,
     set_: shared.Set = [],  # noqa: B006
@@ -196,7 +181,7 @@ def chat(
 @app.command()
 def verify(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
-    quick: Annotated[bool, typer.Option("--quick", help="Only what the adapter says; no hashes.")] = False,
+    quick: bool = flag("--quick", "Only what the adapter says; no hashes."),
     set_: shared.Set = [],  # noqa: B006
     json_: shared.Json = False,
 ) -> None:
@@ -219,17 +204,12 @@ def quantize(
     model: Annotated[
         str, typer.Argument(metavar="MODEL | RECIPE.yaml", help="As in a recipe; or a recipe's own base.")
     ],
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="Write it there instead of into halfbyte's cache.")
-    ] = None,
-    report: Annotated[
-        bool, typer.Option("--report", help="Also measure what each number format costs: errors, and loss on a text.")
-    ] = False,
-    text: Annotated[
-        Path | None,
-        typer.Option("--text", metavar="F", help="With --report: rows or plain text; default: a small text."),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="With --report: only the first rows.")] = None,
+    out: Path | None = option(None, "--out", "Write it there instead of into halfbyte's cache.", metavar="DIR"),
+    report: bool = flag("--report", "Also measure what each number format costs: errors, and loss on a text."),
+    text: Path | None = option(
+        None, "--text", "With --report: rows or plain text; default: a small text.", metavar="F"
+    ),
+    limit: int | None = option(None, "--limit", "With --report: only the first rows.", min=1),
     set_: shared.Set = [],  # noqa: B006
     json_: shared.Json = False,
     quiet: shared.Quiet = False,
@@ -269,10 +249,8 @@ def quantize(
 @rows.command()
 def check(
     target: Annotated[str, typer.Argument(metavar="RECIPE.yaml | DATA.jsonl", help="A recipe, or the rows alone.")],
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Whose tokenizer and template; with a recipe, another one.")
-    ] = None,
-    row: Annotated[int | None, typer.Option("--row", min=1, help="Show this row, instead of the first two.")] = None,
+    model: str | None = option(None, "--model -m", "Whose tokenizer and template; with a recipe, another one."),
+    row: int | None = option(None, "--row", "Show this row, instead of the first two.", min=1),
     set_: shared.Set = [],  # noqa: B006  typer copies it
     json_: shared.Json = False,
 ) -> None:

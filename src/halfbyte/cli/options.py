@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from typer.core import TyperGroup
@@ -40,6 +40,25 @@ AllowHost = Annotated[
 ]
 Prove = Annotated[bool, typer.Option("--prove", help="Prove again what is remembered as proven on this machine.")]
 BaseOnly = Annotated[bool, typer.Option("--base", help="The base alone, without the adapter.")]
+
+
+_Value = TypeVar("_Value")
+
+
+def option(default: _Value, names: str, words: str, **how: Any) -> _Value:
+    """An option of one command, as the default of its parameter. `how`: what else `typer.Option` takes."""
+    value: _Value = typer.Option(default, *names.split(), help=words, **how)
+    return value
+
+
+def flag(name: str, words: str) -> bool:
+    return option(False, name, words)
+
+
+def argument(default: _Value, metavar: str | None, words: str) -> _Value:
+    """The same of a word without a name."""
+    value: _Value = typer.Argument(default, metavar=metavar, help=words)
+    return value
 
 
 class Commands(TyperGroup):

@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 
 from halfbyte.cli import show
-from halfbyte.cli.options import Json
+from halfbyte.cli.options import Json, argument
 
 if TYPE_CHECKING:
     from halfbyte.report.compare import RunComparison
@@ -55,10 +55,7 @@ def compare(
         show.text(f"\ncurves   {written}")
 
 
-def runs(
-    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Where runs are.")] = Path("runs"),
-    json_: Json = False,
-) -> None:
+def runs(folder: Path = argument(Path("runs"), "[FOLDER]", "Where runs are."), json_: Json = False) -> None:
     """What is in runs/, a line each, the newest first."""
     from halfbyte.errors import RunError
     from halfbyte.runs import listing

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
 from rich.markup import escape
 from rich.table import Table
 
 from halfbyte.cli import labels, progress, show
-from halfbyte.cli.options import Force, Json, Run, Set, open_run
+from halfbyte.cli.options import Force, Json, Run, Set, flag, open_run, option
 from halfbyte.cli.show import field, out, text, visible
 from halfbyte.errors import RunError
 from halfbyte.recipe.evaluation import LOSSES, OF_PAIRS
@@ -29,27 +28,19 @@ _NUMBERS = (*LOSSES, "base_text_loss", *OF_PAIRS)
 
 def evaluate(
     run: Run,
-    base: Annotated[bool, typer.Option("--base", help="Score the base alone too, on the same rows.")] = False,
-    data: Annotated[Path | None, typer.Option(help="Rows to score; default: the recipe's data.eval.")] = None,
-    corpus: Annotated[Path | None, typer.Option(help="Task embed: a file of more passages to look among.")] = None,
-    metric: Annotated[
-        list[str], typer.Option("--metric", "-m", metavar="NAME", help="Instead of eval.metrics; repeatable.")
-    ] = [],  # noqa: B006
-    task: Annotated[
-        list[str], typer.Option("--task", metavar="NAME", help="A task of lm-evaluation-harness instead; repeatable.")
-    ] = [],  # noqa: B006
-    task_path: Annotated[
-        Path | None, typer.Option("--task-path", metavar="DIR", help="With --task: where own tasks are.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows.")] = None,
-    samples: Annotated[int, typer.Option(min=0, help="How many outputs to show.")] = 3,
-    max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", min=1, help="The longest answer; default: eval.max_new_tokens.")
-    ] = None,
-    sure: Annotated[
-        bool, typer.Option("--intervals/--no-intervals", help="With intervals and tests, or scores alone.")
-    ] = True,
-    to: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Keep scores and answers there.")] = None,
+    base: bool = flag("--base", "Score the base alone too, on the same rows."),
+    data: Path | None = option(None, "--data", "Rows to score; default: the recipe's data.eval."),
+    corpus: Path | None = option(None, "--corpus", "Task embed: a file of more passages to look among."),
+    metric: list[str] = option([], "--metric -m", "Instead of eval.metrics; repeatable.", metavar="NAME"),
+    task: list[str] = option([], "--task", "A task of lm-evaluation-harness instead; repeatable.", metavar="NAME"),
+    task_path: Path | None = option(None, "--task-path", "With --task: where own tasks are.", metavar="DIR"),
+    limit: int | None = option(None, "--limit", "Only the first rows.", min=1),
+    samples: int = option(3, "--samples", "How many outputs to show.", min=0),
+    max_new_tokens: int | None = option(
+        None, "--max-new-tokens", "The longest answer; default: eval.max_new_tokens.", min=1
+    ),
+    sure: bool = option(True, "--intervals/--no-intervals", "With intervals and tests, or scores alone."),
+    to: Path | None = option(None, "--out", "Keep scores and answers there.", metavar="DIR"),
     set_: Set = [],  # noqa: B006
     force: Force = False,
     json_: Json = False,

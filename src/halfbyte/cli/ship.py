@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from halfbyte.cli import labels, progress, show
-from halfbyte.cli.options import AllowHost, Force, Host, Json, KeyFile, Port, Quiet, Set
+from halfbyte.cli.options import AllowHost, Force, Host, Json, KeyFile, Port, Quiet, Set, flag, option
 from halfbyte.errors import RecipeError
 from halfbyte.system import libraries
 
@@ -37,14 +37,11 @@ class ProgramOption(StrEnum):
 
 def merge(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or an adapter's.")],
-    base: Annotated[
-        BaseOption,
-        typer.Option("--base", help="Which weights: 16bit, 4bit (as trained on, dequantised), or auto: the nearer."),
-    ] = BaseOption.auto,
-    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Default: RUN/merged.")] = None,
-    quantise: Annotated[
-        bool, typer.Option("--quantise", help="Quantise it again, as the run's base is, and measure what that costs.")
-    ] = False,
+    base: BaseOption = option(
+        BaseOption.auto, "--base", "Which weights: 16bit, 4bit (as trained on, dequantised), or auto: the nearer."
+    ),
+    out: Path | None = option(None, "--out", "Default: RUN/merged.", metavar="DIR"),
+    quantise: bool = flag("--quantise", "Quantise it again, as the run's base is, and measure what that costs."),
     data: Compared = None,
     proof: Proven = True,
     prompts: Prompts = 20,
@@ -66,25 +63,16 @@ def merge(
 
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or an adapter's.")],
-    gguf: Annotated[
-        str | None, typer.Option("--gguf", metavar="F16|BF16|Q8_0|Q4_K_M|...", help="Base and adapter as a GGUF file.")
-    ] = None,
-    gguf_lora: Annotated[
-        bool, typer.Option("--gguf-lora", help="The adapter alone, for a GGUF file of its base.")
-    ] = False,
-    ollama: Annotated[
-        bool, typer.Option("--ollama", help="Also a Modelfile; alone it takes a GGUF file in Q8_0.")
-    ] = False,
-    repair: Annotated[
-        bool, typer.Option("--repair", help="With --gguf: round its matrices anew, on the run's own rows.")
-    ] = False,
-    peft: Annotated[bool, typer.Option("--peft", help="The adapter alone, within the limits of vLLM.")] = False,
-    program: Annotated[
-        ProgramOption | None,
-        typer.Option("--for", help="With --peft: under this program's names for layers; default: the checkpoint's."),
-    ] = None,
-    base: Annotated[BaseOption, typer.Option("--base", help="As of merge.")] = BaseOption.auto,
-    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Default: a folder in RUN.")] = None,
+    gguf: str | None = option(None, "--gguf", "Base and adapter as a GGUF file.", metavar="F16|BF16|Q8_0|Q4_K_M|..."),
+    gguf_lora: bool = flag("--gguf-lora", "The adapter alone, for a GGUF file of its base."),
+    ollama: bool = flag("--ollama", "Also a Modelfile; alone it takes a GGUF file in Q8_0."),
+    repair: bool = flag("--repair", "With --gguf: round its matrices anew, on the run's own rows."),
+    peft: bool = flag("--peft", "The adapter alone, within the limits of vLLM."),
+    program: ProgramOption | None = option(
+        None, "--for", "With --peft: under this program's names for layers; default: the checkpoint's."
+    ),
+    base: BaseOption = option(BaseOption.auto, "--base", "As of merge."),
+    out: Path | None = option(None, "--out", "Default: a folder in RUN.", metavar="DIR"),
     data: Compared = None,
     proof: Proven = True,
     prompts: Prompts = 20,
@@ -118,7 +106,7 @@ def export(
 def push(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="An export's folder, or a run, whose adapter is meant.")],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="USER/NAME on the hub.")],
-    public: Annotated[bool, typer.Option("--public", help="For everyone to see; else it is private.")] = False,
+    public: bool = flag("--public", "For everyone to see; else it is private."),
     json_: Json = False,
 ) -> None:
     """Upload to the hub: private unless --public."""
@@ -135,20 +123,16 @@ def serve(
     ],
     host: Host = "127.0.0.1",
     port: Port = 8000,
-    context: Annotated[
-        int | None, typer.Option("--context", min=16, help="Most tokens of a prompt and its answer; default: 4,096.")
-    ] = None,
-    at_once: Annotated[int | None, typer.Option("--at-once", min=1, max=16, help="Most texts written at once.")] = None,
-    queue: Annotated[int, typer.Option("--queue", min=0, help="Most texts that wait; beyond them, 429.")] = 128,
-    pack: Annotated[
-        bool, typer.Option("--pack", help="Read waiting prompts together: faster, and rounded as it comes.")
-    ] = False,
-    time_limit: Annotated[float, typer.Option("--time-limit", min=1.0, help="Seconds of an answer.")] = 600.0,
-    grace: Annotated[float, typer.Option("--grace", min=1.0, help="Seconds for running answers at the end.")] = 60.0,
+    context: int | None = option(None, "--context", "Most tokens of a prompt and its answer; default: 4,096.", min=16),
+    at_once: int | None = option(None, "--at-once", "Most texts written at once.", min=1, max=16),
+    queue: int = option(128, "--queue", "Most texts that wait; beyond them, 429.", min=0),
+    pack: bool = flag("--pack", "Read waiting prompts together: faster, and rounded as it comes."),
+    time_limit: float = option(600.0, "--time-limit", "Seconds of an answer.", min=1.0),
+    grace: float = option(60.0, "--grace", "Seconds for running answers at the end.", min=1.0),
     key_file: KeyFile = None,
-    allow_adapters: Annotated[
-        list[Path], typer.Option("--allow-adapters", help="A folder from which clients may load adapters; repeatable.")
-    ] = [],  # noqa: B006
+    allow_adapters: list[Path] = option(
+        [], "--allow-adapters", "A folder from which clients may load adapters; repeatable."
+    ),
     allow_host: AllowHost = [],  # noqa: B006
     set_: Set = [],  # noqa: B006
     force: Force = False,

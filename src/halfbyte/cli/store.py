@@ -1,11 +1,9 @@
 """`halfbyte store`: what is in the cache, whether it is whole, and what may go. Heavy imports are inside commands."""
 
-from typing import Annotated
-
 import typer
 
 from halfbyte.cli import progress, show
-from halfbyte.cli.options import Json
+from halfbyte.cli.options import Json, argument, flag, option
 
 stores = typer.Typer(help="The quantised bases in halfbyte's cache, and what else lies there.", no_args_is_help=True)
 
@@ -24,9 +22,7 @@ def list_stores(json_: Json = False) -> None:
 
 @stores.command()
 def verify(
-    names: Annotated[
-        list[str] | None, typer.Argument(metavar="[STORE]...", help="Keys, sources or folders; all if none.")
-    ] = None,
+    names: list[str] | None = argument(None, "[STORE]...", "Keys, sources or folders; all if none."),
     json_: Json = False,
 ) -> None:
     """Hash every byte of stores and compare with what was built. Exit code 1 if anything differs."""
@@ -44,18 +40,15 @@ def verify(
 
 @stores.command()
 def gc(
-    unused_days: Annotated[
-        float | None, typer.Option(min=0, help="Also whole stores and tokens that nobody has opened for so many days.")
-    ] = None,
-    everything: Annotated[
-        bool,
-        typer.Option(
-            "--all",
-            help="Everything that no process uses: stores, conversions, packaged models, tokens. All of it can be made "
-            "or fetched again, a packaged model by pip.",
-        ),
-    ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    unused_days: float | None = option(
+        None, "--unused-days", "Also whole stores and tokens that nobody has opened for so many days.", min=0
+    ),
+    everything: bool = flag(
+        "--all",
+        "Everything that no process uses: stores, conversions, packaged models, tokens. All of it can be made or "
+        "fetched again, a packaged model by pip.",
+    ),
+    dry_run: bool = flag("--dry-run", "Only say what would go."),
     json_: Json = False,
 ) -> None:
     """Remove interrupted builds, conversions and downloads, damaged stores and old formats."""

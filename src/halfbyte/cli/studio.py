@@ -4,22 +4,17 @@ import os
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
-from typing import Annotated
-
-import typer
 
 from halfbyte.cli import show
-from halfbyte.cli.options import AllowHost, Host, KeyFile, Port, Quiet
+from halfbyte.cli.options import AllowHost, Host, KeyFile, Port, Quiet, argument, option
 
 
 def serve_studio(
-    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Where files, recipes and runs are.")] = Path(),
+    folder: Path = argument(Path(), "[FOLDER]", "Where files, recipes and runs are."),
     host: Host = "127.0.0.1",
     port: Port = 8765,
-    bases: Annotated[
-        list[Path], typer.Option("--bases", metavar="DIR", help="Another folder with bases; repeatable.")
-    ] = [],  # noqa: B006  typer copies it
-    upload: Annotated[float, typer.Option("--upload", min=0.001, help="GB of the largest file that is taken.")] = 2.0,
+    bases: list[Path] = option([], "--bases", "Another folder with bases; repeatable.", metavar="DIR"),
+    upload: float = option(2.0, "--upload", "GB of the largest file that is taken.", min=0.001),
     key_file: KeyFile = None,
     allow_host: AllowHost = [],  # noqa: B006
     quiet: Quiet = False,

@@ -9,6 +9,7 @@ import typer
 
 from halfbyte.cli import options as shared
 from halfbyte.cli import progress, reports, show, show_plan
+from halfbyte.cli.options import flag, option
 from halfbyte.errors import RecipeError, typed
 from halfbyte.system import libraries
 
@@ -30,15 +31,13 @@ def train(
     data: Data = None,
     set_: shared.Set = [],  # noqa: B006  typer copies it
     output: Output = None,
-    within: Annotated[
-        str | None, typer.Option("--within", metavar="30m", help="The time for all of it: probe the rate, end on time.")
-    ] = None,
+    within: str | None = option(
+        None, "--within", "The time for all of it: probe the rate, end on time.", metavar="30m"
+    ),
     resume: Resume = False,
     force: shared.Force = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print every resolved value and where it came from; train nothing.")
-    ] = False,
-    live: Annotated[bool, typer.Option("--live", help="Serve the run's page on 127.0.0.1 while it trains.")] = False,
+    dry_run: bool = flag("--dry-run", "Print every resolved value and where it came from; train nothing."),
+    live: bool = flag("--live", "Serve the run's page on 127.0.0.1 while it trains."),
     json_: shared.Json = False,
     quiet: shared.Quiet = False,
 ) -> None:
@@ -69,9 +68,7 @@ def tune(
     data: Data = None,
     set_: shared.Set = [],  # noqa: B006
     output: Output = None,
-    within: Annotated[
-        str | None, typer.Option("--within", metavar="20m", help=f"The time for all probes; {TUNES_IN} by default.")
-    ] = None,
+    within: str | None = option(None, "--within", f"The time for all probes; {TUNES_IN} by default.", metavar="20m"),
     resume: Resume = False,
     json_: shared.Json = False,
     quiet: shared.Quiet = False,

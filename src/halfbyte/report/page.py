@@ -29,7 +29,6 @@ from halfbyte.system.words import duration
 from halfbyte.types import Document
 from halfbyte.web import files as web
 
-WEB = Path(__file__).parent / "web"
 MAX_TEXT = 1_200  # characters of an answer, a prompt or a notice
 _log = logging.getLogger(__name__)
 
@@ -80,7 +79,7 @@ def html(run: Record, *, live: bool = False) -> str:
 
 def render(name: str, charts: Sequence[plots.Chart], **values: object) -> str:
     """A template of `web/` as a page; the first chart is drawn wide too."""
-    script = web.text("tip.js") + (WEB / "page.js").read_text(encoding="utf-8")
+    script = web.text("tip.js") + (plots.WEB / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     style = web.text("style.css")
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; connect-src 'self'"
@@ -94,7 +93,7 @@ def render(name: str, charts: Sequence[plots.Chart], **values: object) -> str:
 
 @cache
 def environment() -> Environment:
-    jinja = web.templates(WEB)
+    jinja = plots.templates()
     jinja.filters |= {"gb": gb, "shown": shown, "cut": cut, "number": number, "beside": beside}
     return jinja
 
