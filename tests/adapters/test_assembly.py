@@ -14,7 +14,7 @@ from halfbyte.adapters.assembly import assemble
 from halfbyte.base import load, stream
 from halfbyte.layers import fuse, packing
 from halfbyte.models.sources.lookup import find_model
-from halfbyte.proofs.fusing import FusedProof
+from halfbyte.proofs.setting import StartProof
 from halfbyte.recipe.schema import Recipe
 from halfbyte.system import device
 from tests import tiny_run
@@ -53,7 +53,7 @@ def test_the_seed_of_the_recipe_draws_the_adapters(tmp_path: Path) -> None:
 
 
 def test_layers_that_are_not_proven_are_fused_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = FusedProof(False, "PEFT's own forward: gradients differ by 1.0e+00 (allowed 1e-03)", 1.0)
+    wrong = StartProof(False, "PEFT's own forward: gradients differ by 1.0e+00 (allowed 1e-03)", 1.0)
     monkeypatch.setattr(assembly, "prove_fused", lambda model, **_: wrong)
     recipe = tiny_run.recipe(tmp_path).recipe
     made = assemble(opened(recipe), recipe)

@@ -20,7 +20,7 @@ import torch
 import halfbyte
 from halfbyte.adapters import dropin, first_step
 from halfbyte.layers import fuse
-from halfbyte.proofs.fusing import FusedProof
+from halfbyte.proofs.setting import StartProof
 from halfbyte.quant import bnb
 from tests import tiny, tiny_run
 
@@ -119,7 +119,7 @@ model(**batch).loss.backward()
 def test_what_the_proof_refuses_is_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(first_step, "prove_fused", lambda model, packed: FusedProof(False, "by decree", 1.0))
+    monkeypatch.setattr(first_step, "prove_fused", lambda model, packed: StartProof(False, "by decree", 1.0))
     with pytest.warns(UserWarning, match="by decree"):
         _, line = run(CLASSIC + "trainer = train(OUT)", tmp_path, caplog)
     assert "PEFT's own layers (by decree)" in line and "its layers" not in line

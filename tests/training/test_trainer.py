@@ -27,7 +27,8 @@ from halfbyte.inference.generate import generate
 from halfbyte.layers import loss, packing
 from halfbyte.objectives.causal_lm import CausalLM
 from halfbyte.objectives.objective import mean_scores
-from halfbyte.proofs.packing import PackingProof, prove_packing
+from halfbyte.proofs.packing import prove_packing
+from halfbyte.proofs.setting import StartProof
 from halfbyte.recipe.file import load_recipe
 from halfbyte.recipe.schema import Loaded, Train
 from halfbyte.runs import points
@@ -170,7 +171,7 @@ def stream(tmp_path: Path) -> dict[str, Any]:
 
 
 def test_blocks_need_attention_that_keeps_texts_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assembly, "prove_packing", lambda *_, **__: PackingProof(False, "it leaks", 1.0))
+    monkeypatch.setattr(assembly, "prove_packing", lambda *_, **__: StartProof(False, "it leaks", 1.0))
     with pytest.raises(DataError, match=r"not safe: it leaks\n  fix: data\.packing: rows"):
         finetune.train(tiny_run.recipe(tmp_path, **stream(tmp_path)))
 

@@ -14,10 +14,11 @@ from halfbyte.base import load, residual
 from halfbyte.layers import fuse, heads, loss
 from halfbyte.layers.kernels.cpu.integer import products as integer
 from halfbyte.models import structure
-from halfbyte.proofs.dequantising import DequantProof, prove_dequantised
-from halfbyte.proofs.fusing import FusedProof, prove_fused
+from halfbyte.proofs.dequantising import prove_dequantised
+from halfbyte.proofs.fusing import prove_fused
 from halfbyte.proofs.heads import prove_pooling
-from halfbyte.proofs.packing import PackingProof, prove_packing
+from halfbyte.proofs.packing import prove_packing
+from halfbyte.proofs.setting import StartProof
 from halfbyte.recipe.schema import Recipe
 from halfbyte.types import Model
 
@@ -28,9 +29,9 @@ class AdaptedBase:
 
     base: load.Base
     model: Model
-    dequantised: DequantProof
-    packed: PackingProof
-    fused: FusedProof
+    dequantised: StartProof
+    packed: StartProof
+    fused: StartProof
     engine: str  # whether the adapters run our fused layers, or PEFT's own forward
     layers: int  # how many layers the proofs ran through; 0 for all of a model without a list of layers
     own_biases: lora.Saved  # the base's own, where a loaded adapter has replaced them
@@ -86,7 +87,7 @@ def assemble(
     return AdaptedBase(base, model, dequantised, packed, fused, engine, layers, own_biases)
 
 
-def _fused(model: Model, recipe: Recipe, *, packed: bool) -> tuple[FusedProof, str]:
+def _fused(model: Model, recipe: Recipe, *, packed: bool) -> tuple[StartProof, str]:
     """Fused layers where they are proven, and what runs."""
     with structure.shallow(model):
         proof = prove_fused(model, packed=packed, longest=recipe.data.max_length)

@@ -6,13 +6,12 @@ its place where there is one (`dequantise.py`), and it is said.
 Why: with wrong scales a base still loads and trains, as another model (`dequantise.py` names a case).
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import nn
 
 from halfbyte.errors import BaseModelError
+from halfbyte.proofs.setting import StartProof
 from halfbyte.quant import formats
 
 _SAMPLED_BLOCKS, _BLOCK = 4096, 64
@@ -21,21 +20,13 @@ _ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 0.
 _FP32_ROUNDINGS = 4 * 2.0**-24
 
 
-@dataclass(frozen=True)
-class DequantProof:
-    """`ok`: the fast functions are right for every shape. `reason` says in words what was seen and is done."""
-
-    ok: bool
-    reason: str
-
-
-def prove_dequantised(model: nn.Module) -> DequantProof:
+def prove_dequantised(model: nn.Module) -> StartProof:
     """Compare one quantised matrix of each shape with the definition; what is wrong is not used again. Raises
     BaseModelError: the slow path is wrong too, so the weights cannot be read at all."""
     dtype, one_of_each = _dtype(model), _one_of_each(model)
     wrong = {kind: module for kind, module in one_of_each.items() if not _is_right(module, dtype)}
     if not wrong:
-        return DequantProof(True, f"{len(one_of_each)} shapes of matrices as the format defines them")
+        return StartProof(True, f"{len(one_of_each)} shapes of matrices as the format defines them")
     shapes = ", ".join(str(kind[0]) for kind in list(wrong)[:3])
     for module in wrong.values():
         formats.of_module(module).distrust(module)
@@ -44,7 +35,7 @@ def prove_dequantised(model: nn.Module) -> DequantProof:
             f"the weights of shape {shapes} cannot be dequantised: no function here gives what the format defines.",
             fix="build the base anew (halfbyte quantize MODEL), and check the versions with halfbyte doctor",
         )
-    return DequantProof(
+    return StartProof(
         False, f"bitsandbytes dequantises {shapes} wrongly on this machine; the table of codes is used, which is slower"
     )
 

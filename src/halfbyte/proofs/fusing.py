@@ -13,20 +13,18 @@ Cost: five micro-batches of 15 tokens forward and backward, or of a long row.
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from halfbyte.errors import first_line
 from halfbyte.layers import fuse, packing
 from halfbyte.layers.experts.layout import is_routed
 from halfbyte.models import structure
 from halfbyte.proofs import setting
 from halfbyte.proofs.closeness import distance
-from halfbyte.proofs.setting import Gradients, labelled, loss_and_gradients
+from halfbyte.proofs.setting import Gradients, StartProof, labelled, loss_and_gradients
 from halfbyte.types import Model
 
 # ||fused - PEFT's|| / ||PEFT's|| over all adapters' gradients together. Measured in fp32: 2e-6.
@@ -37,16 +35,7 @@ NEAR, SLACK = 2.0, 0.01
 ROUGH = 0.3
 
 
-@dataclass(frozen=True)
-class FusedProof:
-    """`ok`: the fused layers are on the model. `difference` is that of the gradients; `reason` says it in words."""
-
-    ok: bool
-    reason: str
-    difference: float
-
-
-def prove_fused(model: Model, *, packed: bool, longest: int | None = None) -> FusedProof:
+def prove_fused(model: Model, *, packed: bool, longest: int | None = None) -> StartProof:
     """Put the fused layers on, compare, and take them off again if they are wrong.
 
     Args:
@@ -57,17 +46,14 @@ def prove_fused(model: Model, *, packed: bool, longest: int | None = None) -> Fu
     """
     fuse.install(model)
     if not any(p.requires_grad for p in model.parameters()):
-        return FusedProof(True, "nothing trains", 0.0)
-    try:
-        with setting.as_given(model), random_b(model):
-            problem, difference = _compare(model, packed=packed, longest=longest)
-    except Exception as error:  # of any kind, from the model's code or ours; the repair: the model's own forward
-        problem, difference = f"{type(error).__name__}: {first_line(error)}", math.inf
+        return StartProof(True, "nothing trains")
+    with setting.as_given(model), random_b(model):
+        problem, difference = setting.attempt(partial(_compare, model, packed=packed, longest=longest))
     if problem:
         fuse.remove(model)
-        return FusedProof(False, f"PEFT's own forward: {problem}", difference)
+        return StartProof(False, f"PEFT's own forward: {problem}", difference)
     fuse.install(model)
-    return FusedProof(True, f"gradients as PEFT's to {difference:.1e}", difference)
+    return StartProof(True, f"gradients as PEFT's to {difference:.1e}", difference)
 
 
 def sample_gradients(model: Model, *, packed: bool) -> Gradients:
@@ -112,13 +98,21 @@ def _compare(model: Model, *, packed: bool, longest: int | None) -> tuple[str, f
             moved = []
         if moved:
             return f"an evaluation changes the gradients of {len(moved)} adapters, {moved[0]} for one", math.inf
-        off = distance(ours, truth or pefts)
-        slack = setting.ROUTED if is_routed(model) else SLACK
-        allowed = TOLERANCE if exact else NEAR * distance(pefts, truth) + slack if truth else ROUGH
-        if not off <= allowed:
-            return f"gradients differ by {off:.1e} (allowed {allowed:.1e})", off
+        problem, off = gradient_fault(model, ours, pefts, truth, exact=exact)
+        if problem:
+            return problem, off
         truth, difference = truth or pefts, difference or off
     return "", difference
+
+
+def gradient_fault(
+    model: Model, got: Gradients, slow: Gradients, truth: Gradients | None, *, exact: bool
+) -> tuple[str, float]:
+    """(what is wrong with the gradients of the fast way or nothing, how far they are from the `truth`). `slow`: those
+    of the slow way, which are the truth in fp32; `truth` None: not known yet."""
+    off, slack = distance(got, truth or slow), setting.ROUTED if is_routed(model) else SLACK
+    allowed = TOLERANCE if exact else NEAR * distance(slow, truth) + slack if truth else ROUGH
+    return "" if off <= allowed else f"gradients differ by {off:.1e} (allowed {allowed:.1e})", off
 
 
 @contextmanager

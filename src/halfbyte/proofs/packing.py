@@ -8,17 +8,17 @@ Cost: some fifteen forward passes of 15 tokens, at start; with a long row two of
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from halfbyte.errors import first_line
 from halfbyte.layers.experts.layout import is_routed
 from halfbyte.layers.packing import Layout, asked_attention, install, layouts
 from halfbyte.models import structure
 from halfbyte.proofs import setting
 from halfbyte.proofs.closeness import row_distances
+from halfbyte.proofs.setting import StartProof
 from halfbyte.types import Model
 
 # The largest ||difference|| / ||logits|| of a token, in units of the dtype's epsilon. Packed and alone multiply
@@ -27,21 +27,7 @@ from halfbyte.types import Model
 _TOLERANCE_EPS = {torch.bfloat16: 6.0, torch.float16: 30.0, torch.float32: 1000.0, torch.float64: 1000.0}
 
 
-@dataclass(frozen=True)
-class PackingProof:
-    """`reason` says in words what was tried; `max_rel_diff` belongs to the layout in use."""
-
-    ok: bool
-    reason: str
-    max_rel_diff: float
-    layout: Layout = "single"
-
-    @property
-    def mode(self) -> str:
-        return "packed" if self.ok else "single"
-
-
-def prove_packing(model: Model, longest: int | None = None, *, alone: bool = False) -> PackingProof:
+def prove_packing(model: Model, longest: int | None = None, *, alone: bool = False) -> StartProof:
     """Find the first layout in which examples are really apart, and leave the model set up for it.
 
     The model's modes and the global random state are as before afterwards.
@@ -57,23 +43,18 @@ def prove_packing(model: Model, longest: int | None = None, *, alone: bool = Fal
     with setting.as_given(model), torch.no_grad():
         model.eval()
         for layout in layouts(lm):
-            try:
-                install(lm, layout)
-                long, untried = setting.long_row(lm, longest)
-                problem, difference = _compare(lm, layout, stock, long, alone=alone)
-            except Exception as error:  # of the model's own code; the repair: the next layout, at last single
-                problem, untried = f"{type(error).__name__}: {first_line(error)}", ""
-                difference = math.inf
-            if problem is None:
+            untried: list[str] = []
+            problem, difference = setting.attempt(partial(_compare, lm, layout, stock, longest, untried, alone=alone))
+            if not problem:
                 install(lm, layout)
                 note = f"; before: {'; '.join(tried)}" if tried else ""
                 what = "one text = on the stock path" if alone else "packed = alone"
-                return PackingProof(True, f"{layout}: {what}{untried}{note}", difference, layout)
+                return StartProof(True, f"{layout}: {what}{''.join(untried)}{note}", difference, layout)
             tried.append(f"{layout}: {problem}")
             _install_stock(lm, stock)
     if asked := asked_attention(lm):
         lm.set_attn_implementation(asked)
-    return PackingProof(False, "; ".join(tried) or "this model has no way to take packed examples", math.inf)
+    return StartProof(False, "; ".join(tried) or "this model has no way to take packed examples", math.inf)
 
 
 def _install_stock(lm: Model, implementation: str) -> None:
@@ -82,8 +63,14 @@ def _install_stock(lm: Model, implementation: str) -> None:
         lm.set_attn_implementation(implementation)
 
 
-def _compare(lm: Model, layout: Layout, stock: str, long: int, *, alone: bool) -> tuple[str | None, float]:
-    """(what is wrong or None, the largest relative difference): in fp32 and in the model's own dtype."""
+def _compare(
+    lm: Model, layout: Layout, stock: str, longest: int | None, untried: list[str], *, alone: bool
+) -> tuple[str, float]:
+    """(what is wrong or nothing, the largest relative difference): in fp32 and in the model's own dtype. What was not
+    tried goes into `untried`."""
+    install(lm, layout)
+    long, why = setting.long_row(lm, longest)
+    untried.append(why)
     worst = 0.0
     for exact in setting.precisions(lm):
         with setting.few_tokens(lm, exact=exact):
@@ -108,7 +95,7 @@ def _compare(lm: Model, layout: Layout, stock: str, long: int, *, alone: bool) -
             moved, changed, example = _largest_influence(lm, examples, routed=routed)
             if not moved <= allowed:
                 return f"changing example {changed} moves example {example} by {moved:.1e}", moved
-    return None, worst
+    return "", worst
 
 
 def _largest_influence(lm: Model, examples: Sequence[Tensor], *, routed: bool) -> tuple[float, int, int]:

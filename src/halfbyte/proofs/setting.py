@@ -7,18 +7,21 @@ A model is as before after each of these: its weights, modes, gradients and the 
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 
+from halfbyte.errors import first_line
 from halfbyte.layers import loss as losses
 from halfbyte.layers import recurrent, sight
 from halfbyte.layers.packed_attention import NAME
-from halfbyte.layers.packing import forward_inputs
+from halfbyte.layers.packing import Layout, forward_inputs
 from halfbyte.models import structure
 from halfbyte.models.context import context_of
 from halfbyte.quant import bnb, dequantise, formats
@@ -39,6 +42,30 @@ EXACT_BYTES = 1e9  # that fp32 copies of what is not quantised may take in a pro
 # A bound for a mixture in 16 bits, of its median token or of all gradients: where two experts are as good for a token,
 # rounding chooses between them. Seen on tiny ones: 63% of one token's logits, 6% of all gradients.
 ROUTED = 0.3
+
+
+@dataclass(frozen=True)
+class StartProof:
+    """`ok`: the fast way is right, and in use. `reason` says in words what was seen and is done; `difference` is that
+    of the two ways; `layout`: in which texts share a forward."""
+
+    ok: bool
+    reason: str
+    difference: float = 0.0
+    layout: Layout = "single"
+
+    @property
+    def mode(self) -> str:
+        return "packed" if self.ok else "single"
+
+
+def attempt(compare: Callable[[], tuple[str, float]]) -> tuple[str, float]:
+    """(what is wrong or nothing, the difference); also what is raised, of any kind, by the model's code or ours: the
+    repair is the model's own way."""
+    try:
+        return compare()
+    except Exception as error:
+        return f"{type(error).__name__}: {first_line(error)}", math.inf
 
 
 def short_lengths(*, packed: bool) -> tuple[int, ...]:

@@ -11,7 +11,8 @@ Cost: a few micro-batches of at most `MOST` tokens through the first layers, for
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -19,14 +20,12 @@ import torch
 
 from halfbyte.data import collate, prefixes
 from halfbyte.data.encoding.examples import IGNORED, Example
-from halfbyte.errors import first_line
 from halfbyte.layers import loss, packing, recurrent
 from halfbyte.layers.experts.layout import is_routed
 from halfbyte.models import structure
 from halfbyte.proofs import setting
-from halfbyte.proofs.closeness import distance
-from halfbyte.proofs.fusing import NEAR, ROUGH, SLACK, TOLERANCE, random_b
-from halfbyte.proofs.setting import Gradients
+from halfbyte.proofs.fusing import gradient_fault, random_b
+from halfbyte.proofs.setting import Gradients, StartProof
 from halfbyte.types import Batch, Model
 
 MOST = 1024  # tokens of the rows together
@@ -36,14 +35,7 @@ REST = 24  # tokens of each that are not shared
 LOSSES, LOSSES_16 = 1e-5, 2e-2
 
 
-@dataclass(frozen=True)
-class SharingProof:
-    ok: bool
-    reason: str
-    difference: float
-
-
-def prove_sharing(model: Model, rows: Sequence[Example]) -> SharingProof:
+def prove_sharing(model: Model, rows: Sequence[Example]) -> StartProof:
     """Compare some rows as a tree with each alone. The model is as before afterwards.
 
     Args:
@@ -51,17 +43,14 @@ def prove_sharing(model: Model, rows: Sequence[Example]) -> SharingProof:
         rows: of one text each, of which at least two begin alike.
     """
     if packing.installed(model) != "cu_seq_lens":
-        return SharingProof(False, "beginnings are not shared: this model takes no texts by their lengths", math.inf)
+        return StartProof(False, "beginnings are not shared: this model takes no texts by their lengths", math.inf)
     if recurrent.installed(structure.body(structure.causal_lm(model))):
-        return SharingProof(False, "beginnings are not shared: this model's recurrent layers carry a state", math.inf)
-    try:
-        with structure.shallow(model), setting.as_given(model), random_b(model):
-            problem, difference = _compare(model, cut(rows, setting.affordable_tokens(model)))
-    except Exception as error:  # of any kind, from the model's code or ours; the repair: each row alone
-        problem, difference = f"{type(error).__name__}: {first_line(error)}", math.inf
+        return StartProof(False, "beginnings are not shared: this model's recurrent layers carry a state", math.inf)
+    with structure.shallow(model), setting.as_given(model), random_b(model):
+        problem, difference = setting.attempt(partial(_compare, model, rows))
     if problem:
-        return SharingProof(False, f"beginnings are not shared: {problem}", difference)
-    return SharingProof(True, f"{len(rows)} rows that begin alike = each alone, to {difference:.1e}", difference)
+        return StartProof(False, f"beginnings are not shared: {problem}", difference)
+    return StartProof(True, f"{len(rows)} rows that begin alike = each alone, to {difference:.1e}", difference)
 
 
 _PROVEN: WeakKeyDictionary[Model, bool] = WeakKeyDictionary()
@@ -92,6 +81,7 @@ def cut(rows: Sequence[Example], most: int) -> list[Example]:
 
 def _compare(model: Model, rows: Sequence[Example]) -> tuple[str, float]:
     """(what is wrong or nothing, the relative difference in fp32)."""
+    rows = cut(rows, setting.affordable_tokens(model))
     lm, trains = structure.causal_lm(model), any(p.requires_grad for p in model.parameters())
     truth: Gradients | None = None
     difference = 0.0
@@ -111,11 +101,9 @@ def _compare(model: Model, rows: Sequence[Example]) -> tuple[str, float]:
                 continue
             _, shared = setting.loss_and_gradients(model, [tree])
             _, each = setting.loss_and_gradients(model, alone)
-        slack = setting.ROUTED if is_routed(model) else SLACK
-        allowed = TOLERANCE if exact else NEAR * distance(each, truth) + slack if truth else ROUGH
-        off = distance(shared, truth or each)
-        if set(shared) != set(each) or not off <= allowed:
-            return f"gradients differ by {off:.1e} (allowed {allowed:.1e})", off
+        problem, off = gradient_fault(model, shared, each, truth, exact=exact)
+        if problem or set(shared) != set(each):
+            return problem or "some adapters got no gradient", off
         truth, difference = truth or each, off if truth is None else difference
     return "", difference
 
