@@ -82,16 +82,9 @@ class Outcome:
 
 
 def train(
-    loaded: Loaded,
-    *,
-    resume: bool = False,
-    force: bool = False,
-    listener: Listener | None = None,
-    world: World | None = None,
-    objective: Objective | None = None,
-    clock: Clock | None = None,
-    alone: bool = False,
-) -> Outcome:
+    loaded: Loaded, *, resume: bool = False, force: bool = False, listener: Listener | None = None,
+    world: World | None = None, objective: Objective | None = None, clock: Clock | None = None, alone: bool = False,
+) -> Outcome:  # fmt: skip
     """Fine-tune. Nothing is written before the model, the data and the adapters are known to be good.
 
     Args:
@@ -129,14 +122,9 @@ def train(
 
 
 def set_up(
-    start: RunStart,
-    world: World,
-    tell: Listener,
-    *,
-    objective: Objective | None = None,
-    force: bool = False,
+    start: RunStart, world: World, tell: Listener, *, objective: Objective | None = None, force: bool = False,
     budget: TimeBudget | None = None,
-) -> Setup:
+) -> Setup:  # fmt: skip
     """Rows, plan, model and micro-batches; the longest of these runs once unless the plan leaves much memory free."""
     agree.check(world, points.values_that_train(start.recipe))
     machine = world.share(device.detect())

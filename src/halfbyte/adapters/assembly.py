@@ -38,16 +38,10 @@ class AdaptedBase:
 
 
 def assemble(
-    base: load.Base,
-    recipe: Recipe,
-    *,
-    adapter: Path | None = None,
-    beside: Mapping[str, Path] = MappingProxyType({}),
-    start: Path | None = None,
-    factors: Path | None = None,
-    alone: bool = False,
+    base: load.Base, recipe: Recipe, *, adapter: Path | None = None, beside: Mapping[str, Path] = MappingProxyType({}),
+    start: Path | None = None, factors: Path | None = None, alone: bool = False,
     note: Callable[[str, str], None] = lambda label, text: None,
-) -> AdaptedBase:
+) -> AdaptedBase:  # fmt: skip
     """Put adapters on an open base, and prove on its first layers what is used from then on.
 
     Args:

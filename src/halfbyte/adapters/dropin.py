@@ -100,12 +100,9 @@ class _Ours:
         return out
 
     def add_adapter(
-        self,
-        adapter_name: str,
-        peft_config: PeftConfig,
-        low_cpu_mem_usage: bool = False,
+        self, adapter_name: str, peft_config: PeftConfig, low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
         if not autocast_adapter_dtype:
             _ROUNDED.add(self)

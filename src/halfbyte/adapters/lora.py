@@ -167,14 +167,9 @@ def loraplus_optimizer(adapted: Model, cls: type[Optimizer], ratio: float, decay
 
 
 def save(
-    adapted: Model,
-    folder: Path,
-    *,
-    base_id: str,
-    revision: str | None,
-    dtype: torch.dtype = torch.float32,
+    adapted: Model, folder: Path, *, base_id: str, revision: str | None, dtype: torch.dtype = torch.float32,
     beside: Callable[[Path], None] = lambda folder: None,
-) -> None:
+) -> None:  # fmt: skip
     """Write `folder` in PEFT's format, whole or not at all; an older one there is replaced. `beside` writes more files
     into it, after the adapter's own."""
     with checkpoint.whole_or_absent(f"the adapter {folder}", folder) as temporary:

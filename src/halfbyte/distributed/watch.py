@@ -62,13 +62,9 @@ class Heartbeat:
     """
 
     def __init__(
-        self,
-        store: TCPStore,
-        rank: int,
-        names: list[str],
-        on_fault: Callable[[], None],
+        self, store: TCPStore, rank: int, names: list[str], on_fault: Callable[[], None],
         beside: Mapping[int, tuple[int, float]],
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.fault: Fault | None = None
         self.store_silent = False
         self._answered_at, self._fault_lock = time.monotonic(), threading.Lock()

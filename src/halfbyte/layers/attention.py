@@ -72,19 +72,10 @@ def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: tuple[int, ...],
-    scale: float,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    levels: tuple[int, ...] = (),
-    slopes: Tensor | None = None,
-    p: float = 0.0,
-    seed: TokenSeed | None = None,
+    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float, cos: Tensor | None, sin: Tensor | None,
+    levels: tuple[int, ...] = (), slopes: Tensor | None = None, p: float = 0.0, seed: TokenSeed | None = None,
     reach: "Reach | None" = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Attention of each example to itself, or of each segment of a tree to its path (`kernels.card.PackLengths`;
     only where `whole_attention` is one kernel).
 

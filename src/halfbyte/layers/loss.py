@@ -298,14 +298,9 @@ def head_logits(hidden: Tensor, head: Head) -> Tensor:
 
 
 def head_loss(
-    hidden: Tensor,
-    targets: Tensor,
-    head: Head,
-    *,
-    smoothing: float = 0.0,
-    counts: Tensor | None = None,
+    hidden: Tensor, targets: Tensor, head: Head, *, smoothing: float = 0.0, counts: Tensor | None = None,
     each: bool = False,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Summed cross-entropy of `targets` (K,) under the head's logits of `hidden` (K, D), in chunks; each as often as
     `counts` (K,) says, None: once. Scalar, fp32. `each`: not summed, (K,), of a head that is frozen."""
     where = head.weight.device  # over several cards, a tied head lies beside its embedding
@@ -321,17 +316,9 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        values: Tensor | None,
-        targets: Tensor,
-        head: Head,
-        smoothing: float,
-        counts: Tensor | None,
-        each: bool,
-    ) -> Tensor:
+        ctx: FunctionCtx, hidden: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor | None, targets: Tensor,
+        head: Head, smoothing: float, counts: Tensor | None, each: bool,
+    ) -> Tensor:  # fmt: skip
         head_gradients = [
             torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) if x is not None and needed else None
             for x, needed in zip((weight, bias, values), ctx.needs_input_grad[1:4], strict=True)

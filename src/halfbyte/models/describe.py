@@ -158,13 +158,9 @@ def _headers(files: Sequence[object]) -> str:
 
 
 def _of(
-    name: str,
-    config: ConfigFile,
-    origin: str,
-    specs: list[TensorSpec] | None = None,
-    read: int = 0,
+    name: str, config: ConfigFile, origin: str, specs: list[TensorSpec] | None = None, read: int = 0,
     path: Path | None = None,
-) -> Shape:
+) -> Shape:  # fmt: skip
     """The shape; its tensors by the architecture where they are not given."""
     specs = tensors_of(config) if specs is None else specs
     facts = tensors.facts_of(config, specs)

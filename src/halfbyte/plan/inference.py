@@ -59,14 +59,9 @@ class InferencePlan:
 
 
 def plan_inference(
-    job: Job,
-    device: Device,
-    trained: RunChoices | None = None,
-    *,
-    placement: Placement | None = None,
-    generated_tokens: int = choose.GENERATED_TOKENS,
-    lasting: bool = False,
-) -> InferencePlan:
+    job: Job, device: Device, trained: RunChoices | None = None, *, placement: Placement | None = None,
+    generated_tokens: int = choose.GENERATED_TOKENS, lasting: bool = False,
+) -> InferencePlan:  # fmt: skip
     """Choose for the rows of `job`: the first placement whose base stays in memory, with micro-batches as in training.
 
     Args:

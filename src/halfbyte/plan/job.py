@@ -136,16 +136,9 @@ class Job:
 
     @classmethod
     def of(
-        cls,
-        recipe: Recipe,
-        specs: Sequence[TensorSpec],
-        facts: Facts,
-        rows: Rows,
-        device: Device,
-        *,
-        targets: Sequence[str] | str | None = None,
-        mappable: bool | None = None,
-    ) -> Self:
+        cls, recipe: Recipe, specs: Sequence[TensorSpec], facts: Facts, rows: Rows, device: Device, *,
+        targets: Sequence[str] | str | None = None, mappable: bool | None = None,
+    ) -> Self:  # fmt: skip
         """From what is known of a run. `targets`: modules that were chosen already; None: chosen here, by name.
         `mappable`: whether the base can lie in a mapped file; None: decided here."""
         policy.check_experts(facts.model_type, specs, recipe.quant)
@@ -170,14 +163,9 @@ class Job:
 
     @classmethod
     def of_checkpoint(
-        cls,
-        recipe: Recipe,
-        checkpoint: Checkpoint,
-        model: Model | None,
-        rows: Rows,
-        device: Device,
+        cls, recipe: Recipe, checkpoint: Checkpoint, model: Model | None, rows: Rows, device: Device,
         targets: Sequence[str] | str | None = None,
-    ) -> Self:
+    ) -> Self:  # fmt: skip
         """From the headers of a checkpoint; from `model` where it has none (pickled weights, or quantised ones)."""
         config = tensors.read_config(checkpoint.path)
         if model is not None and (checkpoint.pickle or tensors.is_quantised(config)):

@@ -74,15 +74,9 @@ class Layer:
 
 
 def layer_of(
-    facts: Facts,
-    sites: Sequence[Site],
-    itemsize: int,
-    *,
-    kernels: bool,
-    dropout: bool,
-    fused: bool = True,
+    facts: Facts, sites: Sequence[Site], itemsize: int, *, kernels: bool, dropout: bool, fused: bool = True,
     longest: int = 0,
-) -> Layer:
+) -> Layer:  # fmt: skip
     """The mean layer of a decoder.
 
     Args:
@@ -183,17 +177,9 @@ def _recurrence_saved(r: Recurrence, c: int) -> float:
 
 
 def _adapters_saved(
-    sites: Sequence[Site],
-    family: Family,
-    c: int,
-    layers: int,
-    there: set[int],
-    per_token: int,
-    *,
-    kernels: bool,
-    dropout: bool,
-    fused: bool,
-) -> tuple[tuple[float, float, float], set[str]]:
+    sites: Sequence[Site], family: Family, c: int, layers: int, there: set[int], per_token: int, *, kernels: bool,
+    dropout: bool, fused: bool,
+) -> tuple[tuple[float, float, float], set[str]]:  # fmt: skip
     """Bytes a token and layer that adapters keep: around attention, in the MLP, and of both what selective
     recomputation makes again; and what linear layers with an adapter read. `there`: layers in which attention keeps
     what it returns. Elsewhere an adapter reads a copy. `per_token`: experts."""

@@ -31,14 +31,9 @@ COSTS = 1.05  # of a step's time: what a more exact format may cost
 
 
 def settle(
-    loaded: Loaded,
-    machine: Device | None = None,
-    *,
-    device: str | None = None,
-    length: int | None = None,
-    resume: bool = False,
-    agreed: Callable[[Callable[[], Document]], Document] = lambda decide: decide(),
-) -> Loaded:
+    loaded: Loaded, machine: Device | None = None, *, device: str | None = None, length: int | None = None,
+    resume: bool = False, agreed: Callable[[Callable[[], Document]], Document] = lambda decide: decide(),
+) -> Loaded:  # fmt: skip
     """A recipe whose learning rate and number format are chosen, each with the reason as its origin; what it names
     stays as it is.
 

@@ -94,15 +94,9 @@ def ask_program(program: str, path: Path, witness: Path, out: Path, adapter: Pat
 
 
 def prove_export(
-    witness: Path,
-    said: Path,
-    program: str,
-    kind: str,
-    *,
-    others: Sequence[str] = (),
-    reference: Path | None = None,
+    witness: Path, said: Path, program: str, kind: str, *, others: Sequence[str] = (), reference: Path | None = None,
     bounded: bool = True,
-) -> Proof:
+) -> Proof:  # fmt: skip
     """What was said in the folder `said` beside a run's witness.
 
     Args:

@@ -128,12 +128,9 @@ def logits(lm: Model, examples: Sequence[Tensor]) -> Tensor:
 
 
 def loss_and_gradients(
-    model: Model,
-    batches: Sequence[Batch],
-    *,
-    parameters: Mapping[str, Tensor] | None = None,
+    model: Model, batches: Sequence[Batch], *, parameters: Mapping[str, Tensor] | None = None,
     loss: Loss = micro_batch_loss,
-) -> tuple[float, Gradients]:
+) -> tuple[float, Gradients]:  # fmt: skip
     """Of some micro-batches together, with dropout off; gradients of all that trains, or of these parameters. By
     `autograd.grad`, which leaves `.grad` alone and calls no hook that waits for it (of DDP, for one)."""
     model.eval()

@@ -35,14 +35,9 @@ def write(run: RunFolder, make: Callable[[], Document]) -> None:
 
 
 def facts(
-    run: RunFolder,
-    loaded: Loaded,
-    job: PlannedRun,
-    base: AdaptedBase,
-    compute: Decision,
-    notices: Sequence[str],
+    run: RunFolder, loaded: Loaded, job: PlannedRun, base: AdaptedBase, compute: Decision, notices: Sequence[str],
     from_step: int,
-) -> Document:
+) -> Document:  # fmt: skip
     """The document; a resumed run (`from_step` > 0) has its earlier processes in it too."""
     prepared, before = job.prepared, read_json(run.started) if from_step else {}
     # a resumed run reads its own recipe.yaml; where its values came from at first says more

@@ -74,16 +74,10 @@ class Randomness:
 
 
 def snapshot(
-    step: int,
-    *,
-    randomness: Randomness,
-    write_adapter: Callable[[Path], None],
-    trainer_state: str,
-    optimizer: torch.optim.Optimizer,
-    scheduler: LRScheduler,
-    trained: Document,
+    step: int, *, randomness: Randomness, write_adapter: Callable[[Path], None], trainer_state: str,
+    optimizer: torch.optim.Optimizer, scheduler: LRScheduler, trained: Document,
     scaler: torch.amp.GradScaler | None = None,
-) -> Snapshot:
+) -> Snapshot:  # fmt: skip
     """Everything that a run goes on with.
 
     Args:

@@ -26,15 +26,9 @@ class MeasuredLine:
 
 
 def build(
-    rows: Sequence[Document],
-    *,
-    planned: Document,
-    seconds: float,
-    peak_rss_bytes: int,
-    peak_device_bytes: int | None,
-    lines: Iterable[MeasuredLine] = (),
-    adapter_step: int | None = None,
-) -> Document:
+    rows: Sequence[Document], *, planned: Document, seconds: float, peak_rss_bytes: int, peak_device_bytes: int | None,
+    lines: Iterable[MeasuredLine] = (), adapter_step: int | None = None,
+) -> Document:  # fmt: skip
     """The figures of a run from its metrics, as `report.json` has them; `tokens` are real ones, never padding, and
     `computed_tokens` those of them that were computed, where rows share their beginnings.
 

@@ -74,13 +74,9 @@ class Models:
 
 
 def open_all(
-    names: Names,
-    tell: Tell | None = None,
-    *,
-    max_length: int | None = None,
-    places: int | None = None,
+    names: Names, tell: Tell | None = None, *, max_length: int | None = None, places: int | None = None,
     force: bool = False,
-) -> Models:
+) -> Models:  # fmt: skip
     """Open the base once, with every adapter on it.
 
     Args:

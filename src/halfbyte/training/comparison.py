@@ -104,16 +104,9 @@ class Comparison:
 
 
 def compare(
-    prepared: Prepared,
-    steps: pack.Steps,
-    plan: Plan,
-    world: World,
-    limits: tuple[int, int | None],
-    store: Path | None,
-    products: object,
-    *,
-    seconds: float | None = None,
-) -> Comparison:
+    prepared: Prepared, steps: pack.Steps, plan: Plan, world: World, limits: tuple[int, int | None], store: Path | None,
+    products: object, *, seconds: float | None = None,
+) -> Comparison:  # fmt: skip
     """Choose the rows of a run's verdict; of several processes the first one does.
 
     Args:

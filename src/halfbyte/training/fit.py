@@ -67,14 +67,9 @@ class PlannedRun:
 
 
 def plan_run(
-    recipe: Recipe,
-    machine: Device,
-    listener: Listener | None = None,
-    *,
-    ranks: int = 1,
-    objective: Objective | None = None,
-    done: int = 0,
-) -> PlannedRun:
+    recipe: Recipe, machine: Device, listener: Listener | None = None, *, ranks: int = 1,
+    objective: Objective | None = None, done: int = 0,
+) -> PlannedRun:  # fmt: skip
     """Prepare a run and plan it. Only with a `listener` may the machine be calibrated first.
 
     Args:
@@ -197,14 +192,9 @@ def memory_before_steps(
 
 
 def compare(
-    plan: Plan,
-    base: Base,
-    memory_before: Usage,
-    peak: Usage,
-    run: Path,
-    step_s: float | None,
+    plan: Plan, base: Base, memory_before: Usage, peak: Usage, run: Path, step_s: float | None,
     on_cards: Sequence[tuple[int, int]] = (),
-) -> Sequence[MeasuredLine]:
+) -> Sequence[MeasuredLine]:  # fmt: skip
     """Planned beside measured, line by line where a line can be measured alone.
 
     Args:

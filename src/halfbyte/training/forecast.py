@@ -51,14 +51,9 @@ def asks_theirs(train: Train) -> bool:
 
 
 def job_of(
-    prepared: Prepared,
-    machine: Device,
-    *,
-    model: Model | None = None,
-    targets: Sequence[str] | str | None = None,
-    ranks: int = 1,
-    done: int = 0,
-) -> Job:
+    prepared: Prepared, machine: Device, *, model: Model | None = None, targets: Sequence[str] | str | None = None,
+    ranks: int = 1, done: int = 0,
+) -> Job:  # fmt: skip
     """The job of rows that are prepared.
 
     Args:

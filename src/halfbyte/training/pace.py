@@ -198,13 +198,9 @@ class Rehearsal:
 
 
 def rehearse(
-    objective: Objective,
-    model: Model,
-    pace: Pace,
-    longest: pack.MicroBatch,
-    batch: Callable[[pack.MicroBatch], Batch],
+    objective: Objective, model: Model, pace: Pace, longest: pack.MicroBatch, batch: Callable[[pack.MicroBatch], Batch],
     evaluation: Iterable[Batch] = (),
-) -> Rehearsal:
+) -> Rehearsal:  # fmt: skip
     """Run the longest micro-batch forward and backward, and one batch of an evaluation, before anything is learned.
 
     Gradients and the random state are as before. Steps down until it fits; a TrainError if there is no smaller way.

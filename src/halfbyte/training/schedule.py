@@ -56,16 +56,9 @@ def micro_batches(
 
 
 def eval_batches(
-    prepared: Prepared,
-    rows: EncodedRows,
-    tokens: int,
-    examples: int | None,
-    *,
-    rank: int = 0,
-    ranks: int = 1,
-    padded: bool = False,
-    chosen: NDArray[np.int64] | None = None,
-) -> collate.Batches:
+    prepared: Prepared, rows: EncodedRows, tokens: int, examples: int | None, *, rank: int = 0, ranks: int = 1,
+    padded: bool = False, chosen: NDArray[np.int64] | None = None,
+) -> collate.Batches:  # fmt: skip
     """Rows in micro-batches for an evaluation, all or the `chosen` ones; of several processes those of one."""
     numbers = np.arange(len(rows.examples)) if chosen is None else chosen
     lengths = rows.lengths[numbers]

@@ -63,14 +63,9 @@ class Setup:
 
 
 def equip(
-    run: PlannedRun,
-    start: RunStart,
-    world: World,
-    process: ProcessSettings,
-    model: TrainingModel,
-    tell: Listener,
+    run: PlannedRun, start: RunStart, world: World, process: ProcessSettings, model: TrainingModel, tell: Listener,
     began: float,
-) -> Setup:
+) -> Setup:  # fmt: skip
     """What an open model needs to train as planned."""
     plan, assembled = run.plan, model.assembled
     prepared = (run := fit.decide_sharing(run, assembled.model, tell)).prepared

@@ -175,22 +175,11 @@ class StepTrainer(Trainer):
     control: TrainerControl
 
     def __init__(
-        self,
-        model: Model,
-        args: TrainingArguments,
-        *,
-        train_dataset: collate.StepDataset,
-        eval_batches: collate.Batches,
-        objective: Objective,
-        loraplus_lr_ratio: float | None,
-        pace: Pace,
-        hooks: RunHooks,
-        world: World | None = None,
-        shards: Shards | None = None,
-        ends_with_evaluation: bool = False,
-        schedule: Schedule | None = None,
-        sources: Mapping[str, NDArray[np.int64]] = MappingProxyType({}),
-    ) -> None:
+        self, model: Model, args: TrainingArguments, *, train_dataset: collate.StepDataset,
+        eval_batches: collate.Batches, objective: Objective, loraplus_lr_ratio: float | None, pace: Pace,
+        hooks: RunHooks, world: World | None = None, shards: Shards | None = None, ends_with_evaluation: bool = False,
+        schedule: Schedule | None = None, sources: Mapping[str, NDArray[np.int64]] = MappingProxyType({}),
+    ) -> None:  # fmt: skip
         self.sources, self.schedule = sources, schedule
         self.objective, self.pace = objective, pace
         self.ends_with_evaluation, self._checked_first = ends_with_evaluation, False
@@ -379,13 +368,9 @@ class StepTrainer(Trainer):
         return metrics
 
     def row_sums(
-        self,
-        batches: collate.Batches,
-        numbers: NDArray[np.int64],
-        *,
-        whole: bool = False,
+        self, batches: collate.Batches, numbers: NDArray[np.int64], *, whole: bool = False,
         objective: Objective | None = None,
-    ) -> tuple[NDArray[np.float64], bool]:
+    ) -> tuple[NDArray[np.float64], bool]:  # fmt: skip
         """What the objective's evaluation adds up of each row, over all processes, and whether one of them was asked
         to stop; then rows may be missing, which are zeros, unless they are asked for as a `whole`.
 

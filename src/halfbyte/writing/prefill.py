@@ -79,13 +79,9 @@ class Prefilled:
 
 
 def forward(
-    lm: Model,
-    prompts: Sequence[Sequence[int]],
-    rows: Sequence[Example] = (),
-    head: loss.Head | None = None,
-    each: Callable[[Tensor, Batch], None] = lambda hidden, batch: None,
-    before: Sequence[tuple[Tensor, Tensor]] = (),
-) -> Prefilled:
+    lm: Model, prompts: Sequence[Sequence[int]], rows: Sequence[Example] = (), head: loss.Head | None = None,
+    each: Callable[[Tensor, Batch], None] = lambda hidden, batch: None, before: Sequence[tuple[Tensor, Tensor]] = (),
+) -> Prefilled:  # fmt: skip
     """Prompts, or the rows that begin with them, through the model's own forward, end to end without padding. `rows`,
     `head`, `each`: where rows are read; `each` gets the body's hidden states (T, D). `before`: keys and values (1, K,
     T, d) of each layer, of what comes before the one prompt."""

@@ -50,14 +50,9 @@ def decoder(
 
 
 def _write(
-    model: Model,
-    texts: int,
-    max_tokens: int,
-    adapters: TextAdapters | None,
-    beside: Decoder | None,
-    largest: bool,
+    model: Model, texts: int, max_tokens: int, adapters: TextAdapters | None, beside: Decoder | None, largest: bool,
     reads: bool,
-) -> Decoder:
+) -> Decoder:  # fmt: skip
     lm = structure.causal_lm(model)
     body, config = structure.body(lm), lm.config.get_text_config()
     head, norm = lm.get_output_embeddings(), _named(body, FINAL_NORMS)

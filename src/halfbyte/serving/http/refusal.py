@@ -20,15 +20,9 @@ class Refusal(Exception):
     """An answer that is an error, in OpenAI's form."""
 
     def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        code: str | None = None,
-        param: str | None = None,
-        kind: str = "invalid_request_error",
-        headers: Mapping[str, str] = MappingProxyType({}),
-    ) -> None:
+        self, status: int, message: str, *, code: str | None = None, param: str | None = None,
+        kind: str = "invalid_request_error", headers: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:  # fmt: skip
         super().__init__(message)
         self.status, self.headers = status, headers
         self.body: Document = {"error": {"message": message, "type": kind, "param": param, "code": code}}

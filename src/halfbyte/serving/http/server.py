@@ -51,11 +51,8 @@ def build_reader(reader: TextReader, settings: Settings) -> uvicorn.Server:
 
 
 def serve(
-    engine: Engine,
-    settings: Settings,
-    sock: socket.socket,
-    ready: Callable[[], None] = lambda: None,
+    engine: Engine, settings: Settings, sock: socket.socket, ready: Callable[[], None] = lambda: None,
     folders: AdapterFolders = _NONE,
-) -> None:
+) -> None:  # fmt: skip
     """Serve until a signal. `ready` is called when connections are taken."""
     pages.run(build(engine, settings, folders), sock, ready)

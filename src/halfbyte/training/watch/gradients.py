@@ -24,15 +24,9 @@ MOST = 4  # names in a message
 
 
 def check(
-    model: Model,
-    run: Path,
-    step: int,
-    batches: collate.Batches,
-    parts: Sequence[tuple[pack.MicroBatch, torch.Tensor]],
-    *,
-    total: float,
-    norm: float,
-) -> None:
+    model: Model, run: Path, step: int, batches: collate.Batches, parts: Sequence[tuple[pack.MicroBatch, torch.Tensor]],
+    *, total: float, norm: float,
+) -> None:  # fmt: skip
     """Whether a step's losses and gradients are finite.
 
     Args:
