@@ -10,7 +10,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from halfbyte.serving.adapters import AdapterFolders
-from halfbyte.serving.http import adapters, chat, ollama, pages, responses, tokens
+from halfbyte.serving.http import chat, ollama, pages, responses, vllm
 from halfbyte.serving.http.refusal import HANDLERS, Json, Refusal
 from halfbyte.serving.http.service import Gone, Service
 from halfbyte.serving.models import ServedModel
@@ -41,8 +41,7 @@ def application(service: Service, folders: AdapterFolders) -> Starlette:
         *chat.routes(service),
         *responses.routes(service),
         *ollama.routes(service),
-        *tokens.routes(service),
-        *(adapters.routes(service, folders) if folders.allowed else []),
+        *vllm.routes(service, folders),
         Route("/v1/models", partial(_models, service)),
         Route("/v1/models/{name:path}", partial(_model, service)),
         Route("/health", partial(_health, service)),

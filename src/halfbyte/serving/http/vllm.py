@@ -1,11 +1,14 @@
-"""vLLM's way to load and unload adapters while the server runs, with its names and status codes.
+"""vLLM's own routes, with its names and status codes: `/tokenize` and `/detokenize`, a text or a conversation as tokens
+and back; adapters loaded and unloaded while the server runs.
 
 Source: vLLM's `/v1/load_lora_adapter`, `/v1/unload_lora_adapter` (docs, "Dynamically serving LoRA adapters").
 """
 
 import asyncio
 from functools import partial
+from typing import Annotated
 
+from pydantic import Field
 from starlette.requests import Request as Http
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
@@ -15,10 +18,63 @@ from halfbyte.serving import adapters
 from halfbyte.serving.adapters import AdapterFolders
 from halfbyte.serving.engine import Change, Stopping
 from halfbyte.serving.http import wire
-from halfbyte.serving.http.refusal import Refusal
+from halfbyte.serving.http.chat import token_ids
+from halfbyte.serving.http.refusal import Json, Refusal
 from halfbyte.serving.http.service import Service, failed
+from halfbyte.serving.http.wire import ChatRequest, Message, Tool
 from halfbyte.serving.models import Models
+from halfbyte.types import Document
 from halfbyte.writing.text import TextWriter
+
+
+class TokenizeRequest(wire.Strict):
+    model: str = ""
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    tools: list[Tool] | None = None
+    chat_template_kwargs: Document | None = None
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(wire.Strict):
+    model: str = ""
+    tokens: list[int]
+
+
+def routes(service: Service, folders: AdapterFolders) -> list[Route]:
+    """Those of adapters where folders are allowed."""
+    posts = {"/tokenize": partial(tokenize, service), "/detokenize": partial(detokenize, service)}
+    if folders.allowed:
+        posts["/v1/load_lora_adapter"] = partial(load, service, folders)
+        posts["/v1/unload_lora_adapter"] = partial(unload, service)
+    return [Route(path, answer, methods=["POST"]) for path, answer in posts.items()]
+
+
+async def tokenize(service: Service, http: Http) -> Response:
+    asked, models = wire.read(TokenizeRequest, await http.body()), service.engine.models
+    model = service.model_named(asked.model or models.base)
+    if asked.messages is not None:
+        talk = ChatRequest(model=model.name, messages=asked.messages, tools=asked.tools,
+                           chat_template_kwargs=asked.chat_template_kwargs)  # fmt: skip
+        tokens, _ = await service.prompt(talk, model)
+    elif asked.prompt is not None:
+        service.check_length(model, len(asked.prompt))
+        tokens = await service.aside(partial(token_ids, model, asked.prompt, special=asked.add_special_tokens))
+    else:
+        raise Refusal(400, "prompt or messages: one of them is needed.", code="invalid_value", param="prompt")
+    strings = model.tokenizer.convert_ids_to_tokens(tokens) if asked.return_token_strs else None
+    counts = {"count": len(tokens), "max_model_len": models.context.tokens}
+    return Json(counts | {"tokens": tokens, "token_strs": strings})
+
+
+async def detokenize(service: Service, http: Http) -> Response:
+    asked, models = wire.read(DetokenizeRequest, await http.body()), service.engine.models
+    model = service.model_named(asked.model or models.base)
+    if any(not 0 <= token < models.vocabulary for token in asked.tokens):
+        raise Refusal(400, "tokens: one is none of the model's.", code="invalid_value", param="tokens")
+    return Json({"prompt": str(await service.aside(partial(model.tokenizer.decode, asked.tokens)))})
+
 
 INVALID, NOT_FOUND = "InvalidUserInput", "NotFoundError"
 
@@ -31,13 +87,6 @@ class LoadRequest(wire.Strict):
 class UnloadRequest(wire.Strict):
     lora_name: str = ""
     lora_int_id: int | None = None
-
-
-def routes(service: Service, folders: AdapterFolders) -> list[Route]:
-    return [
-        Route("/v1/load_lora_adapter", partial(load, service, folders), methods=["POST"]),
-        Route("/v1/unload_lora_adapter", partial(unload, service), methods=["POST"]),
-    ]
 
 
 async def load(service: Service, folders: AdapterFolders, http: Http) -> Response:
