@@ -44,7 +44,7 @@ from halfbyte.runs import report as reporting
 from halfbyte.runs.folder import DiskRetry, RunFolder, space_for, write_json
 from halfbyte.system import accelerator, device, files, threads, usage
 from halfbyte.system.libraries import versions
-from halfbyte.training import fit, pace, preflight, prepare, source
+from halfbyte.training import fit, pace, preflight, prepare, source, watch
 from halfbyte.training.callback import RunCallback
 from halfbyte.training.comparison import Rows
 from halfbyte.training.deadline import Clock
@@ -53,7 +53,6 @@ from halfbyte.training.model import open_model
 from halfbyte.training.preflight import RunStart
 from halfbyte.training.run import Ended, run_steps, sums_of
 from halfbyte.training.setup import Setup, equip
-from halfbyte.training.watch import spikes
 from halfbyte.tuning import fits, results
 from halfbyte.tuning.budget import TimeBudget
 from halfbyte.types import Document
@@ -347,7 +346,7 @@ def _finish(
         "notices": [
             *setup.notices,
             *callback.notices,
-            *spikes.notice(rows),
+            *watch.notice(rows),
             *(f"memory: {down}" for down in setup.pace.downs),
         ],
     }

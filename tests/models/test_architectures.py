@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from halfbyte.errors import SourceError
-from halfbyte.models.architectures import tensors_of
-from halfbyte.models.describe import describe, reference_tensors, references
+from halfbyte.models.describe import describe, reference_tensors, references, tensors_of
 from halfbyte.models.families import FAMILIES, layout_of
 from tests import tiny
 
@@ -113,7 +112,7 @@ def test_what_does_not_follow_is_said(config: dict[str, Any], message: str) -> N
 
 def test_the_list_of_a_70b_takes_no_torch() -> None:
     code = (
-        "import sys\nfrom halfbyte.models.architectures import tensors_of\n"
+        "import sys\nfrom halfbyte.models.describe import tensors_of\n"
         "from halfbyte.models.describe import references\n"
         "tensors_of(references()['llama-2-70b']['config'])\nprint('torch' in sys.modules)"
     )

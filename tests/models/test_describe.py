@@ -17,8 +17,7 @@ import torch
 
 from halfbyte.errors import SourceError
 from halfbyte.models import describe
-from halfbyte.models.architectures import tensors_of
-from halfbyte.models.describe import references
+from halfbyte.models.describe import references, tensors_of
 from halfbyte.models.tensors import read_checkpoint
 from tests import tiny
 from tests.hub_server import HubServer, Sparse

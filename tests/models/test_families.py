@@ -14,7 +14,7 @@ from halfbyte.layers import fuse
 from halfbyte.layers.decoding import llama as decoding
 from halfbyte.layers.decoding.tape import isa
 from halfbyte.models import families
-from halfbyte.models.architectures import tensors_of
+from halfbyte.models.describe import tensors_of
 from halfbyte.plan.layer import layer_of
 from halfbyte.proofs.packing import prove_packing
 from tests.layers.test_fuse import apart, gradients

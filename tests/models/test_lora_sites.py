@@ -10,7 +10,7 @@ import pytest
 from halfbyte.adapters import lora as adapters
 from halfbyte.adapters import targets
 from halfbyte.errors import AdapterError
-from halfbyte.models.architectures import tensors_of
+from halfbyte.models.describe import tensors_of
 from halfbyte.models.lora_sites import sites, trainable
 from halfbyte.models.structure import meta_model
 from halfbyte.models.tensors import spec_of

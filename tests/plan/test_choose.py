@@ -12,8 +12,7 @@ import pytest
 
 from halfbyte.cli import show, show_plan
 from halfbyte.data import pack
-from halfbyte.models.architectures import tensors_of
-from halfbyte.models.describe import references
+from halfbyte.models.describe import references, tensors_of
 from halfbyte.models.tensors import facts_of
 from halfbyte.plan import MARGIN, Job, Plan, Rows, alternatives, choose, plan_training, result
 from halfbyte.plan.alternatives import compare

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from halfbyte.errors import TrainError
 from halfbyte.runs import checkpoint, points
-from halfbyte.runs.checkpoint_writer import CheckpointWriter
+from halfbyte.runs.checkpoint import CheckpointWriter
 from halfbyte.system import files
 
 

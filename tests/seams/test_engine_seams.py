@@ -15,7 +15,7 @@ from halfbyte.system import openmp
 
 
 def test_a_hook_lends_a_parameter_another_dtype_and_takes_it_back_after_an_error() -> None:
-    """`adapters/masters.py`: the master gets the gradient, in its own dtype."""
+    """`adapters/dropin.py`: the master gets the gradient, in its own dtype."""
     layer = nn.Linear(3, 2, bias=False)
     master = layer.weight
 

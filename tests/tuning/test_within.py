@@ -28,7 +28,7 @@ from halfbyte.report import page, record
 from halfbyte.runs.folder import RunFolder
 from halfbyte.training.deadline import Clock
 from halfbyte.training.events import Listener
-from halfbyte.tuning import fits, probe
+from halfbyte.tuning import budget, fits
 from tests import tiny_run
 
 ROOT = Path(__file__).parents[2]
@@ -156,7 +156,7 @@ def test_killed_twice_it_ends_in_the_same_bytes(kills: list[tuple[str, int, str]
 
 def test_killed_inside_a_probe_only_that_one_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = train(recipe(tmp_path / "whole"))
-    calls, run_steps = list[str](), probe.run_steps
+    calls, run_steps = list[str](), budget.run_steps
 
     def cut(setup: Any, folder: Any, *rest: Any) -> Any:
         calls.append(str(setup.start.recipe.train.learning_rate))
@@ -164,7 +164,7 @@ def test_killed_inside_a_probe_only_that_one_is_made_again(tmp_path: Path, monke
             raise RuntimeError("power cut")
         return run_steps(setup, folder, *rest)
 
-    monkeypatch.setattr(probe, "run_steps", cut)
+    monkeypatch.setattr(budget, "run_steps", cut)
     loaded = recipe(tmp_path)
     with pytest.raises(TrainError, match="power cut"):
         train(loaded)

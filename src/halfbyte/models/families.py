@@ -1,7 +1,7 @@
 """Every architecture that is known, described once: how its layers are built, and what its tensors are called.
 
 Why: fusing (`layers/fuse.py`), planning (`plan/layer.py`), decoding (`layers/decoding/llama.py`) and the list of
-tensors from a config alone (`architectures.py`) read the same line. A new architecture is a line in `FAMILIES`.
+tensors from a config alone (`describe.py`) read the same line. A new architecture is a line in `FAMILIES`.
 What no line says is seen on the modules themselves: which formula a norm computes, what a mask lets a layer see.
 Source: `transformers/models/*/modeling_*.py`; tests build each family there and compare tensors, kept bytes, gradients.
 Cost: none; no torch.

@@ -20,16 +20,14 @@ from halfbyte.distributed import shard
 from halfbyte.errors import DiskFull
 from halfbyte.recipe.schema import Train
 from halfbyte.runs import checkpoint
-from halfbyte.runs.checkpoint_writer import CheckpointWriter
+from halfbyte.runs.checkpoint import CheckpointWriter
 from halfbyte.runs.folder import RunFolder
 from halfbyte.system import files, usage
 from halfbyte.training.comparison import Comparison
 from halfbyte.training.events import Listener, StopRequest
 from halfbyte.training.schedule import Cadence
 from halfbyte.training.trainer import StepTrainer
-from halfbyte.training.watch.gradients import BATCH
-from halfbyte.training.watch.spikes import Spikes
-from halfbyte.training.watch.witness import Witness
+from halfbyte.training.watch import BATCH, Spikes, Witness
 from halfbyte.types import Document
 
 

@@ -28,7 +28,7 @@ from halfbyte.training.events import Listener, StopRequest
 from halfbyte.training.schedule import cadence, eval_every
 from halfbyte.training.setup import Setup
 from halfbyte.training.trainer import RunHooks, StepInterrupted, StepTrainer, training_arguments
-from halfbyte.training.watch.witness import Witness
+from halfbyte.training.watch import Witness
 from halfbyte.types import Document
 
 

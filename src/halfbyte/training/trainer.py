@@ -39,9 +39,9 @@ from halfbyte.objectives.objective import Objective
 from halfbyte.recipe.method import MethodFields
 from halfbyte.recipe.schema import Train
 from halfbyte.system import device
+from halfbyte.training import watch
 from halfbyte.training.deadline import Schedule
 from halfbyte.training.pace import Pace, StepRows
-from halfbyte.training.watch import gradients
 from halfbyte.types import Batch, Document, Model
 from halfbyte.upstream.bitsandbytes import CPU_OPTIMISERS
 
@@ -265,10 +265,10 @@ class StepTrainer(Trainer):
         (value, norm), at = self._loss_and_norm(total), self.state.global_step + 1
         if not (math.isfinite(value) and math.isfinite(norm or 0.0)) and self.world.rank != min(bad, default=0):
             self.world.await_failure()
-        gradients.check(model, Path(self.args.output_dir), at, micro_batches, parts, total=value, norm=norm or 0.0)
+        watch.check(model, Path(self.args.output_dir), at, micro_batches, parts, total=value, norm=norm or 0.0)
         if not self._checked_first and (step.micro_batches or self.hooks.rollouts is None):
             self._checked_first = True
-            gradients.check_first(self.model, self.pace.largest([(r,) for rows in step.micro_batches for r in rows]))
+            watch.check_first(self.model, self.pace.largest([(r,) for rows in step.micro_batches for r in rows]))
         self._record(step, value, norm, done)
         sums_of = np.reshape(self._sums(watched.ravel().tolist()), watched.shape)
         self.last |= {name: a / n for name, (a, n) in zip(watches, sums_of.tolist(), strict=True) if n}

@@ -19,9 +19,8 @@ from halfbyte.layers import loss
 from halfbyte.objectives import objective
 from halfbyte.proofs.packing import prove_packing
 from halfbyte.runs.folder import RunFolder
-from halfbyte.training import pace
+from halfbyte.training import pace, watch
 from halfbyte.training.trainer import StepTrainer
-from halfbyte.training.watch import gradients
 from tests import plain_peft, tiny, tiny_run
 
 Patch = pytest.MonkeyPatch
@@ -47,7 +46,7 @@ def test_a_loss_that_is_not_finite_names_the_rows_of_its_micro_batch(tmp_path: P
     at_micro_batch(monkeypatch, 6, lambda summed: summed * torch.nan)
     with pytest.raises(TrainError, match=r"the loss is nan at step 2 \(rows ") as raised:
         finetune.train(small(tmp_path))
-    path = tmp_path / "run" / gradients.BATCH
+    path = tmp_path / "run" / watch.BATCH
     assert f"The batch is in {path}" in str(raised.value)
     with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
         about, names = file.metadata(), file.keys()
@@ -80,14 +79,14 @@ def test_a_gradient_that_is_not_finite_under_a_healthy_loss(tmp_path: Path, monk
         TrainError, match=r"the gradients' norm is (nan|inf), of \d+ tensors, .*lora_.* at step 1 \(rows"
     ):
         finetune.train(small(tmp_path))
-    assert (tmp_path / "run" / gradients.BATCH).is_file()
+    assert (tmp_path / "run" / watch.BATCH).is_file()
     assert not RunFolder(tmp_path / "run").read_metrics(), "the step was not made"
 
 
 def test_without_the_check_the_run_would_go_on(tmp_path: Path, monkeypatch: Patch) -> None:
     """The Trainer steps over NaN gradients into NaN weights without a word."""
     at_micro_batch(monkeypatch, 2, Explode.apply)
-    monkeypatch.setattr(gradients, "check", lambda *_, **__: None)
+    monkeypatch.setattr(watch, "check", lambda *_, **__: None)
     monkeypatch.setattr(math, "isfinite", lambda _: True)
     outcome = finetune.train(small(tmp_path))
     assert outcome.step == 4 and all(
@@ -97,7 +96,7 @@ def test_without_the_check_the_run_would_go_on(tmp_path: Path, monkeypatch: Patc
 
 def test_a_batch_that_cannot_be_saved_ends_the_run_with_the_same_words(tmp_path: Path, monkeypatch: Patch) -> None:
     at_micro_batch(monkeypatch, 1, lambda summed: summed * torch.inf)
-    monkeypatch.setattr(gradients, "save", lambda *_: None)
+    monkeypatch.setattr(watch, "save", lambda *_: None)
     with pytest.raises(TrainError, match=r"loss is inf at step 1 \(rows [^)]*\)\.\n  fix: nothing has been"):
         finetune.train(small(tmp_path))
 
@@ -128,13 +127,13 @@ def test_rows_of_two_tokens_may_give_no_gradient() -> None:
     prove_packing(model)
     model.train()
     loss.micro_batch_loss(model, tiny.batch([5, 2], 256)).backward()
-    gradients.check_first(model, longest=5)
+    watch.check_first(model, longest=5)
     for name, p in model.named_parameters():
         if p.grad is not None and "layers.1.self_attn.q_proj" in name:
             p.grad.zero_()
-    gradients.check_first(model, longest=2)
+    watch.check_first(model, longest=2)
     with pytest.raises(TrainError, match=r"1 trained .* layers\.1\.self_attn\.q_proj|layers\.1\.self_attn\.q_proj"):
-        gradients.check_first(model, longest=3)
+        watch.check_first(model, longest=3)
 
 
 class Undo(TrainerCallback):

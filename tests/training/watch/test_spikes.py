@@ -12,7 +12,7 @@ import torch
 from halfbyte import finetune
 from halfbyte.objectives import objective
 from halfbyte.runs.folder import RunFolder
-from halfbyte.training.watch.spikes import Spikes, notice
+from halfbyte.training.watch import Spikes, notice
 from tests import tiny_run
 
 

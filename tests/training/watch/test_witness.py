@@ -128,7 +128,7 @@ def test_a_flipped_bit_of_the_base_is_seen(tmp_path: Path, monkeypatch: Patch) -
 def test_asking_changes_nothing_and_a_healthy_run_says_the_same_to_the_bit(
     more: dict[str, Any], tmp_path: Path, monkeypatch: Patch
 ) -> None:
-    from halfbyte.training.watch.witness import Witness
+    from halfbyte.training.watch import Witness
 
     bits: list[bool] = []
     real = Witness.changes
