@@ -1,6 +1,7 @@
 """A run that watches itself: numbers that are not finite, spikes, the witness.
 
-It stops at the first loss or gradient that is not finite, naming the rows and keeping the batch. Why: a NaN in one step is in every weight after the next, and the loss of the step before it looked healthy.
+It stops at the first loss or gradient that is not finite, naming the rows and keeping the batch.
+Why: a NaN in one step is in every weight after the next, and the loss of the step before it looked healthy.
 Cost: nothing: the loss and the gradients' norm are read once a step for the metrics anyway.
 
 Spikes: it notes a step whose loss, or whose gradients' norm, is far from what the steps before it had.
