@@ -7,7 +7,9 @@ Source: llama.cpp's converter and graphs (conversion/, src/models/), and transfo
 """
 
 import dataclasses
+import tomllib
 from collections.abc import Callable
+from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
 
@@ -17,45 +19,8 @@ from halfbyte.models.gguf.reader import GgufError, GgufReader
 from halfbyte.models.gguf.rope import rope, scaling
 from halfbyte.types import Config, Document
 
-# Key below the architecture's name -> what config classes call it; a class takes those that it has.
-NAMES = {
-    "context_length": "max_position_embeddings",
-    "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size n_inner ffn_hidden_size",
-    "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads num_kv_heads",
-    "attention.key_length": "head_dim",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps norm_eps layer_norm_epsilon layer_norm_eps",
-    "attention.layer_norm_epsilon": "layer_norm_eps layer_norm_epsilon norm_epsilon norm_eps",
-    "attention.sliding_window": "sliding_window",
-    "attention.clamp_kqv": "clip_qkv",
-    "attention.scale": "attention_multiplier",
-    "attention.q_lora_rank": "q_lora_rank",
-    "attention.kv_lora_rank": "kv_lora_rank",
-    "attention.value_length_mla": "v_head_dim",
-    "attn_logit_softcapping": "attn_logit_softcapping",
-    "final_logit_softcapping": "final_logit_softcapping",
-    "logit_scale": "logits_scaling logit_scale",
-    "embedding_scale": "embedding_multiplier",
-    "residual_scale": "residual_multiplier",
-    "use_parallel_residual": "use_parallel_residual",
-    "expert_count": "num_local_experts num_experts n_routed_experts",
-    "expert_used_count": "num_experts_per_tok",
-    "expert_feed_forward_length": "moe_intermediate_size",
-    "expert_shared_feed_forward_length": "shared_expert_intermediate_size shared_intermediate_size",
-    "expert_shared_count": "n_shared_experts",
-    "expert_weights_scale": "routed_scaling_factor",
-    "expert_weights_norm": "norm_topk_prob",
-    "expert_group_count": "n_group",
-    "expert_group_used_count": "topk_group",
-    "leading_dense_block_count": "first_k_dense_replace",
-    "ssm.conv_kernel": "conv_kernel linear_conv_kernel_dim",
-    "ssm.state_size": "state_size linear_key_head_dim",
-    "ssm.group_count": "linear_num_key_heads",
-    "ssm.time_step_rank": "time_step_rank linear_num_value_heads",
-    "ssm.inner_size": "intermediate_size",
-    "shortconv.l_cache": "conv_L_cache",
-}
+# Key below the architecture's name -> what config classes call it.
+NAMES: dict[str, str] = tomllib.loads(Path(__file__).with_name("names.toml").read_text(encoding="utf-8"))
 # What says nothing about what is computed, or is compared with the rest in `_check_all_used`.
 _NO_MATTER = frozenset(
     (
