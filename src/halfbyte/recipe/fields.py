@@ -49,14 +49,19 @@ GOES_ON = frozenset(
     {"train.max_steps", "train.num_train_epochs", "train.early_stopping_patience", "train.early_stopping_threshold"}
 )
 
-# Fields and values that are refused, with the reason; names of other tools, with what to write instead.
+# `fields.toml`: what is refused, with the reason; names of other tools, with what to write instead; what is taken, with
+# the names that it takes.
 _TABLES = {
     table: {name: words for names, words in rows.items() for name in names.split()}
     for table, rows in tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")).items()
 }
 LORA_REFUSED, TRAIN_REFUSED = _TABLES["lora"], _TABLES["train"]
-INIT_REFUSED, SCHEDULES_REFUSED = _TABLES["init"], _TABLES["schedules"]
+INIT_REFUSED, SCHEDULES_REFUSED = _TABLES["init"], _TABLES["schedules_refused"]
 ELSEWHERE, NOT_NEEDED = _TABLES["elsewhere"], _TABLES["not_needed"]
+OPTIMIZERS, SCHEDULES, SCHEDULES_NEED, INTEGRATIONS = (
+    {name: tuple(takes) for name, takes in _TABLES[table].items()}
+    for table in ("optimizers", "schedules_take", "schedules_need", "integrations")
+)
 INIT_NAMES = ("gaussian", "orthogonal", "residual")
 OURS_OF_INIT = frozenset({"residual"})  # PEFT does not know these
 
@@ -76,51 +81,6 @@ def unread(name: str, owner: str, takes: tuple[str, ...], given: set[str]) -> It
     """What is given and not taken, in a sentence."""
     if unknown := ", ".join(sorted(given - set(takes))):
         yield f"train.{name}: train.{owner} takes {', '.join(takes) or 'nothing'}, got {unknown}"
-
-
-# Optimisers that need nothing else installed and come back from a checkpoint exactly -> the names `optim_args` takes.
-OPTIMIZERS: dict[str, tuple[str, ...]] = {
-    "adamw_torch": (),
-    "adamw_torch_fused": (),
-    "adafactor": (),
-    "sgd": ("momentum", "dampening", "weight_decay", "nesterov"),
-    "adagrad": ("lr_decay", "weight_decay", "eps"),
-    "rmsprop": ("momentum", "alpha", "eps", "weight_decay", "centered"),
-    **dict.fromkeys(
-        ("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "lion_32bit", "lion_8bit",
-         "paged_lion_32bit", "paged_lion_8bit", "ademamix", "ademamix_8bit", "rmsprop_bnb", "rmsprop_bnb_8bit",
-         "rmsprop_bnb_32bit"), (),
-    ),
-}  # fmt: skip
-# Schedules -> the names that `lr_scheduler_kwargs` takes.
-SCHEDULES: dict[str, tuple[str, ...]] = {
-    "linear": (),
-    "cosine": ("num_cycles",),
-    "cosine_with_restarts": ("num_cycles",),
-    "polynomial": ("lr_end", "power"),
-    "constant": (),
-    "constant_with_warmup": (),
-    "inverse_sqrt": ("timescale",),
-    "cosine_with_min_lr": ("num_cycles", "min_lr", "min_lr_rate"),
-    "cosine_warmup_with_min_lr": ("num_cycles", "min_lr", "min_lr_rate", "warmup_lr_rate"),
-    "warmup_stable_decay": (
-        "num_decay_steps", "num_stable_steps", "warmup_type", "decay_type", "min_lr_ratio", "num_cycles",
-    ),
-}  # fmt: skip
-# Schedules that need an argument: one of these names must be given.
-SCHEDULES_NEED = {
-    "cosine_with_min_lr": ("min_lr", "min_lr_rate"),
-    "cosine_warmup_with_min_lr": ("min_lr", "min_lr_rate"),
-    "warmup_stable_decay": ("num_decay_steps",),
-}
-# Integrations of transformers -> modules; one of them must be installed.
-INTEGRATIONS: dict[str, tuple[str, ...]] = {
-    **{name: (name,) for name in ("clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "kubeflow", "mlflow")},
-    **{name: (name,) for name in ("neptune", "swanlab", "trackio", "wandb")},
-    "azure_ml": ("azureml",),
-    "flyte": ("flytekit",),
-    "tensorboard": ("tensorboard", "tensorboardX"),
-}
 
 
 def shown(value: object) -> str:
