@@ -51,7 +51,9 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def options(
-    version: bool = option(False, "--version", "The version of halfbyte, and leave.", callback=_version, is_eager=True),
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="The version of halfbyte, and leave.")
+    ] = False,
 ) -> None:
     show.hear()
     show.as_json(False)

@@ -45,9 +45,12 @@ BaseOnly = Annotated[bool, typer.Option("--base", help="The base alone, without 
 _Value = TypeVar("_Value")
 
 
-def option(default: _Value, names: str, words: str, **how: Any) -> _Value:
-    """An option of one command, as the default of its parameter. `how`: what else `typer.Option` takes."""
-    value: _Value = typer.Option(default, *names.split(), help=words, **how)
+def option(
+    default: _Value, names: str, words: str, *, metavar: str | None = None, min: float | None = None,
+    max: float | None = None,
+) -> _Value:  # fmt: skip
+    """An option of one command, as the default of its parameter."""
+    value: _Value = typer.Option(default, *names.split(), help=words, metavar=metavar, min=min, max=max)
     return value
 
 
