@@ -13,7 +13,7 @@ from transformers import masking_utils
 from halfbyte.layers import recurrent
 from halfbyte.layers.packed_attention import NAME, PackingError, no_mask, register
 from halfbyte.proofs.packing import prove_packing
-from halfbyte.upstream.transformers import RECURRENT_MASK
+from halfbyte.upstream.transformers import RECURRENT_LENGTHS
 from tests import small_models
 
 DELTA = {"conv1d", "A_log", "dt_bias", "num_k_heads", "num_v_heads", "head_k_dim", "activation"}
@@ -51,13 +51,13 @@ def test_recurrent_layers_are_handed_lengths(kind: str) -> None:
         and kwargs.get("cu_seq_lens_q") is starts and kwargs.get("attention_mask") is None
         for args, kwargs in seen
     ]  # fmt: skip
-    if RECURRENT_MASK.there:
+    if RECURRENT_LENGTHS.there:
         assert all(holds) and all(handed)
     elif not (all(holds) and all(handed)):  # then the proof at start sees that texts are not kept apart
         assert prove_packing(model, 12).layout != "cu_seq_lens"
 
 
-@pytest.mark.skipif(not RECURRENT_MASK.there, reason=RECURRENT_MASK.reason or "there")
+@pytest.mark.skipif(not RECURRENT_LENGTHS.there, reason=RECURRENT_LENGTHS.reason or "there")
 def test_a_four_dimensional_mask_is_none_for_a_recurrent_layer() -> None:
     embedded = torch.zeros(1, 6, 8)
     assert masking_utils.create_recurrent_attention_mask(None, embedded, no_mask("cpu")) is None

@@ -23,6 +23,7 @@ from halfbyte.errors import AdapterError, RecipeError
 from halfbyte.layers import fuse, packing
 from halfbyte.layers.experts import layout
 from halfbyte.models.gguf import tokenizer as gguf_tokenizer
+from halfbyte.proofs.packing import prove_packing
 from halfbyte.quant import bnb_backend, dequantise
 from halfbyte.recipe import messages
 from halfbyte.recipe.schema import Data, Recipe, Train
@@ -67,6 +68,17 @@ def test_without_a_registry_of_experts_a_mixture_is_outside_the_interface(monkey
     monkeypatch.delattr(transformers.integrations.moe, "ALL_EXPERTS_FUNCTIONS")
     lacks(of_transformers.EXPERTS)
     assert not any(layout.experts_of(model)) and layout.outside_interface(model)
+
+
+def test_without_lengths_the_texts_of_a_hybrid_are_kept_apart_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_models.build("lfm2").eval()
+    monkeypatch.delattr(transformers.masking_utils, "create_recurrent_attention_mask", raising=False)
+    lacks(of_transformers.RECURRENT_LENGTHS)
+    for layer in (part for part in model.modules() if type(part).__name__ == "Lfm2ShortConv"):
+        layer.register_forward_pre_hook(  # as older versions call it
+            lambda _, args, given: (args, {n: x for n, x in given.items() if "cu_seq_lens" not in n}), with_kwargs=True
+        )
+    assert prove_packing(model, 12).layout != "cu_seq_lens"
 
 
 def test_without_its_rules_a_gguf_tokenizer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,6 +90,12 @@ def quantization_fields() -> frozenset[str]:
     return fields_of("transformers.utils.quantization_config", "BitsAndBytesConfig")
 
 
+def _lfm2_is_told() -> bool:
+    """Whether the last family to take lengths does."""
+    layer = import_module("transformers.models.lfm2.modeling_lfm2").Lfm2ShortConv
+    return any(p.kind == p.VAR_KEYWORD for p in inspect.signature(layer.forward).parameters.values())
+
+
 PACKED_ATTENTION = Seam(
     "transformers", "registry of attention functions with its masks", "each micro-batch is one example",
     lambda: "sdpa" in attention()() and "sdpa" in attention_masks()(),
@@ -102,8 +108,8 @@ GGUF_RULES = Seam(
     "transformers", "table of rules for GGUF tokenizers", "a GGUF file is not read as a model",
     lambda: bool(gguf_splits()),
 )  # fmt: skip
-RECURRENT_MASK = Seam(
-    "transformers", "mask of recurrent layers", "rows of most hybrids are padded, or one a micro-batch",
-    lambda: hasattr(import_module("transformers.masking_utils"), "create_recurrent_attention_mask"),
+RECURRENT_LENGTHS = Seam(
+    "transformers", "lengths for every recurrent layer", "rows of some hybrids are padded, or one a micro-batch",
+    lambda: hasattr(import_module("transformers.masking_utils"), "create_recurrent_attention_mask") and _lfm2_is_told(),
 )  # fmt: skip
-SEAMS = (PACKED_ATTENTION, EXPERTS, GGUF_RULES, RECURRENT_MASK)
+SEAMS = (PACKED_ATTENTION, EXPERTS, GGUF_RULES, RECURRENT_LENGTHS)
