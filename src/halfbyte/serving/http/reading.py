@@ -37,6 +37,8 @@ MOST = 2048  # texts of a request, as OpenAI has it
 Words = Annotated[str, Field(min_length=1)]
 Several = Annotated[list[Words], Field(min_length=1, max_length=MOST)]
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Answer = Document | list[Document]  # a list is TEI's
+Way = Callable[[TextReader, bytes], Awaitable[Answer]]
 
 
 class TextsRequest(wire.Unused):
@@ -68,7 +70,7 @@ class RerankRequest(TextsRequest):
 
 
 def application(reader: TextReader) -> Starlette:
-    async def answer(way: Callable[[TextReader, bytes], Awaitable[Document]], http: Http) -> Response:
+    async def answer(way: Way, http: Http) -> Response:
         return Json(await way(reader, await http.body()))
 
     async def models(http: Http) -> Response:
@@ -78,7 +80,12 @@ def application(reader: TextReader) -> Starlette:
     async def health(http: Http) -> Response:
         return Json({"status": "ok"})
 
-    ways = {"/v1/embeddings": embeddings, "/classify": classify, "/rerank": rerank, "/v1/rerank": rerank}
+    ways: dict[str, Way] = {
+        "/v1/embeddings": embeddings,
+        "/classify": classify,
+        "/rerank": rerank,
+        "/v1/rerank": rerank,
+    }
     routes = [Route(path, partial(answer, way), methods=["POST"]) for path, way in ways.items()]
     routes += [Route("/v1/models", models), Route("/health", health)]
     return Starlette(routes=routes, exception_handlers=HANDLERS)
@@ -89,7 +96,7 @@ async def embeddings(reader: TextReader, body: bytes) -> Document:
     data, given = reader.opened.recipe.data, asked.input
     prompt = {"query": data.query_prompt, "document": data.passage_prompt, None: ""}[asked.prompt_name]
     every = [given] if isinstance(given, str) or isinstance(given[0], int) else given
-    texts: Texts = [(prompt + one,) if isinstance(one, str) else list(one) for one in every]  # type: ignore[arg-type]
+    texts: Texts = [(prompt + one,) if isinstance(one, str) else list(one) for one in every]
     if any(token >= reader.vocabulary for text in texts if isinstance(text, list) for token in text):
         raise Refusal(400, "input: a token is none of the model's.", code="invalid_value", param="input")
     vectors, about = await _read(reader, asked, texts, EMBED)
@@ -119,7 +126,7 @@ async def classify(reader: TextReader, body: bytes) -> Document:
     return {"id": f"classify-{uuid.uuid4().hex}", "object": "list", "created": int(time.time()), "data": data, **about}
 
 
-async def rerank(reader: TextReader, body: bytes) -> Document:
+async def rerank(reader: TextReader, body: bytes) -> Answer:
     asked = wire.read(RerankRequest, body)
     if (asked.documents is None) == (asked.texts is None):
         raise Refusal(400, "documents or texts: one of them is needed.", code="invalid_value", param="documents")

@@ -31,7 +31,9 @@ class Refusal(Exception):
 class Json(Response):
     media_type = "application/json"
 
-    def __init__(self, content: Document, status_code: int = 200, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, content: Document | list[Document], status_code: int = 200, headers: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(json.dumps(content).encode(), status_code, headers)
 
     @classmethod
