@@ -1,9 +1,11 @@
 """Pairs for `train.method: dpo`: an order e-mail, the JSON that it means, and the same with one mistake.
 
 Why: the mistakes are those that a model makes after a few steps: another quantity, colour or city, an item left out, a
-day that is not there. Which one a row gets is drawn from a seed; standard library only.
+day that is not there. Which one a row gets is drawn from a seed; or it is what a model has answered, where that is
+wrong, as `halfbyte eval RUN --data examples/orders/train.jsonl` keeps it. Standard library only.
 
-    python examples/orders/pairs.py FOLDER        # writes pairs.jsonl and test_pairs.jsonl into it
+    python examples/orders/pairs.py FOLDER                   # writes pairs.jsonl and test_pairs.jsonl into it
+    python examples/orders/pairs.py FOLDER RUN/eval/train/answers.jsonl     # with the mistakes of a run
 """
 
 from __future__ import annotations
@@ -43,17 +45,22 @@ def another(values: tuple[str, ...], value: str, draw: random.Random) -> str:
     return others[int(draw.random() * len(others))]
 
 
-def main(folder: Path) -> None:
-    draw = random.Random(2026)
+def main(folder: Path, answers: Path | None = None) -> None:
+    draw, given = random.Random(2026), dict[str, str]()
+    for line in answers.read_text(encoding="utf-8").splitlines() if answers is not None else ():
+        row = json.loads(line)
+        given[row["expected"]] = row["adapter"]["text"].strip()
     for source, target in (("train.jsonl", "pairs.jsonl"), ("test.jsonl", "test_pairs.jsonl")):
         lines = []
         for line in (HERE / source).read_text(encoding="utf-8").splitlines():
             asked, answer = json.loads(line)["messages"]
             wrong = json.dumps(mistake(json.loads(answer["content"]), draw), separators=(",", ":"))
+            if given.get(answer["content"], answer["content"]) != answer["content"]:
+                wrong = given[answer["content"]] or "?"
             pair = {"chosen": [answer], "rejected": [{**answer, "content": wrong}]}
             lines.append(json.dumps({"prompt": [asked], **pair}))
         (folder / target).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(*map(Path, sys.argv[1:3]))

@@ -1,5 +1,7 @@
 """Fine-tune SmolLM2-135M on the example orders, then show base and adapter side by side. `make quickstart` runs this.
 
+    python examples/orders/quickstart.py rewards     # 20 short steps, then on by rewards; both scored
+
 Each step is a command that you can run yourself; this file only says which, and how long they took.
 """
 
@@ -13,6 +15,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 HALFBYTE = Path(sys.executable).with_name("halfbyte")
+FIRST, SHORT = Path("runs/orders-20"), ("--set", "train.max_steps=20", "--set", "train.learning_rate=3e-4")
 
 
 def run(*arguments: str) -> None:
@@ -45,8 +48,22 @@ def folder_in(parent: Path) -> tuple[Path, bool]:
     raise SystemExit(f"{parent} is full of quickstarts")
 
 
+def rewards() -> None:
+    """An adapter that reads about half of an order, and what rewards make of it; each trained unless it is there."""
+    for out, recipe, more in ((FIRST, "recipe.yaml", SHORT), (FIRST.with_name("orders-rewards"), "rewards.yaml", ())):
+        if out.exists():
+            run("train", str(out), "--resume")
+        else:
+            run("train", os.path.relpath(HERE / recipe), *more, "--output", str(out))
+        run("eval", str(out), "--metric", "json_fields", "--metric", "exact_match", "--max-new-tokens", "96")
+
+
 def main() -> None:
     start = time.monotonic()
+    if sys.argv[1:] == ["rewards"]:
+        rewards()
+        print(f"\n{time.monotonic() - start:.0f} s in all")
+        return
     out, interrupted = folder_in(Path("runs"))
     recipe = os.path.relpath(HERE / "recipe.yaml")
     run("train", str(out), "--resume") if interrupted else run("train", recipe, "--output", str(out))

@@ -2,18 +2,21 @@
 
     python -m tests.destruction.kills --count 100 --seed 0
     python -m tests.destruction.kills --count 50 --signals    # SIGTERM, SIGINT, each twice, SIGHUP instead
+    python -m tests.destruction.kills --count 20 --kinds rewards
 
 A process that has imported everything is forked for each run, so that a run takes a second; the kill is a real SIGKILL.
-Half of the moments are times, drawn evenly from the length of the uninterrupted run; half are file operations (opening
-for writing, renaming, removing, making a folder), drawn evenly from those that the uninterrupted run makes: between two
-of them lie the states that a disk can be left in. A third of the resumed runs is killed again. Runs have dropout,
-evaluations and checkpoints, and in turn LoRA+, an 8-bit optimiser, blocks of plain text, a streamed base; each second
+Half of the moments are times, drawn evenly from the length of the uninterrupted run. Half are file operations (opening
+for writing, renaming, removing, making a folder: between two of them lie the states that a disk can be left in) or
+calls of what computes (a micro-batch, a token that is written, a reward), drawn evenly from those that the
+uninterrupted run makes. A third of the resumed runs is killed again. Runs have dropout, evaluations and checkpoints,
+and in turn LoRA+, an 8-bit optimiser, blocks of plain text, a streamed base, pairs (DPO), rewards (GRPO); each second
 one builds its base's store.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -24,6 +27,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +39,10 @@ from tqdm import tqdm
 from halfbyte import finetune
 from halfbyte.recipe.file import load_recipe
 from halfbyte.runs.folder import RunFolder
-from tests import tiny_run
+from halfbyte.scoring.rewards import RewardFunction
+from halfbyte.training.trainer import StepTrainer
+from halfbyte.writing.writer import Writer
+from tests import letters, pairs, tiny_run
 
 LIMIT_S = 900.0
 COMMON: dict[str, Any] = {
@@ -59,16 +66,30 @@ KINDS: dict[str, dict[str, Any]] = {
         "train__eval_steps": None,
     },
     "streamed base": {"quant__placement": "streamed", "train__gradient_checkpointing": True},
-}
-KEYS = ("step", "loss", "learning_rate", "grad_norm", "tokens", "eval_loss")
+    "pairs": {"train__method": "dpo", "train__learning_rate": 1e-2, "train__max_steps": 6},
+    "rewards": {
+        "train__method": "grpo", "train__rewards": f"{letters.__file__}:score", "train__num_generations": 4,
+        "train__max_completion_length": 6, "train__mask_truncated_completions": False, "lora__lora_dropout": 0.0,
+        "train__max_steps": 4, "data__max_length": 64,
+    },
+}  # fmt: skip
+KEYS = ("step", "loss", "learning_rate", "grad_norm", "tokens", "eval_loss", "reward", "eval_reward", "margin")
+# What computes, by the phase of a step that it is.
+CALLS = {
+    "writing": (Writer, "next_logits"), "reward": (RewardFunction, "__call__"),
+    "training": (StepTrainer, "_run_micro_batch"), "rows without gradients": (StepTrainer, "row_sums"),
+}  # fmt: skip
+FILES = "files"
 
 
 @dataclass(frozen=True)
 class Moment:
-    """When a run is killed: after so many seconds, or before its file operation of this number; by these signals."""
+    """When a run is killed: after so many seconds, or before its operation of this number in a `phase` (its file
+    operations, or one of `CALLS`); by these signals."""
 
     seconds: float | None = None
     operation: int | None = None
+    phase: str = FILES
     signals: tuple[signal.Signals, ...] = (signal.SIGKILL,)
 
 
@@ -79,12 +100,15 @@ class Whole:
     adapter: bytes
     rows: list[list[Any]]
     seconds: float
-    operations: int
+    operations: dict[str, int]
 
 
 def recipe(folder: Path, kind: str) -> Path:
     tiny_run.rows(folder / "held.jsonl", 6, seed=5)
     values = COMMON | KINDS[kind]
+    if kind == "pairs":
+        pairs.rows(folder / "train.jsonl", 16)
+        pairs.rows(folder / "held.jsonl", 6, seed=5)
     if kind == "stream":
         draw = random.Random(3)
         texts = [" ".join(draw.choices(["red", "cup", "old", "tree"], k=draw.randint(1, 19))) for _ in range(40)]
@@ -107,9 +131,28 @@ BETWEEN_S = 1.1  # two signals
 
 
 def count_operations(folder: Path, moment: Moment, told: int) -> None:
-    """Count the operations below `folder` from now on; before one of them this process is killed. The count so far
-    stands in the file `told`."""
+    """Count the operations below `folder` and the calls of `CALLS` from now on; before one of them this process is
+    killed. The counts so far stand in the file `told`, eight bytes each."""
     seen = 0
+
+    def kill() -> None:
+        os.pwrite(told, b"!", 16)
+        os.kill(os.getpid(), moment.signals[0])
+
+    def count(phase: str, place: int, call: Callable[..., Any]) -> Callable[..., Any]:
+        numbers = itertools.count()
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            number = next(numbers)
+            if moment.phase == phase and number == moment.operation:
+                kill()
+            os.pwrite(told, f"{number + 1:8d}".encode(), 24 + 8 * place)
+            return call(*args, **kwargs)
+
+        return counted
+
+    for place, (phase, (cls, name)) in enumerate(CALLS.items()):
+        setattr(cls, name, count(phase, place, getattr(cls, name)))
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
         nonlocal seen
@@ -122,17 +165,16 @@ def count_operations(folder: Path, moment: Moment, told: int) -> None:
         else:
             return
         if isinstance(path, (str, os.PathLike)) and str(path).startswith(str(folder)):
-            if seen == moment.operation:
-                os.pwrite(told, b"!", 16)
-                os.kill(os.getpid(), moment.signals[0])
+            if moment.phase == FILES and seen == moment.operation:
+                kill()
             seen += 1
             os.pwrite(told, f"{seen:8d}".encode(), 0)
 
     sys.addaudithook(hook)
 
 
-def forked(path: Path, run: Path, cache: Path, *, resume: bool, moment: Moment) -> tuple[int, float, int]:
-    """(exit code, negative for a signal; seconds; file operations) of one run in a process of its own."""
+def forked(path: Path, run: Path, cache: Path, *, resume: bool, moment: Moment) -> tuple[int, float, dict[str, int]]:
+    """(exit code, negative for a signal; seconds; operations by phase) of one run in a process of its own."""
     told = os.open(run.parent / "operations", os.O_CREAT | os.O_RDWR | os.O_TRUNC)
     began = time.monotonic()
     child = os.fork()
@@ -168,7 +210,9 @@ def forked(path: Path, run: Path, cache: Path, *, resume: bool, moment: Moment) 
         if seconds > LIMIT_S:
             os.kill(child, signal.SIGKILL)
         time.sleep(0.0005)
-    operations = int(os.pread(told, 8, 0).strip(b"\0") or 0)  # none yet: a hole before the mark of the kill
+    places = {FILES: 0, **{phase: 24 + 8 * place for place, phase in enumerate(CALLS)}}
+    # none yet: a hole before the mark of the kill
+    operations = {phase: int(os.pread(told, 8, place).strip(b"\0 ") or 0) for phase, place in places.items()}
     os.close(told)
     return os.waitstatus_to_exitcode(status), seconds, operations
 
@@ -216,15 +260,17 @@ def one(
     kills = 2 if draw.random() < 1 / 3 else 1
     for _ in range(kills):
         by_time = draw.random() < 0.5
-        seconds, operation = draw.uniform(0, wanted.seconds), draw.randrange(wanted.operations)
+        phase = draw.choice([phase for phase, count in wanted.operations.items() if count])
+        seconds, operation = draw.uniform(0, wanted.seconds), draw.randrange(wanted.operations[phase])
         signals = draw.choice(SIGNALS) if gently else (signal.SIGKILL,)
-        moment = Moment(seconds, None, signals) if by_time else Moment(None, operation, signals)
+        moment = Moment(seconds, signals=signals) if by_time else Moment(None, operation, phase, signals)
         code, _, _ = forked(path, run, cache, resume=resume, moment=moment)
         if gently:
             seen[f"{' and '.join(s.name for s in signals)} in: {state(run, cache)}"] += 1
         elif code == -signal.SIGKILL:
             seen["kills"] += 1
             seen[f"in: {state(run, cache)}"] += 1
+            seen[f"before: {phase}"] += not by_time
         else:
             seen["ended before the kill"] += 1
         if code not in (0, 130, *(-s for s in signals)):
@@ -275,10 +321,11 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--signals", action="store_true")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=tuple(KINDS))
     given = parser.parse_args()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        seen, failed = kill(given.count, given.seed, Path(folder), gently=given.signals)
+        seen, failed = kill(given.count, given.seed, Path(folder), tuple(given.kinds), gently=given.signals)
     for text in failed[:5]:
         print(f"--- {text}")
     print(f"{given.count} runs from seed {given.seed} in {time.monotonic() - began:.0f} s: "

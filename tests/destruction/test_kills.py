@@ -12,11 +12,15 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("more", [[], ["--signals"]])
+SLOW = [["--count", "10"], ["--count", "10", "--signals"], ["--count", "20", "--kinds", "rewards", "pairs"]]
+
+
+@pytest.mark.parametrize(
+    "more", [["--count", "2", "--kinds", "rewards"], *(pytest.param(each, marks=pytest.mark.slow) for each in SLOW)]
+)
 def test_runs_that_are_killed_go_on(more: list[str]) -> None:
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    command = [sys.executable, "-m", "tests.destruction.kills", "--count", "10", "--seed", "1000", *more]
+    command = [sys.executable, "-m", "tests.destruction.kills", "--seed", "1000", *more]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
 

@@ -15,6 +15,8 @@ from halfbyte import finetune
 from halfbyte.errors import RecipeError, RewardError, RunError, TrainError
 from halfbyte.inference import batch
 from halfbyte.layers.decoding.tape import isa
+from halfbyte.proofs import integers
+from halfbyte.recipe.file import load_recipe
 from halfbyte.recipe.schema import Loaded
 from halfbyte.runs.folder import RunFolder
 from halfbyte.training import preflight
@@ -22,6 +24,7 @@ from halfbyte.training.events import Listener
 from halfbyte.writing import sampling, writer
 from halfbyte.writing.places import FastPathUnavailable
 from tests import letters, tiny_run
+from tests.distributed import together
 
 pytestmark = pytest.mark.skipif(isa(torch.float32) is None, reason="no kernels for this processor")
 
@@ -65,6 +68,7 @@ def test_a_run_says_what_it_wrote(tmp_path: Path) -> None:
     best = max(evals, key=lambda row: row["eval_reward"])
     assert report["reward"]["first"] == evals[0]["eval_reward"] and report["reward"]["best"] == best["eval_reward"]
     assert all(len(row["sample"]["answers"]) == 2 for row in steps)
+    assert steps[0]["kl"] == pytest.approx(0, abs=1e-6) and steps[1]["kl"] > 1e-6, "the base itself begins"
 
 
 @pytest.mark.parametrize("method", ["grpo", "rloo"])
@@ -117,6 +121,61 @@ def test_any_split_trains_the_same(tmp_path: Path) -> None:
         finetune.train(loaded)
         losses.append([(row["loss"], row["grad_norm"], row["reward"]) for row in metrics(loaded)])
     assert losses[0] == [pytest.approx(row, rel=1e-4) for row in losses[1]]
+
+
+def train(path: Path, resume: bool = False) -> int:
+    return finetune.train(load_recipe(path), resume=resume).step
+
+
+SAME = ("loss", "grad_norm", "reward", "reward_length", "entropy", "written_tokens", "no_difference", "eval_reward")
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_any_number_of_processes_writes_and_trains_the_same(size: int, tmp_path: Path) -> None:
+    """Also where groups are in several of them, and a function is called in the first one alone."""
+    tiny_run.rows(tmp_path / "eval.jsonl", 5, seed=5)
+    more = {"data__eval": tmp_path / "eval.jsonl", "train__rewards": {"length": -1.0, LETTERS: 0.5}}
+    one = recipe(tmp_path, output=tmp_path / "one", train__num_generations=8, **more)
+    several = recipe(tmp_path, output=tmp_path / "several", train__num_generations=8, **more)
+    finetune.train(one)
+    together.run(size, train, several.path)
+    rows, wanted = metrics(several), metrics(one)
+    assert len(rows) == len(wanted) > 2
+    for row, other in zip(rows, wanted, strict=True):
+        assert row.get("sample") == other.get("sample")
+        for name in SAME:
+            assert row.get(name) == pytest.approx(other.get(name), rel=1e-5, abs=1e-6), name
+
+
+def test_a_streamed_base_writes_and_trains_the_same(tmp_path: Path) -> None:
+    runs = []
+    for placement in ("resident", "streamed"):
+        loaded = recipe(tmp_path, output=tmp_path / placement, quant__placement=placement)
+        finetune.train(loaded)
+        runs.append([[row[name] for name in ("loss", "grad_norm", "reward", "entropy")] for row in metrics(loaded)])
+    assert runs[1] == [pytest.approx(row, rel=1e-4, abs=1e-6) for row in runs[0]]
+
+
+def test_early_stopping_goes_by_the_reward(tmp_path: Path) -> None:
+    tiny_run.rows(tmp_path / "eval.jsonl", 3, seed=5)
+    evaluates = {"train__eval_strategy": "steps", "train__eval_steps": 1, "train__eval_on_start": True}
+    more = {"data__eval": tmp_path / "eval.jsonl", "train__max_steps": 6, "train__learning_rate": 0.0}
+    loaded = recipe(tmp_path, train__early_stopping_patience=2, **evaluates, **more)
+    finetune.train(loaded)
+    assert [row["step"] for row in metrics(loaded) if "eval_reward" in row] == [0, 1, 2]
+
+
+def test_integer_products_are_for_the_gradient_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[Any]()
+    decide = integers.decide
+
+    def seen(model: Any, how: str, batch: Any, loss: Any, choices: Any) -> Any:
+        asked.append(choices)
+        return decide(model, how, batch, loss, choices)
+
+    monkeypatch.setattr(integers, "decide", seen)
+    finetune.train(recipe(tmp_path, quant__compute="auto"))
+    assert asked == [(integers.BACKWARD,)]
 
 
 @pytest.mark.parametrize(
@@ -204,8 +263,9 @@ def test_answers_of_another_adapter_or_other_tokens_end_the_run(
         ({"train__rewards": {"length": "high"}}, "must give length a number"),
         ({"train__num_generations": 3}, "is 8 answers a step, no multiple of train.num_generations 3"),
         ({"lora__lora_dropout": 0.1}, "lora.lora_dropout 0.1: train.method grpo draws answers without dropout"),
-        ({"quant__compute": "int8"}, "quant.compute int8 is not for train.method grpo; exact"),
-        ({"quant__placement": "streamed"}, "quant.placement streamed is not for train.method grpo; auto or"),
+        ({"quant__compute": "int8"}, "quant.compute int8: train.method grpo writes by exact products"),
+        ({"quant__placement": "sharded"}, "quant.placement sharded: train.method grpo writes in each process with the"),
+        ({"train__within": "1h"}, "train.within 1h is for train.method sft"),
         ({"train__beta": 0.1}, "train.beta is not read with train.method grpo"),
         ({"train__num_iterations": 2}, "num_iterations is not needed: each step writes its own answers"),
         ({"train__loss_type": "sapo"}, "train.loss_type must be one of"),

@@ -141,7 +141,8 @@ def every_hidden(model: Model, batch: Batch) -> Tensor:
 def _inputs(model: Model, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """What a forward takes of a micro-batch; its positions whose next token is labelled (K,), and the labels (K,)."""
     device = next(model.parameters()).device
-    if torch.is_grad_enabled() and packing.installed(model) == "cu_seq_lens":
+    several = len(batch["cu_seq_lens_q"]) > 2  # one example alone is plain input where no gradients are asked for
+    if (several or torch.is_grad_enabled()) and packing.installed(model) == "cu_seq_lens":
         batch = packing.aligned(batch)
     inputs = packing.forward_inputs(model, batch)
     inputs.pop("labels", None)

@@ -104,11 +104,15 @@ class Grpo(CausalLM):
     def collate_tree(self, examples: Sequence[Example]) -> Batch:
         return {**collate.collate_tree(examples), "rows": _of_labels(examples)}
 
-    def loss(self, model: Model, batch: Batch) -> Tensor:
+    def logps(self, model: Model, batch: Batch) -> Tensor:
+        """The log-probability of each label, one row after another: (L,)."""
         from halfbyte.layers import loss
 
         losses = loss.label_losses(model, batch, temperature=self.temperature)  # (K,)
-        logps = -(losses[batch["label_of"].to(losses.device)] if "label_of" in batch else losses)  # (L,)
+        return -(losses[batch["label_of"].to(losses.device)] if "label_of" in batch else losses)
+
+    def loss(self, model: Model, batch: Batch) -> Tensor:
+        logps = self.logps(model, batch)
         advantage, weight, row, drawn = batch["rows"].to(logps.device)
         logs = logps - torch.where(drawn.isnan(), logps.detach(), drawn)
         error = logs.detach()

@@ -54,6 +54,7 @@ class Objective(Protocol):
 
     # What an objective may have beside these:
     # - `collate_tree`, as `data.collate.collate_tree`: rows share their beginnings;
+    # - `labels(rows)`, how many labels of each row its loss is made of, where these are others than the rows' own;
     # - `watches`, names of figures of a step: `loss` puts (sum, what it is of) of each into `batch["watched"]`, a dict,
     #   where there is one; they come into the step's row of the metrics as means;
     # - `of_base`, words on what the base is that a run is compared with, where that is not the model as it came;

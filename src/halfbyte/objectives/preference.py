@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from halfbyte.data import collate, pack
 from halfbyte.data.encoding.encoder import EncodedRows
@@ -52,8 +53,9 @@ class Preference:
 
     asks: MethodFields
 
-    watches: ClassVar[tuple[str, ...]] = ("accuracy", "margin", "chosen_reward", "chosen_logp", "rejected_logp")
-    sum_names: ClassVar[tuple[str, ...]] = ("loss", "pairs", *watches)
+    figures: ClassVar[tuple[str, ...]] = ("accuracy", "margin", "chosen_reward", "chosen_logp", "rejected_logp")
+    watches: ClassVar[tuple[str, ...]] = (*figures, "answer_tokens")
+    sum_names: ClassVar[tuple[str, ...]] = ("loss", "pairs", *figures)
 
     @property
     def name(self) -> str:
@@ -74,6 +76,13 @@ class Preference:
 
     def weights(self, rows: EncodedRows) -> pack.Weights:
         return np.ones(len(rows.examples), np.int64)
+
+    def labels(self, rows: EncodedRows) -> NDArray[np.int64]:
+        """How many tokens of each row its loss is made of, for the plan: of ORPO all of the better text."""
+        if self.name != "orpo":
+            return rows.labelled
+        both = rows.lengths if rows.shared is None else rows.lengths + rows.shared  # the prompt twice
+        return rows.labelled + (both - rows.labelled) // 2
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         return self.lay_out(collate.collate, examples)
@@ -108,7 +117,8 @@ class Preference:
         better, worse, whole = self._pairs(model, batch)
         losses = pair_losses.of_pairs(better, worse, self.asks)
         if "watched" in batch:
-            batch["watched"].update({n: (float(v.sum()), len(v)) for n, v in self._figures(better, worse).items()})
+            seen = self._figures(better, worse) | {"answer_tokens": (better.tokens + worse.tokens) / 2}
+            batch["watched"].update({name: (float(values.sum()), len(values)) for name, values in seen.items()})
         if not self.own:
             return losses.sum()
         step = batch.get("step", {"pairs": len(losses), "own_tokens": float(whole.tokens.sum())})
@@ -180,7 +190,7 @@ class Unpaired(Preference):
     """Of answers that are good or bad. A batch is the first text of each row, its own; the second one is laid out where
     it is asked for. An evaluation takes KL as 0."""
 
-    watches: ClassVar[tuple[str, ...]] = ("accuracy", "kl", "chosen_reward", "rejected_reward")
+    watches: ClassVar[tuple[str, ...]] = ("accuracy", "kl", "chosen_reward", "rejected_reward", "answer_tokens")
     sum_names: ClassVar[tuple[str, ...]] = ("loss", "answers", "accuracy")
 
     @property
@@ -210,23 +220,24 @@ class Unpaired(Preference):
 
     def loss(self, model: Model, batch: Batch) -> Tensor:
         step = batch.get("step", {"kl": 0.0, "answers": 1.0})
-        losses, good, ratio = self._losses(model, batch, kl := max(0.0, step["kl"] / step["answers"]))
+        side = self._side(_log_p(model, batch), batch)
+        losses, good, ratio = self._losses(side, batch, kl := max(0.0, step["kl"] / step["answers"]))
         if "watched" in batch:
             reward, count = (self.asks.beta or 0.0) * ratio.detach(), len(good)
             seen = {"accuracy": (float(((ratio > 0) == good).sum()), count), "kl": (kl * count, count)}
+            seen["answer_tokens"] = float(side.tokens.sum()), count
             for name, these in (("chosen_reward", good), ("rejected_reward", ~good)):
                 seen[name] = float(reward[these].sum()), int(these.sum())
             batch["watched"].update(seen)
         return losses.sum()
 
-    def _losses(self, model: Model, batch: Batch, kl: float) -> tuple[Tensor, Tensor, Tensor]:
+    def _losses(self, side: Answers, batch: Batch, kl: float) -> tuple[Tensor, Tensor, Tensor]:
         """Of each answer its loss, whether it is good, and its log ratio: (n,)."""
-        ratio = self._side(_log_p(model, batch), batch).ratio
-        good = batch["desirable"].to(ratio.device)
-        return pair_losses.of_answers(ratio, good, kl, self.asks), good, ratio
+        good = batch["desirable"].to(side.ratio.device)
+        return pair_losses.of_answers(side.ratio, good, kl, self.asks), good, side.ratio
 
     def text_sums(self, model: Model, batch: Batch) -> list[Sums]:
-        losses, good, ratio = self._losses(model, batch, 0.0)
+        losses, good, ratio = self._losses(self._side(_log_p(model, batch), batch), batch, 0.0)
         accuracy = ((ratio > 0) == good).to(losses)
         return self._by_text({"loss": losses, "answers": torch.ones_like(losses), "accuracy": accuracy})
 

@@ -71,14 +71,20 @@ class Decision:
         return {"products": str(self.products or "exact"), "reason": self.reason, "tried": tried}
 
 
-def decide(model: Model, asked: str, batch: Batch, loss: setting.Loss = micro_batch_loss) -> Decision:
+def decide(
+    model: Model,
+    asked: str,
+    batch: Batch,
+    loss: setting.Loss = micro_batch_loss,
+    choices: Sequence[Products] = (BOTH, BACKWARD),
+) -> Decision:
     """Set how a model's frozen products are computed from now on, in training; the proof leaves all else as it was.
 
     Args:
         model: with its adapters, fused (`adapters/assembly.py`), where it will be trained.
         asked: `quant.compute`: auto, exact or int8, which is taken whatever the proof says.
         batch: some rows, at least one token of them labelled.
-        loss: of a micro-batch, a scalar.
+        loss: of a micro-batch, a scalar. choices: what `auto` tries, the fastest first.
 
     Raises:
         AdapterError: int8 is asked for and cannot be computed.
@@ -100,7 +106,7 @@ def decide(model: Model, asked: str, batch: Batch, loss: setting.Loss = micro_ba
         return Decision(None, f"{fast}, and below {integer.PAYS} rounding does not pay")
     tried: list[tuple[Products, Deviation]] = []
     exact = _loss_and_gradients(model, batch, loss)
-    for products in (BOTH, BACKWARD)[: 1 if asked == "int8" else 2]:
+    for products in choices[: 1 if asked == "int8" else None]:
         integer.set_products(layers, products)
         tried.append((products, deviation(_loss_and_gradients(model, batch, loss), exact)))
         if tried[-1][1].ok or asked == "int8":

@@ -29,6 +29,11 @@ METHODS: dict[str, dict[str, object]] = {
     "grpo": {**_BOTH, "loss_type": "dapo", "scale_rewards": "group"},
     "rloo": {**_BOTH, "num_generations": 2},
 }
+# What a base is that answers are written with: `quant.` field -> what it may be, and why.
+_WRITES = {
+    "compute": (("exact", "auto"), "by exact products, and trains by the same forward"),
+    "placement": (("auto", "resident", "mapped", "streamed"), "in each process with the whole base"),
+}
 _FUNCTION = re.compile(r".+\.py:[^\W\d]\w*")
 
 
@@ -103,6 +108,6 @@ def problems(train: RewardFields, pattern: str | None, dropout: float, quant: Ma
         )
     if dropout:
         yield f"lora.lora_dropout {dropout:g}: train.method {name} draws answers without dropout; 0"
-    for field_name, allowed in (("compute", {"exact"}), ("placement", {"auto", "resident", "mapped"})):
+    for field_name, (allowed, why) in _WRITES.items():
         if (given := quant[field_name]) not in allowed:
-            yield f"quant.{field_name} {given} is not for train.method {name}; {' or '.join(sorted(allowed))}"
+            yield f"quant.{field_name} {given}: train.method {name} writes {why}; {' or '.join(allowed)}"

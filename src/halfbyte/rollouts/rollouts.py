@@ -1,11 +1,10 @@
-"""A step of a run that learns from rewards: groups of answers written, rewarded, and laid out as the step's rows.
+"""A step of a run that learns from rewards: what its answers are worth, and the rows that train.
 
 What: the trainer asks `begin` before a step's forward and `end` after its backward; it, its pace and its checkpoints
-know rows alone. Answers are drawn in this process, up to 16 side by side, by a tape that is written anew from the
-weights that train (`inference.batch`); a prompt is read once for its group. Each text draws from its own generator,
-seeded by (seed, step, row, number in the group): a resumed run writes the same, and no state of a sampler is kept.
-An answer with the advantage 0, or one that was cut off and is left out, moves nothing and is not computed again.
-Cost: of writing, see `writing/`; a step reads the base once for all texts.
+know rows alone. `groups.py` draws the answers. Rewards are taken in the first process, of all answers at once, so a
+user's function is called once a step. An answer with the advantage 0, or one that was cut off and is left out, moves
+nothing and is not computed again.
+Cost: a forward of one group more, for the divergence from the base.
 """
 
 from __future__ import annotations
@@ -19,30 +18,29 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from halfbyte.adapters import lora
 from halfbyte.base import load
 from halfbyte.data import collate, pack, prefixes
 from halfbyte.data.encoding.examples import IGNORED, Example
 from halfbyte.data.reading import read
 from halfbyte.errors import DataError, TrainError
 from halfbyte.inference import batch
-from halfbyte.inference.generate import stop_ids
+from halfbyte.inference.generate import evaluating, stop_ids
 from halfbyte.layers.kernels import dropout
-from halfbyte.layers.kernels.pool import POOL
 from halfbyte.models.context import context_of
 from halfbyte.objectives import grpo
-from halfbyte.objectives.grpo import WrittenRow
+from halfbyte.objectives.grpo import Grpo, WrittenRow
 from halfbyte.plan import sequences_beside
 from halfbyte.recipe.rewards import REWARD
+from halfbyte.rollouts.groups import Answer, GroupWriter, make_room
 from halfbyte.scoring import intervals
 from halfbyte.scoring.intervals import RowSums
 from halfbyte.scoring.rewards import Attempt, RewardFunction, Rewards
-from halfbyte.system import usage
 from halfbyte.training.pace import Pace
 from halfbyte.training.setup import Setup
 from halfbyte.types import Document
 from halfbyte.writing import writer
 from halfbyte.writing.sampling import SamplingParams
-from halfbyte.writing.text import Text
 
 Floats = NDArray[np.float64]
 
@@ -68,9 +66,11 @@ class Rollouts:
         functions = any(isinstance(part, RewardFunction) for part in self.rewards.parts.values())
         names = [name for name in (recipe.data.train, recipe.data.eval_names) if name and functions]
         self.asked = {where: asked for name in names for where, asked in read.questions(name, recipe.data)}
-        self.most = most
-        self.ends = stop_ids(self.model, self.tokenizer)
+        self.most, self.count = most, self.train.num_generations or 1
         self.at_once = sequences_beside(setup.run.job, setup.run.plan.micro_batch_bytes, longest + most)
+        params = SamplingParams(most, self.train.temperature or 1.0, repetition_penalty=1.0, records=True)
+        ends = stop_ids(self.model, self.tokenizer)
+        self.groups = GroupWriter(self.model, setup.world, params, self.count, ends, self.at_once)
         self.notes = Document()
 
     def joined(self) -> Setup:
@@ -79,58 +79,63 @@ class Rollouts:
         return replace(self.setup, rollouts=self, answer_scores=lambda: scores() | self.held_out())
 
     def begin(self, step: pack.Step, pace: Pace, look: batch.Progress) -> collate.StepItem:
-        """A step's rows in micro-batches. `look` is told after each token, and may raise. Raises RewardError."""
-        rows = self._rows(step.index, look)
-        arrays = [np.array(row.input_ids, np.uint32) for row in rows]
-        pace.lengths = np.array([*map(len, arrays)], np.int64)
-        pace.ids = arrays.__getitem__ if self.prepared.shares else None
-        limits = pace.tokens, pace.examples_per_micro_batch, pace.ids
-        parts = pack.arrange(range(len(rows)), pace.lengths, *limits, padded=pace.padded)
-        computed = sum(prefixes.computed(part, pace.lengths, pace.ids) for part in parts)
-        labelled, tokens = sum(len(row.logps) for row in rows), int(np.sum(pace.lengths))
-        step = replace(
-            step, micro_batches=parts, weight=1.0, tokens=tokens, labelled_tokens=labelled, computed=computed
-        )
-        return {"step": step, "micro_batches": collate.Batches(rows, parts, self.prepared.lay_out)}
-
-    def _rows(self, index: int, look: batch.Progress) -> list[WrittenRow]:
-        """The answers of a step that are trained."""
-        began, train = time.monotonic(), self.train
-        count = train.num_generations or 1
-        _make_room()
-        numbers = self.setup.steps.rows(index)
-        asking = [self.prepared.train.examples[number] for number in numbers for _ in range(count)]
-        seeds = [dropout.number(train.seed, index, number) >> 8 for number in numbers for _ in range(count)]
-        params = SamplingParams(self.most, train.temperature or 1.0, repetition_penalty=1.0, records=True)
-
-        def begun(*, by_tape: bool) -> list[Text]:
-            each = enumerate(zip(asking, seeds, strict=True))
-            return [Text(e.prompt_ids, replace(params, seed=s), self.ends, index=i % count) for i, (e, s) in each]
-
-        # each prompt by itself, so that what is read of it is there for all of its group
-        texts = batch.write(self.model, begun, at_once=self.at_once, packed=False, progress=look)
-        if (error := next((text.error for text in texts if text.error is not None), None)) is not None:
-            raise TrainError(f"an answer of step {index + 1} has failed: {error}.") from error
+        """A step's rows in micro-batches, of several processes those of this one. `look` is told after each token, and
+        may raise. Raises RewardError."""
+        began = time.monotonic()
+        numbers = [number for number in self.setup.steps.rows(step.index) for _ in range(self.count)]
+        asking = [self.prepared.train.examples[number] for number in numbers]
+        seeds = [dropout.number(self.train.seed, step.index, number) >> 8 for number in numbers]
+        answers = self.groups.write(asking, seeds, look)
         wrote = time.monotonic()
-        attempts = self._attempts(asking, [text.tokens for text in texts])
-        rewards, parts = self.rewards.score(attempts)
-        groups = rewards.reshape(-1, count)
-        advantages = grpo.advantages(groups, train.method, scales=train.scale_rewards == "group").ravel()
+        attempts = self._attempts(asking, [answer.tokens for answer in answers])
+        worth = self.setup.world.from_first(lambda: [array.tolist() for array in self.rewards.score(attempts)])
+        rewards, parts = (np.array(each, np.float64) for each in worth)
+        groups = rewards.reshape(-1, self.count)
+        advantages = grpo.advantages(groups, self.train.method, scales=self.train.scale_rewards == "group").ravel()
         seconds = {"writing_seconds": wrote - began, "reward_seconds": time.monotonic() - wrote}
-        self.notes = self._figures(texts, groups, parts, advantages) | seconds
-        self.notes["sample"] = self._sample(asking[0], attempts[:count], advantages[:count])
-        masks = train.mask_truncated_completions
-        counts = [0 if masks and text.finish == "length" else len(text.tokens) for text in texts]
+        self.notes = self._figures(answers, groups, parts, advantages) | seconds
+        self.notes["sample"] = self._sample(asking[0], attempts[: self.count], advantages[: self.count])
+        rows = self._rows(asking, answers, attempts, advantages)
+        step = self._arranged(step, rows, pace)
+        first = [rows[number] for number in step.micro_batches[0]] if step.micro_batches else []
+        self.notes |= self._divergence(first) if self.setup.world.first else {}
+        return {"step": step, "micro_batches": collate.Batches(rows, step.micro_batches, self.prepared.lay_out)}
+
+    def _rows(
+        self, asking: Sequence[Example], answers: Sequence[Answer], attempts: Sequence[Attempt], advantages: Floats
+    ) -> list[WrittenRow]:
+        """The answers of a step that are trained."""
+        masks, train = self.train.mask_truncated_completions, self.train
+        counts = [0 if masks and answer.cut_off else len(answer.tokens) for answer in answers]
         size, loss_type = train.per_device_train_batch_size, train.loss_type or "grpo"
         weights = grpo.token_weights(counts, loss_type, most_tokens=self.most, batch=size)
         rows = []
         for i in np.flatnonzero(np.array(counts) * advantages):
-            e, ids = asking[i], tuple(texts[i].tokens)
+            e, ids = asking[i], tuple(answers[i].tokens)
             labels = (IGNORED,) * len(e.prompt_ids) + ids
             row = WrittenRow((*e.prompt_ids, *ids), labels, e.where, e.prompt_ids, attempts[i].text)
-            logps = tuple(logp for logp, *_ in texts[i].sampler.drawn)
+            logps = tuple(logp for logp, *_ in answers[i].drawn)
             rows.append(replace(row, advantage=float(advantages[i]), weight=weights[i], logps=logps))
         return rows
+
+    def _arranged(self, step: pack.Step, rows: Sequence[WrittenRow], pace: Pace) -> pack.Step:
+        """The step with these rows in micro-batches; `pace` is told of their tokens."""
+        world, arrays = self.setup.world, [np.array(row.input_ids, np.uint32) for row in rows]
+        pace.lengths = np.array([*map(len, arrays)], np.int64)
+        pace.ids = arrays.__getitem__ if self.prepared.shares else None
+        limits = pace.tokens, pace.examples_per_micro_batch, pace.ids
+        shares = pack.share(range(len(rows)), pace.lengths, world.size, pace.ids)
+        parts = [pack.arrange(share, pace.lengths, *limits, padded=pace.padded) for share in shares]
+        computed = sum(prefixes.computed(few, pace.lengths, pace.ids) for part in parts for few in part)
+        labelled, tokens = sum(len(row.logps) for row in rows), int(np.sum(pace.lengths))
+        return replace(
+            step,
+            micro_batches=parts[world.rank],
+            weight=1.0,
+            tokens=tokens,
+            labelled_tokens=labelled,
+            computed=computed,
+        )
 
     def end(self, row: Document) -> Document:
         """What a step's `row` of the metrics says besides. Raises TrainError: answers were not drawn by the
@@ -153,11 +158,22 @@ class Rollouts:
         if self.prepared.evaluation is None:
             return {}
         asking = self.prepared.evaluation.examples[: self.settings.rows]
-        _make_room()
+        make_room()
         prompts, limits = [e.prompt_ids for e in asking], [self.most] * len(asking)
         answers = batch.answers(self.model, self.tokenizer, prompts, limits, at_once=self.at_once)
         ids = self.tokenizer(answers, add_special_tokens=False).input_ids
         return self._summary(*self.rewards.score(self._attempts(asking, ids)))
+
+    def _divergence(self, rows: Sequence[WrittenRow]) -> dict[str, float]:
+        """How far the adapter is from the base, in nats a token, by the answers to the first of these prompts: with d
+        the base's log-probability less that when it was drawn, the mean of e^d - 1 - d (Schulman's k3, as TRL's)."""
+        group, objective = [row for row in rows if row.prompt_ids == rows[0].prompt_ids], self.prepared.objective
+        if not group or not isinstance(objective, Grpo):
+            return {}
+        with lora.base_alone(self.model, self.setup.model.assembled.own_biases), evaluating(self.model):
+            base = objective.logps(self.model, self.prepared.lay_out(group)).double().cpu().numpy()
+        apart = base - np.concatenate([row.logps for row in group])
+        return {"kl": float((np.exp(apart) - 1 - apart).mean())}
 
     def _sample(self, asked: Example, group: Sequence[Attempt], advantages: Floats) -> Document:
         """For the page, of a group: what was asked, its best answer and its worst one with their advantages."""
@@ -181,21 +197,16 @@ class Rollouts:
             summary[f"{REWARD}_{Path(name).name}"] = RowSums.mean(column[~np.isnan(column)].tolist()).value
         return summary
 
-    def _figures(self, texts: Sequence[Text], groups: Floats, parts: Floats, advantages: Floats) -> Document:
+    def _figures(self, answers: Sequence[Answer], groups: Floats, parts: Floats, advantages: Floats) -> Document:
         """What a step's row says of its answers; the interval of the reward is that of the groups' means."""
-        drawn = np.array([each for text in texts for each in text.sampler.drawn])  # (tokens, 3)
+        drawn = np.array([each for answer in answers for each in answer.drawn])  # (tokens, 3)
         means = np.array([RowSums.mean(group[~np.isnan(group)].tolist()).value for group in groups])
         return {
             **self._summary(means, parts),
             "no_difference": float((advantages.reshape(groups.shape) == 0).all(1).mean()),
             "written_tokens": len(drawn),
-            "answer_tokens": len(drawn) / len(texts),
-            "cut_off": sum(text.finish == "length" for text in texts) / len(texts),
+            "answer_tokens": len(drawn) / len(answers),
+            "cut_off": sum(answer.cut_off for answer in answers) / len(answers),
             "entropy": float(drawn[:, 1].mean()),
             "logit_spread": float(drawn[:, 2].mean()),
         }
-
-
-def _make_room() -> None:
-    POOL.give_back()  # what a micro-batch had is for answers now
-    usage.trim()

@@ -258,6 +258,8 @@ def decide_compute(run: PlannedRun, base: AdaptedBase, step: pack.Step, tell: Li
     give_back()  # what opening the base left, and code of libraries: the proof runs a micro-batch
     rows = integers.rows_for_proof(step, train.lengths, packed=base.packed.ok)
     batch = objective.collate([train.examples[row] for row in rows])
-    decision = integers.decide(base.model, how, batch, objective.loss)
+    # answers are written by exact products, and their log-probabilities are to be the same in training
+    choices = (integers.BACKWARD,) if run.prepared.recipe.train.draws else (integers.BOTH, integers.BACKWARD)
+    decision = integers.decide(base.model, how, batch, objective.loss, choices)
     tell.note("compute", str(decision))
     return decision

@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 
 from halfbyte.data import pack
-from halfbyte.data.prefixes import Tree
+from halfbyte.data.prefixes import Tokens, Tree
 from halfbyte.errors import RecipeError
 from halfbyte.models import tensors
 from halfbyte.plan import FAMILIES, Job, Plan, Rows, calibrate, plan_training
@@ -61,7 +61,9 @@ def job_of(
         ranks: processes that share the rows of a step. done: steps that earlier processes have made.
     """
     held_out = prepared.evaluation.lengths if prepared.evaluation is not None else ()
-    rows = Rows(prepared.train.lengths, prepared.train.labelled, held_out, mixture=prepared.mixture)
+    labels = getattr(prepared.objective, "labels", None)
+    labelled = prepared.train.labelled if labels is None else labels(prepared.train)
+    rows = Rows(prepared.train.lengths, labelled, held_out, mixture=prepared.mixture)
     if (train := prepared.recipe.train).draws:
         rows = rows.in_groups(train.num_generations or 1, train.max_completion_length or 1)
     job = Job.of_checkpoint(prepared.recipe, prepared.checkpoint, model, rows, machine, targets=targets)
@@ -104,12 +106,16 @@ def trees(prepared: Prepared, job: Job, machine: Device) -> tuple[Tree, ...]:
 
 
 def _group_trees(prepared: Prepared, steps: pack.Steps) -> Iterator[Tree]:
-    """The same of answers that a run writes, as long as the expected ones, which differ from their first token on."""
+    """The same of answers that a run writes: as long as the expected ones, and alike up to their middle, as those of a
+    trained model are (docs/log)."""
+    count = prepared.recipe.train.num_generations or 1
     for index in range(min(len(steps), LOOKED_AT)):
-        rows = [prepared.train.examples[number] for number in steps.rows(index)]
-        pairs = [(e, number) for e in rows for number in range(prepared.recipe.train.num_generations or 1)]
-        texts = [(*e.prompt_ids, *[number] * (len(e.input_ids) - len(e.prompt_ids))) for e, number in pairs]
-        yield Tree.of([np.array(text, np.uint32) for text in texts])
+        texts = list[Tokens]()
+        for e in (prepared.train.examples[number] for number in steps.rows(index)):
+            middle = (len(e.prompt_ids) + len(e.input_ids)) // 2
+            ends = ([number] * (len(e.input_ids) - middle) for number in range(count))
+            texts += [np.array([*e.input_ids[:middle], *end], np.uint32) for end in ends]
+        yield Tree.of(texts)
 
 
 def sharing_note(prepared: Prepared, job: Job, plan: Plan, machine: Device) -> str:

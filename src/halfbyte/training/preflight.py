@@ -11,7 +11,7 @@ from pathlib import Path
 
 from halfbyte.data.reading import read
 from halfbyte.distributed.world import World
-from halfbyte.errors import RecipeError, RunError, WorldError, typed
+from halfbyte.errors import RecipeError, RunError, typed
 from halfbyte.models.sources import lookup
 from halfbyte.recipe import adapter
 from halfbyte.recipe.fields import shown
@@ -47,9 +47,6 @@ class RunStart:
 def begin(world: World, recipe: Recipe, *, resume: bool) -> RunStart:
     """Where a run begins, decided by the first process. Raises RunError: the folder is taken; or it is no run, or one
     that was trained otherwise."""
-
-    if recipe.train.draws and world.size > 1:
-        raise WorldError(f"train.method {recipe.train.method} writes its answers in one process.", fix="start one")
 
     def decide() -> Document:
         if not resume:

@@ -12,10 +12,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
 
+from halfbyte.adapters import lora
+from halfbyte.data import collate
 from halfbyte.data.encoding.encoder import EncodedRows
 from halfbyte.errors import RunError, typed
 from halfbyte.objectives import preference
@@ -39,25 +42,48 @@ def ensure(setup: Setup, folder: RunFolder, trainer: StepTrainer, tell: Listener
         return True
     sets = {"train": prepared.train, **({"eval": prepared.evaluation} if prepared.evaluation is not None else {})}
     of, began = _depends_on(setup), time.monotonic()
-    values = world.from_first(lambda: _read(folder, of, sets, setup.start.step))
-    fresh, asks = not values, preference.LogLikelihoods(objective.asks)
-    for name, rows in sets.items() if fresh else ():
-        limits = setup.pace.tokens, setup.pace.examples_per_micro_batch
-        batches = eval_batches(prepared, rows, *limits, rank=world.rank, ranks=world.size, padded=setup.pace.padded)
-        both = replace(batches, lay_out=asks.collate_tree if prepared.shares else asks.collate)
-        sums, stopped = trainer.row_sums(both, np.arange(len(rows.examples)), objective=asks)
-        if stopped:
-            return False
-        values[name] = sums.tolist()
+    known = world.from_first(lambda: _read(folder, of, sets, setup.start.step))
+    values = known or _values(setup, trainer, sets, preference.LogLikelihoods(objective.asks))
+    if not values:
+        return False
     for name, rows in sets.items():
         rows.examples.reference = np.array(values[name])
-    if fresh and world.first:
+    if not known and world.first:
         with space_for(folder.reference):
             files.write(folder.reference, json.dumps(files.seal({"of": of, **values})).encode())
     count, whose = sum(map(len, values.values())), prepared.recipe.lora.adapter or "the base"
-    how = f"computed in {duration(time.monotonic() - began)}" if fresh else "as they were kept"
+    how = f"computed in {duration(time.monotonic() - began)}" if not known else "as they were kept"
     tell.note("reference", f"{whose}: log p of the answers of {count:,} rows, {how}")
     return True
+
+
+def _values(
+    setup: Setup, trainer: StepTrainer, sets: Mapping[str, EncodedRows], asks: preference.LogLikelihoods
+) -> dict[str, list[list[float]]]:
+    """Of each set of rows what each row's texts are given; nothing where the run was stopped meanwhile."""
+    prepared, assembled, values = setup.run.prepared, setup.model.assembled, dict[str, list[list[float]]]()
+    # a fresh adapter gives 0: without its products the numbers are the same
+    fresh = setup.start.adapter is None and prepared.recipe.lora.init_lora_weights is True
+    with lora.base_alone(assembled.model, assembled.own_biases) if fresh else nullcontext():
+        for name, rows in sets.items():
+            both = replace(_micro_batches(setup, rows), lay_out=asks.collate_tree if prepared.shares else asks.collate)
+            sums, stopped = trainer.row_sums(both, np.arange(len(rows.examples)), objective=asks)
+            if stopped:
+                return {}
+            values[name] = sums.tolist()
+    return values
+
+
+def _micro_batches(setup: Setup, rows: EncodedRows) -> collate.Batches:
+    """This process's share of some rows. Those that train lie as in the steps of the first epoch, so that both round
+    alike."""
+    pace, world, prepared = setup.pace, setup.world, setup.run.prepared
+    if rows is prepared.train and prepared.mixture is None:
+        epoch = replace(setup.steps, total=setup.steps.per_epoch)
+        parts = [part for step in epoch for part in pace.split(step.micro_batches)]
+        return collate.Batches(rows.examples, parts, prepared.lay_out)
+    limits = pace.tokens, pace.examples_per_micro_batch
+    return eval_batches(prepared, rows, *limits, rank=world.rank, ranks=world.size, padded=pace.padded)
 
 
 def _depends_on(setup: Setup) -> Document:

@@ -77,6 +77,8 @@ def run_steps(setup: Setup, folder: RunFolder, stop: StopRequest, tell: Listener
     try:
         trainer.train(resume_from_checkpoint=str(resume) if resume is not None else None)
     except (StepInterrupted, RewardError) as error:
+        if isinstance(error, StepInterrupted):
+            hooks.on_stop()  # it may be another process that was asked to end
         if callback is not None:
             callback.save_last_step(type(error).__name__)
         if isinstance(error, RewardError):

@@ -99,13 +99,18 @@ class Sampler:
             return int(logits.numpy().argmax())  # numpy's is nine times as fast
         scaled = logits.double() / self.params.temperature
         probabilities = narrowed(scaled.softmax(-1), self.params)
-        token = int(probabilities.multinomial(1, generator=self.generator))
-        if self.params.records:
-            probabilities = probabilities / probabilities.sum()
-            logprob = float(probabilities[token].log())
-            # entropy = log of the sum of exp - mean logit; the first is logit - logprob of any token
-            entropy = float(scaled[token] - probabilities.dot(scaled)) - logprob
-            self.drawn.append((logprob, entropy, float(scaled.std())))
+        if not self.params.records:
+            return int(probabilities.multinomial(1, generator=self.generator))
+        import torch
+
+        # by one number between 0 and 1, where `multinomial` draws one for each token of the vocabulary
+        sums = probabilities.cumsum(-1)
+        place = sums[-1] * torch.rand((), dtype=sums.dtype, generator=self.generator)
+        token = int(torch.searchsorted(sums, place, right=True))
+        logprob = float((probabilities[token] / sums[-1]).log())
+        # entropy = log of the sum of exp - mean logit; the first is logit - logprob of any token
+        entropy = float(scaled[token] - probabilities.dot(scaled) / sums[-1]) - logprob
+        self.drawn.append((logprob, entropy, float(scaled.std())))
         return token
 
 
