@@ -65,6 +65,26 @@ def test_the_files_are_what_the_generator_makes(
         assert (tmp_path / name).read_bytes() == (FOLDER / name).read_bytes(), f"run {FOLDER / 'generate.py'} again"
 
 
+def test_fresh_rows_are_in_neither_file(generator: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["generate.py", "--out", str(tmp_path), "--fresh", "40"])
+    generator.main()
+    lines = (tmp_path / "fresh.jsonl").read_text(encoding="utf-8").splitlines()
+    fresh = {json.loads(line)["messages"][0]["content"] for line in lines}
+    assert len(fresh) == 40 and not fresh & {*emails("train"), *emails("test")} and len(list(tmp_path.iterdir())) == 1
+
+
+def test_pairs_take_a_runs_own_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    right, wrong = answers("train")[:2]
+    given = [{"expected": right, "adapter": {"text": right}}, {"expected": wrong, "adapter": {"text": "no JSON"}}]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given), encoding="utf-8")
+    module("pairs").main(tmp_path, tmp_path / "answers.jsonl")
+    pairs = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [p["chosen"][0]["content"] for p in pairs] == answers("train")
+    assert pairs[1]["rejected"][0]["content"] == "no JSON"
+    assert all(p["rejected"] != p["chosen"] for p in pairs)
+
+
 @pytest.mark.parametrize(("split", "rows"), SPLITS.items())
 def test_rows_are_one_user_and_one_assistant_message(split: str, rows: int) -> None:
     assert len(chats(split)) == rows

@@ -5,7 +5,8 @@ pass over these rows it answers with JSON that is right to the last byte, or is 
 Source: nothing but this file. Everything is drawn from the lists below, so there is no licence and nothing private.
 Only `random.Random.random()` is used, the one method whose sequence Python promises to keep between versions.
 
-    python examples/orders/generate.py            # writes train.jsonl and test.jsonl beside this file
+    python examples/orders/generate.py                         # writes train.jsonl and test.jsonl beside this file
+    python examples/orders/generate.py --out runs --fresh 300  # writes fresh.jsonl: so many others, as those held out
 """
 
 from __future__ import annotations
@@ -178,13 +179,14 @@ def write_email(dice: Dice, order: Order) -> str:
     return email.lower() if dice.chance(0.2) else email
 
 
-def make() -> tuple[list[tuple[str, Order]], list[tuple[str, Order]]]:
-    """The (e-mail, order) pairs of both splits; no order and no e-mail occurs twice anywhere."""
+def make(more: int = 0) -> tuple[list[tuple[str, Order]], list[tuple[str, Order]]]:
+    """The (e-mail, order) pairs of both splits, the second with so many `more`; no order and no e-mail occurs twice
+    anywhere."""
     dice = Dice(SEED)
     known_names, new_names = NAMES[:-HELD_OUT_NAMES], NAMES[-HELD_OUT_NAMES:]
     rows: list[tuple[str, Order]] = []
     seen: set[str | Order] = set()
-    while len(rows) < TRAIN_ROWS + TEST_ROWS:
+    while len(rows) < TRAIN_ROWS + TEST_ROWS + more:
         training = len(rows) < TRAIN_ROWS
         names = known_names if training or dice.chance(0.5) else new_names
         order = draw_order(dice, names)
@@ -209,8 +211,13 @@ def to_jsonl(rows: Sequence[tuple[str, Order]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write train.jsonl and test.jsonl; the same bytes every time.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write to")
-    folder: Path = parser.parse_args().out
-    train, test = make()
+    parser.add_argument("--fresh", type=int, default=0, help="write so many other rows instead, to fresh.jsonl")
+    given = parser.parse_args()
+    folder: Path = given.out
+    train, test = make(given.fresh)
+    if given.fresh:
+        (folder / "fresh.jsonl").write_text(to_jsonl(test[TEST_ROWS:]), encoding="utf-8", newline="\n")
+        return
     for name, rows in (("train.jsonl", train), ("test.jsonl", test)):
         (folder / name).write_text(to_jsonl(rows), encoding="utf-8", newline="\n")
 

@@ -4,7 +4,7 @@ Why: the mistakes are those that a model makes after a few steps: another quanti
 day that is not there. Which one a row gets is drawn from a seed; or it is what a model has answered, where that is
 wrong, as `halfbyte eval RUN --data examples/orders/train.jsonl` keeps it. Standard library only.
 
-    python examples/orders/pairs.py FOLDER                   # writes pairs.jsonl and test_pairs.jsonl into it
+    python examples/orders/pairs.py FOLDER       # writes pairs.jsonl and test_pairs.jsonl into it
     python examples/orders/pairs.py FOLDER RUN/eval/train/answers.jsonl     # with the mistakes of a run
 """
 
@@ -46,7 +46,8 @@ def another(values: tuple[str, ...], value: str, draw: random.Random) -> str:
 
 
 def main(folder: Path, answers: Path | None = None) -> None:
-    draw, given = random.Random(2026), dict[str, str]()
+    draw = random.Random(2026)
+    given: dict[str, str] = {}
     for line in answers.read_text(encoding="utf-8").splitlines() if answers is not None else ():
         row = json.loads(line)
         given[row["expected"]] = row["adapter"]["text"].strip()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 HALFBYTE = Path(sys.executable).with_name("halfbyte")
-FIRST, SHORT = Path("runs/orders-20"), ("--set", "train.max_steps=20", "--set", "train.learning_rate=3e-4")
+FIRST, SHORT = Path("runs/orders-20"), ("--set", "train.max_steps=20", "--set", "train.learning_rate=5e-4")
 
 
 def run(*arguments: str) -> None:

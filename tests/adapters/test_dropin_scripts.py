@@ -245,6 +245,28 @@ def train(folder, model, peft_config=None, **more):
     trainer.train()
     return trainer
 """
+GRPO = """
+import peft
+from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer
+rows = Dataset.from_list([{"prompt": f"What is {a} and {a}?"} for a in range(16)])
+
+def letters(completions, **kwargs):
+    return [sum(letter.isascii() for letter in text) / 8 for text in completions]
+
+def train(folder, kind):
+    torch.manual_seed(0)
+    arguments = GRPOConfig(
+        output_dir=folder, max_steps=3, per_device_train_batch_size=8, num_generations=4, max_completion_length=8,
+        learning_rate=2e-2, report_to="none", logging_steps=1, disable_tqdm=True, use_cpu=True, save_strategy="no",
+        bf16=False)
+    adapter = kind.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    trainer = GRPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32), reward_funcs=letters, args=arguments,
+        train_dataset=rows, processing_class=AutoTokenizer.from_pretrained(MODEL), peft_config=adapter)
+    trainer.train()
+    return trainer
+"""
 FORMS = {
     "with peft_config": "base(), config",
     "without": "get_peft_model(prepare_model_for_kbit_training(base()), config)",
@@ -270,6 +292,26 @@ def test_trls_trainers_get_the_fast_layers(
     log = [row["loss"] for row in names["trainer"].state.log_history if "loss" in row]
     if trainer == "DPO":
         assert log[0] == pytest.approx(math.log(2), abs=1e-6), "policy and reference are one model at first, to the bit"
+
+
+@pytest.mark.slow
+def test_trls_grpo_learns_the_same_by_the_fast_layers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("trl")
+    script = (
+        GRPO
+        + """
+import halfbyte
+plain = train(OUT + "/plain", peft)
+trainer = train(OUT + "/fast", halfbyte)
+"""
+    )
+    names, line = run(script, tmp_path, caplog)
+    assert type(names["trainer"].model) is dropin.PeftModelForCausalLM and f"its layers ({LAYERS})" in line
+    logs = [[row for row in names[name].state.log_history if "loss" in row] for name in ("trainer", "plain")]
+    assert len(logs[0]) == 3
+    for row, wanted in zip(*logs, strict=True):
+        for name in ("loss", "grad_norm", "reward", "completions/mean_length", "entropy"):
+            assert row[name] == pytest.approx(wanted[name], rel=1e-3, abs=1e-5), name
 
 
 @pytest.mark.slow

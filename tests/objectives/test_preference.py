@@ -251,5 +251,7 @@ def test_each_method_reads_its_own_fields_alone(tmp_path: Path) -> None:
         tiny_run.recipe(tmp_path, train__method="dpo", train__loss_type="aot")
     with pytest.raises(RecipeError, match=r"data\.format preference, and data\.format is alpaca"):
         tiny_run.recipe(tmp_path, train__method="dpo", data__format="alpaca")
+    with pytest.raises(RecipeError, match=r"int8: train.method dpo reads its reference by exact products"):
+        tiny_run.recipe(tmp_path, train__method="dpo", quant__compute="int8")
     with pytest.raises(RecipeError, match="one of sft, dpo"):
         tiny_run.recipe(tmp_path, train__method="ppo")

@@ -66,6 +66,11 @@ def test_right_products_are_taken_and_nothing_else_changes(model: Model) -> None
     assert torch.equal(loss.micro_batch_loss(model, some_rows()), exact)
 
 
+def test_the_gradient_alone_is_tried_where_the_forward_must_be_exact(model: Model) -> None:
+    found = integers.decide(model, "gradient", some_rows())
+    assert found.products == integers.BACKWARD and len(found.tried) == 1
+
+
 def scaled(patch: Patch, name: str, by: float) -> None:
     """The kernel's product of that name, `by` times as large."""
     real = getattr(kernel, name)

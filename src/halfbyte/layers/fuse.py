@@ -8,7 +8,8 @@ A norm, an activation or an MLP is taken only after it was seen to compute what 
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -363,10 +364,24 @@ def _become(module: nn.Module, mixin: type) -> None:
         instances.become(module, mixin)
 
 
+_as_trained = False
+
+
+@contextmanager
+def as_trained() -> Iterator[None]:
+    """While it lasts forwards without gradients compute as those of a training do, but for what is random in these."""
+    global _as_trained
+    before, _as_trained = _as_trained, True
+    try:
+        yield
+    finally:
+        _as_trained = before
+
+
 def _trains(module: nn.Module) -> bool:
     """Whether this forward is one of a training: also one without gradients, as of DPO's reference, whose numbers are
     compared with the policy's."""
-    return torch.is_grad_enabled() or module.training
+    return torch.is_grad_enabled() or module.training or _as_trained
 
 
 def _computes(layer: nn.Module, x: Tensor) -> bool:

@@ -243,8 +243,9 @@ class Unpaired(Preference):
 
 
 def _log_p(model: Model, batch: Batch) -> list[Tensor]:
-    """Of each text what a model gives its labels."""
-    from halfbyte.layers import loss
+    """Of each text what a model gives its labels, rounded the same with gradients and without."""
+    from halfbyte.layers import fuse, loss
 
-    each = -loss.label_losses(model, batch)
+    with fuse.as_trained():
+        each = -loss.label_losses(model, batch)
     return [each[labels] for labels in loss.labels_of_texts(batch)]

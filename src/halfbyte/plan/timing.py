@@ -25,7 +25,7 @@ SPREAD_ASSUMED = 0.6
 # Of writing: texts side by side; the share of the rate of large products that a tape reaches; seconds to draw a token,
 # for each number of the vocabulary (in fp64); and for each layer to write tapes and to prove them. Measured: docs/log.
 AT_ONCE, TAPE_SHARE = 16, 0.3
-DRAWN_S, WRITER_LAYER_S = 2e-8, 0.02
+DRAWN_S, WRITER_LAYER_S = 3.5e-9, 0.02
 # What a layer of a micro-batch takes besides arithmetic: some hundred calls from Python, forward and backward; and more
 # for each linear layer with an adapter: its eight products and what is around them.
 LAYER_OVERHEAD_S, SITE_OVERHEAD_S = 0.004, 0.001
@@ -125,12 +125,15 @@ def step_time(
 
 def writing_time(job: Job, rates: Rates, tokens: float) -> float:
     """Seconds to write so many tokens of answers, up to `AT_ONCE` side by side: each time the weights are read once,
-    and multiplied with for every text."""
+    and multiplied with for every text. Half of the longest answer more: as the last ones end there are fewer. Memory
+    of a micro-batch makes room for answers and is touched anew, as in a first step."""
     head, times = job.facts.vocab * job.facts.hidden, tokens / min(AT_ONCE, max(1.0, job.mean_rows_per_step))
+    times += 0.5 * float(np.max(job.rows.labelled, initial=0))
     read = (job.base_bytes + job.itemsize * job.lora_parameters_per_token) / rates.memory_bytes
     multiplied = 2 * (job.linear_numel + job.lora_parameters_per_token + head) / (TAPE_SHARE * rates.matmul_flops)
-    seconds = times * read + tokens * (multiplied + DRAWN_S * job.facts.vocab) + WRITER_LAYER_S * job.facts.layers
-    return seconds * rates.correction
+    # not corrected by finished runs, most of which write nothing
+    each = multiplied + DRAWN_S * job.facts.vocab
+    return times * read + tokens * each + WRITER_LAYER_S * job.facts.layers + FIRST_STEP_S
 
 
 def _waiting(placement: Placement, reading: float, computing: float) -> float:

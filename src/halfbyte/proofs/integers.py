@@ -71,20 +71,15 @@ class Decision:
         return {"products": str(self.products or "exact"), "reason": self.reason, "tried": tried}
 
 
-def decide(
-    model: Model,
-    asked: str,
-    batch: Batch,
-    loss: setting.Loss = micro_batch_loss,
-    choices: Sequence[Products] = (BOTH, BACKWARD),
-) -> Decision:
+def decide(model: Model, asked: str, batch: Batch, loss: setting.Loss = micro_batch_loss) -> Decision:
     """Set how a model's frozen products are computed from now on, in training; the proof leaves all else as it was.
 
     Args:
         model: with its adapters, fused (`adapters/assembly.py`), where it will be trained.
-        asked: `quant.compute`: auto, exact or int8, which is taken whatever the proof says.
+        asked: `quant.compute`: auto, exact or int8, which is taken whatever the proof says; gradient: auto, and exact
+            forward.
         batch: some rows, at least one token of them labelled.
-        loss: of a micro-batch, a scalar. choices: what `auto` tries, the fastest first.
+        loss: of a micro-batch, a scalar.
 
     Raises:
         AdapterError: int8 is asked for and cannot be computed.
@@ -102,11 +97,11 @@ def decide(
         return Decision(None, f"int8 is not possible: {problem}")
     times = integer.times_as_fast(structure.causal_lm(model).dtype)
     fast = f"this machine multiplies int8 {times:.1f} times as fast"
-    if asked == "auto" and times < integer.PAYS:
+    if asked != "int8" and times < integer.PAYS:
         return Decision(None, f"{fast}, and below {integer.PAYS} rounding does not pay")
     tried: list[tuple[Products, Deviation]] = []
     exact = _loss_and_gradients(model, batch, loss)
-    for products in choices[: 1 if asked == "int8" else None]:
+    for products in {"int8": (BOTH,), "gradient": (BACKWARD,)}.get(asked, (BOTH, BACKWARD)):
         integer.set_products(layers, products)
         tried.append((products, deviation(_loss_and_gradients(model, batch, loss), exact)))
         if tried[-1][1].ok or asked == "int8":

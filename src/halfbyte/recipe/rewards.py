@@ -93,6 +93,8 @@ def problems(train: RewardFields, pattern: str | None, dropout: float, quant: Ma
     """What a method that writes answers excludes, in sentences. `pattern`: of `eval:`; `dropout`: of `lora:`."""
     values = train.model_dump()
     name, answers = values["method"], values["per_device_train_batch_size"] * values["gradient_accumulation_steps"]
+    if getattr(train, "referenced", False) and quant["compute"] == "int8":
+        yield f"quant.compute int8: train.method {name} reads its reference by exact products; exact or auto"
     if not train.draws:
         if values["metric_for_best_model"] == REWARD:
             yield f"train.metric_for_best_model {REWARD} is for grpo and rloo, and train.method is {name}"

@@ -165,15 +165,14 @@ class Rollouts:
         return self._summary(*self.rewards.score(self._attempts(asking, ids)))
 
     def _divergence(self, rows: Sequence[WrittenRow]) -> dict[str, float]:
-        """How far the adapter is from the base, in nats a token, by the answers to the first of these prompts: with d
-        the base's log-probability less that when it was drawn, the mean of e^d - 1 - d (Schulman's k3, as TRL's)."""
+        """How far the adapter is from the base, in nats a token, by the answers to the first of these prompts: the mean
+        of their tokens' log-probabilities less the base's. Unbiased, as they were drawn by the adapter."""
         group, objective = [row for row in rows if row.prompt_ids == rows[0].prompt_ids], self.prepared.objective
         if not group or not isinstance(objective, Grpo):
             return {}
         with lora.base_alone(self.model, self.setup.model.assembled.own_biases), evaluating(self.model):
             base = objective.logps(self.model, self.prepared.lay_out(group)).double().cpu().numpy()
-        apart = base - np.concatenate([row.logps for row in group])
-        return {"kl": float((np.exp(apart) - 1 - apart).mean())}
+        return {"kl": float(np.mean(np.concatenate([row.logps for row in group]) - base))}
 
     def _sample(self, asked: Example, group: Sequence[Attempt], advantages: Floats) -> Document:
         """For the page, of a group: what was asked, its best answer and its worst one with their advantages."""

@@ -255,11 +255,11 @@ def decide_compute(run: PlannedRun, base: AdaptedBase, step: pack.Step, tell: Li
     how = run.prepared.recipe.quant.compute
     if how == "exact":
         return integers.decide(base.model, how, {})
+    if (asks := run.prepared.recipe.train).draws or asks.referenced:
+        how = "gradient"  # answers are written, and a reference is read, by exact products: so the forward is
     give_back()  # what opening the base left, and code of libraries: the proof runs a micro-batch
     rows = integers.rows_for_proof(step, train.lengths, packed=base.packed.ok)
     batch = objective.collate([train.examples[row] for row in rows])
-    # answers are written by exact products, and their log-probabilities are to be the same in training
-    choices = (integers.BACKWARD,) if run.prepared.recipe.train.draws else (integers.BOTH, integers.BACKWARD)
-    decision = integers.decide(base.model, how, batch, objective.loss, choices)
+    decision = integers.decide(base.model, how, batch, objective.loss)
     tell.note("compute", str(decision))
     return decision
