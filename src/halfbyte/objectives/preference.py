@@ -79,10 +79,8 @@ class Preference:
 
     def labels(self, rows: EncodedRows) -> NDArray[np.int64]:
         """How many tokens of each row its loss is made of, for the plan: of ORPO all of the better text."""
-        if self.name != "orpo":
-            return rows.labelled
-        both = rows.lengths if rows.shared is None else rows.lengths + rows.shared  # the prompt twice
-        return rows.labelled + (both - rows.labelled) // 2
+        both = rows.lengths + (0 if rows.shared is None else rows.shared)  # the prompt twice
+        return rows.labelled + (both - rows.labelled) // 2 * (self.name == "orpo")
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         return self.lay_out(collate.collate, examples)

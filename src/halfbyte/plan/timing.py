@@ -126,12 +126,11 @@ def step_time(
 def writing_time(job: Job, rates: Rates, tokens: float) -> float:
     """Seconds to write so many tokens of answers, up to `AT_ONCE` side by side: each time the weights are read once,
     and multiplied with for every text. Half of the longest answer more: as the last ones end there are fewer. Memory
-    of a micro-batch makes room for answers and is touched anew, as in a first step."""
+    of a micro-batch makes room for answers and is touched anew. Not corrected by finished runs: few of them write."""
     head, times = job.facts.vocab * job.facts.hidden, tokens / min(AT_ONCE, max(1.0, job.mean_rows_per_step))
     times += 0.5 * float(np.max(job.rows.labelled, initial=0))
     read = (job.base_bytes + job.itemsize * job.lora_parameters_per_token) / rates.memory_bytes
     multiplied = 2 * (job.linear_numel + job.lora_parameters_per_token + head) / (TAPE_SHARE * rates.matmul_flops)
-    # not corrected by finished runs, most of which write nothing
     each = multiplied + DRAWN_S * job.facts.vocab
     return times * read + tokens * each + WRITER_LAYER_S * job.facts.layers + FIRST_STEP_S
 

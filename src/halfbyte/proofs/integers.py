@@ -76,8 +76,7 @@ def decide(model: Model, asked: str, batch: Batch, loss: setting.Loss = micro_ba
 
     Args:
         model: with its adapters, fused (`adapters/assembly.py`), where it will be trained.
-        asked: `quant.compute`: auto, exact or int8, which is taken whatever the proof says; gradient: auto, and exact
-            forward.
+        asked: `quant.compute`: auto, exact or int8 (whatever the proof says); gradient: auto with an exact forward.
         batch: some rows, at least one token of them labelled.
         loss: of a micro-batch, a scalar.
 

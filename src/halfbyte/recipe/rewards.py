@@ -29,11 +29,9 @@ METHODS: dict[str, dict[str, object]] = {
     "grpo": {**_BOTH, "loss_type": "dapo", "scale_rewards": "group"},
     "rloo": {**_BOTH, "num_generations": 2},
 }
-# What a base is that answers are written with: `quant.` field -> what it may be, and why.
-_WRITES = {
-    "compute": (("exact", "auto"), "by exact products, and trains by the same forward"),
-    "placement": (("auto", "resident", "mapped", "streamed"), "in each process with the whole base"),
-}
+# What a base is that answers are written with: `quant.` field -> what it may not be, what instead, and why.
+_WRITES = {"compute": ("int8", "exact or auto", "by exact products, and trains by the same forward"),
+           "placement": ("sharded", "auto or streamed", "in each process with the whole base")}  # fmt: skip
 _FUNCTION = re.compile(r".+\.py:[^\W\d]\w*")
 
 
@@ -110,6 +108,6 @@ def problems(train: RewardFields, pattern: str | None, dropout: float, quant: Ma
         )
     if dropout:
         yield f"lora.lora_dropout {dropout:g}: train.method {name} draws answers without dropout; 0"
-    for field_name, (allowed, why) in _WRITES.items():
-        if (given := quant[field_name]) not in allowed:
-            yield f"quant.{field_name} {given}: train.method {name} writes {why}; {' or '.join(allowed)}"
+    for field_name, (given, instead, why) in _WRITES.items():
+        if quant[field_name] == given:
+            yield f"quant.{field_name} {given}: train.method {name} writes {why}; {instead}"

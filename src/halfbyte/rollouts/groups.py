@@ -1,15 +1,15 @@
 """Groups of answers to the prompts of a step: drawn with the adapter of that step, by all processes together.
 
-What: up to 16 texts side by side, by a tape that is written anew from the weights that train (`inference.batch`); a
-prompt is read once for its group. Of several processes each writes its share, and has all answers afterwards. Each text
-draws from its own generator, seeded by (seed, step, row, number in the group): a resumed run, and any number of
-processes, write the same, and no state of a sampler is kept.
+What: up to 16 texts side by side, by a tape of the weights that train now (`inference.batch`); a prompt is read once for
+its group. Of several processes each writes its share, and has all answers afterwards. Each text draws from its own
+generator, seeded by (seed, step, row, number in the group): a resumed run, and any number of processes, write the same.
 Cost: of writing, see `writing/`; a token reads the base once for all texts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -28,8 +28,7 @@ from halfbyte.writing.text import Text
 
 @dataclass(frozen=True)
 class Answer:
-    """A text that was drawn. `cut_off`: it is as long as may be. `drawn`: of each token its log-probability, the
-    entropy there, and the standard deviation of the logits, as of `Sampler`."""
+    """A text that was drawn. `cut_off`: it is as long as may be. `drawn`: of each token, as of `Sampler`."""
 
     tokens: list[int]
     cut_off: bool
@@ -49,26 +48,21 @@ class GroupWriter:
 
     def write(self, asking: Sequence[Example], seeds: Sequence[int], look: batch.Progress) -> list[Answer]:
         """An answer to each: prompts as often as their group is large, in a row. `seeds`: of each group, as often.
-
-        Raises:
-            StepInterrupted: `look`, which is told after each token, has raised it, here or in another process.
-        """
+        Raises StepInterrupted: `look`, which is told after each token, has raised it, here or in another process."""
         make_room()
         share = np.array_split(np.arange(len(asking)), self.world.size)[self.world.rank].tolist()
 
         def begun(*, by_tape: bool) -> list[Text]:
-            drawn_by = (replace(self.params, seed=seeds[i]) for i in share)
-            each = zip(share, drawn_by, strict=True)
+            each = ((i, replace(self.params, seed=seeds[i])) for i in share)
             return [Text(asking[i].prompt_ids, params, self.ends, index=i % self.count) for i, params in each]
 
-        answers: list[tuple[list[int], bool, list[tuple[float, float, float]]]] | None = []
-        try:  # each prompt by itself, so that what is read of it is there for all of its group
+        answers: list[tuple[list[int], bool, list[tuple[float, float, float]]]] | None = None
+        with suppress(StepInterrupted):
+            # each prompt by itself, so that what is read of it is there for all of its group
             texts = batch.write(self.model, begun, at_once=self.at_once, packed=False, progress=look) if share else []
             if (error := next((text.error for text in texts if text.error is not None), None)) is not None:
                 raise TrainError(f"an answer has failed: {error}.") from error
             answers = [(text.tokens, text.finish == "length", text.sampler.drawn) for text in texts]
-        except StepInterrupted:
-            answers = None
         parts = self.world.gather(answers)
         if any(part is None for part in parts):
             raise StepInterrupted

@@ -97,24 +97,22 @@ class Rollouts:
         self.notes["sample"] = self._sample(asking[0], attempts[: self.count], advantages[: self.count])
         rows = self._rows(asking, answers, attempts, advantages)
         step = self._arranged(step, rows, pace)
-        first = [rows[number] for number in step.micro_batches[0]] if step.micro_batches else []
-        self.notes |= self._divergence(first) if self.setup.world.first else {}
+        if step.micro_batches and self.setup.world.first:
+            self.notes["kl"] = self._divergence([rows[number] for number in step.micro_batches[0]])
         return {"step": step, "micro_batches": collate.Batches(rows, step.micro_batches, self.prepared.lay_out)}
 
     def _rows(
         self, asking: Sequence[Example], answers: Sequence[Answer], attempts: Sequence[Attempt], advantages: Floats
     ) -> list[WrittenRow]:
         """The answers of a step that are trained."""
-        masks, train = self.train.mask_truncated_completions, self.train
-        counts = [0 if masks and answer.cut_off else len(answer.tokens) for answer in answers]
+        train, rows = self.train, list[WrittenRow]()
+        counts = [0 if train.mask_truncated_completions and a.cut_off else len(a.tokens) for a in answers]
         size, loss_type = train.per_device_train_batch_size, train.loss_type or "grpo"
         weights = grpo.token_weights(counts, loss_type, most_tokens=self.most, batch=size)
-        rows = []
         for i in np.flatnonzero(np.array(counts) * advantages):
-            e, ids = asking[i], tuple(answers[i].tokens)
+            e, ids, logps = asking[i], tuple(answers[i].tokens), tuple(logp for logp, *_ in answers[i].drawn)
             labels = (IGNORED,) * len(e.prompt_ids) + ids
             row = WrittenRow((*e.prompt_ids, *ids), labels, e.where, e.prompt_ids, attempts[i].text)
-            logps = tuple(logp for logp, *_ in answers[i].drawn)
             rows.append(replace(row, advantage=float(advantages[i]), weight=weights[i], logps=logps))
         return rows
 
@@ -164,15 +162,14 @@ class Rollouts:
         ids = self.tokenizer(answers, add_special_tokens=False).input_ids
         return self._summary(*self.rewards.score(self._attempts(asking, ids)))
 
-    def _divergence(self, rows: Sequence[WrittenRow]) -> dict[str, float]:
+    def _divergence(self, rows: Sequence[WrittenRow]) -> float:
         """How far the adapter is from the base, in nats a token, by the answers to the first of these prompts: the mean
         of their tokens' log-probabilities less the base's. Unbiased, as they were drawn by the adapter."""
         group, objective = [row for row in rows if row.prompt_ids == rows[0].prompt_ids], self.prepared.objective
-        if not group or not isinstance(objective, Grpo):
-            return {}
+        assert isinstance(objective, Grpo)
         with lora.base_alone(self.model, self.setup.model.assembled.own_biases), evaluating(self.model):
             base = objective.logps(self.model, self.prepared.lay_out(group)).double().cpu().numpy()
-        return {"kl": float(np.mean(np.concatenate([row.logps for row in group]) - base))}
+        return float(np.mean(np.concatenate([row.logps for row in group]) - base))
 
     def _sample(self, asked: Example, group: Sequence[Attempt], advantages: Floats) -> Document:
         """For the page, of a group: what was asked, its best answer and its worst one with their advantages."""

@@ -61,8 +61,7 @@ def job_of(
         ranks: processes that share the rows of a step. done: steps that earlier processes have made.
     """
     held_out = prepared.evaluation.lengths if prepared.evaluation is not None else ()
-    labels = getattr(prepared.objective, "labels", None)
-    labelled = prepared.train.labelled if labels is None else labels(prepared.train)
+    labelled = getattr(prepared.objective, "labels", lambda rows: rows.labelled)(prepared.train)
     rows = Rows(prepared.train.lengths, labelled, held_out, mixture=prepared.mixture)
     if (train := prepared.recipe.train).draws:
         rows = rows.in_groups(train.num_generations or 1, train.max_completion_length or 1)

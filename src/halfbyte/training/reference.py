@@ -43,8 +43,9 @@ def ensure(setup: Setup, folder: RunFolder, trainer: StepTrainer, tell: Listener
     sets = {"train": prepared.train, **({"eval": prepared.evaluation} if prepared.evaluation is not None else {})}
     of, began = _depends_on(setup), time.monotonic()
     known = world.from_first(lambda: _read(folder, of, sets, setup.start.step))
-    values = known or _values(setup, trainer, sets, preference.LogLikelihoods(objective.asks))
-    if not values:
+    asks = preference.LogLikelihoods(objective.asks)
+    values = known or {name: _given(setup, trainer, rows, asks) for name, rows in sets.items()}
+    if not all(values.values()):
         return False
     for name, rows in sets.items():
         rows.examples.reference = np.array(values[name])
@@ -57,26 +58,19 @@ def ensure(setup: Setup, folder: RunFolder, trainer: StepTrainer, tell: Listener
     return True
 
 
-def _values(
-    setup: Setup, trainer: StepTrainer, sets: Mapping[str, EncodedRows], asks: preference.LogLikelihoods
-) -> dict[str, list[list[float]]]:
-    """Of each set of rows what each row's texts are given; nothing where the run was stopped meanwhile."""
-    prepared, assembled, values = setup.run.prepared, setup.model.assembled, dict[str, list[list[float]]]()
+def _given(setup: Setup, trainer: StepTrainer, rows: EncodedRows, asks: preference.LogLikelihoods) -> list[list[float]]:
+    """What each row's texts are given; nothing where the run was stopped meanwhile."""
+    prepared, base = setup.run.prepared, setup.model.assembled
+    both = replace(_micro_batches(setup, rows), lay_out=asks.collate_tree if prepared.shares else asks.collate)
     # a fresh adapter gives 0: without its products the numbers are the same
     fresh = setup.start.adapter is None and prepared.recipe.lora.init_lora_weights is True
-    with lora.base_alone(assembled.model, assembled.own_biases) if fresh else nullcontext():
-        for name, rows in sets.items():
-            both = replace(_micro_batches(setup, rows), lay_out=asks.collate_tree if prepared.shares else asks.collate)
-            sums, stopped = trainer.row_sums(both, np.arange(len(rows.examples)), objective=asks)
-            if stopped:
-                return {}
-            values[name] = sums.tolist()
-    return values
+    with lora.base_alone(base.model, base.own_biases) if fresh else nullcontext():
+        sums, stopped = trainer.row_sums(both, np.arange(len(rows.examples)), objective=asks)
+    return [] if stopped else sums.tolist()
 
 
 def _micro_batches(setup: Setup, rows: EncodedRows) -> collate.Batches:
-    """This process's share of some rows. Those that train lie as in the steps of the first epoch, so that both round
-    alike."""
+    """This process's share of some rows; those that train as in the first epoch's steps, so that both round alike."""
     pace, world, prepared = setup.pace, setup.world, setup.run.prepared
     if rows is prepared.train and prepared.mixture is None:
         epoch = replace(setup.steps, total=setup.steps.per_epoch)

@@ -103,8 +103,7 @@ class Sampler:
             return int(probabilities.multinomial(1, generator=self.generator))
         import torch
 
-        # by one number between 0 and 1, where `multinomial` draws one for each token of the vocabulary
-        sums = probabilities.cumsum(-1)
+        sums = probabilities.cumsum(-1)  # for one random number, where `multinomial` draws one for each token
         place = sums[-1] * torch.rand((), dtype=sums.dtype, generator=self.generator)
         token = int(torch.searchsorted(sums, place, right=True))
         logprob = float((probabilities[token] / sums[-1]).log())
