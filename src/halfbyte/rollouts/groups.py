@@ -1,7 +1,7 @@
 """Groups of answers to the prompts of a step: drawn with the adapter of that step, by all processes together.
 
-What: up to 16 texts side by side, by a tape of the weights that train now (`inference.batch`); a prompt is read once for
-its group. Of several processes each writes its share, and has all answers afterwards. Each text draws from its own
+What: up to 16 texts side by side, by a tape of the weights that train now (`inference.batch`); a prompt is read once
+for its group. Of several processes each writes its share, and has all answers afterwards. Each text draws from its own
 generator, seeded by (seed, step, row, number in the group): a resumed run, and any number of processes, write the same.
 Cost: of writing, see `writing/`; a token reads the base once for all texts.
 """

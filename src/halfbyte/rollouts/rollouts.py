@@ -85,20 +85,18 @@ class Rollouts:
         numbers = [number for number in self.setup.steps.rows(step.index) for _ in range(self.count)]
         asking = [self.prepared.train.examples[number] for number in numbers]
         seeds = [dropout.number(self.train.seed, step.index, number) >> 8 for number in numbers]
-        answers = self.groups.write(asking, seeds, look)
-        wrote = time.monotonic()
+        answers, wrote = self.groups.write(asking, seeds, look), time.monotonic()
         attempts = self._attempts(asking, [answer.tokens for answer in answers])
         worth = self.setup.world.from_first(lambda: [array.tolist() for array in self.rewards.score(attempts)])
         rewards, parts = (np.array(each, np.float64) for each in worth)
         groups = rewards.reshape(-1, self.count)
         advantages = grpo.advantages(groups, self.train.method, scales=self.train.scale_rewards == "group").ravel()
-        seconds = {"writing_seconds": wrote - began, "reward_seconds": time.monotonic() - wrote}
-        self.notes = self._figures(answers, groups, parts, advantages) | seconds
+        self.notes = {"writing_seconds": wrote - began, "reward_seconds": time.monotonic() - wrote}
+        self.notes |= self._figures(answers, groups, parts, advantages)
         self.notes["sample"] = self._sample(asking[0], attempts[: self.count], advantages[: self.count])
-        rows = self._rows(asking, answers, attempts, advantages)
-        step = self._arranged(step, rows, pace)
-        if step.micro_batches and self.setup.world.first:
-            self.notes["kl"] = self._divergence([rows[number] for number in step.micro_batches[0]])
+        step = self._arranged(step, rows := self._rows(asking, answers, attempts, advantages), pace)
+        if rows and self.setup.world.first:
+            self.notes["kl"] = self._divergence(rows, pace)
         return {"step": step, "micro_batches": collate.Batches(rows, step.micro_batches, self.prepared.lay_out)}
 
     def _rows(
@@ -162,11 +160,13 @@ class Rollouts:
         ids = self.tokenizer(answers, add_special_tokens=False).input_ids
         return self._summary(*self.rewards.score(self._attempts(asking, ids)))
 
-    def _divergence(self, rows: Sequence[WrittenRow]) -> float:
-        """How far the adapter is from the base, in nats a token, by the answers to the first of these prompts: the mean
-        of their tokens' log-probabilities less the base's. Unbiased, as they were drawn by the adapter."""
-        group, objective = [row for row in rows if row.prompt_ids == rows[0].prompt_ids], self.prepared.objective
+    def _divergence(self, rows: Sequence[WrittenRow], pace: Pace) -> float:
+        """How far the adapter is from the base, in nats a token, by answers to the first of these prompts: the mean
+        of their log-probabilities less the base's. Unbiased, as they were drawn by the adapter."""
+        most, objective = max(1, pace.tokens // len(rows[0].labels)), self.prepared.objective
         assert isinstance(objective, Grpo)
+        group = [row for row in rows if row.prompt_ids == rows[0].prompt_ids]
+        group = group[: pace.examples_per_micro_batch or most]
         with lora.base_alone(self.model, self.setup.model.assembled.own_biases), evaluating(self.model):
             base = objective.logps(self.model, self.prepared.lay_out(group)).double().cpu().numpy()
         return float(np.mean(np.concatenate([row.logps for row in group]) - base))
