@@ -27,7 +27,7 @@ from halfbyte.writing.text import Text
 
 
 @dataclass(frozen=True)
-class Answer:
+class TextSample:
     """A text that was drawn. `cut_off`: it is as long as may be. `drawn`: of each token, as of `Sampler`."""
 
     tokens: list[int]
@@ -46,7 +46,7 @@ class GroupWriter:
     ends: Collection[int]
     at_once: int
 
-    def write(self, asking: Sequence[Example], seeds: Sequence[int], look: batch.Progress) -> list[Answer]:
+    def write(self, asking: Sequence[Example], seeds: Sequence[int], look: batch.Progress) -> list[TextSample]:
         """An answer to each: prompts as often as their group is large, in a row. `seeds`: of each group, as often.
         Raises StepInterrupted: `look`, which is told after each token, has raised it, here or in another process."""
         make_room()
@@ -66,7 +66,7 @@ class GroupWriter:
         parts = self.world.gather(answers)
         if any(part is None for part in parts):
             raise StepInterrupted
-        return [Answer(*answer) for part in parts for answer in part or ()]
+        return [TextSample(*answer) for part in parts for answer in part or ()]
 
 
 def make_room() -> None:

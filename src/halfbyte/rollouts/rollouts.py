@@ -32,7 +32,7 @@ from halfbyte.objectives import grpo
 from halfbyte.objectives.grpo import Grpo, WrittenRow
 from halfbyte.plan import sequences_beside
 from halfbyte.recipe.rewards import REWARD
-from halfbyte.rollouts.groups import Answer, GroupWriter, make_room
+from halfbyte.rollouts.groups import GroupWriter, TextSample, make_room
 from halfbyte.scoring import intervals
 from halfbyte.scoring.intervals import RowSums
 from halfbyte.scoring.rewards import Attempt, RewardFunction, Rewards
@@ -100,7 +100,7 @@ class Rollouts:
         return {"step": step, "micro_batches": collate.Batches(rows, step.micro_batches, self.prepared.lay_out)}
 
     def _rows(
-        self, asking: Sequence[Example], answers: Sequence[Answer], attempts: Sequence[Attempt], advantages: Floats
+        self, asking: Sequence[Example], answers: Sequence[TextSample], attempts: Sequence[Attempt], advantages: Floats
     ) -> list[WrittenRow]:
         """The answers of a step that are trained."""
         train, rows = self.train, list[WrittenRow]()
@@ -108,8 +108,8 @@ class Rollouts:
         size, loss_type = train.per_device_train_batch_size, train.loss_type or "grpo"
         weights = grpo.token_weights(counts, loss_type, most_tokens=self.most, batch=size)
         for i in np.flatnonzero(np.array(counts) * advantages):
-            e, ids, logps = asking[i], tuple(answers[i].tokens), tuple(logp for logp, *_ in answers[i].drawn)
-            labels = (IGNORED,) * len(e.prompt_ids) + ids
+            e, ids = asking[i], tuple(answers[i].tokens)
+            labels, logps = (IGNORED,) * len(e.prompt_ids) + ids, tuple(logp for logp, *_ in answers[i].drawn)
             row = WrittenRow((*e.prompt_ids, *ids), labels, e.where, e.prompt_ids, attempts[i].text)
             rows.append(replace(row, advantage=float(advantages[i]), weight=weights[i], logps=logps))
         return rows
@@ -193,7 +193,7 @@ class Rollouts:
             summary[f"{REWARD}_{Path(name).name}"] = RowSums.mean(column[~np.isnan(column)].tolist()).value
         return summary
 
-    def _figures(self, answers: Sequence[Answer], groups: Floats, parts: Floats, advantages: Floats) -> Document:
+    def _figures(self, answers: Sequence[TextSample], groups: Floats, parts: Floats, advantages: Floats) -> Document:
         """What a step's row says of its answers; the interval of the reward is that of the groups' means."""
         drawn = np.array([each for answer in answers for each in answer.drawn])  # (tokens, 3)
         means = np.array([RowSums.mean(group[~np.isnan(group)].tolist()).value for group in groups])

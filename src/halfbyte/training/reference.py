@@ -71,13 +71,13 @@ def _given(setup: Setup, trainer: StepTrainer, rows: EncodedRows, asks: preferen
 
 def _micro_batches(setup: Setup, rows: EncodedRows) -> collate.Batches:
     """This process's share of some rows; those that train as in the first epoch's steps, so that both round alike."""
-    pace, world, prepared = setup.pace, setup.world, setup.run.prepared
+    pace, prepared = setup.pace, setup.run.prepared
     if rows is prepared.train and prepared.mixture is None:
         epoch = replace(setup.steps, total=setup.steps.per_epoch)
         parts = [part for step in epoch for part in pace.split(step.micro_batches)]
         return collate.Batches(rows.examples, parts, prepared.lay_out)
-    limits = pace.tokens, pace.examples_per_micro_batch
-    return eval_batches(prepared, rows, *limits, rank=world.rank, ranks=world.size, padded=pace.padded)
+    ranks = {"rank": setup.world.rank, "ranks": setup.world.size}
+    return eval_batches(prepared, rows, pace.tokens, pace.examples_per_micro_batch, **ranks, padded=pace.padded)
 
 
 def _depends_on(setup: Setup) -> Document:
