@@ -4,7 +4,8 @@
     python benchmarks/studio_path.py curves     # from a row of the metrics to the chart
     python benchmarks/studio_path.py cost       # steps with the page open beside steps with it closed, in turns
 
-plan: before each drop are three seconds, in which a person looks for the file. curves: a run that has a step a second.
+plan: before each drop are three seconds, in which a person looks for the file. curves: a run that has a
+step a second; then two, without anybody who asks, for the CPU seconds of server and browser.
 cost: one training, ten steps with the page and ten without, so that the machine's own changes are in both; the ratio of
 the medians, with its bootstrap's 95% interval, and the CPU seconds of server and browser. Needs playwright and a
 browser; nothing else should run.
@@ -78,25 +79,6 @@ def plan(base: str, times: int) -> None:
             )
 
 
-def curves(_: str, times: int) -> None:
-    with studio() as (server, page):
-        run = made.run(server.folder / "runs" / "steps", made.metrics(2000), steps=5000)
-        page.goto(f"{server.url}#run/steps")
-        page.wait_for_selector("#charts svg", timeout=MINUTE)
-        process, waits = psutil.Process(server.process.pid), list[float]()
-        before, began = sum(process.cpu_times()[:2]), time.monotonic()
-        for step in range(2001, 2001 + 10 * times):
-            wrote = time.monotonic()
-            run.append_metrics({**made.metrics(1)[0], "step": step, "loss": step / 1000})
-            page.wait_for_selector(f"#charts svg[aria-label^='Loss: each step {step / 1000:g}']", timeout=MINUTE)
-            waits.append(time.monotonic() - wrote)
-            time.sleep(max(0.0, 1.0 - waits[-1]))
-        share = (sum(process.cpu_times()[:2]) - before) / (time.monotonic() - began)
-    print(
-        f"a step is seen after {statistics.mean(waits):.2f} s, at most {max(waits):.2f}; server {share:.1%} of a core"
-    )
-
-
 def cpu_seconds(server: int) -> tuple[float, float]:
     """Of the studio's server, and of the browser's processes, that still run."""
     used = [0.0, 0.0]
@@ -107,6 +89,28 @@ def cpu_seconds(server: int) -> tuple[float, float]:
         except psutil.NoSuchProcess:
             continue
     return used[0], used[1]
+
+
+def curves(_: str, times: int) -> None:
+    with studio() as (server, page):
+        run = made.run(server.folder / "runs" / "steps", made.metrics(50), steps=5000)
+        page.goto(f"{server.url}#run/steps")
+        page.wait_for_selector("#charts svg", timeout=MINUTE)
+        waits, last = list[float](), 51 + 10 * times
+        for step in range(51, last):
+            wrote = time.monotonic()
+            run.append_metrics({**made.metrics(1)[0], "step": step, "loss": step / 1000})
+            page.wait_for_selector(f"#charts svg[aria-label^='Loss: each step {step / 1000:g}']", timeout=MINUTE)
+            waits.append(time.monotonic() - wrote)
+            time.sleep(max(0.0, 1.0 - waits[-1]))
+        before, began = cpu_seconds(server.process.pid), time.monotonic()  # nobody asks the page now
+        for step in range(last, last + 20 * times):
+            run.append_metrics({**made.metrics(1)[0], "step": step, "loss": step / 1000})
+            time.sleep(0.5)
+        used, wall = cpu_seconds(server.process.pid), time.monotonic() - began
+    parts = zip(("server", "browser"), used, before, strict=True)
+    shares = ", ".join(f"{name} {(a - b) / wall:.1%}" for name, a, b in parts)
+    print(f"a step is seen after {statistics.mean(waits):.2f} s, at most {max(waits):.2f}; {shares} of a core at 2/s")
 
 
 def cost(base: str, turns: int) -> None:

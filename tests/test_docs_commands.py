@@ -148,7 +148,8 @@ NAMES = {"smollm2-135m": "model", "RUN": "runs/a", "30m": "20s", "runs/orders-20
 ELSEWHERE = {
     "torchrun": "tests/distributed/test_launch.py", "pip": "tests/test_wheel.py", "make": "tests/test_wheel.py",
     "curl": "tests/serving/http/test_adapters.py", "python": "tests/test_docs.py", "bash": "tests/test_docs.py",
-    "--task": "tests/inference/test_harness.py",
+    "--task": "tests/inference/test_harness.py", "--repair": "tests/export/test_repair.py",
+    "Q4_K_M": "tests/export/test_llama_cpp.py",
 }  # fmt: skip
 RUN_PAGES = [page for page in PAGES if page.parent.name == "docs" or page == ROOT / "README.md"]
 
@@ -183,8 +184,11 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (here / "gsm8k").mkdir()
     for name in ("orders.jsonl", "test.jsonl", "eval.jsonl"):
         shutil.copy(here / "train.jsonl", here / name)
-    for name in ("gsm8k.jsonl", "gsm8k/test.jsonl"):
-        (here / name).write_text(rows.replace('"prompt"', '"question"').replace('"completion"', '"answer"'))
+    (here / "gsm8k.jsonl").write_text(rows.replace('"prompt"', '"question"').replace('"completion"', '"answer"'))
+    (here / "gsm8k" / "test.jsonl").write_text('{"prompt": "two and two?", "completion": "#### 4"}\n' * 4)
+    with (here / "test.jsonl").open("a") as file:
+        file.write('{"prompt": "a cup", "completion": "{\\"cup\\": 1}"}\n')
+    (here / "passages.jsonl").write_text("".join(f'{{"passage": "cup {n}"}}\n' for n in range(4)))
     (here / "train.csv").write_text("text,label\n" + "".join(f"red cup {n},{'ab'[n % 2]}\n" for n in range(16)))
     shutil.copy(here / "train.csv", here / "mails.csv")
     pairs = "".join(f'{{"query": "red {n}", "passage": "cup {n}"}}\n' for n in range(16))

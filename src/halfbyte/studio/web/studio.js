@@ -19,7 +19,7 @@ const FORMATS = { auto: ["prompt", "completion"], prompt_completion: ["prompt", 
 const OF_KIND = { classify: "labels", embed: "vectors" }; // the format that a preset reads
 const GGUF = ["Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "F16", "BF16"];
 let now = { data: [], recipes: [], runs: [], jobs: [], bases: [], names: [], presets: [], changed: {}, folder: "" };
-let recipe = "", run = "", curves = {}, drawn = 0, listening = null, checking = 0, lost = false, shownAt = 0, gguf = GGUF[0], stored = [];
+let recipe = "", run = "", curves = {}, drawn = 0, stale = false, rested = 0, whole = 0, later = 0, listening = null, checking = 0, lost = false, shownAt = 0, gguf = GGUF[0], stored = [];
 
 // -------------------------------------------------------------------------------------------------- the server
 async function call(method, path, body) {
@@ -496,19 +496,35 @@ function grow(rows) {
     }
 }
 
+// Drawing takes at most a hundredth of the time, as the run may need these cores; but a step is seen within a second.
 function draw() {
-  if (drawn) return;
-  drawn = setTimeout(() => { drawn = 0; if (!document.hidden) requestAnimationFrame(charts); }, 200);
+  stale = true;
+  if (drawn || document.hidden) return;
+  drawn = setTimeout(() => requestAnimationFrame((began) => {
+    stale = false;
+    charts();
+    setTimeout(() => { // when it has been painted
+      const ended = performance.now();
+      rested = ended + Math.min(650, 100 * (ended - began));
+      drawn = 0;
+      if (stale) draw();
+    });
+  }), Math.max(30, rested - performance.now()));
 }
 
-function charts() {
-  const shown = CHARTS.filter(([, , name]) => curves[name]).map(([title, unit, name]) => {
+function charts() { // the loss each time, the others every three seconds
+  const all = CHARTS.filter(([, , name]) => curves[name]), at = performance.now();
+  const few = at - whole < 3000 && $("charts").children.length === all.length;
+  clearTimeout(later);
+  if (few) later = setTimeout(() => { whole = 0; draw(); }, 3000);
+  else whole = at;
+  const shown = all.slice(0, few ? 1 : undefined).map(([title, unit, name]) => {
     const lines = [["each step", name === "loss" ? "raw" : "smooth", ...curves[name]]];
     if (name === "loss" && curves.loss[1].length > 8) lines.push(["smoothed", "smooth", curves.loss[0], smooth(curves.loss[1])]);
     if (name === "loss" && curves.eval_loss) lines.push(["held-out rows", "eval", ...curves.eval_loss]);
     return chart(title, unit, lines);
   });
-  $("charts").replaceChildren(...shown);
+  few ? $("charts").firstChild.replaceWith(...shown) : $("charts").replaceChildren(...shown);
 }
 
 function smooth(values) {
@@ -649,6 +665,7 @@ async function start() {
 $("run-rows").addEventListener("change", () => { $("compare").disabled = picked().length < 2; });
 $("compare").addEventListener("click", () => { location.hash = "report/" + picked().map(encodeURIComponent).join("/"); });
 addEventListener("hashchange", go);
+document.addEventListener("visibilitychange", () => { if (stale) draw(); });
 listen();
 go();
 ask("store", "list", "--json").then((found) => { // bases that are quantised here already, by their names on the hub
