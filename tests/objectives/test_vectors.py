@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from halfbyte import finetune
-from halfbyte.data.encoding import texts
 from halfbyte.data.encoding.examples import Example
 from halfbyte.errors import BaseModelError, DataError, RecipeError
 from halfbyte.inference import labels, vectors
@@ -206,12 +205,8 @@ def test_sentence_transformers_opens_the_folder(tmp_path: Path) -> None:
     assert model.prompts["query"] == "ask: "
     wanted = torch.tensor(model.encode(["red cup", "old road"], prompt_name="query"))
     opened = open_run(tmp_path / "run")
-    ids = texts.ids_of(opened.tokenizer, [("ask: red cup",), ("ask: old road",)])
-    rows = [Example(tuple(i), (-100,) * len(i), "", (), "") for i in ids]
-    objective = TextVectors(opened.recipe.vectors)
-    with torch.no_grad():
-        ours = torch.cat(objective.row_vectors(opened.model, objective.collate(rows)))
-    assert torch.allclose(torch.nn.functional.normalize(ours, dim=-1), wanted, atol=1e-5)
+    ours = torch.tensor(vectors.of_texts(opened, ["ask: red cup", "ask: old road"]))
+    assert torch.allclose(ours, wanted, atol=1e-5)
 
 
 def steps(recipe_: Path) -> None:
