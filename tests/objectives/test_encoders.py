@@ -13,6 +13,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
+import halfbyte
+from halfbyte.adapters import unpad
 from halfbyte.adapters.assembly import AdaptedBase, assemble
 from halfbyte.base import load
 from halfbyte.data.encoding.examples import Example
@@ -161,3 +163,41 @@ def test_a_pooled_neighbour_is_caught(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(heads.loss, "labelled_hidden", lambda m, b: right(m, {**b, "keep": (b["keep"] + 1) % 15}))
     with pytest.raises(BaseModelError, match="off by"):
         opened(folder(tmp_path, "bert"), "classify")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("bert", "SEQ_CLS"),
+        pytest.param("bert", "TOKEN_CLS", marks=pytest.mark.slow),
+        pytest.param("modernbert", "SEQ_CLS", marks=pytest.mark.slow),
+        pytest.param("llama", "SEQ_CLS", marks=pytest.mark.slow),
+    ],
+)
+def test_a_script_with_padded_rows(name: str, kind: str, tmp_path: Path) -> None:
+    """The drop-in's loss and gradients are PEFT's, and it runs without padding."""
+    path, grads = folder(tmp_path, name), []
+    auto = AutoModelForTokenClassification if kind == "TOKEN_CLS" else AutoModelForSequenceClassification
+    lengths = torch.tensor([9, 4, 30])
+    mask = (torch.arange(30) < lengths[:, None]).long()
+    ids = torch.randint(5, 300, (3, 30), generator=torch.Generator().manual_seed(0)) * mask
+    labels = ids % 3 * mask - 100 * (1 - mask) if kind == "TOKEN_CLS" else torch.tensor([0, 2, 1])
+    for make in (halfbyte.get_peft_model, get_peft_model):
+        torch.manual_seed(0)
+        model = make(
+            auto.from_pretrained(path, num_labels=3, pad_token_id=0),
+            LoraConfig(
+                r=4,
+                target_modules=["query", "value", "q_proj", "v_proj", "Wqkv"],
+                task_type=kind,
+                init_lora_weights=False,
+            ),
+        ).train()
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None} | {"": loss.detach()})
+        if make is halfbyte.get_peft_model:
+            assert unpad.why_padded(model) == ""
+    assert grads[0].keys() == grads[1].keys()
+    for n, wanted in grads[1].items():
+        assert float((grads[0][n] - wanted).norm()) <= CLOSE * max(float(wanted.norm()), 1e-3), n
