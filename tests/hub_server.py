@@ -128,7 +128,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.before_the_first()
         self.hub.seen.append(Seen(self.command, path, self.headers.get("Range")))
         parts = path.strip("/").split("/")
-        if parts[:2] == ["api", "models"] and len(parts) >= 4:
+        parts = parts[1:] if parts[0] == "datasets" else parts
+        if parts[:2] in (["api", "models"], ["api", "datasets"]) and len(parts) >= 4:
             name, rest = "/".join(parts[2:4]), parts[4:]
         elif len(parts) >= 5 and parts[2] == "resolve":
             name, rest = "/".join(parts[:2]), parts[2:]

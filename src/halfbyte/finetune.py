@@ -223,7 +223,8 @@ def _write_start(setup: Setup, loaded: Loaded, run: RunFolder) -> None:
     tokens = {"tokens": steps.tokens, "computed_tokens": planned.computed_tokens(steps)}
     write_json(run.plan, {**planned.plan.to_json(), "steps": len(steps), **tokens})
     with space_for(run.held_out):
-        split.keep(planned.prepared.held_out, run.held_out)
+        evaluation = planned.prepared.evaluation
+        split.keep(planned.prepared.held_out, run.held_out, evaluation and evaluation.sources)
     known = partial(
         beginning.facts, run, loaded, planned, setup.model.assembled, setup.compute, setup.notices, start.step
     )

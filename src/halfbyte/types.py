@@ -51,7 +51,8 @@ class Batch(TypedDict, total=False):
     # where texts share their beginnings (`data.prefixes`): S segments, each before what follows it; `cu_seq_lens_q` is
     # (S + 1,), the lengths are those of the longest text still
     levels: Tensor  # (S,) how many segments each one follows
-    counts: Tensor  # (K,) fp32: how many texts have this label
+    counts: Tensor  # (K,) fp32: how many texts have this label, or what it counts for in all of them together
+    label_weights: Tensor  # fp32: what each text's labels count for, one text after another
     label_of: Tensor  # the labels of each text by their place among the K, one text after another
     label_starts: Tensor  # (n + 1,) where each text's begin in `label_of`
     text_lengths: Tensor  # (n,) tokens of each text

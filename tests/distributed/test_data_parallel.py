@@ -65,6 +65,35 @@ def test_three_processes_are_one_with_dropout_evaluation_and_the_best_adapter(tm
     assert not [p for p in three.path.iterdir() if p.name.startswith(".")]
 
 
+def to_six(run: Path) -> int:
+    return finetune.train(load_recipe(RunFolder(run).recipe, ["train.max_steps=6"]), resume=True).step
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_sources_in_shares_and_streamed_rows_on_other_processes_are_those_of_one(tmp_path: Path, streams: bool) -> None:
+    """Two processes to step 3, three from there: as one process in one go, held-out losses of each source too."""
+    for seed, name in enumerate(("mine", "wide", "held")):
+        tiny_run.rows(tmp_path / f"{name}.jsonl", 20, seed=seed)
+    mixed = [{"path": f"{tmp_path}/mine.jsonl", "weight": 2}, {"path": f"{tmp_path}/wide.jsonl", "replay": 0.25}]
+    named = [{"path": f"{tmp_path}/{name}.jsonl", "name": name} for name in ("mine", "held")]
+    values: dict[str, Any] = {"data__train": mixed, "data__eval": named}
+    if streams:
+        values |= {"data__train": f"{tmp_path}/[mw]*.jsonl", "data__streaming": True, "data__overlong": "skip"}
+    every = {**EVALUATED, **values, "train__save_strategy": "steps", "train__save_steps": 3}
+    every |= {"train__eval_steps": 3, "train__lr_scheduler_type": "constant"}
+    one = trained(tmp_path, 1, **every)
+    part = tiny_run.recipe(tmp_path, **(BASE | every | {"train__max_steps": 3}), output=tmp_path / "part")
+    together.run(2, train, part.path)
+    assert together.run(3, to_six, tmp_path / "part") == [6, 6, 6]
+    same(one, RunFolder(tmp_path / "part"))
+    for name in ("mine", "held"):
+        columns = [
+            [row[f"eval_{name}_loss"] for row in run.read_metrics() if "eval_loss" in row]
+            for run in (one, RunFolder(tmp_path / "part"))
+        ]
+        assert columns[0] == pytest.approx(columns[1], rel=CLOSE)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize(

@@ -474,6 +474,10 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case({"data__packing": "stream"}, column("tokens"), {"data__train": "BOTH", "data__format": "text"}),
         Case({"data__packing": "stream"}, refused="data.packing stream is for plain text"),
     ),
+    "data.weights": (Case({"data__weights": {"red": 0}}, column("labelled_tokens")),),
+    "data.streaming": (
+        Case({"data__streaming": True, "data__overlong": "skip"}, lambda ran: (ran.folder / "stream.json").exists()),
+    ),
     "data.share_prefixes": (Case({"data__share_prefixes": "off"}, line("shared")),),
     "data.order": (
         Case({"data__order": "families"}, first_loss),

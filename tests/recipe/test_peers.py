@@ -143,7 +143,8 @@ def test_axolotl(tmp_path: Path) -> None:
     assert (second["path"], second["format"]) == ("hub:org/rows?split=train&name=part", "alpaca")
     found = kinds(config)
     assert {*yaml.safe_load(AXOLOTL)} - {"special_tokens"} <= found.keys()
-    assert found["some_new_thing"] == found["neftune_noise_alpha"] == found["datasets[0].roles_to_train"] == "refused"
+    assert found["some_new_thing"] == found["neftune_noise_alpha"] == "refused"
+    assert found["datasets[0].roles_to_train"] == "noted"
     assert found["some_other_thing"] == found["flash_attention"] == found["wandb_project"] == "noted"
     assert "# not taken over: some_new_thing: halfbyte knows no counterpart" in config.recipe("config.yml")
 
@@ -191,8 +192,77 @@ def test_a_script_or_a_notebook_is_read_and_not_run(tmp_path: Path, notebook: bo
     assert kinds(config)["fp16"] == kinds(config)["token"] == "noted"
 
 
+def preference(rl: str, more: str = "") -> str:
+    rows = "datasets:\n  - {path: org/pairs, type: chatml.argilla, split: train}\n"
+    head, tail = AXOLOTL.index("datasets:"), AXOLOTL.index("val_set_size")
+    return AXOLOTL[:head] + rows + AXOLOTL[tail:] + f"rl: {rl}\n{more}"
+
+
+DPO = FACTORY.replace("stage: sft", "stage: dpo")
+PREFERENCES: list[Any] = [
+    ("c.yml", preference("dpo", "rl_beta: 0.2\ndpo_label_smoothing: 0.1\n"), "dpo",
+     {"beta": 0.2, "label_smoothing": 0.1}),
+    ("c.yml", preference("orpo", "orpo_alpha: 0.3\n"), "orpo", {"beta": 0.3}),
+    ("c.yml", preference("kto", "kto_desirable_weight: 0.2\n"), "kto", {"desirable_weight": 0.2}),
+    ("c.yml", preference("simpo", "simpo_gamma: 0.4\n"), "simpo", {"simpo_gamma": 0.4}),
+    ("c.yml", preference("ipo"), "ipo", {}),
+    ("c.yaml", DPO + "pref_beta: 0.3\npref_loss: hinge\npref_ftx: 0.5\n", "dpo",
+     {"beta": 0.3, "loss_type": "hinge", "rpo_alpha": 0.5}),
+    ("c.yaml", DPO + "pref_loss: simpo\nsimpo_gamma: 0.7\n", "simpo",
+     {"simpo_gamma": 0.7}),
+    ("c.yaml", FACTORY.replace("stage: sft", "stage: kto") + "kto_chosen_weight: 0.9\n", "kto",
+     {"desirable_weight": 0.9}),
+    ("t.py", SCRIPT.replace("SFTTrainer", "DPOTrainer").replace("SFTConfig(", "DPOConfig(beta=0.05, loss_type='ipo', "),
+     "dpo", {"beta": 0.05, "loss_type": "ipo"}),
+    ("t.py", SCRIPT.replace("SFTTrainer", "CPOTrainer").replace("SFTConfig(", "CPOConfig(loss_type='simpo', "),
+     "simpo", {}),
+    ("t.py", SCRIPT.replace("SFTTrainer", "GRPOTrainer").replace("SFTConfig(", "GRPOConfig(num_generations=6, "),
+     "grpo", {"num_generations": 6, "per_device_train_batch_size": 6}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "text", "method", "fields"), PREFERENCES)
+def test_preferences_and_rewards_are_imported(
+    tmp_path: Path, name: str, text: str, method: str, fields: dict[str, Any]
+) -> None:
+    """Nothing of the method is refused but what it does not read; other values are as without it."""
+    config, recipe = imported(tmp_path, name, text)
+    train = recipe.train
+    assert (train.method, recipe.lora.r) == (method, {"c.yml": 32, "c.yaml": 8, "t.py": 16}[name])
+    assert {field: getattr(train, field) for field in fields} == fields
+    refused = {i.name: i.text for i in config.items if i.kind == "refused"}
+    assert not {*refused} & {"rl", "stage", "method", "rl_beta", "pref_beta", "pref_loss", "beta", "loss_type"}, refused
+    assert recipe.data.mask == ("completion" if method == "grpo" else "assistant")
+    assert all(not isinstance(s, dict) for s in recipe.data.sources)
+    if name == "c.yml" and method == "dpo":
+        (entry,) = recipe.data.train
+        read = entry.fields  # type: ignore[union-attr]
+        assert (read.prompt, read.chosen, read.rejected) == ("instruction", "chosen_response", "rejected_response")
+    if method == "grpo":
+        assert next(iter(train.rewards or {})).endswith("rewards.py:reward") and "train.rewards" in refused
+        assert recipe.lora.lora_dropout == 0
+
+
+def test_a_head_is_imported(tmp_path: Path) -> None:
+    script = """
+from transformers import AutoModelForSequenceClassification, TrainingArguments
+names = {0: "bad", 1: "good"}
+model = AutoModelForSequenceClassification.from_pretrained("org/base", num_labels=2, id2label=names)
+peft_config = LoraConfig(task_type=TaskType.SEQ_CLS, r=4)
+dataset = load_dataset("csv", data_files="rows.csv", split="train")
+args = TrainingArguments(per_device_train_batch_size=3, learning_rate=1e-4, output_dir="out")
+"""
+    config, recipe = imported(tmp_path, "train.py", script)
+    assert (recipe.task, recipe.labels, recipe.lora.r) == ("classify", ("bad", "good"), 4)
+    assert recipe.data.format == "labels" and recipe.train.per_device_train_batch_size == 3
+    assert not [item for item in config.items if item.kind == "refused"]
+
+
 STOPS: list[Any] = [
-    ("rl: dpo", AXOLOTL + "rl: dpo\n"),
+    ("rl: gdpo", AXOLOTL + "rl: gdpo\n"),
+    ("stage: ppo", FACTORY.replace("stage: sft", "stage: ppo")),
+    ("pref_loss: kto_pair", DPO + "pref_loss: kto_pair\n"),
+    ("reward_model: true", AXOLOTL + "reward_model: true\n"),
     ("finetuning_type: full", FACTORY.replace("finetuning_type: lora", "finetuning_type: full")),
     ("processor_type", AXOLOTL + "processor_type: AutoProcessor\n"),
     ("fine_tune_type: full", MLX.replace("dora", "full")),

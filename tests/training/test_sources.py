@@ -59,6 +59,37 @@ def test_losses_by_source_are_those_of_separate_evaluations(tmp_path: Path) -> N
     assert "Evaluation: loss by source" in html
 
 
+def test_eval_scores_each_source_also_of_rows_that_the_run_held_out(tmp_path: Path) -> None:
+    """Each source's loss and exact match are those of its rows scored alone; the page and `compare` have them."""
+    named = mixed(tmp_path / "named", eval__metrics=["exact_match"], eval__max_new_tokens=3)
+    split = mixed(tmp_path / "split", data__eval=12, train__max_steps=2)
+    for loaded in (named, split):
+        finetune.train(loaded)
+        run = Path(loaded.recipe.output)
+        options = dataclasses.replace(EvalOptions.of(loaded.recipe.eval), names=("exact_match",), with_base=True)
+        opened = opened_run.open_run(run)
+        sheet = evaluate(opened, options)
+        scores = {score.name: score for score in sheet.scores}
+        assert list(scores)[:3] == ["loss", "perplexity", "exact_match"] and "mine_perplexity" not in scores
+        assert sum(scores[f"{name}_loss"].rows for name in ("mine", "wide")) == scores["loss"].rows == sheet.rows
+        for side in ("adapter", "base"):
+            of = [
+                (getattr(scores[f"{name}_exact_match"], side).value, scores[f"{name}_loss"].rows)
+                for name in ("mine", "wide")
+            ]
+            mean = sum(value * rows for value, rows in of) / sheet.rows
+            assert getattr(scores["exact_match"], side).value == pytest.approx(mean)
+        if loaded is named:
+            alone = evaluate(opened, options, data=tmp_path / "named" / "mine_test.jsonl").scores[0]
+            assert alone.adapter is not None and scores["mine_loss"].adapter is not None
+            assert scores["mine_loss"].adapter.value == pytest.approx(alone.adapter.value, rel=1e-5)
+            assert scores["mine_loss"].difference is not None
+        sheet.write(run / "eval")
+    compared = comparing.compare([Path(loaded.recipe.output) for loaded in (named, split)])
+    assert {"mine_loss", "wide_exact_match", "mine_loss of the base"} <= {name for name, _ in compared.scores}
+    assert "<th>wide_loss</th>" in comparing.page.html(record.read(Path(named.recipe.output)))
+
+
 def test_the_best_evaluation_by_a_source_or_while_none_loses_more(tmp_path: Path) -> None:
     """By a source its own lowest; no evaluation is allowed where one has lost more than is allowed."""
     loaded = mixed(tmp_path / "by", train__metric_for_best_model="wide_loss", train__max_steps=6)

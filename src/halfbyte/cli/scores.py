@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from halfbyte.scoring.sheet import EvalOptions, Score, Sheet, Value
     from halfbyte.types import Document
 
-_NUMBERS = (*LOSSES, "base_text_loss", *OF_PAIRS)
+_NUMBERS = (*LOSSES, *OF_PAIRS)  # with the name of a source in front
 
 
 def evaluate(
@@ -179,7 +179,7 @@ def _mark(metric: str, value: float | None) -> str:
 def _shown(score: Score, value: Value | None, *, sign: bool = False) -> str:
     if value is None:
         return ""
-    times, kind, unit = (1, ".4f", "") if score.name in _NUMBERS else (100, ".1f", "%")
+    times, kind, unit = (1, ".4f", "") if score.name.endswith(_NUMBERS) else (100, ".1f", "%")
     limits = ""
     if value.interval is not None:
         limits = escape(" [{}, {}]".format(*(f"{times * limit:{kind}}" for limit in value.interval)))

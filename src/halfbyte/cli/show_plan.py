@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
@@ -245,12 +246,12 @@ def example(row: ShownRow) -> None:
 
 
 def _marked(pieces: Sequence[Piece], colours: bool) -> Text:
-    text, inside = Text(), False
-    for piece in pieces:
-        if piece.labelled != inside and not colours:
-            text.append("⟦" if piece.labelled else "⟧")
-        inside = piece.labelled
-        style = "bold green" if piece.labelled else "dim"
-        text.append(show.visible(piece.text), f"{style} reverse" if piece.special else style)
-    text.append("⟧" if inside and not colours else "")
+    text = Text()
+    for (labelled, weight), group in groupby(pieces, key=lambda piece: (piece.labelled, piece.weight)):
+        style, marks = "bold green" if labelled else "dim", labelled and not colours
+        text.append("⟦" if marks else "")
+        for piece in group:
+            text.append(show.visible(piece.text), f"{style} reverse" if piece.special else style)
+        text.append("⟧" if marks else "")
+        text.append("" if weight == 1 else f"×{weight:g}", "yellow")
     return text

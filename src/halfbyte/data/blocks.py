@@ -52,6 +52,9 @@ class Blocks(Examples):
     def labelled(self) -> NDArray[np.int64]:
         return self.lengths() - (self._stop - self._first)
 
+    def label_weights(self) -> None:
+        return None
+
     def where(self, index: int) -> str:
         """The names of its first and its last text."""
         names = [self._texts.where(int(text)) for text in (self._first[index], self._stop[index] - 1)]

@@ -31,6 +31,7 @@ def collate(examples: Sequence[Example]) -> Batch:
         keep: (K,) int64, the positions p whose next token is labelled.
         targets: (K,) int64, `labels[0, keep + 1]`.
         beginnings: (T,) int64, see `prefixes.beginnings`.
+        counts, label_weights: (K,) fp32, what each label counts for; absent where each counts once.
     """
     lengths = [n for e in examples for n in e.pieces]
     starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)  # (n + 1,)
@@ -39,7 +40,11 @@ def collate(examples: Sequence[Example]) -> Batch:
     labels[starts[:-1].long()] = IGNORED
     position_ids = torch.cat([torch.arange(n) for n in lengths])  # (T,)
     keep = (labels[1:] != IGNORED).nonzero().squeeze(1)  # (K,)
-    return {
+    weighed: Batch = {}
+    if any(e.weights for e in examples):
+        every = torch.tensor([w for e in examples for w in e.weights or (1.0,) * len(e.labels)])  # (T,)
+        weighed = {"counts": every[keep + 1], "label_weights": every[keep + 1]}
+    return weighed | {
         "input_ids": input_ids[None],  # (1, T)
         "position_ids": position_ids[None],
         "labels": labels[None],
@@ -73,14 +78,17 @@ def collate_tree(examples: Sequence[Example]) -> Batch:
     labelled = [np.flatnonzero(row[1:] != IGNORED) for row in labels]  # the token before each label
     every = np.concatenate([place[at] for place, at in zip(of_texts, labelled, strict=True)])
     tokens_of = np.concatenate([row[1:][at] for row, at in zip(labels, labelled, strict=True)])
-    keep, first, label_of, counts = np.unique(every, return_index=True, return_inverse=True, return_counts=True)
+    weights = [np.array(text.weights or (1.0,) * len(text.labels))[1:] for text in texts]
+    of_labels = np.concatenate([row[at] for row, at in zip(weights, labelled, strict=True)])
+    keep, first, label_of = np.unique(every, return_index=True, return_inverse=True)
+    weighed: Batch = {"label_weights": torch.from_numpy(of_labels).float()} if any(e.weights for e in examples) else {}
     positions = np.concatenate([np.arange(len(row)) for row in rows])
     everywhere, ids = np.concatenate(of_texts), np.concatenate(rows).astype(np.int64)
     packed = np.empty((3, tokens), np.int64)
     packed[:, everywhere] = ids, positions, prefixes.beginnings(ids, positions)
     starts = torch.tensor([0, *accumulate(stop - start for _, start, stop, _ in segments)], dtype=torch.int32)
     input_ids, position_ids, beginnings = torch.from_numpy(packed)
-    return {
+    return weighed | {
         "input_ids": input_ids[None],
         "position_ids": position_ids[None],
         "cu_seq_lens_q": starts,
@@ -91,7 +99,7 @@ def collate_tree(examples: Sequence[Example]) -> Batch:
         "targets": torch.from_numpy(tokens_of[first]),
         "beginnings": beginnings,
         "levels": torch.tensor([level for *_, level in segments]),
-        "counts": torch.from_numpy(counts).float(),
+        "counts": torch.from_numpy(np.bincount(label_of, of_labels)).float(),
         "label_of": torch.from_numpy(label_of),
         "label_starts": torch.tensor([0, *accumulate(map(len, labelled))]),
         "text_lengths": torch.tensor([*map(len, rows)]),

@@ -54,7 +54,7 @@ def check(
     """The findings of all gates. `trained`: tokens whose rows train, so that the model may meet them as new; `context`:
     what it reads at once, None without a limit."""
     verdicts = {
-        "labels": _labels(train),
+        "labels": _labels(train, data),
         "end token": _ends(train),
         "length": _length(train, held_out, data),
         "context": _context([train, *([held_out] if held_out else [])], data, context),
@@ -82,10 +82,14 @@ def refuse(findings: Sequence[Finding]) -> None:
         raise DataError(f"the data is refused: {text}.", fix="; ".join(f.fix for f in refused if f.fix) or None)
 
 
-def _labels(train: EncodedRows) -> Verdict:
+def _labels(train: EncodedRows, data: Data) -> Verdict:
     stats, share = train.stats, train.stats.labelled_share
     percent = f"{share:.1%}" if share >= LEAST_LABELLED_SHARE else f"{share:.2%}"
     text = f"{stats.labelled_tokens:,} of {stats.tokens:,} tokens are labelled ({percent})"
+    if train.label_weights is not train.labelled:
+        text += f" and count for {train.label_weights.sum():,.1f}"
+    if data.weights and not train.tally.weighed:
+        return "warning", f"{text}; data.weights finds nothing in what is trained", "look at its regular expressions"
     if share < LEAST_LABELLED_SHARE:
         return "warning", text, "data.mask: assistant or all, if more was meant"
     return "ok", text, None

@@ -7,6 +7,7 @@ same tokens are on one side together. The run keeps them, as tokens, so that `ev
 Cost: a sort of one number a row; a copy of the tokens that are held out.
 """
 
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,6 +25,8 @@ from halfbyte.data.reading import files as reading
 from halfbyte.errors import DataError, RunError
 from halfbyte.recipe.data import Data, DataEntry, Sources, sources_of
 from halfbyte.system import files
+
+_SOURCES = b"halfbyte.sources"
 
 
 def split(
@@ -100,8 +103,9 @@ def choose(digests: NDArray[np.uint64], of_files: Sequence[int], count: int, see
     return np.flatnonzero(np.isin(which, chosen))
 
 
-def keep(held_out: Examples | None, path: Path) -> None:
-    """Write the rows that a run holds out, once; a RunError where it has held out others, as its data has changed."""
+def keep(held_out: Examples | None, path: Path, sources: SourceRows | None = None) -> None:
+    """Write the rows that a run holds out, once, with their sources; a RunError where it has held out others, as its
+    data has changed."""
     if path.is_file():
         before = load(path).examples.digests()
         now = held_out.digests() if held_out is not None else before[:0]
@@ -112,8 +116,10 @@ def keep(held_out: Examples | None, path: Path) -> None:
                 fix="put data.train and its settings back as they were, or start a new run",
             )
     elif held_out is not None:
-        partial = path.with_suffix(".partial")
-        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+        partial, schema = path.with_suffix(".partial"), SCHEMA
+        if sources is not None:
+            schema = SCHEMA.with_metadata({_SOURCES: json.dumps([sources.names, sources.of_row.tolist()])})
+        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             for part in held_out.parts():
                 writer.write_batch(part)
         files.put(partial, path)
@@ -124,6 +130,8 @@ def load(path: Path) -> EncodedRows:
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         rows = Examples([reader.get_batch(i) for i in range(reader.num_record_batches)])
+        names, of_row = json.loads((reader.schema.metadata or {}).get(_SOURCES, "[[], []]"))
     except (OSError, pa.ArrowException) as error:
         raise RunError(f"{path} cannot be read: {error}") from None
-    return EncodedRows(rows, Tally(seen=len(rows), kept=len(rows)))
+    sources = SourceRows(tuple(names), np.array(of_row, np.int64)) if names else None
+    return EncodedRows(rows, Tally(seen=len(rows), kept=len(rows)), sources=sources)

@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import torch
 from halfbyte.data import base_text, split
 from halfbyte.data.encoding import encode
 from halfbyte.data.encoding.examples import IGNORED, Example
+from halfbyte.data.streaming import some_rows
 from halfbyte.errors import DataError, HalfbyteError
 from halfbyte.inference import target
 from halfbyte.inference.generate import generate_ids, stop_ids
@@ -118,8 +120,8 @@ def _rows(opened: Opened, data: Path | None, max_rows: int) -> list[Example]:
             try:
                 if rows is not None:
                     how = plain if rows is not sample else plain.model_copy(update={"format": "auto", "fields": {}})
-                    encoded = encode.encode(rows, opened.tokenizer, how, cores=device.cores())
-                    return list(encoded.examples[:max_rows])
+                    read = some_rows if rows is recipe.data.train else partial(encode.encode, cores=device.cores())
+                    return list(read(rows, opened.tokenizer, how).examples[:max_rows])
             except HalfbyteError:
                 continue
     raise DataError("there are no rows to compare an export on.", fix="--data ROWS.jsonl")
@@ -133,7 +135,7 @@ def training_rows(run: Target, tokenizer: Tokenizer, tokens: int) -> list[Exampl
     if not recipe.data.train:
         raise DataError("the recipe names no training rows to repair an export on.", fix="--set data.train=ROWS.jsonl")
     chosen, total = list[Example](), 0
-    for row in encode.encode(recipe.data.train, tokenizer, data, cores=device.cores()).examples:
+    for row in some_rows(recipe.data.train, tokenizer, data).examples:
         total += len(row.input_ids)
         if chosen and total > tokens:
             break

@@ -70,4 +70,4 @@ def with_answer(example: Example, ids: Sequence[int], stops: set[int]) -> Exampl
     end = labelled[-1:] if labelled and labelled[-1] in stops else []
     answer = (*ids, *end)
     prompt = example.prompt_ids
-    return replace(example, input_ids=(*prompt, *answer), labels=(*[IGNORED] * len(prompt), *answer))
+    return replace(example, input_ids=(*prompt, *answer), labels=(*[IGNORED] * len(prompt), *answer), weights=())

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from halfbyte.data import base_text, blocks, collate, split
 from halfbyte.data.encoding import encode
 from halfbyte.data.encoding.encoder import EncodedRows
-from halfbyte.data.encoding.examples import IGNORED, Example
+from halfbyte.data.encoding.examples import Example
 from halfbyte.errors import DataError
 from halfbyte.inference import batch, choices, target
 from halfbyte.inference.preferences import PreferenceScoring
@@ -83,14 +83,18 @@ def evaluate(
     asks = options.with_base and not opened.alone and compares is None
     as_came = _source(opened, (examples, text), progress) if asks else ""
     of_source, of_text = (None, None) if isinstance(as_came, str) else as_came
+    scored, ratio = [("loss", False), *scoring.names], [] if compares else [("perplexity", False)]
+    scored[1:1] = compares.names if compares else []
     scores = tuple(
         sheet.score(name, sides, settings, yes_no=yes_no, sure=options.sure, source=of_source)
-        for name, yes_no in (
-            ("loss", False),
-            *(compares.names if compares else [("perplexity", False)]),
-            *scoring.names,
-        )
+        for name, yes_no in scored[:1] + ratio + scored[1:]
     )
+    answered = [number for number, e in enumerate(examples) if e.completion or compares]
+    for of, rows in _rows_of_sources(encoded, len(examples)).items():
+        parts = {side: value.take(rows, answered) for side, value in sides.items()}
+        as_source = of_source and of_source.take(rows, ())
+        each = [sheet.score(n, parts, settings, yes_no=y, sure=options.sure, source=as_source) for n, y in scored]
+        scores += tuple(replace(score, name=f"{of}_{score.name}") for score in each if score.rows)
     scores += (sheet.score(sheet.BASE_TEXT, text_sides, settings, yes_no=False, sure=options.sure, source=of_text),)
     questions = tuple(
         sheet.Question(e.where, opened.tokenizer.decode(e.prompt_ids, skip_special_tokens=True), e.completion)
@@ -98,6 +102,12 @@ def evaluate(
     )
     seconds, why = time.monotonic() - began, as_came if isinstance(as_came, str) else ""
     return sheet.Sheet(source, len(examples), seconds, scores, questions, sides, adapter, of_source, why)
+
+
+def _rows_of_sources(encoded: EncodedRows, count: int) -> dict[str, list[int]]:
+    """Of the first `count` rows those of each source that has any."""
+    every = encoded.sources.numbers() if encoded.sources is not None else {}
+    return {name: some for name, rows in every.items() if (some := rows[rows < count].tolist())}
 
 
 def _tell_as(tell: Progress, what: str, _: str, done: int, of: int) -> None:
@@ -178,6 +188,7 @@ def rows_to_score(opened: Opened, data: Path | None) -> tuple[EncodedRows, str]:
     else:
         source = ", ".join(map(str, names)) if isinstance(names, tuple | list) else str(names)
         encoded = encode.encode(names, opened.tokenizer, recipe.data, cores=device.cores())
+        encoded = split.told_apart(encoded, names, recipe.train.order_seed)
     encoded.tally.check_length(recipe.data)
     if recipe.data.packing == "stream":
         encoded = blocks.stream(encoded, recipe.data.max_length)
@@ -221,7 +232,7 @@ class Scoring:
     ) -> sheet.Side:  # fmt: skip
         """Losses of all rows, and answers with their scores of those that ask; of rows that say which answer is better
         also what the model makes of that."""
-        tokens = [sum(label != IGNORED for label in e.labels) for e in examples]
+        tokens = [e.label_weight for e in examples]
         read: dict[int, float] = {}  # where every row is answered, one forward is enough
         at_once, limit = plan.sequences, plan.max_tokens_per_micro_batch
         answers = self.answers(at_once, limit, tell, read if len(self.asking) == len(examples) else None)
@@ -282,7 +293,7 @@ def micro_batches(
     """Rows in micro-batches as planned for them; the base stays where it is. `generated_tokens`: of a sequence: its
     prompt and what is written. Raises DataError: a row is longer than what the model reads."""
     lengths, texts = [len(e.input_ids) for e in examples], [max(e.pieces) for e in examples]
-    labelled = [sum(label != IGNORED for label in e.labels) for e in examples]
+    labelled = [e.labelled for e in examples]
     context = context_of(opened.model.config)
     if context is not None and max(texts) > context.tokens:
         longest = examples[texts.index(max(texts))]

@@ -299,4 +299,4 @@ def _pieces(row: Example, size: int) -> Iterator[Example]:
     for first in range(0, len(row.input_ids), size):
         ids, labels = row.input_ids[first : first + size], row.labels[first : first + size]
         if any(label != IGNORED for label in labels[1:]):
-            yield replace(row, input_ids=ids, labels=(IGNORED, *labels[1:]))
+            yield replace(row, input_ids=ids, labels=(IGNORED, *labels[1:]), weights=())

@@ -83,10 +83,13 @@ def text_losses(model: Model, batch: Batch) -> list[float]:
     head = head_of(model)
     with torch.no_grad():
         states, targets = labelled_logits(model, batch) if head is None else labelled_hidden(model, batch)
-        texts = [(states[labels], targets[labels]) for labels in labels_of_texts(batch)]
+        each = zip(labels_of_texts(batch), weights_of_texts(batch), strict=True)
+        texts = [(states[labels], targets[labels], weights) for labels, weights in each]
         if head is not None:
-            return [float(head_loss(hidden, labels, head)) for hidden, labels in texts]
-        return [float(F.cross_entropy(logits.float(), labels, reduction="sum")) for logits, labels in texts]
+            return [float(head_loss(hidden, labels, head, counts=weights)) for hidden, labels, weights in texts]
+        losses = [F.cross_entropy(logits.float(), labels, reduction="none") for logits, labels, _ in texts]
+        weighed = (x if w is None else x * w.to(x.device) for x, (*_, w) in zip(losses, texts, strict=True))
+        return [float(x.sum()) for x in weighed]
 
 
 def text_likelihoods(model: Model, batch: Batch) -> list[tuple[float, bool]]:
@@ -108,6 +111,13 @@ def labels_of_texts(batch: Batch) -> Iterator[slice | Tensor]:
         return iter(batch["label_of"].split(batch["label_starts"].diff().tolist()))
     ends = torch.searchsorted(batch["keep"], batch["cu_seq_lens_q"][1:].to(batch["keep"].dtype)).tolist()
     return starmap(slice, pairwise([0, *ends]))
+
+
+def weights_of_texts(batch: Batch) -> Iterator[Tensor | None]:
+    """What each text's labelled tokens count for; None where each counts once."""
+    weights, places = batch.get("label_weights"), labels_of_texts(batch)
+    sizes = [p.stop - p.start if isinstance(p, slice) else len(p) for p in places]
+    return iter([None] * len(sizes) if weights is None else weights.split(sizes))
 
 
 def labelled_logits(model: Model, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,7 @@ class CausalLM:
     sum_names: ClassVar[tuple[str, ...]] = ("loss", "labelled_tokens", "tokens")
 
     def weights(self, rows: EncodedRows) -> pack.Weights:
-        return rows.labelled
+        return rows.label_weights
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         return collate.collate(examples)
@@ -53,13 +53,14 @@ class CausalLM:
         from halfbyte.layers import loss
 
         lengths = batch.get("text_lengths", batch["cu_seq_lens_q"].diff()).tolist()
-        labelled = [len(batch["targets"][labels]) for labels in loss.labels_of_texts(batch)]
+        each = zip(loss.labels_of_texts(batch), loss.weights_of_texts(batch), strict=True)
+        labelled = [len(batch["targets"][at]) if w is None else float(w.sum()) for at, w in each]
         texts = zip(loss.text_losses(model, batch), labelled, lengths, strict=True)
         return [{"loss": a, "labelled_tokens": b, "tokens": c} for a, b, c in texts]
 
     def scores(self, sums: Sums) -> dict[str, float]:
-        """`loss` and `perplexity` of a labelled token; `labelled_tokens`, `tokens`."""
-        labelled = int(sums["labelled_tokens"])
-        mean = sums["loss"] / max(labelled, 1)
-        perplexity = math.exp(min(mean, 700.0))
-        return {"loss": mean, "perplexity": perplexity, "labelled_tokens": labelled, "tokens": int(sums["tokens"])}
+        """`loss` and `perplexity` of a labelled token; `labelled_tokens` (what they count for together), `tokens`."""
+        labelled = sums["labelled_tokens"]
+        mean = sums["loss"] / (labelled or 1)
+        perplexity, count = math.exp(min(mean, 700.0)), int(labelled) if float(labelled).is_integer() else labelled
+        return {"loss": mean, "perplexity": perplexity, "labelled_tokens": count, "tokens": int(sums["tokens"])}

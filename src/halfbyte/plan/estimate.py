@@ -177,6 +177,9 @@ def longest_row(recipe: Recipe) -> int:
     return max(_sizes(recipe.data.train, unlimited, count)[0], default=0)
 
 
+STREAMED_ROWS = 20_000  # of files of any size
+
+
 def _sizes(names: Sources, data: Data, count: Count) -> tuple[list[int], list[int]]:
     """About how many tokens each row has, and how many labelled ones; of blocks where texts are packed into them."""
     from halfbyte.data.reading.files import find
@@ -184,6 +187,7 @@ def _sizes(names: Sources, data: Data, count: Count) -> tuple[list[int], list[in
 
     reader, sizes = Reader(sources := find(names), data), list[tuple[int, int]]()
     rows = ((_texts(row), source.read_as(data).mask) for source in sources for row in reader.rows_of(source))
+    rows = islice(rows, STREAMED_ROWS) if data.streaming else rows
     while some := list(islice(rows, CHUNK_ROWS)):
         counts = iter(count([text for texts, _ in some for text in texts]))
         sizes += [_size([next(counts) for _ in texts], mask) for texts, mask in some]

@@ -1,5 +1,6 @@
 """The `data:` section of a recipe: which rows, how they are read, and what of them is trained. No torch; pydantic."""
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
@@ -200,6 +201,16 @@ def _are_args(value: object) -> bool:
     return isinstance(value, Mapping) and all(isinstance(k, str) and k.isidentifier() and k not in given for k in value)
 
 
+_WEIGHTS = "a mapping of regular expressions to numbers from 0 on, such as {'(?s)<think>.*?</think>': 0}"
+
+
+def _are_weights(value: object) -> bool:
+    try:
+        return isinstance(value, Mapping) and all(0 <= float(w) < math.inf and re.compile(p) for p, w in value.items())
+    except (TypeError, ValueError, re.error, RecursionError, OverflowError):
+        return False
+
+
 class Data(Section):
     """What is trained on."""
 
@@ -215,9 +226,15 @@ class Data(Section):
     fields: Fields = field(Fields(), "which columns hold what")
     max_length: Int = field(1024, "tokens of the longest row", ge=2)
     mask: Mask = field("completion", "what is trained: the last assistant turn, every one, or all tokens")
+    weights: Annotated[dict[str, float], must(_WEIGHTS, _are_weights)] = field(
+        {}, "what text counts for that a regular expression finds in what is trained: 0 masks it, 2 counts it twice"
+    )
     overlong: Literal["error", "truncate", "skip"] = field("error", "what happens to a longer row")
     packing: Literal["rows", "stream"] = field(
         "rows", "rows as they are; or stream: plain texts end to end, in blocks of max_length tokens"
+    )
+    streaming: bool = field(
+        False, "rows are read and tokenised while training goes on, in blocks whose order is seeded: files of any size"
     )
     share_prefixes: Literal["auto", "off"] = field(
         "auto", "compute once what rows of a step have in common at their beginnings; the same is learned"
@@ -260,8 +277,9 @@ class Data(Section):
         """With what the name of a source's metric begins: `tickets_` of tickets_loss; empty for one of all rows."""
         return next((f"{name}_" for name in self.scored_sources if metric.startswith(f"{name}_")), "")
 
-    def problems(self) -> Iterator[str]:
-        """What excludes each other in `data:`, in sentences."""
+    def problems(self, task: str, train: Document) -> Iterator[str]:
+        """What excludes each other in `data:`, in sentences; `train`: that section of the recipe."""
+        yield from self._in_streaming(task, train)
         sources, given = (
             self.sources,
             [entry.name for entry in self.train if isinstance(entry, DataEntry) and entry.name],
@@ -285,12 +303,31 @@ class Data(Section):
             yield "data.eval: weight, repeat, limit and replay are for data.train; a source that is scored has a name"
         if self.packing != "stream":
             return
+        if self.weights:
+            yield "data.weights is not read with data.packing stream, where each token counts once; say rows"
         if self.format not in ("auto", "text"):
             yield f"data.packing stream is for plain text, and data.format is {self.format}; say rows, or format: text"
         if self.mask == "assistant":
             yield "data.packing stream is for plain text, in which no assistant speaks; data.mask: all"
         if self.overlong != "error":
             yield f"data.overlong {self.overlong} is not read with data.packing stream: long texts are cut into blocks"
+
+    def _in_streaming(self, task: str, train: Document) -> Iterator[str]:
+        evaluates, strategies = self.eval_names is not None, (train["save_strategy"], train["eval_strategy"])
+        excluded = {
+            f"is for task causal_lm and train.method sft; it is {task}, {train['method']}":
+                task != "causal_lm" or train["method"] != "sft",
+            "needs train.max_steps: how many rows there are is not known ahead": train["max_steps"] < 1,
+            "does not go with train.within, which counts rows ahead; train.max_steps": train["within"] is not None,
+            "knows no epoch ahead: train.save_strategy steps, and train.eval_steps: 100 with data.eval":
+                "epoch" in strategies or (evaluates and train["eval_steps"] is None),
+            "takes rows in the order of their blocks, so that data.train cannot mix named sources": bool(self.sources),
+            f"knows no number of rows to hold {self.eval} out of; data.eval: a file, or none":
+                not evaluates and self.eval not in ("auto", "none"),
+            "knows no row ahead, and data.overlong is error; say truncate or skip":
+                self.packing == "rows" and self.overlong == "error",
+        }  # fmt: skip
+        yield from (f"data.streaming {why}" for why, wrong in excluded.items() if self.streaming and wrong)
 
     @property
     def eval_names(self) -> str | tuple[str | DataEntry, ...] | None:

@@ -333,12 +333,14 @@ def nested(values: Mapping[str, object]) -> Document:
 
 
 def check_values(values: Mapping[str, object]) -> dict[str, str]:
-    """What is wrong with values, by their dotted names; of two that exclude each other, with the later one."""
+    """What is wrong with values, by their dotted names; of two that exclude each other, with the later one,
+    but rather not with the method."""
     wrong = dict[str, str]()
     for item in _validate(nested(values))[1]:
         for text in sentences(item, {}, {}):
             names = fields_in(text) if item["type"] == "together" else [field_of(item)]
-            wrong |= dict.fromkeys([n for n in names if n in values][-1:], text)
+            last = sorted((n for n in names if n in values), key=lambda n: n not in ("task", "train.method"))[-1:]
+            wrong |= dict.fromkeys(last, text)
     return wrong
 
 

@@ -120,6 +120,8 @@ def problems(method: MethodFields, data: Data) -> Iterator[str]:
             yield f"train.method {name} {learns}, and data.format is {given}"
     if name == "sft":
         return
+    if data.weights:
+        yield f"data.weights is for train.method sft, and train.method is {name}"
     if data.mask == "all":
         yield f"data.mask all is not for train.method {name}: answers are compared, and prompts are not"
     for other in FOR_SFT:

@@ -28,6 +28,8 @@ from halfbyte.types import Document, Value
 CALLS = frozenset({"from_pretrained", "get_peft_model", "LoraConfig", "SFTConfig", "SFTTrainer", "TrainingArguments",
                    "UnslothTrainingArguments", "UnslothTrainer", "BitsAndBytesConfig", "train_on_responses_only",
                    "get_chat_template", "load_dataset"})  # fmt: skip
+OF_METHOD = re.compile("(DPO|KTO|ORPO|CPO|GRPO|RLOO|Reward|OnlineDPO|PPO|PRM|BCO|XPO|NashMD|GKD)(Trainer|Config)")
+FIRST = ("rl", "stage", "method", "task_type")  # what they say decides how others are read
 SCRIPTS = (".py", ".ipynb")
 UNKNOWN = "halfbyte knows no counterpart of it"
 _CODE = object()  # a value that only running the script would tell
@@ -82,12 +84,13 @@ def read(path: Path) -> ImportedConfig:
     every = {**common, **tables[tool]["fields"]}
     rules = {name: rule for names, rule in every.items() for name in names.split()}
     config = ImportedConfig(tool, path.parent, {**tables[tool], "fields": rules}, dict(tables[tool]["defaults"]))
-    flat = {**dict.fromkeys(tables[tool].get("needs", ())), **dict(_flat(given, rules))}
-    for name, value in flat.items():
+    flat = {**dict.fromkeys(tables[tool].get("needs", ())), **dict(flat_fields(given, rules))}
+    for name, value in sorted(flat.items(), key=lambda item: item[0] not in FIRST):
         of_rows = name in tables[tool]["rows"] and value not in (None, _CODE)
         (_rows if of_rows else _field)(config, name, value, flat)
+    _suit_method(config)
     translated = {item.text.partition(":")[0] for item in config.items if item.kind == "translated"}
-    for target in tables[tool]["defaults"].keys() - translated:
+    for target in (tables[tool]["defaults"].keys() & config.values) - translated:
         config.told(target, "default", f"{shown(config.values[target])}, as {tool} does it")
     for name, value in (("model", "MODEL"), ("data.train", "train.jsonl")):
         if name not in config.values:
@@ -104,12 +107,36 @@ def read(path: Path) -> ImportedConfig:
     return config
 
 
-def _flat(given: Document, rules: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, Value]]:
+def _suit_method(config: ImportedConfig) -> None:
+    """What a method other than supervised fine-tuning, or a head, takes otherwise than the tool's defaults say."""
+    values, method = config.values, config.values.get("train.method")
+    if config.values.get("task", method) is None:
+        return
+    if values.get("data.mask") == config.table["defaults"].get("data.mask"):
+        values.pop("data.mask", None)
+    if method is None:
+        return
+    if config.tool == "trl":
+        values.setdefault("train.learning_rate", 1e-6)
+        values.setdefault("data.max_length", 1024)
+    if method not in ("grpo", "rloo"):
+        return
+    if "train.rewards" not in values:
+        values["train.rewards"] = "rewards.py:reward"
+        config.told("train.rewards", "refused", "rewards are code; put the function in the place of rewards.py:reward")
+    batch, steps = "train.per_device_train_batch_size", int(values.get("train.gradient_accumulation_steps", 4))
+    group = int(values.get("train.num_generations", 8 if method == "grpo" else 2))
+    if int(values.get(batch, 4)) * steps % group:
+        values[batch] = group
+        config.told(batch, "default", f"{group}, as a step has whole groups of train.num_generations")
+
+
+def flat_fields(given: Document, rules: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, Value]]:
     """The fields, those of mappings that the rules look into by their dotted names."""
     for key, value in given.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict) and any(known.startswith(f"{name}.") for known in rules):
-            yield from _flat(value, rules, f"{name}.")
+            yield from flat_fields(value, rules, f"{name}.")
         else:
             yield name, value
 
@@ -130,10 +157,14 @@ def _field(config: ImportedConfig, name: str, value: Value, flat: Document) -> N
         )
     elif isinstance(how, dict):
         ours = how.get(value if isinstance(value, str | int) else "*", how.get("*"))
-        if ours is None:
+        if ours in ("stop", "note"):
+            done, why = ("stops", f"{shown(value)} is not trained") if ours == "stop" else ("noted", shown(value))
+            config.told(name, done, why)
+        elif ours is None:
             config.told(name, "refused" if value else "noted", f"{shown(value)} has no counterpart" if value else "off")
         else:
-            config.put(name, target, value if ours == "same" else ours)
+            changed = CHANGES[ours](value, flat) if isinstance(ours, str) and ours in CHANGES else ours
+            config.put(name, target, value if ours == "same" else changed)
     else:
         config.put(name, target, CHANGES[how](value, flat) if how else value)
 
@@ -156,12 +187,34 @@ def _targets(value: Value, flat: Document) -> object:
     return "all-linear" if value in ("all", "linear") else value
 
 
+def _labels(value: Value, flat: Document) -> object:
+    return [str(label) for _, label in sorted(value.items())] if isinstance(value, dict) else value
+
+
+def _rewards(value: Value, flat: Document) -> object:
+    """Axolotl's FILE.FUNCTION and its weights."""
+    names = [
+        re.sub(r"^(.+)\.(\w+)$", r"\1.py:\2", str(name)) for name in (value if isinstance(value, list) else [value])
+    ]
+    weights = flat.get("trl.reward_weights") or [1.0] * len(names)
+    return dict(zip(names, weights, strict=False))
+
+
+def _method(value: Value, flat: Document) -> object:
+    """SimPO and ORPO are losses elsewhere."""
+    loss = flat.get("pref_loss", flat.get("loss_type"))
+    return loss if value in ("dpo", "cpo") and loss in ("orpo", "simpo") else value
+
+
 CHANGES: dict[str, Callable[[Value, Document], object]] = {
     "held_out": lambda v, _: "none" if not v else f"{100 * v:g}%" if v < 1 else str(int(v)),
     "targets": _targets,
     "names": lambda v, _: v if isinstance(v, list) else [name.strip() for name in str(v).split(",")],
     "scale": lambda v, flat: v * flat.get("lora_parameters.rank", 8),
     "thinking": lambda v, _: {"enable_thinking": v},
+    "labels": _labels,
+    "rewards": _rewards,
+    "method": _method,
 }
 
 
@@ -170,16 +223,20 @@ def _rows(config: ImportedConfig, name: str, value: Value, flat: Document) -> No
     if config.tool == "llamafactory":
         value = [*_of_info(config, [one.strip() for one in str(value).split(",")], flat)]
     types, names = config.table["types"], config.table["columns"]
+    method, pairs = config.values.get("train.method"), config.table.get("pairs", {})
     entries = list[object]()
     for number, given in enumerate(value if isinstance(value, list) else [value]):
         one: Document = {"path": given} if isinstance(given, str) else dict(given or {})
         for key in ("message_property_mappings", "type", "columns", "tags"):
             one = {**one.pop(key), **one} if isinstance(one.get(key), dict) else one
-        where, kind = f"{name}[{number}]", re.split(r"[:.]", str(one.pop("type", "") or ""))[0]
-        shape, mask = types.get(kind, (None, None))
-        if kind and kind not in types:
+        where, (kind, *more) = f"{name}[{number}]", re.split(r"[:.]", str(one.pop("type", "") or ""))
+        shape, mask = types.get(kind, (None, None)) if method is None else (None, None)
+        known = kind in types or (method is not None and more[:1] and more[0] in pairs)
+        fields = dict(pairs.get(more[0], {})) if method is not None and more and kind != "chat_template" else {}
+        if kind and not known:
             config.told(f"{where}.type", "refused", f"{kind}: data.fields or data.format says how these rows are read")
-        fields = {names[key]: one.pop(key) for key in [*one] if key in names and isinstance(one[key], str)}
+        fields |= {names[key]: one.pop(key) for key in [*one] if key in names and isinstance(one[key], str)}
+        fields = {ours: theirs for ours, theirs in fields.items() if ours != theirs or method is None}
         split, part = one.pop("split", None) or one.pop("train_split", None), one.pop("name", None)
         mixed = {key: one.pop(key, None) for key in ("weight", "limit")}
         place, files = one.pop("path", None), one.pop("data_files", None)
@@ -189,8 +246,12 @@ def _rows(config: ImportedConfig, name: str, value: Value, flat: Document) -> No
             entry = {"path": path, "format": shape, "mask": mask, "fields": fields}
             filled = {key: v for key, v in {**entry, **mixed}.items() if v}
             entries.append(filled if len(filled) > 1 else path)
-        for key in one.keys() - {"ds_type", "hf_hub_url", "trust_remote_code"}:
-            config.told(f"{where}.{key}", "refused" if one[key] else "noted", UNKNOWN if one[key] else "not set")
+        ours = config.table.get("rows_as", {})
+        for key, value_of in one.items():
+            plain = key in ("ds_type", "hf_hub_url", "trust_remote_code", "ranking", "ms_hub_url")
+            same = plain or (key in ours and ours[key] == value_of)
+            why = "as it is here" if same else UNKNOWN if value_of else "not set"
+            config.told(f"{where}.{key}", "noted" if same or not value_of else "refused", why)
     alone = len(entries) == 1 and isinstance(entries[0], str)
     config.put(name, "data.eval" if name == "test_datasets" else "data.train", entries[0] if alone else entries)
 
@@ -240,8 +301,13 @@ def script(text: str, *, notebook: bool) -> Document:
                 known[node.targets[0].id] = _value(node.value, known)
             elif isinstance(node, ast.Call):
                 owner, _, name = ast.unparse(node.func).rpartition(".")
-                if name in CALLS and not re.search("[Tt]okenizer|[Pp]rocessor", owner):
+                method = OF_METHOD.fullmatch(name)
+                if (name in CALLS or method) and not re.search("[Tt]okenizer|[Pp]rocessor", owner):
                     given = {**_arguments(name, node, known), **given}
+                if method:
+                    given.setdefault("method", method[1].lower())
+                if name == "from_pretrained" and "ForSequenceClassification" in ast.unparse(node):
+                    given.setdefault("task_type", "SEQ_CLS")
     return given
 
 
@@ -259,6 +325,8 @@ def _arguments(name: str, node: ast.Call, known: Document) -> Document:
 def _value(node: ast.expr, known: Document) -> Value:
     if isinstance(node, ast.Name):
         return known.get(node.id, _CODE)
+    if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "TaskType":
+        return node.attr
     try:
         return ast.literal_eval(node)
     except (ValueError, TypeError, SyntaxError, RecursionError):

@@ -309,8 +309,9 @@ class Recipe(tasks.FormatOfTask):
 
     @model_validator(mode="after")
     def _together(self) -> Recipe:
-        problems = [*_in_source(self), *in_quant(self.quant), *_in_lora(self), *_in_train(self), *self.data.problems()]
-        problems += [*method.problems(self.train, self.data), *tasks.problems(self.model_dump(exclude_defaults=True))]
+        problems = [*_in_source(self), *in_quant(self.quant), *_in_lora(self), *_in_train(self)]
+        problems += [*self.data.problems(self.task, self.train.model_dump()), *method.problems(self.train, self.data)]
+        problems += tasks.problems(self.model_dump(exclude_defaults=True))
         problems += rewards.problems(self.train, self.eval.pattern, self.lora.lora_dropout, self.quant.model_dump())
         if problems:
             raise PydanticCustomError("together", "values that exclude each other", {"problems": problems})
@@ -445,6 +446,5 @@ def leaves(section: BaseModel, prefix: str = "") -> list[tuple[str, object]]:
     """Every leaf value with its dotted path; a mapping such as rank_pattern is one leaf."""
     pairs: list[tuple[str, object]] = []
     for name, value in section:
-        inner = isinstance(value, BaseModel)
-        pairs += leaves(value, f"{prefix}{name}.") if inner else [(prefix + name, value)]
+        pairs += leaves(value, f"{prefix}{name}.") if isinstance(value, BaseModel) else [(prefix + name, value)]
     return pairs

@@ -20,6 +20,7 @@ TRIPLET, GROUPS = "TripletLoss", "BatchAllTripletLoss"
 # Fields that these do not read, and why.
 _UNREAD = {
     "data.mask": "a text has one label, or is one vector",
+    "data.weights": "a text has one label, or is one vector",
     "data.packing": "rows are texts of their own",
     "data.chat_template": "texts are read as they are",
     "train.method": "labels are learned by the loss of the head",

@@ -65,16 +65,23 @@ class Answer:
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a comparison: each row's summed loss and labelled tokens, and the answers to the rows that ask."""
+    """One side of a comparison: each row's summed loss, what its labelled tokens count for, and the answers to the rows
+    that ask."""
 
     losses: tuple[float, ...]
-    tokens: tuple[int, ...]
+    tokens: tuple[float, ...]
     answers: tuple[Answer, ...]
 
     @property
     def sums(self) -> NDArray[np.float64]:
         """(rows, 2): each row's loss and tokens."""
         return np.array([self.losses, self.tokens], np.float64).T
+
+    def take(self, rows: Sequence[int], asking: Sequence[int]) -> Side:
+        """Of some rows alone. `asking`: the rows that `answers` are of."""
+        chosen = set(rows)
+        answers = tuple(a for row, a in zip(asking, self.answers, strict=False) if row in chosen)
+        return Side(tuple(self.losses[r] for r in rows), tuple(self.tokens[r] for r in rows), answers)
 
     def rows_of(self, name: str) -> RowSums:
         """The score `name` as sums over rows."""

@@ -22,7 +22,8 @@ from halfbyte.data.encoding.examples import Example, Examples
 from halfbyte.data.mixture import Mixture
 from halfbyte.data.prefixes import IdsOf
 from halfbyte.data.reading import read
-from halfbyte.errors import HalfbyteError
+from halfbyte.data.streaming import Flow
+from halfbyte.errors import DataError, HalfbyteError
 from halfbyte.models.context import context_of
 from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.sources.lookup import find_model
@@ -59,6 +60,8 @@ class Prepared:
     """How the sources of `data.train` are mixed; None where they are not."""
     shares: bool = False
     """Whether rows share their beginnings (`data/prefixes.py`), as far as is known."""
+    flow: Flow | None = None
+    """Where rows are read while training goes on; `train` is then the first of its windows."""
 
     @property
     def epoch_rows(self) -> int:
@@ -105,10 +108,14 @@ def look(recipe: Recipe, objective: Objective | None = None) -> Prepared:
         tied = bool(getattr(text, "tie_word_embeddings", False))
         settled = chatml.install(tokenizer, data, embedding_rows=rows, tied=tied)
         recipe = with_trained(recipe, settled.new_tokens)
-    every = encode.encode(data.train, tokenizer, data, cores=cores)
-    every = split.told_apart(every, data.train, recipe.train.order_seed)
+    flow = Flow(data.train, tokenizer, data, recipe.train.order_seed) if data.streaming else None
+    every = encode.encode(data.train, tokenizer, data, cores=cores) if flow is None else flow.first()
+    if flow is None:
+        every = split.told_apart(every, data.train, recipe.train.order_seed)
     train, evaluation, held_out = _held_out(recipe, every, tokenizer)
     objective = objective or _objective(recipe, config, every, evaluation)
+    if recipe.train.method != "sft" and train.label_weights is not train.labelled:
+        raise DataError(f"rows give messages or parts weights, which train.method {recipe.train.method} does not read.")
     of = train.sources
     mixture = None if of is None else Mixture.of(data.sources, of.of_row, recipe.train.rows_per_step)
     trained = frozenset(recipe.lora.trainable_token_indices or (settled.new_tokens if settled else ()))
@@ -124,7 +131,7 @@ def look(recipe: Recipe, objective: Objective | None = None) -> Prepared:
         train, evaluation = _together(train), None if evaluation is None else _together(evaluation)
     return Prepared(
         recipe, objective, checkpoint, config, tokenizer, train, evaluation, findings, settled, held_out, mixture,
-        shares,
+        shares, flow,
     )  # fmt: skip
 
 
@@ -148,6 +155,8 @@ def why_not_shared(recipe: Recipe, objective: Objective) -> str:
     """Why rows do not share their beginnings, by what is asked for; empty if they may."""
     if recipe.data.share_prefixes == "off":
         return "as the recipe says"
+    if recipe.data.streaming:
+        return "rows are not known ahead (data.streaming)"
     if recipe.data.packing != "rows":
         return "a block of several texts is one row (data.packing: stream)"
     # a subclass with a batch or a loss of its own may count a label once
@@ -167,6 +176,7 @@ def _held_out(
     stops = asks.early_stopping_patience is not None
     wanted = True if stops or asks.eval_on_start or asks.eval_strategy in ("steps", "epoch") else None
     wanted = False if asks.eval_strategy == "no" else wanted
+    wanted = False if data.streaming else wanted
     train, evaluation = split.split(train, data, asks.order_seed, wanted=wanted)
     return train, evaluation, evaluation.examples if evaluation is not None else None
 
@@ -200,6 +210,8 @@ def data_note(prepared: Prepared) -> str:
     stats, texts = prepared.train.stats, prepared.train.texts
     rows = f"{stats.rows:,} rows" if texts is None else f"{texts:,} texts in {stats.rows:,} blocks"
     held_out = f"; {prepared.evaluation.stats.rows:,} rows held out" if prepared.evaluation else ""
+    if prepared.flow is not None:
+        rows = f"the first {rows}, of more that are read while training goes on"
     mixed = f"; {prepared.mixture.note(prepared.recipe.train.order_seed)}" if prepared.mixture else ""
     if (train := prepared.recipe.train).draws:
         answers = min(train.rows_per_step, stats.rows) * (train.num_generations or 1)
@@ -247,6 +259,8 @@ def fingerprints(prepared: Prepared) -> Document:
             digest.update(column.tobytes())
         if prepared.mixture is not None and encoded is prepared.train:
             digest.update(prepared.mixture.content)
+        if prepared.flow is not None and encoded is prepared.train:
+            digest.update(prepared.flow.content)
         return {"rows": len(encoded.examples), "digest": digest.hexdigest()}
 
     return {"train": of(prepared.train), "eval": of(prepared.evaluation)}

@@ -118,6 +118,8 @@ class Piece:
     text: str
     labelled: bool
     special: bool
+    weight: float = 1.0
+    """What each of its labels counts for."""
 
 
 @dataclass(frozen=True)
@@ -231,10 +233,11 @@ def show_row(example: Example, row: int, tokenizer: Tokenizer) -> ShownRow:
     as_it_is = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
 
     def pieces(text: Example) -> tuple[Piece, ...]:
-        marked = [(i, label >= 0, i in special) for i, label in zip(text.input_ids, text.labels, strict=True)]
+        each = zip(text.input_ids, text.labels, text.weights or (1.0,) * len(text.labels), strict=True)
+        marked = [(i, label >= 0, i in special, weight if label >= 0 else 1.0) for i, label, weight in each]
         return tuple(
-            Piece(str(tokenizer.decode([i for i, _, _ in group], **as_it_is)), labelled, is_special)
-            for (labelled, is_special), group in groupby(marked, key=lambda token: token[1:])
+            Piece(str(tokenizer.decode([i for i, *_ in group], **as_it_is)), *kind)
+            for kind, group in groupby(marked, key=lambda token: token[1:])
         )
 
     texts = example.texts if example.prompt_ids else [example]  # a block of several is one

@@ -17,7 +17,7 @@ from halfbyte.errors import RecipeError, RewardError
 from halfbyte.objectives.objective import scores_of
 from halfbyte.recipe.task import CAUSAL_LM
 from halfbyte.runs.checkpoint import Best
-from halfbyte.runs.folder import RunFolder
+from halfbyte.runs.folder import RunFolder, read_json
 from halfbyte.scoring.sheet import BASE_TEXT
 from halfbyte.scoring.verdict import beside_source
 from halfbyte.system import accelerator, device, usage
@@ -25,7 +25,7 @@ from halfbyte.training import reference, source
 from halfbyte.training.callback import EarlyStopping, Follower, RunCallback
 from halfbyte.training.comparison import SOURCE, Comparison, Rows
 from halfbyte.training.events import Listener, StopRequest
-from halfbyte.training.schedule import cadence, eval_every
+from halfbyte.training.schedule import StreamedRows, cadence, eval_every
 from halfbyte.training.setup import Setup
 from halfbyte.training.trainer import RunHooks, StepInterrupted, StepTrainer, training_arguments
 from halfbyte.training.watch import Witness
@@ -55,6 +55,11 @@ def run_steps(setup: Setup, folder: RunFolder, stop: StopRequest, tell: Listener
     if train.early_stopping_patience is not None:
         early = EarlyStopping(train, world.from_first(folder.read_metrics))
     stop_of_all = stop if world.alone else StopRequest()  # of several processes none ends alone
+    flow, streamed = setup.run.prepared.flow, None
+    if flow is not None:
+        path = folder.path / "stream.json"
+        flow.keep(path if world.first else None, world.from_first(lambda: read_json(path)))
+        streamed = StreamedRows(setup.run.prepared, flow, world, tell)
     hooks = RunHooks(
         stops_step=lambda: stop.signal is not None,
         # early stopping decides on the evaluation itself, so that one is always finished
@@ -62,7 +67,7 @@ def run_steps(setup: Setup, folder: RunFolder, stop: StopRequest, tell: Listener
         on_stop=lambda: stop_of_all.give(stop.signal or Signals.SIGTERM),
         on_evaluation=tell.evaluating,
         answer_scores=lambda: {**setup.answer_scores(), **_text_score(setup, trainer)},
-        rollouts=setup.rollouts,
+        rollouts=setup.rollouts or streamed,
     )
     trainer = _trainer(setup, folder, hooks)
     callback = _run_callback(setup, folder, trainer, stop_of_all, tell, resume) if world.first else None
@@ -86,6 +91,8 @@ def run_steps(setup: Setup, folder: RunFolder, stop: StopRequest, tell: Listener
     finally:
         if callback is not None:
             callback.writer.abandon()
+        if flow is not None and flow.left_out and callback is not None:
+            callback.notices.append(flow.left_out.listing(f"{flow.left_out.count:,} rows could not be used"))
         tell.end()
     done = trainer.state.global_step
     stopped_early = early is not None and early.stops and done < len(steps)

@@ -1,15 +1,26 @@
 """The steps of a run, counted and arranged: how many, which rows, when to save and when to evaluate."""
 
+from __future__ import annotations
+
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.data import collate, pack
 from halfbyte.data.encoding.encoder import EncodedRows
+from halfbyte.data.streaming import Flow
 from halfbyte.recipe.schema import Train
 from halfbyte.training.prepare import Prepared
+from halfbyte.types import Document
+
+if TYPE_CHECKING:
+    from halfbyte.distributed.world import World
+    from halfbyte.training.events import Listener
+    from halfbyte.training.pace import Pace
 
 
 def count_steps(prepared: Prepared) -> int:
@@ -114,6 +125,38 @@ def count_evaluations(prepared: Prepared, done: int = 0) -> int:
     """Evaluations of the held-out rows in the steps after the first `done`."""
     every, total = eval_every(prepared), count_steps(prepared)
     return (total // every - done // every if every else 0) + (prepared.recipe.train.eval_on_start and not done)
+
+
+@dataclass
+class StreamedRows:
+    """The rows of each step of a run that reads them as it goes on, as `pace.StepRows`. Each process reads all rows,
+    and takes its share of a step's."""
+
+    prepared: Prepared
+    flow: Flow
+    world: World
+    tell: Listener
+    left_out: int = 0
+
+    def begin(self, step: pack.Step, pace: Pace, look: Callable[[int, int], None]) -> collate.StepItem:
+        count = self.prepared.recipe.train.rows_per_step
+        rows = self.flow.rows(step.index * count, (step.index + 1) * count)
+        if self.flow.left_out.count > self.left_out:
+            self.left_out = self.flow.left_out.count
+            text = f"{self.left_out:,} rows so far cannot be used, and are left out: {self.flow.left_out.first()}"
+            self.tell.warn(text)
+        pace.lengths, pace.ids = np.array([len(row.input_ids) for row in rows], np.int64), None
+        share = pack.share(range(count), pace.lengths, self.world.size)[self.world.rank]
+        limits = pace.tokens, pace.examples_per_micro_batch, None
+        parts, tokens = pack.arrange(share, pace.lengths, *limits, padded=pace.padded), int(pace.lengths.sum())
+        labelled, weight = (sum(each) for each in zip(*((row.labelled, row.label_weight) for row in rows), strict=True))
+        counts = {"labelled_tokens": labelled, "weight": weight, "tokens": tokens, "computed": tokens}
+        batches = collate.Batches(rows, parts, self.prepared.lay_out)
+        return {"step": replace(step, micro_batches=parts, **counts), "micro_batches": batches}
+
+    def end(self, row: Document) -> Document:
+        left_out = {"rows_left_out": self.left_out} if self.left_out else {}
+        return {"epoch": self.flow.passes(row["step"] * self.prepared.recipe.train.rows_per_step - 1), **left_out}
 
 
 def _steps_per_epoch(prepared: Prepared) -> int:

@@ -75,4 +75,6 @@ def _texts(example: Example, longest: int) -> Iterator[Example]:
     each length oneDNN compiles products that it keeps, 2 MB a length of a small model (docs/log)."""
     for text in example.texts:
         ids, more = text.input_ids, min(-len(text.input_ids) % LENGTHS, longest - len(text.input_ids))
-        yield replace(text, input_ids=(*ids, *[ids[-1]] * more), labels=(*text.labels, *[IGNORED] * more))
+        weights = (*text.weights, *[0.0] * more) if text.weights else ()
+        labels = (*text.labels, *[IGNORED] * more)
+        yield replace(text, input_ids=(*ids, *[ids[-1]] * more), labels=labels, weights=weights)

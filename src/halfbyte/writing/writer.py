@@ -198,9 +198,10 @@ class Writer(TextWriter):
         """Losses of rows from the body's hidden states (T, D), and what is likeliest after their prompts."""
         assert head is not None
         starts = batch["cu_seq_lens_q"].tolist()[:-1]
-        for i, (text, start, labels) in enumerate(zip(texts, starts, loss.labels_of_texts(batch), strict=True)):
+        each = zip(texts, starts, loss.labels_of_texts(batch), loss.weights_of_texts(batch), strict=True)
+        for i, (text, start, labels, weights) in enumerate(each):
             keep, targets = batch["keep"][labels], batch["targets"][labels]
-            text.loss = float(loss.head_loss(hidden[keep], targets, head))
+            text.loss = float(loss.head_loss(hidden[keep], targets, head, counts=weights))
             if hidden.dtype == torch.float32 and text.row is not None:  # rounded logits tie
                 states = hidden[start + len(text.prompt) - 1 : start + len(text.row.input_ids)]
                 logits = (loss.head_logits(some, head) for some in states.split(_LOGITS_AT_ONCE))

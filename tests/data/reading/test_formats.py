@@ -166,10 +166,10 @@ WRONG = [
      "messages[0]: only an assistant thinks, this message is of user"),
     ({"messages": [{**A, "thinking": "a", "reasoning_content": "b"}]},
      "messages[0]: reasoning_content and thinking are two names of one thing, and differ"),
-    ({"messages": [{**A, "weight": 0.5}]}, "messages[0].weight: 0 or 1 is needed, got the number 0.5"),
+    ({"messages": [{**A, "weight": -0.5}]}, "messages[0].weight: a number from 0 on is needed, got the number -0.5"),
     ({"messages": [{**A, "mood": "good"}]},
      ("messages[0]: 'mood' is not supported; allowed: role, content, train, tool_calls, tool_call_id, name, "
-      "reasoning_content, thinking, weight")),
+      "reasoning_content, thinking, weight, train_detail")),
     ({"messages": [{"role": "assistant", "content": [{"type": "image_url"}]}]},
      "messages[0].content[0]: an object with type text and a text is needed, got an object"),
     ({"messages": [{"role": "assistant", "content": None}]}, "messages[0].content: a string is needed, got null"),

@@ -187,8 +187,8 @@ BAD_MESSAGES = [
         "messages[0].train: true or false is needed, got the string 'no'",
     ),
     (
-        '{"messages": [{"role": "user", "content": "a", "train": true}, {"role": "assistant", "content": "a"}]}',
-        "messages[0].train: only an assistant message can be trained on, this one is user",
+        '{"messages": [{"role": "user", "content": "a", "weight": "b"}, {"role": "assistant", "content": "a"}]}',
+        "messages[0].weight: a number from 0 on is needed, got the string 'b'",
     ),
 ]
 

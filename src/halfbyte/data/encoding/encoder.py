@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Self
 
 import numpy as np
@@ -95,6 +95,12 @@ class EncodedRows:
         return self.examples.labelled()
 
     @cached_property
+    def label_weights(self) -> NDArray[np.int64] | NDArray[np.float64]:
+        """What the labels of each row count for together: (rows,); `labelled` itself where each counts once."""
+        weights = self.examples.label_weights()
+        return self.labelled if weights is None or np.array_equal(weights, self.labelled) else weights
+
+    @cached_property
     def stats(self) -> Stats:
         lengths = self.lengths
         return Stats(
@@ -168,13 +174,16 @@ class Encoder:
         several = list[Row]()  # rows whose texts are rendered, one after another
         for row in rows:
             try:
-                rendered += [self._renderer.render(text) for text in row.texts]
+                rendered += (texts_of := [self._renderer.render(text) for text in row.texts])
+                if (len(texts_of) > 1 or row.desirable is not None) and any(t.weights is not None for t in texts_of):
+                    raise Refused("weights of messages or parts are for train.method sft")
                 several.append(row)
             except Refused as refused:
                 tally.refused.add(f"{row.where}: {refused}")
         of_row = len(several[0].texts) if several else 1
         whole = ("".join(r.text for r in rendered[i : i + of_row]) for i in range(0, len(rendered), of_row))
         tally.different.update(hashlib.sha256(t.encode()).hexdigest() for t in islice(dict.fromkeys(whole), 2))
+        tally.weighed = sum(text.weights is not None and bool((text.weights != 1).any()) for text in rendered)
         in_turn = iter(self._lexer.tokenize(rendered))
         each = [[self._fit(text, tally) for text in islice(in_turn, of_row)] for _ in several]
         fits = [(row, [t for t in texts if t is not None]) for row, texts in zip(several, each, strict=True)]
@@ -279,7 +288,26 @@ class _Lexer:
             ids, prompt = self._opening + ids, self._opening + prompt
             trained = [(a and a + opening, b + opening) for a, b in trained]
         # nothing predicts the first token
-        return TokenizedRow(ids, [(max(a, 1), b) for a, b in trained if b > max(a, 1)], r.where, prompt, r.completion)
+        row = TokenizedRow(ids, [(max(a, 1), b) for a, b in trained if b > max(a, 1)], r.where, prompt, r.completion)
+        return row if r.weights is None else row.weigh(self._weights(r, len(ids)))
+
+    def _weights(self, r: RenderedRow, count: int) -> list[float]:
+        """What each of a row's tokens counts for: the least of its characters, white space around words aside. Raises
+        DataError: a tokenizer that does not say which characters a token is of."""
+        if r.weights is None or not getattr(self._tokenizer, "is_fast", False):
+            raise DataError(
+                "parts of a text with weights need a fast tokenizer (tokenizer.json), and this one is slow."
+            )
+        edges = [0, *(_edges(r) if self._cuts else ()), len(r.text)]
+        weights = [1.0] * (len(self._opening) if r.opens else 0)
+        for begin, end in pairwise(edges):
+            piece = r.text[begin:end]
+            encoded = self._tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            for first, last in encoded.offset_mapping:
+                each = r.weights[begin + first : begin + last].tolist()
+                words = [w for w, c in zip(each, piece[first:last], strict=True) if not c.isspace()]
+                weights.append(min(words or each, default=weights[-1] if weights else 1.0))
+        return weights + [float(r.weights[-1])] * (count - len(weights))
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         if not texts:

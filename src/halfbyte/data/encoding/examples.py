@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, chain, groupby, pairwise
 from typing import Any, Self, overload
 
 import numpy as np
@@ -35,6 +35,8 @@ SCHEMA = pa.schema(
         ("starts", pa.list_(pa.uint32())),  # of the second text and later ones; a row is nearly always one
         ("alike", pa.uint32()),  # tokens that its first two texts begin with alike
         ("desirable", pa.int32()),  # whether the answer is a good one; -1 where nobody says
+        ("weights", pa.list_(pa.float32())),  # what the labels of each span count for; none where all count once
+        ("weight", pa.float64()),  # what all labels count for together
     ]
 )
 
@@ -58,6 +60,18 @@ class Example:
     """Whether the answer is a good one; None where nobody says."""
     reference: tuple[float, ...] = ()
     """Of each text the log-probability that the reference gives its labels, once it is known."""
+    weights: tuple[float, ...] = ()
+    """What each label counts for, as long as `labels`; empty where each counts once."""
+
+    @property
+    def labelled(self) -> int:
+        return sum(label != IGNORED for label in self.labels)
+
+    @property
+    def label_weight(self) -> float:
+        """What its labels count for together."""
+        each = zip(self.labels, self.weights, strict=True)
+        return sum(weight for label, weight in each if label != IGNORED) if self.weights else self.labelled
 
     @property
     def pieces(self) -> list[int]:
@@ -70,7 +84,8 @@ class Example:
         if len(self.starts) == 1:
             return [self]
         parts = [slice(a, b) for a, b in pairwise((*self.starts, len(self.input_ids)))]
-        return [replace(self, input_ids=self.input_ids[p], labels=self.labels[p], starts=(0,)) for p in parts]
+        fields = ("input_ids", "labels", "weights")
+        return [replace(self, starts=(0,), **{name: getattr(self, name)[p] for name in fields}) for p in parts]
 
 
 @dataclass
@@ -88,14 +103,28 @@ class TokenizedRow:
     alike: int = 0
     """Tokens that the first two texts begin with alike."""
     desirable: bool | None = None
+    weights: tuple[float, ...] = ()
+    """What the labels of each span count for; none where all count once."""
 
     @property
     def labelled(self) -> int:
         return sum(b - a for a, b in self.spans)
 
+    @property
+    def weight(self) -> float:
+        return sum(w * (b - a) for w, (a, b) in zip(self.weights or (1,) * len(self.spans), self.spans, strict=True))
+
     def cut(self, limit: int) -> Self:
         """Its first `limit` tokens. The prompt for generation stays whole."""
-        return replace(self, ids=self.ids[:limit], spans=[(a, min(b, limit)) for a, b in self.spans if a < limit])
+        spans = [(a, min(b, limit)) for a, b in self.spans if a < limit]
+        return replace(self, ids=self.ids[:limit], spans=spans, weights=self.weights[: len(spans)])
+
+    def weigh(self, weights: Sequence[float]) -> Self:
+        """With what each token counts for: spans of one weight each; those of 0 are not labelled."""
+        runs = (list(run) for a, b in self.spans for _, run in groupby(range(a, b), key=weights.__getitem__))
+        spans = [(run[0], run[-1] + 1) for run in runs if weights[run[0]]]
+        each = tuple(weights[a] for a, _ in spans)
+        return replace(self, spans=spans, weights=each if any(weight != 1 for weight in each) else ())
 
 
 def batch(rows: Sequence[TokenizedRow]) -> pa.RecordBatch:
@@ -118,27 +147,29 @@ def batch(rows: Sequence[TokenizedRow]) -> pa.RecordBatch:
         "starts": _lists([row.starts for row in rows], "i"),
         "alike": _numbers([row.alike for row in rows], "I"),
         "desirable": _numbers([-1 if row.desirable is None else int(row.desirable) for row in rows], "i"),
+        "weights": _lists([row.weights for row in rows], "i", "f"),
+        "weight": _numbers([row.weight for row in rows], "d"),
     }
     return pa.RecordBatch.from_arrays([columns[name] for name in SCHEMA.names], schema=SCHEMA)
 
 
-_TYPES = {"I": pa.uint32(), "i": pa.int32(), "Q": pa.uint64()}
-_LISTS = {"i": pa.list_(pa.uint32()), "q": pa.large_list(pa.uint32())}
+_TYPES = {"I": pa.uint32(), "i": pa.int32(), "Q": pa.uint64(), "f": pa.float32(), "d": pa.float64()}
+_LISTS = {"i": pa.list_, "q": pa.large_list}
 
 
-def _numbers(values: Sequence[int], code: str) -> pa.Array:
+def _numbers(values: Sequence[float], code: str) -> pa.Array:
     """`code`: of Python's `array`."""
     return pa.Array.from_buffers(_TYPES[code], len(values), [None, pa.py_buffer(array(code, values))])
 
 
-def _offsets(parts: Sequence[Sequence[int] | bytes], code: str) -> pa.Buffer:
+def _offsets(parts: Sequence[Sequence[float] | bytes], code: str) -> pa.Buffer:
     return pa.py_buffer(array(code, accumulate(map(len, parts), initial=0)))
 
 
-def _lists(parts: Sequence[Sequence[int]], code: str) -> pa.Array:
-    """`code`: of the offsets."""
-    values = _numbers(list(chain.from_iterable(parts)), "I")
-    return pa.Array.from_buffers(_LISTS[code], len(parts), [None, _offsets(parts, code)], children=[values])
+def _lists(parts: Sequence[Sequence[float]], code: str, of: str = "I") -> pa.Array:
+    """`code`: of the offsets; `of`: of the values."""
+    values, kind = _numbers(list(chain.from_iterable(parts)), of), _LISTS[code](_TYPES[of])
+    return pa.Array.from_buffers(kind, len(parts), [None, _offsets(parts, code)], children=[values])
 
 
 def _texts(texts: Sequence[str]) -> pa.Array:
@@ -184,6 +215,10 @@ class Examples(Sequence[Example]):
         """Labelled tokens of each row: (rows,) int64."""
         return self._column("labelled").astype(np.int64)
 
+    def label_weights(self) -> NDArray[np.float64] | None:
+        """What the labels of each row count for together: (rows,); None where each counts once."""
+        return self._column("weight") if self._are_weighed else None
+
     def seconds(self) -> NDArray[np.int64] | None:
         """Where the second text of each row begins: (rows,) int64; None where rows are one text."""
         starts = self._column("starts").astype(np.int64) if self._has_texts() else None
@@ -228,12 +263,23 @@ class Examples(Sequence[Example]):
         for a, b in zip(spans[::2], spans[1::2], strict=True):
             labels[a:b] = ids[a:b]
         example = Example(tuple(ids), tuple(labels), where, tuple(ids[:length] if length >= 0 else prompt), completion)
+        if self._are_weighed and (each := self._value("weights", index).as_py()):
+            weights = [1.0] * len(ids)
+            for weight, a, b in zip(each, spans[::2], spans[1::2], strict=True):
+                weights[a:b] = [weight] * (b - a)
+            example = replace(example, weights=tuple(weights))
         if not self._has_texts():
             return example
         starts, label = (self._value(name, index).as_py() for name in ("starts", "desirable"))
         reference = () if self.reference is None else tuple(self.reference[index].tolist())
         desirable = None if label < 0 else bool(label)
         return replace(example, starts=(0, *starts), desirable=desirable, reference=reference)
+
+    @cached_property
+    def _are_weighed(self) -> bool:
+        """Whether any label counts for more or less than another; older files do not say so."""
+        columns = (b.column("weights") for b in self.batches if "weights" in b.schema.names)
+        return any(column.offsets[-1].as_py() > column.offsets[0].as_py() for column in columns)
 
     def _has_texts(self) -> bool:
         """Whether rows may be several texts; older files do not say so."""

@@ -17,7 +17,9 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 from jinja2 import TemplateSyntaxError
+from numpy.typing import NDArray
 
 from halfbyte.data.encoding import thoughts
 from halfbyte.data.encoding.chatml import chat_template
@@ -30,7 +32,7 @@ from halfbyte.types import Document, Tokenizer
 
 _TAIL_CHARS = 8  # characters of a prompt's end that are searched for, where the template rewrites what came before
 _PRIVATE_USE = range(0xE000, 0xF900)  # characters that no text holds and no template strips
-_UNWRITTEN = "messages[{i}]: the chat template does not write the {what} of this assistant message"
+_UNWRITTEN = "messages[{i}]: the chat template does not write the {what} of this {role} message"
 _TOOLS_FIX = "data.chat_template: chatml-tools (or qwen-tools, llama3-tools)"
 _QUESTION, _ANSWER = ChatMessage("user", "a"), ChatMessage("assistant", chr(_PRIVATE_USE[0]))
 
@@ -51,6 +53,8 @@ class RenderedRow:
     """Whether an end of text must be appended: the text has no end-of-turn token of its own."""
     opens: bool = False
     """Whether the tokenizer's own first token (a BOS) belongs in front; a chat template writes its own."""
+    weights: NDArray[np.float64] | None = None
+    """What each character counts for, and what is appended: (characters + 1,); None: all alike."""
 
 
 class Refused(Exception):
@@ -64,6 +68,7 @@ class Renderer:
     def __init__(self, tokenizer: Tokenizer, data: Data) -> None:
         self._tokenizer = tokenizer
         self._mask = data.mask
+        self._patterns = [(re.compile(pattern), weight) for pattern, weight in data.weights.items()]
         self._template = chat_template(tokenizer, data)
         self._thoughts = data.thoughts
         self.seen = Tally()
@@ -86,7 +91,9 @@ class Renderer:
         self._tools = row.tools
         if row.text is not None:
             self._count_special((row.text,))
-            return RenderedRow(row.where, row.text, ((0, len(row.text)),), "", "", ends=True, opens=True)
+            spans = ((0, len(row.text)),)
+            weights = self._weights(row.text, spans)
+            return RenderedRow(row.where, row.text, spans, "", "", ends=True, opens=True, weights=weights)
         if row.messages is not None:
             if self._template is None:
                 raise DataError(
@@ -99,43 +106,89 @@ class Renderer:
             return self._chat(row.where, (ChatMessage("user", prompt), ChatMessage("assistant", completion)))
         self._count_special((prompt, completion))
         start, stop = len(prompt), len(prompt) + len(completion)
-        span = (0 if self._mask == "all" else start, stop)
-        return RenderedRow(row.where, prompt + completion, (span,), prompt, completion, ends=True, opens=True)
+        text, spans = prompt + completion, ((0 if self._mask == "all" else start, stop),)
+        weights = self._weights(text, spans)
+        return RenderedRow(row.where, text, spans, prompt, completion, ends=True, opens=True, weights=weights)
 
     def end_tokens(self) -> frozenset[int]:
         """Ids of the tokens that end an assistant's turn, or a text."""
         names = [*self._ends, *(t for t in [self._tokenizer.eos_token] if t is not None)]
         return frozenset(self._tokenizer.convert_tokens_to_ids(name) for name in names)
 
-    def _chat(self, where: str, messages: tuple[ChatMessage, ...]) -> RenderedRow:
-        last = len(messages) - 1
-        messages = self._thinking(where, messages)
+    def _chat(self, where: str, given: tuple[ChatMessage, ...]) -> RenderedRow:
+        last, messages = len(given) - 1, self._thinking(where, given)
         text = self._apply(messages)
         for i in range(last):
             self._check_calls(text, messages, i)
         start, stop, prompt = self._turn(text, messages, last)
         ending = self._endings.search(text, stop) or self._added.search(text, stop)
-        end = ending.end() if ending else stop
+        end, whole = ending.end() if ending else stop, text
         if not ending:  # no token ends the turn: what the template writes after it would keep the model from stopping
             text = text[:stop]
-        trained = [i for i, m in enumerate(messages[:last]) if m.role == "assistant" and m.train]
-        trained = trained if self._mask != "completion" else []
-        spans = [(0, len(text))] * len(trained)
-        if self._mask == "assistant":
-            spans = [self._earlier(text, messages, i, ends=bool(ending)) for i in trained]
+        answers = [i for i, m in enumerate(messages[:last]) if m.role == "assistant" and m.train]
+        every = {i for i, m in enumerate(messages) if m.trains and m.role != "assistant"}
+        every |= {*answers} if self._mask != "completion" else set()
+        of = {i: (0, len(text)) for i in sorted(every)}
+        if self._mask != "all":
+            of = {i: self._earlier(whole, messages, i, ends=bool(ending)) for i in sorted(every)}
         if messages[last].train:
-            spans.append((0, len(text)) if self._mask == "all" else (start, end))
-        self._check_thoughts(where, text, messages, dict(zip([*trained, last], spans, strict=False)))
-        if self._mask == "all":
-            spans = [(0, len(text))]
-        if self._mask == "completion" and any(m.role == "assistant" and m.train for m in messages[:last]):
+            of[last] = (0, len(text)) if self._mask == "all" else (start, end)
+        self._check_thoughts(where, text, messages, of)
+        spans = [(0, len(text))] if self._mask == "all" else [*of.values()]
+        weights = self._weights(text, spans)
+        if any(given[i].weight is not None or given[i].parts for i in of):
+            of_messages = self._weights_of_messages(whole, given, messages, of)[: len(text) + 1]
+            weights = of_messages if weights is None else weights * of_messages
+        if self._mask == "completion" and answers:
             self.seen.notices[
                 "of several assistant turns only the last is trained; data.mask: assistant trains each"
             ] += 1
         if any(a[1] > b[0] for a, b in itertools.pairwise(spans)):
             raise Refused("the chat template does not write the messages in their order")
         self._notice(text, messages, spans)
-        return RenderedRow(where, text, tuple(spans), prompt, messages[last].content, ends=not ending)
+        words = messages[last].content
+        return RenderedRow(where, text, tuple(spans), prompt, words, ends=not ending, weights=weights)
+
+    def _weights(self, text: str, spans: Sequence[tuple[int, int]]) -> NDArray[np.float64] | None:
+        """What patterns say that each character of the spans counts for, and what is appended: (characters + 1,)."""
+        if not self._patterns:
+            return None
+        weights = np.ones(len(text) + 1)
+        for start, stop in spans:
+            ends = [m for m in self._endings.finditer(text, start, stop) if m.end() == stop]
+            for pattern, weight in self._patterns:
+                for match in pattern.finditer(text, start, ends[0].start() if ends else stop):
+                    first, last = match.span(min(1, pattern.groups))
+                    weights[max(0, first) : max(0, last)] *= weight
+        return weights
+
+    def _weights_of_messages(
+        self,
+        text: str,
+        given: Sequence[ChatMessage],
+        messages: tuple[ChatMessage, ...],
+        spans: Mapping[int, tuple[int, int]],
+    ) -> NDArray[np.float64]:
+        """The same by what the messages of these spans say, as they were `given`."""
+        weights = np.ones(len(text) + 1)
+        for i, (start, stop) in spans.items():
+            message, mark = given[i], _unused(given[i].content + messages[i].content)
+            if self._mask == "all":
+                if message.parts or message.weight not in (None, 0, 1):
+                    raise Refused(f"data.mask all trains every token alike, and messages[{i}] has weights of its own")
+                continue
+            weights[start : stop + 1] = 1.0 if message.weight is None else message.weight
+            if message.parts:
+                other = replace(messages[i], content=mark), mark
+                first, last = self._text_of(text, messages, i, other)
+                words = message.content.strip()
+                at = text.rfind(words, first if message.content == messages[i].content else start, last)
+                if at < 0:
+                    raise Refused(f"messages[{i}]: the chat template changes its text, so its parts are not found")
+                at -= message.content.index(words)
+                for begins, ends, weight in message.parts:
+                    weights[max(start, at + begins) : min(stop, at + ends)] = weight
+        return weights
 
     def _thinking(self, where: str, messages: tuple[ChatMessage, ...]) -> tuple[ChatMessage, ...]:
         """The messages with their thoughts as `data.thoughts` leaves them, and as the template takes them."""
@@ -163,7 +216,7 @@ class Renderer:
         for i, (start, stop) in spans.items():
             thought = (thoughts.of(messages[i]).text or "").strip()
             closed = thoughts.CLOSE in self._header  # generation begins behind the thoughts
-            if thought and (closed or thought not in text[start:stop]):
+            if messages[i].role == "assistant" and thought and (closed or thought not in text[start:stop]):
                 self.seen.lost_thoughts.add(f"{where}, messages[{i}]")
 
     def _form_of_thoughts(self) -> thoughts.Form:
@@ -182,10 +235,13 @@ class Renderer:
         if "tool_calls" in messages[i].more:
             changed, _ = _other(messages[i])
             if self._apply((*messages[:i], changed, *messages[i + 1 :])) == text:
-                raise Refused(f"{_UNWRITTEN.format(i=i, what='tool calls')}; {_TOOLS_FIX}")
+                raise Refused(f"{_UNWRITTEN.format(i=i, what='tool calls', role='assistant')}; {_TOOLS_FIX}")
 
     def _earlier(self, text: str, messages: tuple[ChatMessage, ...], i: int, *, ends: bool) -> tuple[int, int]:
-        """The span of a turn before the last one. `ends`: a token ends the last turn, so one ends this turn too."""
+        """The span of a turn before the last one. `ends`: a token ends the last turn, so one ends this turn too. Of who
+        is no assistant the text alone, as the model does not write its end."""
+        if messages[i].role != "assistant":
+            return self._text_of(text, messages, i)
         start, stop, _ = self._turn(text, messages, i)
         if "tool_calls" in messages[i].more:
             stop = self._after_calls(text, messages, i, stop)
@@ -213,14 +269,7 @@ class Renderer:
         if follows and not message.more and text.startswith(message.content, len(prompt)):
             return len(prompt), len(prompt) + len(message.content), prompt
 
-        changed_message, mark = _other(message)
-        changed = self._apply((*messages[:i], changed_message, *messages[i + 1 :]))
-        start = common_length(text, changed)
-        stop = len(text) - common_length(text[start:][::-1], changed[start:][::-1])
-        if mark not in changed:
-            what = "tool calls" if "tool_calls" in message.more else "text"
-            raise Refused(_UNWRITTEN.format(i=i, what=what))
-
+        start, stop = self._text_of(text, messages, i)
         # Between prompt and text: white space, or an empty block of thoughts. The model writes that too.
         if follows and len(prompt) <= start:
             return len(prompt), stop, prompt
@@ -237,6 +286,18 @@ class Renderer:
         agree = {o: common_length(prompt[::-1], text[:o][::-1]) for o in sorted(places)}
         opens = max(agree, key=lambda o: agree[o])
         return opens if agree[opens] else start, stop, prompt
+
+    def _text_of(
+        self, text: str, messages: tuple[ChatMessage, ...], i: int, by: tuple[ChatMessage, str] | None = None
+    ) -> tuple[int, int]:
+        """Where a message's own text, or its last tool call's arguments, are: what another one (`by`) would change."""
+        message, (other, mark) = messages[i], by or _other(messages[i])
+        changed = self._apply((*messages[:i], other, *messages[i + 1 :]))
+        start = common_length(text, changed)
+        if mark not in changed:
+            what = "tool calls" if "tool_calls" in message.more else "text"
+            raise Refused(_UNWRITTEN.format(i=i, what=what, role=message.role))
+        return start, len(text) - common_length(text[start:][::-1], changed[start:][::-1])
 
     def _places(self, text: str, tail: str, start: int) -> Iterator[int]:
         """Behind each `tail` before `start`, as long as no turn ends between."""
@@ -324,13 +385,19 @@ def common_length(a: Sequence[object], b: Sequence[object]) -> int:
 
 def _other(message: ChatMessage) -> tuple[ChatMessage, str]:
     """The same message with another text, or with other arguments of its tool calls; and that other text."""
-    text = f"{message.content}{dict(message.more)}"
-    mark = next(c for c in map(chr, _PRIVATE_USE) if c not in text)
+    mark = _unused(f"{message.content}{dict(message.more)}")
     calls = message.more.get("tool_calls")
+    if not calls and message.role != "assistant":
+        return replace(message, content=mark), mark
     if not calls:
         return ChatMessage("assistant", mark), mark
     changed = [{**c, "function": {"name": c["function"]["name"], "arguments": {mark: mark}}} for c in calls]
     return replace(message, more={**message.more, "tool_calls": changed}), mark
+
+
+def _unused(text: str) -> str:
+    """A character that is not in it."""
+    return next(c for c in map(chr, _PRIVATE_USE) if c not in text)
 
 
 def _any_of(words: dict[str, bool]) -> re.Pattern[str]:

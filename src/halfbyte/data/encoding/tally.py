@@ -32,6 +32,8 @@ class Tally:
     """Rows that are plain text."""
     different: Counter[str] = field(default_factory=Counter)
     """Hashes of the first two different rows of each chunk, as text: more than one where not all rows are the same."""
+    weighed: int = 0
+    """Rows of which parts are masked, or count for more or less than others."""
     truncated: int = 0
     longest: int = 0
     """Tokens of the longest row that is over `data.max_length`; 0 if there is none."""

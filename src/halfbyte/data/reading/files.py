@@ -40,6 +40,8 @@ class RowSource:
     """Arguments of `datasets.load_dataset`, `path` among them."""
     entry: DataEntry | None = None
     """That says how it is read; None: as the recipe's `data` says."""
+    part: tuple[int, int] | None = None
+    """Only what begins at bytes [start, stop) of JSON lines, or row groups of Parquet; None: all."""
 
     def read_as(self, data: Data) -> Data:
         """The recipe's `data` as it holds for this source."""
@@ -49,6 +51,8 @@ class RowSource:
         """The name of a row: `train.jsonl:12` is a line; `rows.parquet row 12` counts rows; a text is its file."""
         if self.kind == "txt":
             return self.label
+        if self.kind == "jsonl" and self.part is not None:
+            return f"{self.label} at byte {number:,}"
         return f"{self.label}:{number}" if self.kind in ("jsonl", "csv") else f"{self.label} row {number}"
 
 
@@ -102,10 +106,10 @@ def _files(name: str) -> list[RowSource]:
         raise DataError(
             f"{name}: no such file.", fix=f"did you mean {path.parent / near}?" if near else "check the path"
         )
-    return [_source(p) for p in matched]
+    return [source_of(p) for p in matched]
 
 
-def _source(path: Path) -> RowSource:
+def source_of(path: Path) -> RowSource:
     kind, gz = _kind(path)
     if kind == "parquet" and gz:
         raise DataError(

@@ -10,6 +10,7 @@ Cost: a few microseconds a row.
 """
 
 import json
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,7 +29,10 @@ SPEAKERS = {
 }  # fmt: skip
 TELLING = ("prompt", "completion", "messages", "conversations", "instruction", "output", "text", "chosen", "rejected")
 """The fields whose columns tell a format; the others may be absent from a row."""
-_KNOWN = ("role", "content", "train", "tool_calls", "tool_call_id", "name", "reasoning_content", "thinking", "weight")
+_KNOWN = ("role", "content", "train", "tool_calls", "tool_call_id", "name", "reasoning_content", "thinking", "weight",
+          "train_detail")  # fmt: skip
+Parts = tuple[tuple[int, int, float], ...]
+"""Characters [start, stop) of a text, and what each of their tokens counts for."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,15 @@ class ChatMessage:
     """False on an assistant message: it is context and gets no labels."""
     more: Mapping[str, Any] = field(default_factory=dict)
     """What else the chat template gets: tool_calls, tool_call_id, name, reasoning_content, thinking."""
+    weight: float | None = None
+    """What each of its tokens counts for, where the row says so; who is no assistant trains only then."""
+    parts: Parts = ()
+    """Of `content`, where the row says so; later ones win."""
+
+    @property
+    def trains(self) -> bool:
+        """Whether it may be trained; of an assistant `data.mask` has the last word."""
+        return self.train if self.role == "assistant" else self.weight is not None
 
     def to_template(self) -> dict[str, Any]:
         return {"role": self.role, "content": self.content, **self.more}
@@ -162,17 +175,25 @@ def _message(item: object, field: str, role_key: str, content_key: str, shares: 
     for key, value in item.items():
         if key not in _KNOWN and key not in (role_key, content_key) and value is not None:
             raise BadRow(f"{field}: {key!r} is not supported; allowed: {', '.join(_KNOWN)}")
-    more = _more(item, field, role)
+    more, weight = _more(item, field, role), _weight(item, field)
     if shares and speaker == "function_call":
         call = _from_json(value_of(item, content_key, f"{field}."), content_field)
-        return ChatMessage(role, "", _train(item, field, role), {"tool_calls": [_call(call, content_field)]})
+        return ChatMessage(role, "", weight != 0, {"tool_calls": [_call(call, content_field)]}, weight)
     content = item.get(content_key) if more else value_of(item, content_key, f"{field}.")
     may_be_empty = role in ("system", "tool") or "tool_calls" in more
     if content is None and may_be_empty:
         content = ""
+    parts: Parts = ()
     if isinstance(content, list):
-        content = _parts(content, content_field)
-    return ChatMessage(role, text_of(content, content_field, empty=may_be_empty), _train(item, field, role), more)
+        content, parts = _parts(content, content_field)
+    content = text_of(content, content_field, empty=may_be_empty)
+    if item.get("train_detail") is not None:
+        parts = ((0, len(content), 0.0), *_details(item["train_detail"], f"{field}.train_detail", len(content)))
+    some = any(part_weight for *_, part_weight in parts)
+    if role == "assistant":
+        return ChatMessage(role, content, weight != 0 or some, more, weight, parts)
+    weight = (1.0 if weight is None else weight) if item.get("train") is True else 0.0
+    return ChatMessage(role, content, True, more, weight if weight or some else None, parts)
 
 
 def _more(item: dict[str, Any], field: str, role: str) -> Mapping[str, Any]:
@@ -227,29 +248,43 @@ def _from_json(value: object, field: str) -> Any:
         raise BadRow(f"{field}: JSON is needed, got {kind(value)}") from None
 
 
-def _parts(parts: list[Any], field: str) -> str:
-    """OpenAI's content in parts, of which only text is known here."""
-    texts = []
+def _parts(parts: list[Any], field: str) -> tuple[str, Parts]:
+    """OpenAI's content in parts, of which only text is known here; and those that say what they count for."""
+    texts, weighed = list[str](), list[tuple[int, int, float]]()
     for i, part in enumerate(parts):
         if not isinstance(part, dict) or not isinstance(part.get("text"), str):
             raise BadRow(f"{field}[{i}]: an object with type text and a text is needed, got {kind(part)}")
         if part.get("type", "text") not in ("text", "input_text", "output_text"):
             raise BadRow(f"{field}[{i}].type: only text can be trained on, got {shorten(str(part['type']))!r}")
         texts.append(part["text"])
-    return "".join(texts)
+        start, at = sum(map(len, texts[:-1])), sum(map(len, texts))
+        weight = 1.0 if part.get("train") is True and part.get("weight") is None else _weight(part, f"{field}[{i}]")
+        weighed += [(start, at, weight)] if weight is not None else []
+    return "".join(texts), tuple(weighed)
 
 
-def _train(item: dict[str, Any], field: str, role: str) -> bool:
+def _weight(item: dict[str, Any], field: str) -> float | None:
+    """What each token of a message, or of a part, counts for; None where the row does not say."""
     train, weight = item.get("train"), item.get("weight")
-    if train is None and weight is not None:
-        if weight not in (0, 1) or isinstance(weight, bool):
-            raise BadRow(f"{field}.weight: 0 or 1 is needed, got {kind(weight)}")
-        return bool(weight)
     if not isinstance(train, bool | None):
         raise BadRow(f"{field}.train: true or false is needed, got {kind(train)}")
-    if train and role != "assistant":
-        raise BadRow(f"{field}.train: only an assistant message can be trained on, this one is {role}")
-    return train is not False
+    known = isinstance(weight, int | float | None) and not isinstance(weight, bool)
+    if not known or not 0 <= (weight or 0) < math.inf:
+        raise BadRow(f"{field}.weight: a number from 0 on is needed, got {kind(weight)}")
+    return 0.0 if train is False else weight
+
+
+def _details(details: object, field: str, length: int) -> Parts:
+    """Axolotl's: parts of a text by their first and last character."""
+    parts = []
+    for i, detail in enumerate(details if isinstance(details, list) else [details]):
+        name = f"{field}[{i}]"
+        first, last = (detail.get(k) for k in ("begin_offset", "end_offset")) if isinstance(detail, dict) else ("", "")
+        if not isinstance(first, int) or not isinstance(last, int) or not 0 <= first <= last < length:
+            raise BadRow(f"{name}: begin_offset and end_offset within 0 to {length - 1} are needed, got {kind(detail)}")
+        weight = _weight(detail, name)
+        parts.append((first, last + 1, 1.0 if weight is None else float(weight)))
+    return tuple(parts)
 
 
 def _tools(record: Mapping[str, object], f: Fields) -> tuple[Any, ...] | None:

@@ -169,7 +169,7 @@ class Reader:
         """The chunks of one source."""
         before = self.rows
         known: Known | None = None
-        for group in _groups(records.records(source)):
+        for group in groups(records.records(source)):
             self.rows += len(group)
             known = known or self._known(source, group)
             yield Chunk(source, group, known)
@@ -236,7 +236,8 @@ def _full_name(source: RowSource, number: int) -> str:
     return f"{source.path.parent / source.where(number)}"
 
 
-def _groups(numbered: Iterable[tuple[int, records.Record]]) -> Iterator[Group]:
+def groups(numbered: Iterable[tuple[int, records.Record]]) -> Iterator[Group]:
+    """Neighbours, as many as a chunk has."""
     group: Group = []
     nbytes = 0
     for item in numbered:

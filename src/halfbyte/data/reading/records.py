@@ -60,7 +60,7 @@ def records(source: RowSource) -> Numbered:
     """
     readers = {"jsonl": _lines, "json": _json, "csv": _csv, "parquet": _parquet, "txt": _txt, "hub": _hub}
     try:
-        if source.kind not in ("parquet", "hub"):
+        if source.kind not in ("parquet", "hub") and not source.part:
             _check_encoding(source)
         yield from readers[source.kind](source)
     except FileNotFoundError:
@@ -167,17 +167,21 @@ def parse(raw: Record) -> Document:
 
 
 def _lines(source: RowSource) -> Iterator[tuple[int, bytes | BadRow]]:
-    """(line number from 1, its bytes without the ending) of every line that is not blank."""
-    number = 0
+    """(line number from 1, its bytes without the ending) of every line that is not blank; of a part its first byte."""
+    number, (start, stop) = 0, source.part or (0, None)
     with _open(source) as file:
         try:
-            while raw := file.readline(MAX_ROW_BYTES):
-                number += 1
-                if number == 1:
+            if start:  # a line that begins before is not of this part
+                file.seek(start - 1)
+                _to_end_of_line(file)
+            while stop is None or (at := file.tell()) < stop:
+                if not (raw := file.readline(MAX_ROW_BYTES)):
+                    break
+                number = number + 1 if stop is None else at
+                if number == 1 or not (number or start):
                     raw = _check_start(raw, source)
                 if len(raw) >= MAX_ROW_BYTES and not raw.endswith(b"\n"):
-                    while (rest := file.readline(MAX_ROW_BYTES)) and not rest.endswith(b"\n"):
-                        pass
+                    _to_end_of_line(file)
                     yield number, BadRow(f"longer than {MAX_ROW_BYTES:,} bytes")
                 elif raw := raw.strip(b" \t\r\n"):
                     if number == 1 and source.kind == "jsonl" and _opens_list(raw):
@@ -191,6 +195,11 @@ def _lines(source: RowSource) -> Iterator[tuple[int, bytes | BadRow]]:
             if isinstance(error, gzip.BadGzipFile) and not number:
                 raise
             yield number + 1, BadRow(f"the file is damaged or cut short here: {first_line(error)}")
+
+
+def _to_end_of_line(file: IO[bytes]) -> None:
+    while (rest := file.readline(MAX_ROW_BYTES)) and not rest.endswith(b"\n"):
+        pass
 
 
 def _opens_list(raw: bytes) -> bool:
@@ -382,7 +391,9 @@ def _parquet(source: RowSource) -> Numbered:
         with limits.limited(what, seconds=READ_S):
             file = pyarrow.parquet.ParquetFile(source.path)
         with file:
-            batches = file.iter_batches(batch_size=_BATCH_ROWS)
+            chosen = range(*source.part) if source.part else range(file.num_row_groups)
+            number = sum(file.metadata.row_group(i).num_rows for i in range(chosen.start))
+            batches = file.iter_batches(batch_size=_BATCH_ROWS, row_groups=[*chosen])
             while True:
                 with limits.limited(what, seconds=READ_S):
                     batch = next(batches, end)
@@ -398,6 +409,18 @@ def _parquet(source: RowSource) -> Numbered:
         if number:
             yield number + 1, BadRow(f"the file is damaged here: {first_line(error)}")
             return
+        raise DataError(f"{source.path} is not Parquet that can be read: {first_line(error)}.") from None
+
+
+def row_groups(source: RowSource) -> list[int]:
+    """Bytes of each row group of a Parquet file, unpacked."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        metadata = pyarrow.parquet.read_metadata(source.path)
+        return [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
+    except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{source.path} is not Parquet that can be read: {first_line(error)}.") from None
 
 

@@ -412,7 +412,10 @@ function showRows(rows) {
     put($("examples"), "p", "label", "row " + row.row + " (" + row.where + "): " + row.tokens + " tokens, " + row.labelled + " trained");
     const text = put($("examples"), "pre", "row");
     text.tabIndex = 0;
-    for (const piece of row.pieces) put(text, "span", "piece" + (piece.labelled ? " on" : "") + (piece.special ? " special" : ""), piece.text);
+    for (const piece of row.pieces) {
+      const part = piece.weight !== 1, span = put(text, "span", "piece" + (piece.labelled ? " on" : "") + (piece.special ? " special" : "") + (part ? " part" : ""), piece.text);
+      if (part) span.title = "counts × " + piece.weight;
+    }
   }
 }
 

@@ -1,0 +1,211 @@
+"""Rows read while training goes on: each once in a pass, in an order that a seed gives, again from any position."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from halfbyte import finetune
+from halfbyte.data import streaming
+from halfbyte.data.reading import files, records
+from halfbyte.data.streaming import Flow
+from halfbyte.errors import DataError, RecipeError, RunError
+from halfbyte.recipe.data import Data
+from halfbyte.recipe.file import load_recipe
+from halfbyte.runs.folder import RunFolder, read_json
+from tests import tiny_run
+from tests.hub_server import HubServer
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "BLOCK_BYTES", 400)
+    monkeypatch.setattr(streaming, "WINDOW_BLOCKS", 3)
+
+
+def write(path: Path, count: int, first: int = 0) -> Path:
+    lines = (
+        json.dumps({"prompt": f"row {n}", "completion": "red " * (n % 7 + 1)}) for n in range(first, first + count)
+    )
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def flow_of(*names: Path | str, seed: int = 1, **more: Any) -> Flow:
+    data = Data(train=tuple(map(str, names)), streaming=True, overlong="skip", **more)
+    return Flow(data.train, tiny_run.tokenizer(), data, seed)
+
+
+def asked(flow: Flow, first: int, stop: int) -> list[str]:
+    return [tiny_run.tokenizer().decode(e.prompt_ids).split("user\n")[1].split("<")[0] for e in flow.rows(first, stop)]
+
+
+@pytest.mark.parametrize("size", [1, 7, 50, 400, 5000])
+@pytest.mark.parametrize("ends", ["\n", ""])
+def test_blocks_of_lines_have_each_line_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, ends: str
+) -> None:
+    monkeypatch.setattr(streaming, "BLOCK_BYTES", size)
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"n": 0}\n\n{"n": "é"}\n  {"n": 2}\r\n{"n": 3}' + ends)
+    (source,) = files.find(str(path))
+    blocks = streaming.cut(source)
+    found = [(number, json.loads(raw)["n"]) for block in blocks for number, raw in records.records(block)]  # type: ignore[arg-type]
+    assert [n for _, n in found] == [0, "é", 2, 3]
+    raw = path.read_bytes()
+    assert all(json.loads(raw[at:].split(b"\n")[0])["n"] == n for at, n in found), "the number is the first byte"
+
+
+def test_blocks_of_parquet_are_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = pa.table({"prompt": [f"row {n}" for n in range(100)], "completion": ["red"] * 100})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=7)
+    monkeypatch.setattr(streaming, "BLOCK_BYTES", 200)
+    (source,) = files.find(str(tmp_path / "a.parquet"))
+    blocks = streaming.cut(source)
+    assert len(blocks) > 3 and blocks[0].part is not None and blocks[-1].part is not None
+    found = [(number, record["prompt"]) for block in blocks for number, record in records.records(block)]  # type: ignore[index, call-overload]
+    assert found == [(n + 1, f"row {n}") for n in range(100)]
+
+
+def test_each_pass_has_every_row_once_in_another_order(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", 120), write(tmp_path / "b.jsonl", 40, first=120)
+    flow = flow_of(tmp_path / "*.jsonl")
+    first, second = asked(flow, 0, 160), asked(flow, 160, 320)
+    assert sorted(first) == sorted(second) == sorted(f"row {n}" for n in range(160))
+    assert first != second and first != [f"row {n}" for n in range(160)]
+    assert asked(flow_of(tmp_path / "*.jsonl", seed=2), 0, 160) != first
+    assert flow.passes(0) == 0 and flow.passes(160) == 1 and 0 < flow.passes(100) < 1
+    ends = [0, *(w[3] for w in flow.index)]
+    assert len(flow._windows) <= 2 and max(b - a for a, b in itertools.pairwise(ends)) < 60
+
+
+def test_texts_in_blocks_have_each_token_once_in_a_pass(tmp_path: Path) -> None:
+    texts = [f"row {n} red blue" for n in range(80)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    flow = flow_of(tmp_path / "a.jsonl", packing="stream", max_length=16)
+    while not flow.index or flow.index[-1][0] == 0:
+        flow.rows(end := flow.index[-1][3] if flow.index else 0, end + 1)
+    blocks = flow.rows(0, max(window[3] for window in flow.index if window[0] == 0))
+    assert max(len(block.input_ids) for block in blocks) == 16
+    ids = sorted(token for block in blocks for token in block.input_ids)
+    tokenizer = tiny_run.tokenizer()
+    assert ids == sorted(t for text in texts for t in (*tokenizer(text).input_ids, tokenizer.eos_token_id))
+
+
+def test_from_any_position_with_or_without_what_was_kept(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", 200)
+    whole = flow_of(tmp_path / "a.jsonl")
+    whole.keep(tmp_path / "stream.json", {})
+    rows = asked(whole, 0, 300)
+    again = flow_of(tmp_path / "a.jsonl")
+    assert asked(again, 250, 300) == rows[250:]
+    later = flow_of(tmp_path / "a.jsonl")
+    later.keep(None, read_json(tmp_path / "stream.json"))
+    read: list[int] = []
+    encode = later._encode
+    later._encode = lambda *place: read.append(1) or encode(*place)  # type: ignore[method-assign, func-returns-value]
+    assert asked(later, 250, 300) == rows[250:] and len(read) <= 3
+    write(tmp_path / "a.jsonl", 201)
+    other = flow_of(tmp_path / "a.jsonl")
+    other.keep(None, read_json(tmp_path / "stream.json"))
+    assert not other.index, "what was kept is of other rows"
+
+
+def test_rows_that_cannot_be_used_are_named_at_first_and_counted_later(tmp_path: Path) -> None:
+    good = write(tmp_path / "a.jsonl", 200).read_text().splitlines()
+    (tmp_path / "a.jsonl").write_text("\n".join([*good[:150], "{oops", '{"prompt": "x"}', *good[150:]]) + "\n")
+    flow = flow_of(tmp_path / "a.jsonl")
+    assert len(asked(flow, 0, 200)) == 200 and flow.left_out.count == 2
+    assert "a.jsonl at byte" in flow.left_out.first() and "not JSON" in flow.left_out.listing("")
+    (tmp_path / "b.jsonl").write_text(good[0] + '\n{"prompt": "x"}\n')
+    with pytest.raises(DataError, match=r"rows cannot be used\n  - .*b.jsonl at byte [0-9]+: completion: missing"):
+        flow_of(tmp_path / "b.jsonl").first()
+
+
+def test_a_file_that_is_only_read_from_its_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.csv").write_text("prompt,completion\n" + "".join(f"row {n},red\n" for n in range(30)))
+    assert sorted(asked(flow_of(tmp_path / "a.csv"), 0, 30)) == sorted(f"row {n}" for n in range(30))
+    monkeypatch.setattr(streaming, "WHOLE_BYTES", 100)
+    with pytest.raises(DataError, match=r"csv of 0.0 GB only from its beginning"):
+        flow_of(tmp_path / "a.csv").rows(0, 1)
+
+
+REFUSED: list[Any] = [
+    ({"train__max_steps": -1}, "needs train.max_steps"),
+    ({"data__overlong": "error"}, "data.overlong is error"),
+    ({"data__eval": "5%"}, "knows no number of rows to hold 5% out of"),
+    ({"data__train": [{"path": "a", "weight": 1}, "b"]}, "cannot mix named sources"),
+    ({"train__method": "dpo"}, "is for task causal_lm and train.method sft"),
+    ({"train__save_strategy": "epoch"}, "knows no epoch ahead"),
+    ({"data__eval": "a.jsonl"}, "train.eval_steps: 100"),
+    ({"train__within": "1h"}, "does not go with train.within"),
+]
+
+
+@pytest.mark.parametrize(("values", "what"), REFUSED)
+def test_what_does_not_go_together_is_said_in_a_line(tmp_path: Path, values: dict[str, Any], what: str) -> None:
+    with pytest.raises(RecipeError, match=what):
+        tiny_run.recipe(tmp_path, **{"data__streaming": True, "data__overlong": "skip", **values})
+
+
+def recipe_of(folder: Path, name: str, **more: Any) -> Any:
+    values = {
+        "data__streaming": True,
+        "data__overlong": "skip",
+        "train__save_strategy": "steps",
+        "train__save_steps": 2,
+    }
+    values["train__lr_scheduler_type"] = "constant"
+    return tiny_run.recipe(folder, **values, **more, output=folder / name)
+
+
+def weights(folder: Path) -> bytes:
+    return (RunFolder(folder).adapter / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_run_that_goes_on_is_the_run_in_one_go(tmp_path: Path) -> None:
+    tiny_run.rows(tmp_path / "train.jsonl", 60)
+    finetune.train(recipe_of(tmp_path, "whole", train__max_steps=24))
+    finetune.train(recipe_of(tmp_path, "part", train__max_steps=8))
+    rows = RunFolder(tmp_path / "whole").read_metrics()
+    assert rows[-1]["epoch"] > 1 and len(read_json(tmp_path / "whole" / "stream.json")["windows"]) > 4
+    part = RunFolder(tmp_path / "part")
+    assert finetune.train(load_recipe(part.recipe, ["train.max_steps=24"]), resume=True).step == 24
+    assert weights(tmp_path / "part") == weights(tmp_path / "whole")
+    tiny_run.rows(tmp_path / "train.jsonl", 61)
+    with pytest.raises(RunError, match=r"data.train .* has changed"):
+        finetune.train(load_recipe(part.recipe, ["train.max_steps=30"]), resume=True)
+
+
+def test_shards_of_a_hub_come_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def parquet(first: int) -> bytes:
+        sink = io.BytesIO()
+        prompts = [f"row {n}" for n in range(first, first + 20)]
+        pq.write_table(pa.table({"prompt": prompts, "completion": ["red"] * 20}), sink, row_group_size=5)
+        return sink.getvalue()
+
+    names = [f"data/train-0000{n}-of-00003.parquet" for n in range(3)]
+    held = {**{name: parquet(20 * n) for n, name in enumerate(names)}, "data/test-00000-of-00001.parquet": b"no"}
+    with HubServer() as hub:
+        hub.add("org/rows", held)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", hub.url, raising=False)
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+                            hub.url + "/{repo_id}/resolve/{revision}/{filename}")  # fmt: skip
+        flow = flow_of("hub:org/rows?split=train")
+        most = 0
+        rows = []
+        for position in range(60):
+            rows += asked(flow, position, position + 1)
+            most = max(most, len(list(Path(flow._folder.name).rglob("*.parquet"))))
+        assert sorted(rows) == sorted(f"row {n}" for n in range(60)) and most == 1
+        assert len({r.split("/")[-1] for r in (s.path for s in hub.seen) if r.endswith(".parquet")}) == 3
+        with pytest.raises(DataError, match="no Parquet or JSON lines of the split dev"):
+            flow_of("hub:org/rows?split=dev")
