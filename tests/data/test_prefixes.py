@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from halfbyte.data import collate, pack, prefixes
-from halfbyte.data.encoding.examples import IGNORED, Example
+from halfbyte.data.encoding.examples import IGNORED, Example, in_order
 
 
 def family(seed: int, *, rows: int = 9, labelled: float = 0.5) -> list[Example]:
@@ -113,7 +113,7 @@ def test_a_step_of_families_has_rows_that_begin_alike() -> None:
     draw = random.Random(0)
     begins = [[draw.randrange(9) for _ in range(40)] for _ in range(16)]
     rows = [np.array([*begins[n % 16], draw.randrange(9), n], np.uint32) for n in range(130)]
-    neighbours, sizes = np.array(prefixes.in_order(rows), np.uint32), np.full(130, 42)
+    neighbours, sizes = np.array(in_order(rows), np.uint32), np.full(130, 42)
 
     def steps(seed: int, epoch: int) -> list[list[int]]:
         plan = pack.Steps(sizes, sizes, 8, 68, seed, 4096, None, ids=rows.__getitem__, neighbours=neighbours)

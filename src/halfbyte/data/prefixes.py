@@ -9,12 +9,14 @@ Source: Prefix Grouper (arXiv:2506.05433), identical outputs and gradients for g
 Cost: a sort of the rows and one look at each token. No torch.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
+
+from halfbyte.data.encoding.examples import in_order
 
 Tokens = NDArray[np.uint32]
 IdsOf = Callable[[int], Tokens]
@@ -36,12 +38,6 @@ def worth(alike: int) -> int:
     """How many of the tokens that two rows begin with alike are computed once."""
     shared = (alike - 1) // EVEN * EVEN
     return shared if shared >= LEAST else 0
-
-
-def in_order(rows: Iterable[Tokens]) -> list[int]:
-    """Places of rows in the order of their tokens, so that those which begin alike are neighbours."""
-    keys = [row.astype(">u4").tobytes() for row in rows]
-    return sorted(range(len(keys)), key=keys.__getitem__)
 
 
 @dataclass(frozen=True)

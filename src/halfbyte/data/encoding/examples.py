@@ -18,8 +18,6 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from halfbyte.data.prefixes import in_order
-
 IGNORED = -100
 
 SCHEMA = pa.schema(
@@ -176,6 +174,12 @@ def _texts(texts: Sequence[str]) -> pa.Array:
     parts = [text.encode() for text in texts]
     buffers = [None, _offsets(parts, "q"), pa.py_buffer(b"".join(parts))]
     return pa.Array.from_buffers(pa.large_string(), len(parts), buffers)
+
+
+def in_order(rows: Iterable[NDArray[np.uint32]]) -> list[int]:
+    """Places of rows in the order of their tokens, so that those which begin alike are neighbours."""
+    keys = [row.astype(">u4").tobytes() for row in rows]
+    return sorted(range(len(keys)), key=keys.__getitem__)
 
 
 class Examples(Sequence[Example]):
