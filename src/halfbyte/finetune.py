@@ -224,7 +224,7 @@ def _write_start(setup: Setup, loaded: Loaded, run: RunFolder) -> None:
     write_json(run.plan, {**planned.plan.to_json(), "steps": len(steps), **tokens})
     with space_for(run.held_out):
         evaluation = planned.prepared.evaluation
-        split.keep(planned.prepared.held_out, run.held_out, evaluation and evaluation.sources)
+        split.keep(planned.prepared.held_out, run.held_out, None if evaluation is None else evaluation.sources)
     known = partial(
         beginning.facts, run, loaded, planned, setup.model.assembled, setup.compute, setup.notices, start.step
     )

@@ -47,6 +47,7 @@ class Batch(TypedDict, total=False):
     max_length_k: int
     keep: Tensor  # (K,) positions whose next token is labelled
     targets: Tensor  # (K,) the labels
+    token_types: Tensor  # (1, T) int64: 0 in the first text of a pair, 1 in the second
     beginnings: Tensor  # (T,) int64: a hash of a text's tokens up to each one
     # where texts share their beginnings (`data.prefixes`): S segments, each before what follows it; `cu_seq_lens_q` is
     # (S + 1,), the lengths are those of the longest text still

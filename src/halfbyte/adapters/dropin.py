@@ -103,17 +103,19 @@ class _Ours:
         self, adapter_name: str, peft_config: PeftConfig, low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
     ) -> None:  # fmt: skip
-        super().add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
+        super().add_adapter(  # type: ignore[misc]
+            adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype
+        )
         if not autocast_adapter_dtype:
             _ROUNDED.add(self)
         _hold(self)
 
-    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
+    def load_adapter(self, *args: object, **kwargs: object) -> object:
         _hold(self)  # a checkpoint's fp32 numbers must find fp32 ones
-        return super().load_adapter(*args, **kwargs)
+        return super().load_adapter(*args, **kwargs)  # type: ignore[misc]
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
-        super().set_adapter(adapter_name, inference_mode)
+        super().set_adapter(adapter_name, inference_mode)  # type: ignore[misc]
         _hold(self)  # what trains beside LoRA in another adapter trains from now on
 
 

@@ -60,8 +60,8 @@ def open_blocks(checkpoint: Checkpoint, config: Config, quant: Quant, dtype: tor
             opened.state |= {source.name: there.values(source.name, dtype) for source in ordered}
         else:
             opened.state |= {f"{experts.stored_name(target)}{suffix}": part for suffix, part in parts.items()}
-    held = quant.model_copy(update={"skip_modules": (*quant.skip_modules, *opened.dense)})
+    as_stored = quant.model_copy(update={"skip_modules": (*quant.skip_modules, *opened.dense)})
     opened.config.quantization_config = loader.stored_config(
-        held, dtype, residency.heads_to_skip(config, held), marked=False
+        as_stored, dtype, residency.heads_to_skip(config, as_stored), marked=False
     )
     return opened

@@ -164,8 +164,8 @@ def _samples(scored: Sheet, samples: int) -> None:
         for name, side in scored.sides.items():
             answer = side.answers[number]
             marks = "  ".join(_mark(metric, value) for metric, value in answer.scores.items() if "." not in metric)
-            said = (answer.choice or "") if answer.scores.keys() == {"choice"} else answer.text.strip()
-            out.print(f"{name:>9}: {escape(visible(said))}  {marks}")
+            text = (answer.choice or "") if answer.scores.keys() == {"choice"} else answer.text.strip()
+            out.print(f"{name:>9}: {escape(visible(text))}  {marks}")
 
 
 def _mark(metric: str, value: float | None) -> str:

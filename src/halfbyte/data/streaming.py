@@ -17,6 +17,7 @@ from bisect import bisect_right
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
@@ -52,7 +53,7 @@ class Flow:
         self._folder = tempfile.TemporaryDirectory(prefix="halfbyte-shards-", ignore_cleanup_errors=True)
         self._cut: tuple[int, list[RowSource]] = -1, []
         self._formats = dict[str, Known | None]()
-        self._windows = dict[int, tuple[EncodedRows, NDArray]]()
+        self._windows = dict[int, tuple[EncodedRows, NDArray[np.uint32]]]()
         self.index = list[tuple[int, int, int, int]]()
         """Of each window so far: pass, unit (the local files, or a shard), number in it, rows up to its end."""
         self.left_out = Problems()
@@ -111,7 +112,7 @@ class Flow:
         self.index.append((*place, before + self._put(len(self.index), rows)))
         self._write()
 
-    def _window(self, number: int) -> tuple[EncodedRows, NDArray]:
+    def _window(self, number: int) -> tuple[EncodedRows, NDArray[np.uint32]]:
         if number not in self._windows:
             told = replace(self.left_out, shown=[*self.left_out.shown])  # of these rows already
             self._put(number, self._encode(*self.index[number][:3]))
@@ -205,9 +206,9 @@ def _download(shard: RowSource, folder: Path) -> RowSource:
     given = dict(shard.hub)
     for old in folder.rglob("*"):
         old.unlink() if old.is_file() else None
-    where = {"repo_type": "dataset", "revision": given["revision"], "local_dir": folder}
+    name, revision = str(shard.path), given["revision"]
     try:
-        path = Path(hf_hub_download(given["path"], str(shard.path), **where))
+        path = Path(hf_hub_download(given["path"], name, repo_type="dataset", revision=revision, local_dir=folder))
     except Exception as error:  # as above
         what = f"{shard.label} could not be downloaded: {first_line(error)}."
         raise DataError(what, fix="once it can, halfbyte train RUN --resume") from None

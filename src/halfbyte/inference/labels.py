@@ -139,9 +139,9 @@ def _tag_scores(
 def _entities(objective: Tags, scores: Sequence[Floats], rows: Sequence[Example], settings: Eval) -> Document:
     texts = list[scoring.Tagged]()
     for row, of_row in zip(rows, scores, strict=True):
-        there, said = json.loads(row.completion), [objective.names[i] for i in of_row.argmax(1)]
-        right = sum(a == b for a, b in zip(said, there, strict=True))
-        texts.append(scoring.Tagged(entities(said), entities(there), right, len(there)))
+        there, predicted = json.loads(row.completion), [objective.names[i] for i in of_row.argmax(1)]
+        right = sum(a == b for a, b in zip(predicted, there, strict=True))
+        texts.append(scoring.Tagged(entities(predicted), entities(there), right, len(there)))
     return scoring.of_entities(texts, settings)
 
 

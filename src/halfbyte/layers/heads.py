@@ -30,8 +30,13 @@ from halfbyte.models import structure, text_half
 from halfbyte.recipe.adapter import HEAD
 from halfbyte.types import Batch, Config, Document, Model, Tokenizer
 
-FIRST, LAST, MEAN = "cls", "lasttoken", "mean"
-VECTORS, TEXTS, TOKENS = "FEATURE_EXTRACTION", "SEQ_CLS", "TOKEN_CLS"  # PEFT's `task_type`
+# Poolings under sentence-transformers' names, and PEFT's `task_type`.
+FIRST = "cls"
+LAST = "lasttoken"
+MEAN = "mean"
+VECTORS = "FEATURE_EXTRACTION"
+TEXTS = "SEQ_CLS"
+TOKENS = "TOKEN_CLS"
 AUTO = {TEXTS: AutoModelForSequenceClassification, TOKENS: AutoModelForTokenClassification}
 
 

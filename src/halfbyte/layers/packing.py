@@ -176,7 +176,7 @@ def aligned(batch: Batch) -> Batch:
 
 def first_position(body: nn.Module) -> int:
     """The position of a text's first token: RoBERTa's positions begin behind the number of its padding."""
-    embeddings = getattr(body, "embeddings", None)
+    embeddings = getattr(body, "embeddings", body)
     return int(embeddings.padding_idx) + 1 if hasattr(embeddings, "create_position_ids_from_input_ids") else 0
 
 
@@ -246,7 +246,7 @@ class BodyHooks:
         back, self._back = self._back, None
         if back is None:
             return None
-        changed: Any = with_hidden(output, back(output[0]))
+        changed: object = with_hidden(output, back(output[0]))
         if getattr(output, "pooler_output", None) is not None:  # of the first tokens of rows
             output.pooler_output = body.pooler(output.last_hidden_state)
         return changed

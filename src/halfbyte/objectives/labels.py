@@ -62,9 +62,9 @@ class Labels:
         objective = cls()
         if recipe.task != REGRESS:
             values = [json.loads(text) for text in {text for text, _ in train.examples.completions()}]
-            found = {name for value in values for name in _texts(value)}
-            found |= {f"I{name[1:]}" for name in found if recipe.task == TAG and name[:2] == "B-"}
-            known = recipe.labels or in_order(found)
+            names = {name for value in values for name in _texts(value)}
+            names |= {f"I{name[1:]}" for name in names if recipe.task == TAG and name[:2] == "B-"}
+            known = recipe.labels or in_order(names)
             if len(known) < 2:
                 fix = "data.fields.label names the column; task: regress takes numbers"
                 raise DataError(f"task {recipe.task} needs two labels, and the rows have {list(known)}.", fix=fix)
@@ -251,8 +251,8 @@ class Tags(Labels):
         sums: list[Sums] = []
         columns = (self.of_texts(x, batch) for x in (losses, scores.argmax(1), targets, scores.argmax(1) == targets))
         lengths = batch["cu_seq_lens_q"].diff().tolist()
-        for loss, said, there, right, tokens in zip(*columns, lengths, strict=True):
-            ours, theirs = (entities([self.names[i] for i in tags.tolist()]) for tags in (said, there))
+        for loss, predicted, there, right, tokens in zip(*columns, lengths, strict=True):
+            ours, theirs = (entities([self.names[i] for i in tags.tolist()]) for tags in (predicted, there))
             counts = {"found": len(ours & theirs), "said": len(ours), "there": len(theirs), "tokens": tokens}
             sums.append({"loss": float(loss.sum()), "tags": len(loss), "right": float(right.sum()), **counts})
         return sums
@@ -266,17 +266,18 @@ class Tags(Labels):
 def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
     """(kind, first, last) of each entity that tags name, as seqeval has it: a run of tags of one kind, which a B- or an
     S- begins anew, and an E- or an S- ends. A tag without a mark is one of its own kind (IO)."""
-    found, kind, first, ends = set[tuple[str, int, int]](), "", 0, True
+    spans = set[tuple[str, int, int]]()
+    kind, first, ends = "", 0, True
     for i, tag in enumerate([*tags, "O"]):
         mark, _, rest = tag.partition("-") if tag[1:2] == "-" and tag[0] in "BIES" else ("", "", tag)
         here = "" if tag == "O" else rest
         if kind and (here != kind or ends or mark in ("B", "S")):
-            found.add((kind, first, i - 1))
+            spans.add((kind, first, i - 1))
             kind = ""
         if here and not kind:
             kind, first = here, i
         ends = mark in ("E", "S")
-    return found
+    return spans
 
 
 def in_order(names: set[str]) -> list[str]:

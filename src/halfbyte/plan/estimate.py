@@ -186,8 +186,8 @@ def _sizes(names: Sources, data: Data, count: Count) -> tuple[list[int], list[in
     from halfbyte.data.reading.read import CHUNK_ROWS, Reader
 
     reader, sizes = Reader(sources := find(names), data), list[tuple[int, int]]()
-    rows = ((_texts(row), source.read_as(data).mask) for source in sources for row in reader.rows_of(source))
-    rows = islice(rows, STREAMED_ROWS) if data.streaming else rows
+    every = ((_texts(row), source.read_as(data).mask) for source in sources for row in reader.rows_of(source))
+    rows = islice(every, STREAMED_ROWS if data.streaming else None)
     while some := list(islice(rows, CHUNK_ROWS)):
         counts = iter(count([text for texts, _ in some for text in texts]))
         sizes += [_size([next(counts) for _ in texts], mask) for texts, mask in some]

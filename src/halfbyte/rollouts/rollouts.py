@@ -107,7 +107,7 @@ class Rollouts:
         counts = [0 if train.mask_truncated_completions and a.cut_off else len(a.tokens) for a in answers]
         size, loss_type = train.per_device_train_batch_size, train.loss_type or "grpo"
         weights = grpo.token_weights(counts, loss_type, most_tokens=self.most, batch=size)
-        for i in np.flatnonzero(np.array(counts) * advantages):
+        for i in np.flatnonzero(np.array(counts) * advantages).tolist():
             e, ids = asking[i], tuple(answers[i].tokens)
             labels, logps = (IGNORED,) * len(e.prompt_ids) + ids, tuple(logp for logp, *_ in answers[i].drawn)
             row = WrittenRow((*e.prompt_ids, *ids), labels, e.where, e.prompt_ids, attempts[i].text)

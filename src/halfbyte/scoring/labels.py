@@ -87,9 +87,9 @@ def spearman(answers: Floats, truth: Floats, settings: Eval) -> Document:
 
 
 class Tagged(NamedTuple):
-    """Of a text: entities that were said and that are there, each with its kind first; tags that are right, and all."""
+    """Of a text: predicted entities and true ones, each with its kind first; tags that are right, and all."""
 
-    said: set[tuple[str, int, int]]
+    predicted: set[tuple[str, int, int]]
     there: set[tuple[str, int, int]]
     right: int
     tags: int
@@ -98,15 +98,15 @@ class Tagged(NamedTuple):
 def of_entities(texts: Sequence[Tagged], settings: Eval) -> Document:
     """`scores`: F1, precision and recall of entities of any kind, accuracy of tags; `labels`, the kinds, and `by_label`
     as `of_labels` has it. Source: seqeval, which counts an entity as right where its ends and its kind are."""
-    kinds = sorted({each[0] for text in texts for each in text.said | text.there})
-    both = [(text.said & text.there, text.said, text.there) for text in texts]
+    kinds = sorted({each[0] for text in texts for each in text.predicted | text.there})
+    both = [(text.predicted & text.there, text.predicted, text.there) for text in texts]
     counts = np.array([[[sum(e[0] == kind for e in x) for kind in kinds] for x in of] for of in both], float)
-    counts = counts.reshape(len(texts), 3, len(kinds))  # (n, right said there, kinds)
+    counts = counts.reshape(len(texts), 3, len(kinds))  # (n, right predicted true, kinds)
     tags, every = np.array([(text.right, text.tags) for text in texts], float), counts.sum(2)
-    rates = {
-        "f1": lambda right, said, there: 2 * right / max(said + there, 1),
-        "precision": lambda right, said, there: right / max(said, 1),
-        "recall": lambda right, said, there: right / max(there, 1),
+    rates: dict[str, Callable[..., float]] = {
+        "f1": lambda right, predicted, true: 2 * right / max(predicted + true, 1),
+        "precision": lambda right, predicted, true: right / max(predicted, 1),
+        "recall": lambda right, predicted, true: right / max(true, 1),
     }
 
     def score(name: str) -> Document:

@@ -64,7 +64,8 @@ class Workspace:
         """What a page names, relative to the folder. Raises Refusal: no name, nothing there, a link, or elsewhere."""
         if kind not in SUFFIXES or not isinstance(name, str) or not _NAME.fullmatch(name):
             raise Refusal(400, f"{str(name)[:100]!r} is no name: letters and digits, then also .+@-_", code="name")
-        allowed, path, whole = SUFFIXES[kind], Path(kind) / name, self.folder / kind / name
+        allowed, path = SUFFIXES[kind], Path(kind) / name
+        whole = self.folder / path
         if allowed is not None and path.suffix.lower() not in allowed:
             raise Refusal(400, f"{name}: the name has to end in {', '.join(sorted(allowed))}.", code="suffix")
         if whole.is_symlink() or whole.resolve().parent != (self.folder / kind).resolve():

@@ -49,7 +49,8 @@ MOST_KEPT = 20_000  # rows
 SOURCE_SHARE = 0.8  # of the memory that a source may take; the rest is for a text's forward
 # Seconds to open a source, and for each byte of its weights and of their files; a text's forward is the model's own,
 # beside one of rows laid end to end. From 16 runs on two cores (docs/log).
-OPENING_S, BYTE_S, FORWARDS = 0.5, 1e-9, 1.3
+OPENING_S, BYTE_S = 0.5, 1e-9
+FORWARDS = 1.3
 # Lines of a plan: what memory holds before the first step.
 BESIDE = ("libraries", "libraries, mapped", "base", "adapters")
 LEAVE_OUT = "leave train.max_forgetting out"

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Literal
 
 from halfbyte.adapters import lora
 from halfbyte.adapters.assembly import AdaptedBase
@@ -252,7 +253,7 @@ def decide_sharing(run: PlannedRun, model: Model, tell: Listener) -> PlannedRun:
 def decide_compute(run: PlannedRun, base: AdaptedBase, step: pack.Step, tell: Listener) -> integers.Decision:
     """How the frozen products are computed; proven on some rows of the first step where that is not exact."""
     train, objective = run.prepared.train, run.prepared.objective
-    how = run.prepared.recipe.quant.compute
+    how: Literal["auto", "exact", "int8", "gradient"] = run.prepared.recipe.quant.compute
     if how == "exact":
         return integers.decide(base.model, how, {})
     if (asks := run.prepared.recipe.train).draws or asks.referenced:

@@ -55,11 +55,7 @@ def run_steps(setup: Setup, folder: RunFolder, stop: StopRequest, tell: Listener
     if train.early_stopping_patience is not None:
         early = EarlyStopping(train, world.from_first(folder.read_metrics))
     stop_of_all = stop if world.alone else StopRequest()  # of several processes none ends alone
-    flow, streamed = setup.run.prepared.flow, None
-    if flow is not None:
-        path = folder.path / "stream.json"
-        flow.keep(path if world.first else None, world.from_first(lambda: read_json(path)))
-        streamed = StreamedRows(setup.run.prepared, flow, world, tell)
+    flow = setup.run.prepared.flow
     hooks = RunHooks(
         stops_step=lambda: stop.signal is not None,
         # early stopping decides on the evaluation itself, so that one is always finished
@@ -67,7 +63,7 @@ def run_steps(setup: Setup, folder: RunFolder, stop: StopRequest, tell: Listener
         on_stop=lambda: stop_of_all.give(stop.signal or Signals.SIGTERM),
         on_evaluation=tell.evaluating,
         answer_scores=lambda: {**setup.answer_scores(), **_text_score(setup, trainer)},
-        rollouts=setup.rollouts or streamed,
+        rollouts=setup.rollouts or _streamed(setup, folder, tell),
     )
     trainer = _trainer(setup, folder, hooks)
     callback = _run_callback(setup, folder, trainer, stop_of_all, tell, resume) if world.first else None
@@ -104,6 +100,16 @@ def run_steps(setup: Setup, folder: RunFolder, stop: StopRequest, tell: Listener
     if not trainer.is_done and not stopped_early and stop_of_all.signal is not None:
         return Ended(done, stop_of_all.signal, callback)
     return Ended(done, None, callback, _compared(setup.comparison, trainer))
+
+
+def _streamed(setup: Setup, folder: RunFolder, tell: Listener) -> StreamedRows | None:
+    """The rows of a run that reads them as it goes."""
+    flow, world = setup.run.prepared.flow, setup.world
+    path = folder.path / "stream.json"
+    if flow is None:
+        return None
+    flow.keep(path if world.first else None, world.from_first(lambda: read_json(path)))
+    return StreamedRows(setup.run.prepared, flow, world, tell)
 
 
 def _text_score(setup: Setup, trainer: StepTrainer) -> dict[str, float]:

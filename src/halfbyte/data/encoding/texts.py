@@ -57,22 +57,24 @@ def tagged(
     """The tokens of words, joined by spaces, or of a text; which of them get a tag, the first ones of words or all but
     special ones; and of each its characters in the text, of words the word's."""
     text, how = " ".join(parts), {} if cut is None else {"truncation": True, "max_length": cut}
-    found = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False, **how)
+    read = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False, **how)
     ends = list(accumulate(len(part) + 1 for part in parts))
-    marks, places, seen = list[int](), list[tuple[int, int]](), -1
-    for i, (start, end) in enumerate(found.offset_mapping):
+    marks, places = list[int](), list[tuple[int, int]]()
+    seen = -1
+    for i, (start, end) in enumerate(read.offset_mapping):
         start += len(text[start:end]) - len(text[start:end].lstrip())
         word = bisect_right(ends, start)
-        if found.special_tokens_mask[i] or start >= end or (words and word == seen):
+        if read.special_tokens_mask[i] or start >= end or (words and word == seen):
             continue
         marks, seen = [*marks, i], word
         places.append((ends[word] - len(parts[word]) - 1, ends[word] - 1) if words else (start, end))
-    return list(found.input_ids), marks, places
+    return list(read.input_ids), marks, places
 
 
 def _tags_of(row: Row, places: Sequence[tuple[int, int]]) -> list[str]:
     """The tag of each marked token: its word's, or by spans where an entity begins (B-), goes on (I-), and O."""
-    value, tags, before = json.loads(row.completion or "[]"), list[str](), -1
+    value, tags = json.loads(row.completion or "[]"), list[str]()
+    before = -1
     if not value or isinstance(value[0], list):
         for start, end in places:
             inside = next((i for i, (a, b, _) in enumerate(value) if start < b and end > a), -1)
@@ -102,9 +104,9 @@ def tokens_of(
     for count in {len(text) for text in texts}:
         numbers = [i for i, text in enumerate(texts) if len(text) == count]
         columns = [list(column) for column in zip(*(texts[i] for i in numbers), strict=True)]
-        found = tokenizer(*columns, return_attention_mask=False, verbose=False, **how)
-        all_types = found.get("token_type_ids", [()] * len(numbers))
-        for number, tokens, types in zip(numbers, found.input_ids, all_types, strict=True):
+        read = tokenizer(*columns, return_attention_mask=False, verbose=False, **how)
+        all_types = read.get("token_type_ids", [()] * len(numbers))
+        for number, tokens, types in zip(numbers, read.input_ids, all_types, strict=True):
             while len(tokens) > 1 and tokens[-1] == tokenizer.pad_token_id:
                 tokens.pop()
             last = len(tokens) - 1

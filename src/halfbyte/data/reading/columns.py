@@ -42,7 +42,8 @@ _ORIGIN = frozenset({
     "model", "generator", "format", "encoding", "mime", "meta", "metadata", "extra", "country", "region", "city",
     "currency", "channel", "platform", "device", "speaker", "score", "count", "length", "len", "size", "tokens",
 })  # fmt: skip
-MIN_ROWS, MAX_CLASSES, MIN_REPEATS, MAX_WORDS, MAX_CHARS = 20, 20, 4, 3, 30
+MIN_ROWS, MAX_CLASSES, MIN_REPEATS = 20, 20, 4
+MAX_WORDS, MAX_CHARS = 3, 30
 
 
 def likely(records: Sequence[Document]) -> tuple[str, str] | None:

@@ -248,7 +248,7 @@ def _from_json(value: object, field: str) -> Any:
         raise BadRow(f"{field}: JSON is needed, got {kind(value)}") from None
 
 
-def _parts(parts: list[Any], field: str) -> tuple[str, Parts]:
+def _parts(parts: Sequence[object], field: str) -> tuple[str, Parts]:
     """OpenAI's content in parts, of which only text is known here; and those that say what they count for."""
     texts, weighed = list[str](), list[tuple[int, int, float]]()
     for i, part in enumerate(parts):
@@ -263,13 +263,12 @@ def _parts(parts: list[Any], field: str) -> tuple[str, Parts]:
     return "".join(texts), tuple(weighed)
 
 
-def _weight(item: dict[str, Any], field: str) -> float | None:
+def _weight(item: Mapping[str, object], field: str) -> float | None:
     """What each token of a message, or of a part, counts for; None where the row does not say."""
     train, weight = item.get("train"), item.get("weight")
     if not isinstance(train, bool | None):
         raise BadRow(f"{field}.train: true or false is needed, got {kind(train)}")
-    known = isinstance(weight, int | float | None) and not isinstance(weight, bool)
-    if not known or not 0 <= (weight or 0) < math.inf:
+    if not isinstance(weight, int | float | None) or isinstance(weight, bool) or not 0 <= (weight or 0) < math.inf:
         raise BadRow(f"{field}.weight: a number from 0 on is needed, got {kind(weight)}")
     return 0.0 if train is False else weight
 
@@ -395,11 +394,12 @@ def _tags(f: Fields, where: str, record: Mapping[str, object]) -> Row:
         return Row(where, parts=parts, completion=json.dumps([str(tag) for tag in value], ensure_ascii=False))
     spans = list[tuple[int, int, str]]()
     for i, each in enumerate(value):
-        given = [each.get(key) for key in ("start", "end", "label")] if isinstance(each, dict) else []
-        right = [isinstance(x, t) for x, t in zip(given, (int, int, str), strict=False)]
-        if not (right and all(right) and 0 <= given[0] < given[1] <= len(parts[0])):
-            raise BadRow(f"{name}[{i}]: start, end (characters of the text) and label are needed, got {kind(each)}")
-        spans.append((given[0], given[1], given[2]))
+        match each:
+            case {"start": int(start), "end": int(end), "label": str(label)} if 0 <= start < end <= len(parts[0]):
+                spans.append((start, end, label))
+            case _:
+                need = "start, end (characters of the text) and label are needed"
+                raise BadRow(f"{name}[{i}]: {need}, got {kind(each)}")
     spans.sort()
     if any(a[1] > b[0] for a, b in pairwise(spans)):
         raise BadRow(f"{name}: spans overlap")

@@ -218,7 +218,8 @@ class Reader:
 
 def understand(chunk: Chunk, data: Data) -> tuple[list[Row], Problems]:
     """The rows of a chunk, and what is wrong with the records that are none."""
-    rows, problems, data = list[Row](), Problems(), chunk.source.read_as(data)
+    rows, problems = list[Row](), Problems()
+    data = chunk.source.read_as(data)
     parse = parser(chunk.known[0], data, chunk.known[1]) if chunk.known else None
     for number, raw in chunk.records:
         try:

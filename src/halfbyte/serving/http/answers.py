@@ -93,8 +93,8 @@ class OpenAIReply:
         self.choices = [Choice(self.form) for ask in self.asks for _ in range(ask.n)]
 
     def begin(self) -> list[Document]:
-        said = {"role": "assistant", "content": ""}
-        return [self._chunk(index, said) for index in range(len(self.choices))] if self.chat else []
+        empty = {"role": "assistant", "content": ""}
+        return [self._chunk(index, empty) for index in range(len(self.choices))] if self.chat else []
 
     def add(self, number: int, chunk: TextChunk) -> list[Document]:
         choice = self.choices[number]

@@ -96,16 +96,16 @@ async def load(service: Service, folders: AdapterFolders, http: Http) -> Respons
         raise Refusal(400, "Both 'lora_name' and 'lora_path' must be provided.", kind=INVALID)
     _check_new(service.engine.models, name)
     try:
-        found = await service.aside(partial(folders.find, asked.lora_path))
+        folder = await service.aside(partial(folders.find, asked.lora_path))
     except HalfbyteError as error:
         raise Refusal(400, error.message, kind=INVALID) from None
-    if found is None:
+    if folder is None:
         raise Refusal(404, "lora_path: there is no adapter of this name below the folders of --allow-adapters.",
                       kind=NOT_FOUND, param="lora_path")  # fmt: skip
 
     def work(models: Models) -> tuple[Models, TextWriter, str]:
         _check_new(models, name)
-        return adapters.put(models, name, found)
+        return adapters.put(models, name, folder)
 
     await _changed(service, work)
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
