@@ -767,3 +767,11 @@ def test_an_entry_that_is_wrong(load: Load, entry: str, wrong: str) -> None:
 def test_a_name_longer_than_a_path_may_be_is_only_a_name(load: Load) -> None:
     loaded = load("model: m\ndata: {train: " + "x" * 5000 + "}\noutput: o\n")
     assert str(loaded.recipe.data.train).endswith("x" * 5000)
+
+
+def test_a_run_of_an_older_version_opens_whatever_the_defaults_of_other_tasks_were(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: m\ndata: {train: t.jsonl}\nvectors: {pooling: lasttoken}\n")
+    assert load_recipe(path, of_run=True).recipe.vectors == recipe_from("m", "t.jsonl").recipe.vectors
+    with pytest.raises(RecipeError, match="are for task embed"):
+        load_recipe(path)

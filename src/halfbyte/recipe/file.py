@@ -21,6 +21,7 @@ from halfbyte.recipe.messages import Problem, field_of, fields_in, first_of_each
 from halfbyte.recipe.number_formats import AUTO, UNSET
 from halfbyte.recipe.schema import SECTIONS, Loaded, Origin, Recipe, leaves
 from halfbyte.recipe.start import StartValue
+from halfbyte.recipe.task import EMBED
 from halfbyte.recipe.values import is_path
 from halfbyte.system import files
 from halfbyte.types import Document
@@ -70,6 +71,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, of_run: bool = Fal
     except (OSError, ValueError) as error:
         raise RecipeError(f"{path} cannot be read: {getattr(error, 'strerror', error)}.") from error
     values, lines = _parse(text, str(path))
+    if of_run and values.get("task") != EMBED:
+        values.pop("vectors", None)  # not read; an older version's defaults of it
     return _build(values, lines, overrides, path, of_run=of_run)
 
 
