@@ -43,7 +43,7 @@ from tests.in_process import Cli, runner
 AGAIN = "\n  fix: copy or download the files again"
 ALLOWED = (
     "allowed: org/name[@revision] of the hub, a local folder, a .gguf file, "
-    "or a packaged name (gemma3-270m, smollm2-135m)"
+    "or a packaged name (all-minilm-l6-v2, gemma3-270m, smollm2-135m)"
 )
 OTHER_OUTPUT = "\n  fix: give another output: (--output)"
 
@@ -270,8 +270,8 @@ CASES = [
     Case(
         "recipe is a list",
         "train bad.yaml",
-        "error: bad.yaml holds a list; a recipe is a mapping with the keys model, revision, task, labels, vectors, "
-        "quant, lora, data, train, eval, output, allow_pickle, trust_remote_code.\n"
+        "error: bad.yaml holds a list; a recipe is a mapping with the keys model, revision, task, labels, "
+        "class_weight, vectors, quant, lora, data, train, eval, output, allow_pickle, trust_remote_code.\n"
         "  fix: `halfbyte init NAME.yaml` writes a recipe to start from",
         write("bad.yaml", "- model: model\n"),
     ),

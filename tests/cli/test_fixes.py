@@ -27,7 +27,7 @@ COMMAND = re.compile(r"(?<![\w/.-])halfbyte ((?:[a-z]+)\b(?:(?!   halfbyte )[^`;
 SET = re.compile(r"--set '?([a-z_.]+)=")
 # Commands that take no `--set`: what they say must not ask for one.
 WITHOUT_SET = {
-    "init", "import", "studio", "report", "compare", "runs", "push", "version",
+    "import", "studio", "report", "compare", "runs", "push", "version",
     "store list", "store verify", "store gc",
 }  # fmt: skip
 

@@ -46,7 +46,11 @@ CASES = [
 
 def folder(where: Path, name: str) -> Path:
     save = encoders.checkpoint if name in encoders.NAMES else tiny_run.checkpoint
-    return save(where / name, name)
+    path = save(where / name, name)
+    config = json.loads((path / "config.json").read_text())
+    config.setdefault("classifier_dropout", 0.0)  # transformers' heads of tags take 0.1 where none is said
+    (path / "config.json").write_text(json.dumps(config))
+    return path
 
 
 def opened(path: Path, task: str, quant: str = "none") -> AdaptedBase:

@@ -461,7 +461,7 @@ CASES: dict[str, tuple[Case, ...]] = {
     },
     "data.fields.scores": (Case({"data__fields__scores": "other"}, first_loss, {**RANKED, "train__rpo_alpha": 1.0}),),
     "data.fields.label": (
-        Case({"data__fields__label": "other"}, first_loss, VERDICTS),
+        Case({"data__fields__label": "other"}, column("loss"), VERDICTS),
         Case({"data__fields__label": "other_label"}, shapes, LABELS),
     ),
     "data.max_length": (Case({"data__max_length": 19}, column("tokens"), {"data__overlong": "skip"}),),
@@ -532,6 +532,10 @@ CASES: dict[str, tuple[Case, ...]] = {
     "vectors.scale": (Case({"vectors__scale": 5.0}, first_loss, VECTORS),),
     "vectors.margin": (Case({"vectors__margin": 9.0}, first_loss, {**VECTORS, "vectors__loss": "TripletLoss"}),),
     "vectors.pooling": (Case({"vectors__pooling": "mean"}, first_loss, VECTORS),),
+    "vectors.matryoshka_dims": (Case({"vectors__matryoshka_dims": [64, 8]}, first_loss, VECTORS),),
+    "vectors.matryoshka_weights": (
+        Case({"vectors__matryoshka_weights": [1.0, 0.2]}, first_loss, {**VECTORS, "vectors__matryoshka_dims": [64, 8]}),
+    ),
     "data.query_prompt": (Case({"data__query_prompt": "ask "}, column("tokens"), VECTORS),),
     "data.passage_prompt": (Case({"data__passage_prompt": "say "}, column("tokens"), VECTORS),),
     **{

@@ -34,7 +34,7 @@ def predict(
     text: list[str] = option([], "--text -t", "A text instead of a file; repeatable."),
     pair: list[str] = option([], "--text-pair", "The second text of each --text."),
     to: Path | None = option(None, "--out", "A .jsonl, .csv or .parquet file.", metavar="FILE"),
-    calibrated: bool = flag("--calibrated", "Probabilities at the temperature that `halfbyte eval` has fitted."),
+    calibrated: bool = flag("--calibrated", "Probabilities at the temperature that an evaluation has fitted."),
     set_: Set = [],  # noqa: B006
     force: Force = False,
     json_: Json = False,

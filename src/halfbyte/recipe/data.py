@@ -324,6 +324,7 @@ class Data(Section):
             "takes rows in the order of their blocks, so that data.train cannot mix named sources": bool(self.sources),
             f"knows no number of rows to hold {self.eval} out of; data.eval: a file, or none":
                 not evaluates and self.eval not in ("auto", "none"),
+            "knows no row ahead, and data.order is families; say random": self.order == "families",
             "knows no row ahead, and data.overlong is error; say truncate or skip":
                 self.packing == "rows" and self.overlong == "error",
         }  # fmt: skip

@@ -25,7 +25,7 @@ def by_arrow(row: TokenizedRow) -> dict[str, object]:
         "ids": row.ids, "spans": [edge for span in row.spans for edge in span], "labelled": row.labelled,
         "prompt": [] if begins else row.prompt, "prompt_length": len(row.prompt) if begins else -1,
         "completion": row.completion, "where": row.where, "digest": struct.unpack("<Q", digest)[0],
-        "starts": [], "alike": 0, "desirable": -1,
+        "starts": [], "alike": 0, "desirable": -1, "weights": [], "weight": float(sum(b - a for a, b in row.spans)),
     }  # fmt: skip
 
 

@@ -70,8 +70,8 @@ def test_messages(tmp_path: Path, make_data: Any) -> None:
     assert row.messages == (
         ChatMessage("system", "s"),
         ChatMessage("user", "u"),
-        ChatMessage("assistant", "a", train=False),
-        ChatMessage("tool", "t", train=False),
+        ChatMessage("assistant", "a", train=False, weight=0.0),
+        ChatMessage("tool", "t"),
         ChatMessage("assistant", "b"),
     )
 
