@@ -60,7 +60,7 @@ def opened(path: Path, task: str, quant: str = "none") -> AdaptedBase:
     names = [spec.name for spec in base.specs]
     drawn = heads.attach(base.model, *heads.wanted(KINDS.get(task)), seed=0, names=names)
     lora = Lora(r=4, lora_alpha=8, lora_dropout=0.0, modules_to_save=drawn or None)
-    recipe = Recipe(model=str(path), data={"train": "x.jsonl"}, lora=lora)
+    recipe = Recipe(model=str(path), data={"train": "x.jsonl", "max_length": 64}, lora=lora)
     model = assemble(base, recipe)
     generator = torch.Generator().manual_seed(3)
     for n, p in model.model.named_parameters():
