@@ -25,6 +25,7 @@ from halfbyte.inference import target
 from halfbyte.proofs import export as proof
 from halfbyte.proofs import programs
 from halfbyte.scoring.intervals import RowSums
+from halfbyte.system import device, openmp
 from tests import tiny_run
 from tests.export import runs
 from tests.in_process import runner
@@ -176,3 +177,15 @@ def test_quantised_again_it_is_a_store_and_what_that_costs_is_measured(
     assert seen["proof"]["kl"] == again.kl and set(seen["tried"]) == set(made.tried)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.is_loaded_in_4bit and not list((tmp_path / "out").glob("*bit"))
+
+
+def test_the_child_that_opens_an_export_leaves_cores_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = list[tuple[int, float]]()
+    monkeypatch.setattr(openmp, "watch", lambda threads, cores: watched.append((threads, cores)))
+    monkeypatch.setattr(programs, "Transformers", lambda path: None)
+    monkeypatch.setattr(programs, "ask", lambda *_: None)
+    witness, task = tmp_path / "witness.json", tmp_path / "task.json"
+    witness.write_text(json.dumps({"rows": [], "prompts": [[1]], "new_tokens": 1}))
+    task.write_text(json.dumps({"witness": str(witness), "path": "m", "out": str(tmp_path)}))
+    programs.main("transformers", task)
+    assert watched == [(device.cores(), device.core_share())]
