@@ -14,7 +14,6 @@ browser; nothing else should run.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import random
 import shutil
@@ -34,7 +33,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tests.report import made  # noqa: E402
-from tests.studio.driven import MINUTE, Server, browser, page_of  # noqa: E402
+from tests.studio.driven import MINUTE, Server, browser, page_of, rows  # noqa: E402
 
 CHROMIUM = next((p for name in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(name))), "")
 TURN, FIRST = 10, 5  # steps with the page, and without; steps before the first turn
@@ -50,14 +49,6 @@ def studio() -> Iterator[tuple[Server, Any]]:
             yield server, page
         finally:
             server.end()
-
-
-def rows(path: Path, count: int) -> Path:
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["question", "answer"])
-        writer.writerows((f"red cup {n % 90 + 10} old box", f"box {n % 7}, twice") for n in range(count))
-    return path
 
 
 def plan(base: str, times: int) -> None:

@@ -16,20 +16,7 @@ from halfbyte.cli import begin, show
 from halfbyte.plan import estimate
 from halfbyte.recipe.data import DataEntry, Fields
 from halfbyte.recipe.file import load_recipe
-from tests import in_process, tiny_run
 from tests.in_process import Cli
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_run.checkpoint(tmp_path_factory.mktemp("init") / "model")
-
-
-@pytest.fixture
-def halfbyte(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model: Path) -> Cli:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "model").symlink_to(model)
-    return in_process.runner(tmp_path, capsys)
 
 
 def rows(path: Path, asking: str, answering: str, *, words: int = 4, n: int = 16) -> None:

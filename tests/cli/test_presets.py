@@ -12,22 +12,10 @@ from benchmarks import presets as measured
 from halfbyte.data.reading import read
 from halfbyte.recipe.file import load_recipe
 from halfbyte.recipe.start import START, preset, presets
-from tests import in_process, tiny_run
+from tests import tiny_run
 from tests.in_process import Cli
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_run.checkpoint(tmp_path_factory.mktemp("presets") / "model")
-
-
-@pytest.fixture
-def halfbyte(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model: Path) -> Cli:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "model").symlink_to(model)
-    return in_process.runner(tmp_path, capsys)
 
 
 @pytest.mark.parametrize("name", presets())

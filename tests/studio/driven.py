@@ -5,6 +5,7 @@ light, dark, 390 wide; STUDIO_PATIENCE=N waits N times as long."""
 from __future__ import annotations
 
 import contextlib
+import csv
 import os
 import signal
 import socket
@@ -102,3 +103,12 @@ def look(page: Any, axe: str, name: str) -> None:
                 assert not serious, (name, scheme, width, nodes)
     page.emulate_media(color_scheme="light")
     page.set_viewport_size({"width": 1200, "height": 900})
+
+
+def rows(path: Path, count: int) -> Path:
+    """A CSV of questions and answers."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["question", "answer"])
+        writer.writerows((f"red cup {n % 90 + 10} old box", f"box {n % 7}, twice") for n in range(count))
+    return path

@@ -4,7 +4,6 @@ comes from npm."""
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 from tests import tiny_run
 from tests.report import made
 from tests.serving.http.test_page import CHROMIUM
-from tests.studio.driven import MINUTE, MOVE, Server, look, of_a_kill
+from tests.studio.driven import MINUTE, MOVE, Server, look, of_a_kill, rows
 
 pytest.importorskip("playwright.sync_api")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not CHROMIUM, reason="no Chromium here")]
@@ -28,14 +27,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = Server(folder)
     yield server
     server.end()
-
-
-def rows(path: Path, count: int) -> Path:
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["question", "answer"])
-        writer.writerows((f"red cup {n} old box", f"box {n % 7}") for n in range(count))
-    return path
 
 
 def test_from_a_dropped_file_to_an_answer_and_an_export(server: Server, page: Any, axe: str, tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from halfbyte.data import gates
-from halfbyte.data.encoding.examples import IGNORED
 from halfbyte.data.reading.formats import ChatMessage, Row
 from halfbyte.errors import DataError
+from tests.data.encoding.labelled import labelled_texts
 from tests.data.in_memory import encode
 
 FOLDER = Path(os.environ.get("HALFBYTE_TEMPLATES", "/nowhere"))
@@ -65,13 +65,7 @@ def refused(tokenizer: Any, row: Row, data: Any) -> tuple[list[str], str]:
     for finding in gates.check(encoded, None, tokenizer, data, embedding_rows=10_000):
         if finding.gate == "thoughts" and finding.level == "refused":
             return [], str(finding)
-    (example,), runs = encoded.examples, [[]]  # type: ignore[var-annotated]
-    for token, label in zip(example.input_ids, example.labels, strict=True):
-        if label != IGNORED:
-            runs[-1].append(token)
-        elif runs[-1]:
-            runs.append([])
-    return [tokenizer.decode(run) for run in runs if run], ""
+    return labelled_texts(tokenizer, encoded.examples[0]), ""
 
 
 @pytest.mark.parametrize(("name", "args", "form", "turns"), CASES)

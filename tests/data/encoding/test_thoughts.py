@@ -15,7 +15,6 @@ import pytest
 from halfbyte import finetune
 from halfbyte.data import gates
 from halfbyte.data.encoding import chatml
-from halfbyte.data.encoding.examples import IGNORED
 from halfbyte.data.reading.formats import ChatMessage, Row
 from halfbyte.errors import AdapterError, DataError, RecipeError
 from halfbyte.export import folder
@@ -23,6 +22,7 @@ from halfbyte.inference import load
 from halfbyte.inference.generate import chat_ids
 from halfbyte.models.sources.lookup import find_model
 from tests import tiny_run
+from tests.data.encoding.labelled import labelled_texts
 from tests.data.in_memory import encode
 
 FILES = Path(__file__).parent / "templates"
@@ -94,13 +94,7 @@ def thinks(words: str, thought: str | None, *, inline: bool = False) -> ChatMess
 
 def labelled(tokenizer: Any, row: Row, data: Any) -> tuple[list[str], Any]:
     encoded = encode([row], tokenizer, data)
-    (example,), runs = encoded.examples, [[]]  # type: ignore[var-annotated]
-    for token, label in zip(example.input_ids, example.labels, strict=True):
-        if label != IGNORED:
-            runs[-1].append(token)
-        elif runs[-1]:
-            runs.append([])
-    return [tokenizer.decode(run) for run in runs if run], encoded
+    return labelled_texts(tokenizer, encoded.examples[0]), encoded
 
 
 def written(tokenizer: Any, talk: list[ChatMessage], template: str, args: dict[str, Any]) -> str:
