@@ -4,10 +4,13 @@ Why: attention's products are small (a head, a few hundred tokens), and a call o
 costs more than its arithmetic; written as one kernel, the scores between two products never leave the cache.
 What: C (12, 32) in fp32 = or += A (12, K) B (K, 32) for bf16 operands by AVX512-BF16's dot products of pairs. B lies in
 pairs: 32 bits hold rows 2k and 2k + 1 of a column. A's pairs may lie at any distance, so a transposed A costs nothing.
-Source: VDPBF16PS, Intel SDM volume 2; blocking after Goto and van de Geijn, "Anatomy of high-performance matrix
+Where the processor has AMX: C (16, 32) of an A whose pairs are neighbours, in steps of 16 pairs.
+Source: VDPBF16PS and TDPBF16PS, Intel SDM volume 2; blocking after Goto and van de Geijn, "Anatomy of high-performance matrix
 multiplication" (ACM TOMS 2008): 24 of 32 registers accumulate, 2 hold B, A is broadcast from memory.
 """
 
+import ctypes
+import sys
 from collections.abc import Callable
 from functools import cache
 
@@ -16,7 +19,7 @@ from numba import types
 from numba.core import cgutils, config
 from numba.extending import intrinsic
 
-from halfbyte.layers.kernels.cpu.scalar import Value, broadcast, call, inlined
+from halfbyte.layers.kernels.cpu.scalar import Value, broadcast, call, inlined, instruction
 
 ROWS, COLUMNS = 12, 32
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
@@ -133,6 +136,74 @@ tile = _tile(ROWS, COLUMNS, 16, pairs=True)
 TALL_ROWS, TALL_COLUMNS = 24, 16
 LOW_ROWS = 8
 tall_tile, low_tile = _tile(TALL_ROWS, TALL_COLUMNS, 16, pairs=True), _tile(LOW_ROWS, COLUMNS, 16, pairs=True)
+
+AMX_ROWS, AMX_COLUMNS, AMX_STEPS = 16, 32, 16
+_ARCH_PRCTL, _ASK, _TILES = 158, 0x1023, 18  # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
+_SUMS, _LEFT, _RIGHT = (0, 1), 2, (3, 4)  # AMX's registers
+
+
+@cache
+def amx() -> bool:
+    """Whether the processor has AMX for bf16, and Linux, once asked, lets this process use it."""
+    if not (has("amx-bf16") and has("amx-tile") and sys.platform == "linux"):
+        return False
+    return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ASK, _TILES) == 0
+
+
+def _amx(builder: Value, name: str, *args: Value) -> None:
+    call(builder, f"llvm.x86.{name}", ir.VoidType(), *(ir.IntType(8)(a) if isinstance(a, int) else a for a in args))
+
+
+@instruction(types.void, None)
+def amx_begin(b: Value, layout: Value) -> None:
+    """Lay out this thread's AMX registers by 64 zeros: each of 16 rows of 64 bytes."""
+    byte = ir.IntType(8).as_pointer()
+
+    def put(at: int, bits: int, value: int) -> None:
+        place = b.gep(b.bitcast(layout.data, byte), [_I64(at)])
+        b.store(ir.IntType(bits)(value), b.bitcast(place, ir.IntType(bits).as_pointer()))
+
+    put(0, 8, 1)  # the palette
+    for register in range(8):
+        put(16 + 2 * register, 16, 4 * AMX_ROWS)
+        put(48 + register, 8, AMX_ROWS)
+    _amx(b, "ldtilecfg", b.bitcast(layout.data, byte))
+
+
+@instruction(types.void)
+def amx_end(b: Value) -> None:
+    """Give AMX's registers back: a thread that leaves them laid out is slower to switch to."""
+    _amx(b, "tilerelease")
+
+
+_WORDS = (None, types.int64)
+
+
+@instruction(types.void, *_WORDS, *_WORDS, types.int64, *_WORDS, types.int64, types.int64)
+def amx_tile(b, c, c_row, a, a_row, a_step, right, b_step, steps, add):  # type: ignore[no-untyped-def]
+    """`tile` by AMX, between `amx_begin` and `amx_end`. a_step: 1; steps: a multiple of AMX_STEPS."""
+    c_at, a_at, b_at = (b.ptrtoint(x.data, _I64) for x in (c, a, right))
+    c_row, a_row, b_row = (b.mul(row, _I64(4)) for row in (c_row, a_row, b_step))
+    byte, line = ir.IntType(8).as_pointer(), _I64(4 * AMX_ROWS)
+
+    def move(name: str, register: int, at: Value, row: Value) -> None:
+        _amx(b, name, register, b.inttoptr(at, byte), row)
+
+    ends = list(zip(_SUMS, (c_at, b.add(c_at, line)), strict=True))
+
+    def begin(there: bool) -> None:
+        for register, at in ends:
+            move("tileloadd64", register, at, c_row) if there else _amx(b, "tilezero", register)
+
+    _either_way(b, add, begin)
+    with cgutils.for_range(b, b.lshr(steps, _I64(4)), intp=_I64) as loop:
+        down = b.add(b_at, b.mul(loop.index, b.mul(b_row, _I64(AMX_STEPS))))
+        move("tileloadd64", _LEFT, b.add(a_at, b.mul(loop.index, line)), a_row)
+        for total, register, at in zip(_SUMS, _RIGHT, (down, b.add(down, line)), strict=True):
+            move("tileloadd64", register, at, b_row)
+            _amx(b, "tdpbf16ps", total, _LEFT, register)
+    for register, at in ends:
+        move("tilestored64", register, at, c_row)
 
 
 # Of an fp32 tile: numbers in a register, rows; two registers are columns. Accumulators fill the registers but for those

@@ -3,7 +3,7 @@
 What: a task is one family of segments (`tasks.py`), one key head and some of the query heads that it serves. Keys and
 values are laid out once in pairs (`tiles.py`); then a few rows of queries at a time go through scores, softmax and
 product, and no score ever leaves the core's own cache. Only the columns that a row sees are computed, in steps of a
-tile.
+tile. AMX multiplies no transposed A: there the gradients of keys and values are made as their transposes.
 Source: FlashAttention-2, arXiv:2307.08691, section 3.1 (formulas); the layout is ours.
 Cost: 2 and 5 products of L x L x D / 2; scratch of some hundred kB a thread.
 
@@ -15,10 +15,10 @@ import math
 import numpy as np
 from numba import carray
 
+from halfbyte.layers.kernels.cpu import tiles
 from halfbyte.layers.kernels.cpu.attention import tasks
 from halfbyte.layers.kernels.cpu.attention.tasks import (
     PAD,
-    TALL,
     WIDE,
     drop_chances,
     largest,
@@ -27,21 +27,34 @@ from halfbyte.layers.kernels.cpu.attention.tasks import (
     store_rows,
     tilt,
 )
-from halfbyte.layers.kernels.cpu.parallel import kernel
+from halfbyte.layers.kernels.cpu.parallel import Kernel, kernel
 from halfbyte.layers.kernels.cpu.scalar import exp_f32, hash_u32, inlined, load, store, up
-from halfbyte.layers.kernels.cpu.tiles import COLUMNS, ROWS, available, tile
 
-if not available():  # LLVM ends the process where it meets an instruction that the processor lacks
+if not tiles.available():  # LLVM ends the process where it meets an instruction that the processor lacks
     raise ImportError("this attention kernel multiplies pairs of bf16, which this processor does not (avx512_bf16)")
 
+AMX = tiles.amx()
+COLUMNS = tiles.COLUMNS
+# Rows of a tile, pairs that it takes at a time, rows of queries at once in backward.
+ROWS, STEP, TALL, tile = (
+    (tiles.AMX_ROWS, tiles.AMX_STEPS, 64, tiles.amx_tile) if AMX else (tiles.ROWS, 1, tasks.TALL, tiles.tile)
+)
 _HIGH = np.uint32(16)
 
 
 @inlined
+def _pairs(n):  # type: ignore[no-untyped-def]
+    """Pairs of n numbers, in whole steps of a tile."""
+    return (n + 2 * STEP - 1) // (2 * STEP) * STEP
+
+
+@inlined
 def _columns_in_pairs(x, rows, d, out, before, padded, reach):  # type: ignore[no-untyped-def]
-    """x (rows, d) of 16 bits -> columns from `before` on of out (d / 2, reach) of 32: the transpose, for products over
-    D."""
+    """x (rows, d) of 16 bits -> columns from `before` on of out (pairs of d, reach) of 32: the transpose, for products
+    over D."""
     x, pairs = x.view(np.uint32), d // 2
+    for c in range(pairs, _pairs(d)):
+        out[c * reach + before : c * reach + before + padded] = np.uint32(0)
     for c in range(pairs):
         to = out[c * reach + before : c * reach + before + padded]
         for i in range(rows):
@@ -68,14 +81,51 @@ def _rows_in_pairs(x, row, rows, d, out, wide, padded):  # type: ignore[no-untyp
 
 
 @inlined
-def _copy_rows(x, row, rows, pairs, out, padded):  # type: ignore[no-untyped-def]
-    """x (rows, pairs) of 32 bits, `row` apart -> out (padded, pairs), zeros below."""
+def _turned_pairs(x, row, rows, d, out, wide, padded):  # type: ignore[no-untyped-def]
+    """The transpose of `_rows_in_pairs`: out (wide, TALL / 2)."""
+    for j in range(wide * TALL // 2):
+        out[j] = np.uint32(0)
     for i in range(rows):
-        a, to = x[i * row : i * row + pairs], out[i * pairs : (i + 1) * pairs]
-        for c in range(pairs):
+        a, high = x[i * row : i * row + d], np.uint32(i % 2 * 16)
+        for c in range(d):
+            out[c * (TALL // 2) + i // 2] |= np.uint32(a[c]) << high
+
+
+_queries_in_pairs = _turned_pairs if AMX else _rows_in_pairs
+
+
+@inlined
+def _copy_rows(x, row, rows, d, out, padded):  # type: ignore[no-untyped-def]
+    """x (rows, d / 2) of 32 bits, `row` apart -> out (padded, pairs of d), zeros below and behind."""
+    pairs, some = _pairs(d), d // 2
+    for i in range(rows):
+        a, to = x[i * row : i * row + some], out[i * pairs : (i + 1) * pairs]
+        for c in range(some):
             to[c] = a[c]
+        for c in range(some, pairs):
+            to[c] = np.uint32(0)
     for j in range(rows * pairs, padded * pairs):
         out[j] = np.uint32(0)
+
+
+@inlined
+def _clear_columns(x, wide, reach, before, padded):  # type: ignore[no-untyped-def]
+    """Zeros for columns of x (wide, reach)."""
+    for c in range(wide):
+        for j in range(c * reach + before, c * reach + before + padded):
+            x[j] = np.float32(0.0)
+
+
+@inlined
+def _keep_columns(x, wide, reach, before, rows, d, out, factor):  # type: ignore[no-untyped-def]
+    """Columns of x (wide, reach), times a factor -> out (rows, d) of bf16."""
+    for r in range(rows):
+        to = out[r * d : (r + 1) * d]
+        for c in range(d):
+            to[c] = store(x[c * reach + before + r] * factor, to)
+
+
+_clear, _keep = (_clear_columns, _keep_columns) if AMX else (tasks.clear_rows, tasks.keep_rows)
 
 
 @inlined
@@ -117,15 +167,15 @@ def _forward_head(head, keys, sizes, work, terms, sees):  # type: ignore[no-unty
     kt, vp = keys
     length, before, reach, d, wide, row, scale = sizes
     s, p, o, qp, sums = work
-    pairs, q = d // 2, q.view(np.uint32)
+    pairs, q = _pairs(d), q.view(np.uint32)
     for i in range(0, length, ROWS):
         rows = min(ROWS, length - i)
         columns = min(before + length, before + i + rows + sees[1])
         begin = max(0, before + i - sees[0]) // COLUMNS * COLUMNS
-        _copy_rows(q[i * pairs :], pairs, rows, pairs, qp, ROWS)
+        _copy_rows(q[i * d // 2 :], d // 2, rows, d, qp, ROWS)
         for j in range(begin, columns, COLUMNS):
             tile(s[j:], reach, qp, pairs, 1, kt[j:], reach, pairs, 0)
-        until, v_at = up(columns, 2), begin // 2 * wide
+        until, v_at = begin + 2 * _pairs(columns - begin), begin // 2 * wide
         _softmax_rows(s, p, sums, i, before, length, reach, begin, until, scale, lse, terms, sees)
         for c in range(0, wide, COLUMNS):
             tile(o[c:], wide, p[begin:], reach // 2, 1, vp[v_at + c :], wide, (until - begin) // 2, 0)
@@ -136,25 +186,36 @@ def _forward_head(head, keys, sizes, work, terms, sees):  # type: ignore[no-unty
                 to[c] = store(a[c] * share, to)
 
 
-@kernel
-def _forward(address):  # type: ignore[no-untyped-def]
-    slot = carray(address, (32,), np.int64)
-    d, most = slot[tasks.WIDTH], up(slot[tasks.LONGEST], PAD)
-    wide, at = up(d, COLUMNS), tasks.memory_of_thread(slot)
-    kt, at = scratch(at, d // 2 * most, np.uint32)
-    vp, at = scratch(at, most // 2 * wide, np.uint32)
-    s, at = scratch(at, ROWS * most, np.float32)
-    p, at = scratch(at, ROWS * most, np.uint16)
-    o, at = scratch(at, ROWS * wide, np.float32)
-    qp, at = scratch(at, ROWS * d // 2, np.uint32)
-    work = (s, p, o, qp, np.empty(ROWS, np.float32))
-    tasks.forward_tasks(address, np.uint16, _columns_in_pairs, _rows_in_pairs, _forward_head, wide, 2, (kt, vp), work)
+def _forward_kernel(amx: bool) -> Kernel:
+    """`amx`: AMX, by which numba tells what it has compiled with and without it."""
+
+    @kernel
+    def forward(address):  # type: ignore[no-untyped-def]
+        slot = carray(address, (32,), np.int64)
+        d, most = slot[tasks.WIDTH], up(slot[tasks.LONGEST], PAD)
+        wide, at = up(d, COLUMNS), tasks.memory_of_thread(slot)
+        kt, at = scratch(at, _pairs(d) * most, np.uint32)
+        vp, at = scratch(at, most // 2 * wide, np.uint32)
+        s, at = scratch(at, ROWS * most, np.float32)
+        p, at = scratch(at, ROWS * most, np.uint16)
+        o, at = scratch(at, ROWS * wide, np.float32)
+        qp, at = scratch(at, ROWS * _pairs(d), np.uint32)
+        work = (s, p, o, qp, np.empty(ROWS, np.float32))
+        if amx:
+            tiles.amx_begin(np.zeros(64, np.uint8))
+        tasks.forward_tasks(
+            address, np.uint16, _columns_in_pairs, _rows_in_pairs, _forward_head, wide, 2, (kt, vp), work
+        )
+        if amx:
+            tiles.amx_end()
+
+    return forward
 
 
 @inlined
 def _probabilities(s, dp, i0, j0, rows, width, until, scale, lse, delta, ds, dsp, pp, sees):  # type: ignore[no-untyped-def]
     """Two rows at a time: p and ds of a block, ds by rows, both by pairs of rows; zeros up to `until`."""
-    for pair in range(up(rows, ROWS) // 2):
+    for pair in range(up(rows, max(ROWS, 2 * STEP)) // 2):
         a, b = 2 * pair, 2 * pair + 1
         tp, td = pp[pair * WIDE : pair * WIDE + until], dsp[pair * WIDE : pair * WIDE + until]
         da, db = ds[a * WIDE : a * WIDE + until], ds[b * WIDE : b * WIDE + until]
@@ -206,15 +267,15 @@ def _backward_head(head, keys, sizes, work, terms, sees):  # type: ignore[no-unt
     kt, kp, vt, dk, dv = keys
     length, before, reach, d, wide, row, scale = sizes
     s, dp, ds, dsp, pp, qn, qp, don, dop, dqa, delta, sums = work
-    pairs = d // 2
+    pairs = _pairs(d)
     q32, do32 = q.view(np.uint32), do.view(np.uint32)
     for i in range(0, length, TALL):
         rows, i0 = min(TALL, length - i), before + i
-        tall, steps_down = up(rows, ROWS), up(rows, 2) // 2
-        _copy_rows(q32[i * pairs :], pairs, rows, pairs, qn, tall)
-        _rows_in_pairs(q[i * d :], d, rows, d, qp, wide, tall)
-        _copy_rows(do32[i * row // 2 :], row // 2, rows, pairs, don, tall)
-        _rows_in_pairs(do[i * row :], row, rows, d, dop, wide, tall)
+        tall, steps_down = up(rows, ROWS), _pairs(rows)
+        _copy_rows(q32[i * d // 2 :], d // 2, rows, d, qn, tall)
+        _queries_in_pairs(q[i * d :], d, rows, d, qp, wide, tall)
+        _copy_rows(do32[i * row // 2 :], row // 2, rows, d, don, tall)
+        _queries_in_pairs(do[i * row :], row, rows, d, dop, wide, tall)
         for r in range(tall):
             total = np.float32(0.0)
             if r < rows:
@@ -231,7 +292,7 @@ def _backward_head(head, keys, sizes, work, terms, sees):  # type: ignore[no-unt
                     to = r * WIDE + j
                     tile(s[to:], WIDE, qn[r * pairs :], pairs, 1, kt[j0 + j :], reach, pairs, 0)
                     tile(dp[to:], WIDE, don[r * pairs :], pairs, 1, vt[j0 + j :], reach, pairs, 0)
-            until = up(up(width, ROWS), 2)
+            until = up(width, COLUMNS) if AMX else up(up(width, ROWS), 2)
             if terms[0] != np.float32(0.0) or terms[3] != 0:
                 for r in range(rows):
                     at = slice(r * WIDE, r * WIDE + max(0, min(width, i0 + r + 1 + sees[1] - j0)))
@@ -242,50 +303,77 @@ def _backward_head(head, keys, sizes, work, terms, sees):  # type: ignore[no-unt
             if terms[3] != 0:
                 _drop_pairs(pp, i, j0, rows, until, terms)
             for r in range(0, tall, ROWS):
-                steps = up(max(0, min(width, i0 + r + ROWS + sees[1] - j0)), 2) // 2
+                steps = _pairs(max(0, min(width, i0 + r + ROWS + sees[1] - j0)))
                 for c in range(0, wide, COLUMNS):
                     k_at = j0 // 2 * wide + c
                     tile(dqa[r * wide + c :], wide, ds[r * WIDE :], WIDE // 2, 1, kp[k_at:], wide, steps, j0 - begin)
-            for j in range(0, width, ROWS):
-                skip = max(0, j0 + j - sees[1] - i0) // 2  # rows of queries before the first that sees column j
-                for c in range(0, wide, COLUMNS):
-                    to = (j0 + j) * wide + c
-                    a, b = skip * WIDE + j, skip * wide + c
-                    tile(dv[to:], wide, pp[a:], 1, WIDE, dop[b:], wide, steps_down - skip, 1)
-                    tile(dk[to:], wide, dsp[a:], 1, WIDE, qp[b:], wide, steps_down - skip, 1)
+            for j in range(0, width, COLUMNS if AMX else ROWS):
+                # pairs of queries before the first that sees column j
+                skip = max(0, j0 + j - sees[1] - i0) // (2 * STEP) * STEP
+                if AMX:
+                    for c in range(0, wide, ROWS):
+                        to, a, b = c * reach + j0 + j, c * (TALL // 2) + skip, skip * WIDE + j
+                        tile(dv[to:], reach, dop[a:], TALL // 2, 1, pp[b:], WIDE, steps_down - skip, 1)
+                        tile(dk[to:], reach, qp[a:], TALL // 2, 1, dsp[b:], WIDE, steps_down - skip, 1)
+                else:
+                    for c in range(0, wide, COLUMNS):
+                        to, a, b = (j0 + j) * wide + c, skip * WIDE + j, skip * wide + c
+                        tile(dv[to:], wide, pp[a:], 1, WIDE, dop[b:], wide, steps_down - skip, 1)
+                        tile(dk[to:], wide, dsp[a:], 1, WIDE, qp[b:], wide, steps_down - skip, 1)
         store_rows(dqa, wide, rows, d, dq[i * d :], np.float32(1.0))
 
 
-@kernel
-def _backward(address):  # type: ignore[no-untyped-def]
-    slot = carray(address, (32,), np.int64)
-    d, most = slot[tasks.WIDTH], up(slot[tasks.LONGEST], PAD)
-    wide, at = up(d, COLUMNS), tasks.memory_of_thread(slot)
-    kt, at = scratch(at, d // 2 * most, np.uint32)
-    vt, at = scratch(at, d // 2 * most, np.uint32)
-    kp, at = scratch(at, most // 2 * wide, np.uint32)
-    dka, at = scratch(at, most * wide, np.float32)
-    dva, at = scratch(at, most * wide, np.float32)
-    s, at = scratch(at, TALL * WIDE, np.float32)
-    dp, at = scratch(at, TALL * WIDE, np.float32)
-    ds, at = scratch(at, TALL * WIDE, np.uint16)
-    dsp, at = scratch(at, TALL // 2 * WIDE, np.uint32)
-    pp, at = scratch(at, TALL // 2 * WIDE, np.uint32)
-    qn, at = scratch(at, TALL * d // 2, np.uint32)
-    don, at = scratch(at, TALL * d // 2, np.uint32)
-    qp, at = scratch(at, TALL // 2 * wide, np.uint32)
-    dop, at = scratch(at, TALL // 2 * wide, np.uint32)
-    dqa, at = scratch(at, TALL * wide, np.float32)
-    delta, sums = np.empty(TALL, np.float32), np.empty(TALL, np.float32)
-    work = (s, dp, ds, dsp, pp, qn, qp, don, dop, dqa, delta, sums)
-    keys = (kt, kp, vt, dka, dva)
-    tasks.backward_tasks(address, np.uint16, _columns_in_pairs, _rows_in_pairs, _backward_head, wide, 2, keys, work)
+def _backward_kernel(amx: bool) -> Kernel:
+    """As `_forward_kernel`."""
+
+    @kernel
+    def backward(address):  # type: ignore[no-untyped-def]
+        slot = carray(address, (32,), np.int64)
+        d, most = slot[tasks.WIDTH], up(slot[tasks.LONGEST], PAD)
+        wide, at = up(d, COLUMNS), tasks.memory_of_thread(slot)
+        kt, at = scratch(at, _pairs(d) * most, np.uint32)
+        vt, at = scratch(at, _pairs(d) * most, np.uint32)
+        kp, at = scratch(at, most // 2 * wide, np.uint32)
+        dka, at = scratch(at, most * wide, np.float32)
+        dva, at = scratch(at, most * wide, np.float32)
+        s, at = scratch(at, TALL * WIDE, np.float32)
+        dp, at = scratch(at, TALL * WIDE, np.float32)
+        ds, at = scratch(at, TALL * WIDE, np.uint16)
+        dsp, at = scratch(at, TALL // 2 * WIDE, np.uint32)
+        pp, at = scratch(at, TALL // 2 * WIDE, np.uint32)
+        qn, at = scratch(at, TALL * _pairs(d), np.uint32)
+        don, at = scratch(at, TALL * _pairs(d), np.uint32)
+        qp, at = scratch(at, TALL // 2 * wide, np.uint32)
+        dop, at = scratch(at, TALL // 2 * wide, np.uint32)
+        dqa, at = scratch(at, TALL * wide, np.float32)
+        delta, sums = np.empty(TALL, np.float32), np.empty(TALL, np.float32)
+        work = (s, dp, ds, dsp, pp, qn, qp, don, dop, dqa, delta, sums)
+        keys = (kt, kp, vt, dka, dva)
+        if amx:
+            tiles.amx_begin(np.zeros(64, np.uint8))
+        tasks.backward_tasks(
+            address, np.uint16, _columns_in_pairs, _rows_in_pairs, _backward_head, wide, 2, keys, work, _clear, _keep
+        )
+        if amx:
+            tiles.amx_end()
+
+    return backward
+
+
+def _forward_bytes(d: int, wide: int, most: int) -> int:
+    pairs = _pairs.py_func(d)
+    return most * (4 * pairs + 2 * wide + 6 * ROWS) + ROWS * (4 * wide + 4 * pairs)
+
+
+def _backward_bytes(d: int, wide: int, most: int) -> int:
+    pairs = _pairs.py_func(d)
+    return most * (8 * pairs + 10 * wide) + TALL * (14 * WIDE + 8 * pairs + 8 * wide)
 
 
 KERNELS = tasks.Attention(
-    _forward,
-    _backward,
+    _forward_kernel(AMX),
+    _backward_kernel(AMX),
     COLUMNS,
-    lambda d, wide, most: most * (2 * d + 2 * wide + 6 * ROWS) + ROWS * (4 * wide + 2 * d),
-    lambda d, wide, most: most * (4 * d + 10 * wide) + TALL * (14 * WIDE + 4 * d + 8 * wide),
+    _forward_bytes,
+    _backward_bytes,
 )

@@ -26,7 +26,7 @@ from halfbyte.layers.kernels.dropout import NO_TERMS, ScoreTerms
 TALL = 48  # rows of queries at once: a multiple of a tile's rows, and of 2
 WIDE = 192  # columns at once in backward: a multiple of a tile's rows and of its columns
 PAD = 96  # of a path's length: a multiple of both
-MOST_ROWS = 12  # of a tile
+MOST_ROWS = 16  # of a tile
 # What lies in the kernels' slots, as `Attention._run` puts it there; then what is of the forward or backward alone.
 TOKENS, HEADS, KEY_HEADS, WIDTH, PARTS, FAMILIES, LONGEST, DEPTH, MEMORY, BYTES, SCALE = range(3, 14)
 BACK, AHEAD, STARTS, LEVELS, FIRSTS, SLOPES, TOKEN_KEYS, SEED, LOW, Q, K, V, OUT, MORE = range(14, 28)
@@ -55,6 +55,19 @@ def store_rows(x, wide, rows, d, out, factor):  # type: ignore[no-untyped-def]
         a, to = x[r * wide : r * wide + d], out[r * d : (r + 1) * d]
         for c in range(d):
             to[c] = store(a[c] * factor, to)
+
+
+@inlined
+def clear_rows(x, wide, reach, before, padded):  # type: ignore[no-untyped-def]
+    """Zeros for `padded` rows of x (reach, wide) from `before` on."""
+    for j in range(before * wide, (before + padded) * wide):
+        x[j] = np.float32(0.0)
+
+
+@inlined
+def keep_rows(x, wide, reach, before, rows, d, out, factor):  # type: ignore[no-untyped-def]
+    """`store_rows` of rows of x (reach, wide) from `before` on."""
+    store_rows(x[before * wide :], wide, rows, d, out, factor)
 
 
 @inlined
@@ -191,7 +204,7 @@ def forward_tasks(address, element, turn, lay, head, wide, step, keys, work):  #
 
 
 @inlined
-def _backward_task(given, slot, sizes, keys, work, tree, turn, lay, head, task, _):  # type: ignore[no-untyped-def]
+def _backward_task(given, slot, sizes, keys, work, tree, turn, lay, head, clear, keep, task, _):  # type: ignore[no-untyped-def]
     (q, k, v, o), (do, lse, dq, dk, dv) = given
     (d, wide, step, scale), (kt, kp, vt, dka, dva) = sizes, keys
     begin, end, reach, key_head, first, last = _place(task, tree, slot)
@@ -202,11 +215,11 @@ def _backward_task(given, slot, sizes, keys, work, tree, turn, lay, head, task, 
         level = levels[segment] if segment < end else 0
         while depth > level:  # nothing more follows these
             depth -= 1
-            done, at = segments[depth], above[depth] * wide
+            done, at = segments[depth], above[depth]
             length = starts[done + 1] - starts[done]
             block = part + (starts[done] * slot[KEY_HEADS] + key_head * length) * d
-            store_rows(dka[at:], wide, length, d, dk[block:], np.float32(1.0))
-            store_rows(dva[at:], wide, length, d, dv[block:], _terms(slot, 0, first)[4])
+            keep(dka, wide, reach, at, length, d, dk[block:], np.float32(1.0))
+            keep(dva, wide, reach, at, length, d, dv[block:], _terms(slot, 0, first)[4])
         if segment < end:
             depth = level + 1
             start, length, before, padded = _enter(segment, tree)
@@ -214,9 +227,8 @@ def _backward_task(given, slot, sizes, keys, work, tree, turn, lay, head, task, 
             turn(k[block:], length, d, kt, before, padded, reach)
             turn(v[block:], length, d, vt, before, padded, reach)
             lay(k[block:], d, length, d, kp[before // step * wide :], wide, padded)
-            for j in range(before * wide, (before + padded) * wide):
-                dka[j] = np.float32(0.0)
-                dva[j] = np.float32(0.0)
+            clear(dka, wide, reach, before, padded)
+            clear(dva, wide, reach, before, padded)
             for n in range(first, last):
                 at, rows = start * slot[HEADS] + n * length, start * row + n * d
                 here = (q[at * d :], do[rows:], o[rows:], lse[at:], dq[at * d :])
@@ -225,9 +237,10 @@ def _backward_task(given, slot, sizes, keys, work, tree, turn, lay, head, task, 
 
 
 @inlined
-def backward_tasks(address, element, turn, lay, head, wide, step, keys, work):  # type: ignore[no-untyped-def]
+def backward_tasks(address, element, turn, lay, head, wide, step, keys, work, clear=clear_rows, keep=keep_rows):  # type: ignore[no-untyped-def]
     """As `forward_tasks`, with head((q, do, o, lse, dq), ...), which fills dq and adds to the last two of `keys`: the
-    gradients of keys and values of a path, (reach, wide) fp32."""
+    gradients of keys and values of a path in fp32, as clear(x, wide, reach, before, padded) makes them zero and
+    keep(x, wide, reach, before, rows, d, out, factor) stores them: by rows, (reach, wide)."""
     slot, number = carray(address, (32,), np.int64), carray(address, (32,), np.float64)
     n, m = slot[TOKENS] * slot[HEADS], slot[PARTS] * slot[TOKENS] * slot[KEY_HEADS] * slot[WIDTH]
     do, lse = array(slot[MORE], (n * slot[WIDTH],), element), array(slot[MORE + 1], (n,), np.float32)
@@ -235,7 +248,7 @@ def backward_tasks(address, element, turn, lay, head, wide, step, keys, work):  
     others = (do, lse, dq, dk, array(slot[MORE + 4], (m,), element))
     sizes = (slot[WIDTH], wide, step, np.float32(number[SCALE]))
     given = (_given(slot, element), others)
-    each_block(slot, _backward_task, (given, slot, sizes, keys, work, _tree(slot), turn, lay, head))
+    each_block(slot, _backward_task, (given, slot, sizes, keys, work, _tree(slot), turn, lay, head, clear, keep))
 
 
 @dataclass(frozen=True, eq=False)
