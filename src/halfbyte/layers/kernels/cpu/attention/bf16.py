@@ -17,18 +17,18 @@ from numba import carray
 
 from halfbyte.layers.kernels.cpu import tiles
 from halfbyte.layers.kernels.cpu.attention import tasks
+from halfbyte.layers.kernels.cpu.attention.softmax import LANES, pair_gradients, row_exp, row_max
 from halfbyte.layers.kernels.cpu.attention.tasks import (
     PAD,
     WIDE,
     drop_chances,
-    largest,
     row_seed,
     scratch,
     store_rows,
     tilt,
 )
 from halfbyte.layers.kernels.cpu.parallel import Kernel, kernel
-from halfbyte.layers.kernels.cpu.scalar import exp_f32, hash_u32, inlined, load, store, up
+from halfbyte.layers.kernels.cpu.scalar import hash_u32, inlined, load, store, up
 
 if not tiles.available():  # LLVM ends the process where it meets an instruction that the processor lacks
     raise ImportError("this attention kernel multiplies pairs of bf16, which this processor does not (avx512_bf16)")
@@ -133,31 +133,23 @@ def _softmax_rows(s, p, o_sums, first, before, length, reach, begin, until, scal
     """Rows of scores s (ROWS, reach) from column `begin` on -> p in bf16, unnormalised; zeros where a row does not see,
     up to `until`. `before`: tokens above the segment."""
     for r in range(ROWS):
-        i, low, many = first + r, begin, 0
+        i, low, end = first + r, begin, begin
         if i < length:
-            low = max(begin, before + i - sees[0])
-            many = min(before + length, before + i + 1 + sees[1]) - low
-        q = p[r * reach + low : r * reach + until]
-        if many:
-            a = s[r * reach + low : r * reach + low + many]
+            low, end = max(begin, before + i - sees[0]), min(before + length, before + i + 1 + sees[1])
+        a, q = s[r * reach : (r + 1) * reach], p[r * reach : (r + 1) * reach]
+        m = np.float32(0.0)
+        if low < end:
             if terms[0] != np.float32(0.0):
-                tilt(a, low - before - i, terms[0])
-            m = largest(a) * scale
-            total = np.float32(0.0)
-            for j in range(many):
-                e = exp_f32(a[j] * scale - m)
-                total += e
-                q[j] = store(e, q)
+                tilt(a[low:end], low - before - i, terms[0])
+            m = row_max(a[begin:], until - begin, low - begin, end - begin) * scale
+        total = row_exp(a[begin:], q[begin:], until - begin, low - begin, end - begin, scale, m)
+        if low < end:
             if terms[3] != 0:
                 seed = row_seed(terms, i)
-                for j in range(many):
-                    q[j] = q[j] if hash_u32(np.uint32(low + j) ^ seed) >= terms[3] else np.uint16(0)
+                for j in range(low, end):
+                    q[j] = q[j] if hash_u32(np.uint32(j) ^ seed) >= terms[3] else np.uint16(0)
             o_sums[r] = total
             lse[i] = m + np.float32(math.log(total))
-        for j in range(many, until - low):
-            q[j] = np.uint16(0)
-        for j in range(r * reach + begin, r * reach + low):
-            p[j] = np.uint16(0)
 
 
 @inlined
@@ -176,7 +168,8 @@ def _forward_head(head, keys, sizes, work, terms, sees):  # type: ignore[no-unty
         for j in range(begin, columns, COLUMNS):
             tile(s[j:], reach, qp, pairs, 1, kt[j:], reach, pairs, 0)
         until, v_at = begin + 2 * _pairs(columns - begin), begin // 2 * wide
-        _softmax_rows(s, p, sums, i, before, length, reach, begin, until, scale, lse, terms, sees)
+        whole = begin + up(columns - begin, 2 * LANES)
+        _softmax_rows(s, p, sums, i, before, length, reach, begin, whole, scale, lse, terms, sees)
         for c in range(0, wide, COLUMNS):
             tile(o[c:], wide, p[begin:], reach // 2, 1, vp[v_at + c :], wide, (until - begin) // 2, 0)
         for r in range(rows):
@@ -216,35 +209,14 @@ def _forward_kernel(amx: bool) -> Kernel:
 def _probabilities(s, dp, i0, j0, rows, width, until, scale, lse, delta, ds, dsp, pp, sees):  # type: ignore[no-untyped-def]
     """Two rows at a time: p and ds of a block, ds by rows, both by pairs of rows; zeros up to `until`."""
     for pair in range(up(rows, max(ROWS, 2 * STEP)) // 2):
-        a, b = 2 * pair, 2 * pair + 1
-        tp, td = pp[pair * WIDE : pair * WIDE + until], dsp[pair * WIDE : pair * WIDE + until]
-        da, db = ds[a * WIDE : a * WIDE + until], ds[b * WIDE : b * WIDE + until]
-        sa, ga = s[a * WIDE : a * WIDE + until], dp[a * WIDE : a * WIDE + until]
-        sb, gb = s[b * WIDE : b * WIDE + until], dp[b * WIDE : b * WIDE + until]
-        la, ea = lse[a], delta[a]
-        lb, eb = lse[b], delta[b]
-        seen_a = max(0, min(width, i0 + a + 1 + sees[1] - j0)) if a < rows else 0
-        seen_b = max(0, min(width, i0 + b + 1 + sees[1] - j0)) if b < rows else 0
-        low_a, low_b, both_see = i0 + a - sees[0] - j0, i0 + b - sees[0] - j0, min(seen_a, seen_b)
-        both_from = min(both_see, max(0, low_b))
-        for j in range(both_from, both_see):
-            pa, pb = exp_f32(sa[j] * scale - la), exp_f32(sb[j] * scale - lb)
-            ua, ub = store(pa * (ga[j] - ea) * scale, da), store(pb * (gb[j] - eb) * scale, db)
-            da[j], db[j] = ua, ub
-            td[j] = np.uint32(ua) | (np.uint32(ub) << _HIGH)
-            tp[j] = np.uint32(store(pa, da)) | (np.uint32(store(pb, db)) << _HIGH)
-        for n in range(both_from + until - both_see):
-            j = n if n < both_from else n - both_from + both_see
-            ua = ub = wa = wb = np.uint16(0)
-            if low_a <= j < seen_a:
-                pa = exp_f32(sa[j] * scale - la)
-                wa, ua = store(pa, da), store(pa * (ga[j] - ea) * scale, da)
-            if low_b <= j < seen_b:
-                pb = exp_f32(sb[j] * scale - lb)
-                wb, ub = store(pb, db), store(pb * (gb[j] - eb) * scale, db)
-            da[j], db[j] = ua, ub
-            td[j] = np.uint32(ua) | (np.uint32(ub) << _HIGH)
-            tp[j] = np.uint32(wa) | (np.uint32(wb) << _HIGH)
+        a, b, at = 2 * pair, 2 * pair + 1, pair * WIDE
+        end_a = max(0, min(width, i0 + a + 1 + sees[1] - j0)) if a < rows else 0
+        end_b = max(0, min(width, i0 + b + 1 + sees[1] - j0)) if b < rows else 0
+        low_a, low_b = max(0, i0 + a - sees[0] - j0), max(0, i0 + b - sees[0] - j0)
+        pair_gradients(
+            until, scale, s[a * WIDE :], dp[a * WIDE :], low_a, end_a, lse[a], delta[a], s[b * WIDE :], dp[b * WIDE :],
+            low_b, end_b, lse[b], delta[b], ds[a * WIDE :], ds[b * WIDE :], dsp[at:], pp[at:],
+        )  # fmt: skip
 
 
 @inlined
@@ -292,7 +264,7 @@ def _backward_head(head, keys, sizes, work, terms, sees):  # type: ignore[no-unt
                     to = r * WIDE + j
                     tile(s[to:], WIDE, qn[r * pairs :], pairs, 1, kt[j0 + j :], reach, pairs, 0)
                     tile(dp[to:], WIDE, don[r * pairs :], pairs, 1, vt[j0 + j :], reach, pairs, 0)
-            until = up(width, COLUMNS) if AMX else up(up(width, ROWS), 2)
+            until = up(width, COLUMNS)
             if terms[0] != np.float32(0.0) or terms[3] != 0:
                 for r in range(rows):
                     at = slice(r * WIDE, r * WIDE + max(0, min(width, i0 + r + 1 + sees[1] - j0)))
