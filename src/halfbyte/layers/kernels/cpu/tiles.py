@@ -5,8 +5,8 @@ costs more than its arithmetic; written as one kernel, the scores between two pr
 What: C (12, 32) in fp32 = or += A (12, K) B (K, 32) for bf16 operands by AVX512-BF16's dot products of pairs. B lies in
 pairs: 32 bits hold rows 2k and 2k + 1 of a column. A's pairs may lie at any distance, so a transposed A costs nothing.
 Where the processor has AMX: C (16, 32) of an A whose pairs are neighbours, in steps of 16 pairs.
-Source: VDPBF16PS and TDPBF16PS, Intel SDM volume 2; blocking after Goto and van de Geijn, "Anatomy of high-performance matrix
-multiplication" (ACM TOMS 2008): 24 of 32 registers accumulate, 2 hold B, A is broadcast from memory.
+Source: VDPBF16PS and TDPBF16PS, Intel SDM volume 2; blocking after Goto and van de Geijn, "Anatomy of high-performance
+matrix multiplication" (ACM TOMS 2008): 24 of 32 registers accumulate, 2 hold B, A is broadcast from memory.
 """
 
 import ctypes

@@ -17,17 +17,10 @@ from numba import carray
 
 from halfbyte.layers.kernels.cpu import tiles
 from halfbyte.layers.kernels.cpu.attention import tasks
-from halfbyte.layers.kernels.cpu.attention.softmax import LANES, pair_gradients, row_exp, row_max
-from halfbyte.layers.kernels.cpu.attention.tasks import (
-    PAD,
-    WIDE,
-    drop_chances,
-    row_seed,
-    scratch,
-    store_rows,
-    tilt,
-)
+from halfbyte.layers.kernels.cpu.attention.softmax import pair_gradients, row_exp, row_max
+from halfbyte.layers.kernels.cpu.attention.tasks import PAD, WIDE, drop_chances, row_seed, scratch, store_rows, tilt
 from halfbyte.layers.kernels.cpu.parallel import Kernel, kernel
+from halfbyte.layers.kernels.cpu.registers import LANES
 from halfbyte.layers.kernels.cpu.scalar import hash_u32, inlined, load, store, up
 
 if not tiles.available():  # LLVM ends the process where it meets an instruction that the processor lacks
@@ -342,10 +335,4 @@ def _backward_bytes(d: int, wide: int, most: int) -> int:
     return most * (8 * pairs + 10 * wide) + TALL * (14 * WIDE + 8 * pairs + 8 * wide)
 
 
-KERNELS = tasks.Attention(
-    _forward_kernel(AMX),
-    _backward_kernel(AMX),
-    COLUMNS,
-    _forward_bytes,
-    _backward_bytes,
-)
+KERNELS = tasks.Attention(_forward_kernel(AMX), _backward_kernel(AMX), COLUMNS, _forward_bytes, _backward_bytes)

@@ -18,13 +18,17 @@ from numba import carray
 from halfbyte.layers.kernels.cpu import tiles
 from halfbyte.layers.kernels.cpu.gate import mask_words
 from halfbyte.layers.kernels.cpu.lora.common import PART, LoraProducts
-from halfbyte.layers.kernels.cpu.parallel import array, each_block, kernel
-from halfbyte.layers.kernels.cpu.scalar import hash_u32, inlined, store
+from halfbyte.layers.kernels.cpu.parallel import Kernel, array, each_block, kernel
+from halfbyte.layers.kernels.cpu.registers import round_row
+from halfbyte.layers.kernels.cpu.scalar import hash_u32, inlined, store, up
 
 from halfbyte.layers.kernels.cpu.tiles import (  # isort: skip
-    COLUMNS, LOW_ROWS, ROWS, TALL_COLUMNS, TALL_ROWS, low_tile, rows_into, tall_tile, tile,
+    COLUMNS, LOW_ROWS, TALL_COLUMNS, TALL_ROWS, low_tile, tall_tile,
 )  # fmt: skip
 
+AMX = tiles.amx()
+# Rows of a tile, pairs that it takes at a time.
+ROWS, STEP, tile = (tiles.AMX_ROWS, tiles.AMX_STEPS, tiles.amx_tile) if AMX else (tiles.ROWS, 1, tiles.tile)
 PAIRS = 32  # pairs of rows that lie in cache at once
 _LOW = np.uint32(0xFFFF)
 
@@ -48,7 +52,7 @@ def _drop(x, out, low, seed, keys, i):  # type: ignore[no-untyped-def]
 @inlined
 def _down(x, a, h, wide, low, seed, keys, first, last):  # type: ignore[no-untyped-def]
     words, rank = x.shape[1], h.shape[1]
-    most = TALL_ROWS if wide == TALL_COLUMNS else ROWS
+    most = TALL_ROWS if wide == TALL_COLUMNS else ROWS  # AMX's tiles are all of one size
     here, sums = np.zeros(most * words, np.uint32), np.empty(most * wide, np.float32)
     for i in range(first, last, most):
         rows = min(most, last - i)
@@ -66,19 +70,19 @@ def _down(x, a, h, wide, low, seed, keys, first, last):  # type: ignore[no-untyp
 
 
 @inlined
-def _up(dh, a, out, low, seed, keys, first, last):  # type: ignore[no-untyped-def]
-    pairs, width = dh.shape[1], 2 * out.shape[1]
+def _up(dh, a, pairs, out, low, seed, keys, first, last):  # type: ignore[no-untyped-def]
+    given, width = dh.shape[1], 2 * out.shape[1]
     here, sums = np.zeros(ROWS * pairs, np.uint32), np.empty(ROWS * width, np.float32)
     row = np.empty(width, np.uint16)
     for i in range(first, last, ROWS):
         rows = min(ROWS, last - i)
-        rows_into(here, dh, i, rows)
+        for k in range(rows):
+            for j in range(given):
+                here[k * pairs + j] = dh[i + k, j]
         for j in range(0, width, COLUMNS):
             tile(sums[j:], width, here, pairs, 1, a[j:], width, pairs, 0)
         for k in range(rows):
-            product = sums[k * width : (k + 1) * width]
-            for j in range(width):
-                row[j] = store(product[j], row)
+            round_row(sums[k * width :], row, width)
             _drop(row.view(np.uint32), out[i + k], low, seed, keys, i + k)
 
 
@@ -90,7 +94,8 @@ def _gradient(dh, x, out, low, seed, keys, first, last):  # type: ignore[no-unty
     rank, ranks = dh.shape[1], out.shape[1]
     wide = 2 * words
     a, b = np.empty(words, np.uint32), np.empty(words, np.uint32)
-    pairs, given = np.empty(PAIRS * wide, np.uint32), np.zeros(PAIRS * ranks, np.uint32)
+    pairs, given = np.zeros(PAIRS * wide, np.uint32), np.zeros(PAIRS * ranks, np.uint32)
+    rank_step, pair_step = (PAIRS, 1) if AMX else (1, ranks)  # AMX takes pairs that are neighbours
     for part in range(first, last):
         end = min(n, (part + 1) * PART)
         sums = out[part].reshape(ranks * wide)
@@ -109,49 +114,78 @@ def _gradient(dh, x, out, low, seed, keys, first, last):  # type: ignore[no-unty
                     odd[j] = (a[j] >> np.uint32(16)) | (b[j] & ~_LOW)
                 for r in range(rank):
                     second = np.uint32(dh[one + 1, r]) if one + 1 < end else np.uint32(0)
-                    given[k * ranks + r] = np.uint32(dh[one, r]) | (second << np.uint32(16))
+                    given[k * pair_step + r * rank_step] = np.uint32(dh[one, r]) | (second << np.uint32(16))
+            steps = up(many, STEP)
+            for k in range(many, steps):
+                for r in range(rank):
+                    given[k * pair_step + r * rank_step] = np.uint32(0)
             for j in range(0, wide, COLUMNS):
                 more = 0 if i == part * PART else 1
                 if ranks % ROWS != 0:
                     for r in range(0, ranks, LOW_ROWS):
-                        low_tile(sums[r * wide + j :], wide, given[r:], 1, ranks, pairs[j:], wide, many, more)
+                        low_tile(sums[r * wide + j :], wide, given[r:], 1, ranks, pairs[j:], wide, steps, more)
                 else:
                     for r in range(0, ranks, ROWS):
-                        tile(sums[r * wide + j :], wide, given[r:], 1, ranks, pairs[j:], wide, many, more)
+                        a_at, to = r * rank_step, r * wide + j
+                        tile(sums[to:], wide, given[a_at:], rank_step, pair_step, pairs[j:], wide, steps, more)
 
 
-@kernel
-def lora_down(p):  # type: ignore[no-untyped-def]
-    s = carray(p, (32,), np.int64)
-    x, a = array(s[3], (s[1], s[9]), np.uint32), array(s[4], (s[9] * s[11],), np.uint32)
-    h, keys = array(s[5], (s[1], s[10]), np.uint16), array(s[8], (s[12],), np.uint32)
-    each_block(s, _down, (x, a, h, s[11], np.uint32(s[6]), np.uint32(s[7]), keys))
+def _down_kernel(amx: bool) -> Kernel:
+    """`amx`: AMX, by which numba tells what it has compiled with and without it."""
+
+    @kernel
+    def lora_down(p):  # type: ignore[no-untyped-def]
+        s = carray(p, (32,), np.int64)
+        x, a = array(s[3], (s[1], s[9]), np.uint32), array(s[4], (s[9] * s[11],), np.uint32)
+        h, keys = array(s[5], (s[1], s[10]), np.uint16), array(s[8], (s[12],), np.uint32)
+        if amx:
+            tiles.amx_begin(np.zeros(64, np.uint8))
+        each_block(s, _down, (x, a, h, s[11], np.uint32(s[6]), np.uint32(s[7]), keys))
+        if amx:
+            tiles.amx_end()
+
+    return lora_down
 
 
-@kernel
-def lora_up(p):  # type: ignore[no-untyped-def]
-    s = carray(p, (32,), np.int64)
-    dh, a = array(s[3], (s[1], s[10]), np.uint32), array(s[4], (s[9] * s[10] * 2,), np.uint32)
-    out, keys = array(s[5], (s[1], s[9]), np.uint32), array(s[8], (s[11],), np.uint32)
-    each_block(s, _up, (dh, a, out, np.uint32(s[6]), np.uint32(s[7]), keys))
+def _up_kernel(amx: bool) -> Kernel:
+    @kernel
+    def lora_up(p):  # type: ignore[no-untyped-def]
+        s = carray(p, (32,), np.int64)
+        dh, a = array(s[3], (s[1], s[10]), np.uint32), array(s[4], (s[9] * s[12] * 2,), np.uint32)
+        out, keys = array(s[5], (s[1], s[9]), np.uint32), array(s[8], (s[11],), np.uint32)
+        if amx:
+            tiles.amx_begin(np.zeros(64, np.uint8))
+        each_block(s, _up, (dh, a, s[12], out, np.uint32(s[6]), np.uint32(s[7]), keys))
+        if amx:
+            tiles.amx_end()
+
+    return lora_up
 
 
-@kernel
-def lora_gradient(p):  # type: ignore[no-untyped-def]
-    s = carray(p, (32,), np.int64)
-    dh, x = array(s[3], (s[12], s[10]), np.uint16), array(s[4], (s[12], s[9]), np.uint32)
-    out, keys = array(s[5], (s[1], s[11], s[9] * 2), np.float32), array(s[8], (s[13],), np.uint32)
-    each_block(s, _gradient, (dh, x, out, np.uint32(s[6]), np.uint32(s[7]), keys))
+def _gradient_kernel(amx: bool) -> Kernel:
+    @kernel
+    def lora_gradient(p):  # type: ignore[no-untyped-def]
+        s = carray(p, (32,), np.int64)
+        dh, x = array(s[3], (s[12], s[10]), np.uint16), array(s[4], (s[12], s[9]), np.uint32)
+        out, keys = array(s[5], (s[1], s[11], s[9] * 2), np.float32), array(s[8], (s[13],), np.uint32)
+        if amx:
+            tiles.amx_begin(np.zeros(64, np.uint8))
+        each_block(s, _gradient, (dh, x, out, np.uint32(s[6]), np.uint32(s[7]), keys))
+        if amx:
+            tiles.amx_end()
+
+    return lora_gradient
 
 
 PRODUCTS = LoraProducts(
-    lora_down,
-    lora_up,
-    lora_gradient,
+    _down_kernel(AMX),
+    _up_kernel(AMX),
+    _gradient_kernel(AMX),
     dtype=torch.bfloat16,
     numbers=2,
-    columns=lambda rank: TALL_COLUMNS if rank <= TALL_COLUMNS else -(-rank // COLUMNS) * COLUMNS,
-    ranks=lambda rank: min(-(-rank // rows) * rows for rows in (ROWS, LOW_ROWS)),
+    columns=lambda rank: TALL_COLUMNS if rank <= TALL_COLUMNS and not AMX else -(-rank // COLUMNS) * COLUMNS,
+    ranks=lambda rank: min(-(-rank // rows) * rows for rows in ((ROWS,) if AMX else (ROWS, LOW_ROWS))),
+    step=STEP,
 )
 
 

@@ -31,7 +31,7 @@ def mask_of(p: float, seed: Seed) -> tuple[tuple[int, int, Tensor | int], int]:
 @dataclass
 class LoraProducts:
     """Three kernels as functions of tensors. None of them scales by 1 / (1 - p); the mask is `gate.drop`'s. `columns`,
-    `ranks`: columns of all tiles that hold a rank, and rows."""
+    `ranks`: columns of all tiles that hold a rank, and rows; `step`: words that a tile takes at a time."""
 
     down_kernel: object
     up_kernel: object
@@ -40,6 +40,7 @@ class LoraProducts:
     numbers: int  # of a word
     columns: Callable[[int], int]
     ranks: Callable[[int], int]
+    step: int = 1  # words that a tile takes at once
 
     def down(self, x: Tensor, a: Tensor, p: float, seed: Seed) -> Tensor:
         """drop(x) A^T: x (N, D), A (R, D) -> (N, R)."""
@@ -59,8 +60,10 @@ class LoraProducts:
         ranks = rank // self.numbers
         if self.numbers > 1:
             a = a.view(ranks, self.numbers, width).transpose(1, 2)
-        words = self._words(a).contiguous()  # (ranks, D)
-        run(self.up_kernel, n, TAKEN, dh.contiguous(), words, out, *mask, width // self.numbers, ranks, keys)
+        words, more = self._words(a).reshape(ranks, width), -ranks % self.step
+        words = torch.cat([words, words.new_zeros(more, width)]) if more else words.contiguous()
+        sizes = (width // self.numbers, ranks, keys, ranks + more)
+        run(self.up_kernel, n, TAKEN, dh.contiguous(), words, out, *mask, *sizes)
         return out
 
     def gradient(self, dh: Tensor, x: Tensor, p: float, seed: Seed) -> Tensor:
