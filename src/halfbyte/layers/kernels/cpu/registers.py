@@ -14,7 +14,8 @@ from halfbyte.layers.kernels.cpu.scalar import Value, call, instruction
 from halfbyte.layers.kernels.cpu.tiles import BFloat
 
 LANES = 16
-_F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+_F32, _I32 = ir.FloatType(), ir.IntType(32)
+I64 = ir.IntType(64)
 VECTOR, WORDS, HALVES = (ir.VectorType(kind, LANES) for kind in (_F32, _I32, ir.IntType(16)))
 ZERO = ir.Constant(VECTOR, None)
 
@@ -61,7 +62,7 @@ def put(b: Value, value: Value, array: Value, column: Value) -> None:
 def reduced(b: Value, columns: Value, start: Value, step: Callable[[Value, Value], Value]) -> Value:
     """total = step(column, total) for each register of `columns` columns, from `start` on."""
     total = cgutils.alloca_once_value(b, start)
-    with cgutils.for_range_slice(b, _I64(0), columns, _I64(LANES), intp=_I64) as (column, _):
+    with cgutils.for_range_slice(b, I64(0), columns, I64(LANES), intp=I64) as (column, _):
         b.store(step(column, b.load(total)), total)
     return b.load(total)
 
@@ -69,5 +70,5 @@ def reduced(b: Value, columns: Value, start: Value, step: Callable[[Value, Value
 @instruction(types.void, None, None, types.int64)
 def round_row(b: Value, x: Value, out: Value, columns: Value) -> None:
     """x in fp32 -> out in bf16, of whole registers."""
-    with cgutils.for_range_slice(b, _I64(0), columns, _I64(LANES), intp=_I64) as (column, _):
+    with cgutils.for_range_slice(b, I64(0), columns, I64(LANES), intp=I64) as (column, _):
         put(b, bf16(b, get(b, x, column)), out, column)

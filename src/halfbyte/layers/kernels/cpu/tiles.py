@@ -137,9 +137,9 @@ TALL_ROWS, TALL_COLUMNS = 24, 16
 LOW_ROWS = 8
 tall_tile, low_tile = _tile(TALL_ROWS, TALL_COLUMNS, 16, pairs=True), _tile(LOW_ROWS, COLUMNS, 16, pairs=True)
 
-AMX_ROWS, AMX_COLUMNS, AMX_STEPS = 16, 32, 16
-_ARCH_PRCTL, _ASK, _TILES = 158, 0x1023, 18  # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
-_SUMS, _LEFT, _RIGHT = (0, 1), 2, (3, 4)  # AMX's registers
+AMX_ROWS, AMX_STEPS = 16, 16  # its columns are COLUMNS too
+_ASK_FOR_TILES = (158, 0x1023, 18)  # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
+_LEFT, _SUMS_AND_RIGHT = 2, ((0, 3), (1, 4))  # AMX's registers
 
 
 @cache
@@ -147,7 +147,7 @@ def amx() -> bool:
     """Whether the processor has AMX for bf16, and Linux, once asked, lets this process use it."""
     if not (has("amx-bf16") and has("amx-tile") and sys.platform == "linux"):
         return False
-    return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ASK, _TILES) == 0
+    return ctypes.CDLL(None).syscall(*_ASK_FOR_TILES) == 0
 
 
 def _amx(builder: Value, name: str, *args: Value) -> None:
@@ -189,20 +189,20 @@ def amx_tile(b, c, c_row, a, a_row, a_step, right, b_step, steps, add):  # type:
     def move(name: str, register: int, at: Value, row: Value) -> None:
         _amx(b, name, register, b.inttoptr(at, byte), row)
 
-    ends = list(zip(_SUMS, (c_at, b.add(c_at, line)), strict=True))
+    ends = list(zip(_SUMS_AND_RIGHT, (c_at, b.add(c_at, line)), strict=True))
 
     def begin(there: bool) -> None:
-        for register, at in ends:
+        for (register, _), at in ends:
             move("tileloadd64", register, at, c_row) if there else _amx(b, "tilezero", register)
 
     _either_way(b, add, begin)
     with cgutils.for_range(b, b.lshr(steps, _I64(4)), intp=_I64) as loop:
         down = b.add(b_at, b.mul(loop.index, b.mul(b_row, _I64(AMX_STEPS))))
         move("tileloadd64", _LEFT, b.add(a_at, b.mul(loop.index, line)), a_row)
-        for total, register, at in zip(_SUMS, _RIGHT, (down, b.add(down, line)), strict=True):
+        for (total, register), at in zip(_SUMS_AND_RIGHT, (down, b.add(down, line)), strict=True):
             move("tileloadd64", register, at, b_row)
             _amx(b, "tdpbf16ps", total, _LEFT, register)
-    for register, at in ends:
+    for (register, _), at in ends:
         move("tilestored64", register, at, c_row)
 
 

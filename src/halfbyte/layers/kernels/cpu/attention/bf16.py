@@ -126,7 +126,7 @@ def _softmax_rows(s, p, o_sums, first, before, length, reach, begin, until, scal
     """Rows of scores s (ROWS, reach) from column `begin` on -> p in bf16, unnormalised; zeros where a row does not see,
     up to `until`. `before`: tokens above the segment."""
     for r in range(ROWS):
-        i, low, end = first + r, begin, begin
+        i, (low, end) = first + r, (begin, begin)
         if i < length:
             low, end = max(begin, before + i - sees[0]), min(before + length, before + i + 1 + sees[1])
         a, q = s[r * reach : (r + 1) * reach], p[r * reach : (r + 1) * reach]
@@ -202,7 +202,8 @@ def _forward_kernel(amx: bool) -> Kernel:
 def _probabilities(s, dp, i0, j0, rows, width, until, scale, lse, delta, ds, dsp, pp, sees):  # type: ignore[no-untyped-def]
     """Two rows at a time: p and ds of a block, ds by rows, both by pairs of rows; zeros up to `until`."""
     for pair in range(up(rows, max(ROWS, 2 * STEP)) // 2):
-        a, b, at = 2 * pair, 2 * pair + 1, pair * WIDE
+        a, at = 2 * pair, pair * WIDE
+        b = a + 1
         end_a = max(0, min(width, i0 + a + 1 + sees[1] - j0)) if a < rows else 0
         end_b = max(0, min(width, i0 + b + 1 + sees[1] - j0)) if b < rows else 0
         low_a, low_b = max(0, i0 + a - sees[0] - j0), max(0, i0 + b - sees[0] - j0)
@@ -273,18 +274,18 @@ def _backward_head(head, keys, sizes, work, terms, sees):  # type: ignore[no-unt
                     k_at = j0 // 2 * wide + c
                     tile(dqa[r * wide + c :], wide, ds[r * WIDE :], WIDE // 2, 1, kp[k_at:], wide, steps, j0 - begin)
             for j in range(0, width, COLUMNS if AMX else ROWS):
-                # pairs of queries before the first that sees column j
-                skip = max(0, j0 + j - sees[1] - i0) // (2 * STEP) * STEP
+                skip = max(0, j0 + j - sees[1] - i0) // (2 * STEP) * STEP  # pairs before the first that sees column j
+                at = skip * WIDE + j
                 if AMX:
                     for c in range(0, wide, ROWS):
-                        to, a, b = c * reach + j0 + j, c * (TALL // 2) + skip, skip * WIDE + j
-                        tile(dv[to:], reach, dop[a:], TALL // 2, 1, pp[b:], WIDE, steps_down - skip, 1)
-                        tile(dk[to:], reach, qp[a:], TALL // 2, 1, dsp[b:], WIDE, steps_down - skip, 1)
+                        to, a = c * reach + j0 + j, c * (TALL // 2) + skip
+                        tile(dv[to:], reach, dop[a:], TALL // 2, 1, pp[at:], WIDE, steps_down - skip, 1)
+                        tile(dk[to:], reach, qp[a:], TALL // 2, 1, dsp[at:], WIDE, steps_down - skip, 1)
                 else:
                     for c in range(0, wide, COLUMNS):
-                        to, a, b = (j0 + j) * wide + c, skip * WIDE + j, skip * wide + c
-                        tile(dv[to:], wide, pp[a:], 1, WIDE, dop[b:], wide, steps_down - skip, 1)
-                        tile(dk[to:], wide, dsp[a:], 1, WIDE, qp[b:], wide, steps_down - skip, 1)
+                        to, b = (j0 + j) * wide + c, skip * wide + c
+                        tile(dv[to:], wide, pp[at:], 1, WIDE, dop[b:], wide, steps_down - skip, 1)
+                        tile(dk[to:], wide, dsp[at:], 1, WIDE, qp[b:], wide, steps_down - skip, 1)
         store_rows(dqa, wide, rows, d, dq[i * d :], np.float32(1.0))
 
 

@@ -9,22 +9,11 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from halfbyte.layers.kernels.cpu.registers import (
-    LANES,
-    VECTOR,
-    WORDS,
-    ZERO,
-    bf16,
-    each,
-    exp,
-    fma,
-    get,
-    put,
-    reduced,
-)  # fmt: skip
+from halfbyte.layers.kernels.cpu import registers
+from halfbyte.layers.kernels.cpu.registers import I64, LANES, VECTOR, WORDS, ZERO, bf16, exp, fma, get, put
 from halfbyte.layers.kernels.cpu.scalar import Value, broadcast, call, instruction
 
-_F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+_F32, _I32 = ir.FloatType(), ir.IntType(32)
 
 
 def _seen(b: Value, column: Value, low: Value, end: Value) -> Value:
@@ -40,10 +29,10 @@ def row_max(b: Value, s: Value, columns: Value, low: Value, end: Value) -> Value
     """The largest of s in [low, end); a NaN may be passed over."""
 
     def step(column: Value, total: Value) -> Value:
-        x = b.select(_seen(b, column, low, end), get(b, s, column), each(float("-inf")))
+        x = b.select(_seen(b, column, low, end), get(b, s, column), registers.each(float("-inf")))
         return b.select(b.fcmp_ordered(">", x, total), x, total)
 
-    total = reduced(b, columns, each(float("-inf")), step)
+    total = registers.reduced(b, columns, registers.each(float("-inf")), step)
     return call(b, f"llvm.vector.reduce.fmax.v{LANES}f32", _F32, total)
 
 
@@ -58,7 +47,7 @@ def row_exp(b: Value, s: Value, p: Value, columns: Value, low: Value, end: Value
         put(b, bf16(b, e), p, column)
         return b.fadd(total, e)
 
-    total = reduced(b, columns, ZERO, step)
+    total = registers.reduced(b, columns, ZERO, step)
     kind, name = ir.FunctionType(_F32, [_F32, VECTOR]), f"llvm.vector.reduce.fadd.v{LANES}f32"
     add = cgutils.get_or_insert_function(b.module, kind, name)
     return b.call(add, [_F32(0.0), total], fastmath=("reassoc",))
@@ -85,7 +74,7 @@ def pair_gradients(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Of two rows of queries a and b: ds = p (dp - delta) scale by rows, p and ds by pairs of rows; columns outside
     [low, end) get 0."""
-    with cgutils.for_range_slice(b, _I64(0), columns, _I64(LANES), intp=_I64) as (column, _):
+    with cgutils.for_range_slice(b, I64(0), columns, I64(LANES), intp=I64) as (column, _):
         p, ds = _gradients(b, column, (s_a, dp_a, low_a, end_a, scale, lse_a, delta_a))
         p_2, ds_2 = _gradients(b, column, (s_b, dp_b, low_b, end_b, scale, lse_b, delta_b))
         put(b, ds, ds_a, column)
