@@ -108,6 +108,8 @@ def train(
         loaded = results.settle(loaded, budget.state if budget else None)
         start = preflight.begin(world, loaded.recipe, resume=resume)
         if start.report is not None:
+            if world.first:
+                page.mend(RunFolder(run))
             return Outcome(run, start.report, start.report["steps"])
         for line in format_note(loaded):
             tell.note("plan", line)

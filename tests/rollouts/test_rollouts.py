@@ -116,12 +116,17 @@ def test_a_resumed_run_ends_in_the_same_bytes(tmp_path: Path, monkeypatch: pytes
 
 
 def test_any_split_trains_the_same(tmp_path: Path) -> None:
-    losses = []
+    rows = []
     for tokens in ("auto", 1):
         loaded = recipe(tmp_path, output=tmp_path / f"run{tokens}", train__max_tokens_per_micro_batch=tokens)
         finetune.train(loaded)
-        losses.append([(row["loss"], row["grad_norm"], row["reward"]) for row in metrics(loaded)])
-    assert losses[0] == [pytest.approx(row, rel=1e-4, abs=1e-6) for row in losses[1]]  # a loss is about 0
+        rows.append(metrics(loaded))
+    for row, other in zip(*rows, strict=True):
+        assert row["reward"] == other["reward"] and row["micro_batches"] != other["micro_batches"]
+        # as many answers are written side by side as a micro-batch has memory for: their log-probabilities are rounded
+        # otherwise, and so is a token's ratio
+        for name in ("loss", "grad_norm"):
+            assert row[name] == pytest.approx(other[name], rel=1e-4, abs=4 * other["logp_error"]), name
 
 
 def train(path: Path, resume: bool = False) -> int:

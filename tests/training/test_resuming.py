@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,23 @@ def test_more_steps_go_on_with_a_schedule_over_all_of_them(tmp_path: Path) -> No
     ]
     assert rates(run)[4:] == pytest.approx([5e-3, 3.75e-3, 2.5e-3, 1.25e-3])
     assert (outcome.step, outcome.report["steps"], load_recipe(run.recipe).recipe.train.max_steps) == (8, 8, 8)
+
+
+def test_a_page_that_was_cut_off_is_made_where_the_finished_run_is_resumed(tmp_path: Path) -> None:
+    """Its process was killed while it wrote the page, after the report: only resuming comes by again."""
+    loaded = tiny_run.recipe(tmp_path)
+    finetune.train(loaded)
+    run = RunFolder(Path(loaded.recipe.output))
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left, running = (run.path / f".report.html.{pid}" for pid in (dead.pid, os.getppid()))
+    for path in (left, running):
+        path.write_text("<html>")
+    os.utime(run.page, ns=(0, 0))
+    assert finetune.train(loaded, resume=True).step == 4
+    made = run.page.stat().st_mtime_ns
+    assert made >= run.report.stat().st_mtime_ns and not left.exists() and running.exists()
+    assert finetune.train(loaded, resume=True).step == 4 and run.page.stat().st_mtime_ns == made
 
 
 def test_a_run_that_another_process_writes_keeps_its_recipe(tmp_path: Path) -> None:

@@ -147,19 +147,16 @@ class Preference:
             parts = batch["answers"].to(all_labels.logp.device).split([len(text) for text in texts])
             texts = [text[part] for text, part in zip(texts, parts, strict=True)]
         shorter = [min(len(a), len(b)) for a, b in zip(texts[::2], texts[1::2], strict=True) for _ in range(2)]
-        both = self._side(texts, batch, None if self.asks.ld_alpha is None else shorter)
+        both = self._side(texts, batch, shorter)
         better, worse = (Answers(both.logp[i::2], both.ratio[i::2], both.tokens[i::2]) for i in (0, 1))
         return better, worse, all_labels
 
-    def _side(self, texts: list[Tensor], batch: Batch, whole: list[int] | None = None) -> Answers:
+    def _side(self, texts: list[Tensor], batch: Batch, whole: Sequence[int] = ()) -> Answers:
         """`texts`: log p of the labels of each. `whole`: how many of them count as one; those after them `ld_alpha`.
         Where the reference is not known a model is its own."""
-        if whole is not None:
-            alpha = self.asks.ld_alpha or 0.0
-            parts = zip(texts, whole, strict=True)
-            logp = torch.stack([text[:count].sum() + alpha * text[count:].sum() for text, count in parts])
-        else:
-            logp = torch.stack([text.sum() for text in texts])
+        alpha = 1.0 if self.asks.ld_alpha is None else self.asks.ld_alpha
+        parts = zip(texts, whole or map(len, texts), strict=True)
+        logp = torch.stack([text[:count].sum() + alpha * text[count:].sum() for text, count in parts])
         reference = batch["reference"].to(logp) if "reference" in batch else logp.detach()
         ratio = logp - reference if self.asks.referenced else logp
         return Answers(logp, ratio, logp.new_tensor([len(text) for text in texts]))

@@ -82,9 +82,9 @@ class TextVectors:
 
     def number_of(self, text: str) -> float:
         """A row's score, or the number of its label; a row without, as proofs make them, has 0."""
-        return float(
-            self.groups.index(text) if text in self.groups else 0 if self.groups else json.loads(text or "0") or 0
-        )
+        if self.groups:
+            return float(self.groups.index(text) if text in self.groups else 0)
+        return float(json.loads(text or "0") or 0)
 
     def weight(self, batch: Batch) -> float:
         return len(batch["row_texts"])
@@ -157,9 +157,7 @@ class TextVectors:
 
         first, second = torch.stack([row[0] for row in rows]), torch.stack([row[min(1, len(row) - 1)] for row in rows])
         if self.settings.loss == task.TRIPLET:
-            apart = [
-                F.pairwise_distance(row[:1], row[1:]) for row in rows
-            ]  # the last one of a row of two: as if 0 away
+            apart = [F.pairwise_distance(row[:1], row[1:]) for row in rows]  # of a row of two the last: as if 0 away
             each = [F.relu(d[:1] - d[1:] + self.settings.margin).mean() if len(d) > 1 else d.sum() for d in apart]
             return torch.stack(each)
         if self.settings.loss == task.COSENT:
@@ -183,19 +181,16 @@ class TextVectors:
         import torch
         from torch.nn import functional as F
 
-        queries = F.normalize(torch.stack([row[0] for row in vectors]), dim=-1).cpu().numpy()
-        passages = (
-            queries if self.groups else F.normalize(torch.stack([row[1] for row in vectors]), dim=-1).cpu().numpy()
-        )
+        both = (torch.stack([row[at] for row in vectors]) for at in (0, int(not self.groups)))
+        queries, passages = (F.normalize(texts, dim=-1).cpu().numpy() for texts in both)
         labels = scores.cpu().numpy()
         sums: list[Sums] = []
         for n, loss in enumerate(self.losses(vectors, scores).tolist()):
             alike, fits = passages @ queries[n], np.array([n])
             if self.groups:
                 fits, alike[n] = np.flatnonzero((labels == labels[n]) & (np.arange(len(labels)) != n)), -np.inf
-            values = (
-                retrieval.values(retrieval.places(alike, fits)) if len(fits) else dict.fromkeys(retrieval.NAMES, 0.0)
-            )
+            none = dict.fromkeys(retrieval.NAMES, 0.0)
+            values = retrieval.values(retrieval.places(alike, fits)) if len(fits) else none
             sums.append({"loss": loss, "rows": 1.0, **values})
         return sums
 

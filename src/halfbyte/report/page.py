@@ -6,11 +6,11 @@ Cost: about a tenth of a second, and a second for 200,000 steps; no torch but fo
 """
 
 import base64
+import contextlib
 import hashlib
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import cache
 from itertools import groupby
 from pathlib import Path
@@ -40,13 +40,22 @@ def write(run: Path, out: Path | None = None, *, ours: bool = False) -> Path:
     return page
 
 
-@contextmanager
+@contextlib.contextmanager
 def at_end(run: RunFolder) -> Iterator[None]:
     """Make the page when the block ends, however it ends. A page that cannot be made ends no run."""
     try:
         yield
     finally:
         renew(run.path, ours=True)
+
+
+def mend(run: RunFolder) -> None:
+    """What a process that was killed between the report and the end has left of a finished run: the page is made where
+    it is older than the report, and temporary files go."""
+    with contextlib.suppress(OSError):  # a run that nobody may write
+        files.clear_dead(run.path)
+        if not run.page.is_file() or run.page.stat().st_mtime_ns < run.report.stat().st_mtime_ns:
+            renew(run.path)
 
 
 def renew(run: Path, *, ours: bool = False) -> None:

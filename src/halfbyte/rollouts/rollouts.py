@@ -123,15 +123,8 @@ class Rollouts:
         shares = pack.share(range(len(rows)), pace.lengths, world.size, pace.ids)
         parts = [pack.arrange(share, pace.lengths, *limits, padded=pace.padded) for share in shares]
         computed = sum(prefixes.computed(few, pace.lengths, pace.ids) for part in parts for few in part)
-        labelled, tokens = sum(len(row.logps) for row in rows), int(np.sum(pace.lengths))
-        return replace(
-            step,
-            micro_batches=parts[world.rank],
-            weight=1.0,
-            tokens=tokens,
-            labelled_tokens=labelled,
-            computed=computed,
-        )
+        counts = {"tokens": int(np.sum(pace.lengths)), "labelled_tokens": sum(len(row.logps) for row in rows)}
+        return replace(step, micro_batches=parts[world.rank], weight=1.0, computed=computed, **counts)
 
     def end(self, row: Document) -> Document:
         """What a step's `row` of the metrics says besides. Raises TrainError: answers were not drawn by the
