@@ -8,17 +8,19 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import halfbyte
 from halfbyte.adapters import targets
 from halfbyte.data.collate import collate
 from halfbyte.data.encoding.examples import Example
-from halfbyte.layers import fuse, loss
+from halfbyte.layers import formulas, fuse, loss
 from halfbyte.layers.kernels import cpu
 from halfbyte.proofs.packing import prove_packing
-from tests import tiny
+from tests import small_models, tiny
 
 LENGTHS = (5, 40, 40, 1, 23)
 
@@ -300,3 +302,31 @@ def test_without_kernels_everything_is_torch(monkeypatch: pytest.MonkeyPatch) ->
     finally:
         monkeypatch.undo()
         cpu.enabled.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("kind", "fused"), [("smollm3", True), ("qwen3_5_text", True), ("lfm2", True), ("falcon_h1", False)]
+)
+def test_an_mlp_is_known_by_what_it_computes(kind: str, fused: bool) -> None:
+    model = small_models.build(kind)
+    mlps = [m for name, m in model.named_modules() if name.endswith((".mlp", ".feed_forward"))]
+    assert mlps and all((formulas.gated_mlp(m) is not None) == fused for m in mlps)
+    if fused:
+        (gate, up, down), _ = formulas.gated_mlp(mlps[0])
+        x = torch.randn(3, gate.in_features)
+        formula = down(torch.nn.functional.silu(gate(x)) * up(x))
+        assert torch.allclose(mlps[0](x), formula, atol=1e-6)
+
+
+def test_an_mlp_of_the_same_parts_and_another_formula_is_not_taken() -> None:
+    class Scaled(LlamaMLP):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * 1.01
+
+    class Turned(LlamaMLP):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
+
+    config = transformers.LlamaConfig(hidden_size=32, intermediate_size=48)
+    assert formulas.gated_mlp(LlamaMLP(config)) is not None
+    assert formulas.gated_mlp(Scaled(config)) is None and formulas.gated_mlp(Turned(config)) is None

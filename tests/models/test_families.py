@@ -56,7 +56,7 @@ def test_all_of_it_runs_fused_and_learns_the_same(known: None) -> None:
 
 
 def test_without_its_line_only_what_is_seen_on_the_modules_is_fused() -> None:
-    assert set(fuse.install(adapted()).counts) == {"LoRA linears", "norms", "activations"}
+    assert set(fuse.install(adapted()).counts) == {"LoRA linears", "norms", "gated MLPs"}
 
 
 @pytest.mark.parametrize("cheap", [False, True])

@@ -1,14 +1,17 @@
-"""What a module computes, seen on the module: which formula a norm has, which one an activation.
+"""What a module computes, seen on the module: which formula a norm has, an activation, an MLP.
 
 Why: architectures share formulas under many names, and have other formulas under the same names.
-How: an instance of its class is made, and computes a few numbers; once a class.
+How: an instance of its class is made, or its forward called on plain functions, and computes a few numbers; once a
+class.
 Cost: under a millisecond a class.
 """
 
 import re
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from halfbyte.layers import norm_gate
 from halfbyte.layers.instances import cached, plain_class
@@ -66,6 +69,28 @@ def _activation_kind(cls: type[nn.Module], approximate: str) -> int | None:
     return next((k for k in _KINDS if torch.allclose(y, norm_gate.activation_formula(x, k), atol=_CLOSE)), None)
 
 
-def activation_of(mlp: nn.Module) -> str:
-    config = getattr(mlp, "config", None)
-    return str(getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None))
+_GATED = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")  # gate, up, down
+
+
+def gated_mlp(mlp: nn.Module) -> tuple[list[nn.Module], int] | None:
+    """(gate, up, down; which activation) of an MLP that is down(act(gate(x)) * up(x)); None for anything else."""
+    parts = dict(mlp.named_children())
+    for names in _GATED:
+        if set(parts) - {"act_fn"} == set(names):
+            kind = activation_kind(parts["act_fn"]) if "act_fn" in parts else norm_gate.SILU
+            right = kind in norm_gate.ACTIVATIONS.values() and _is_gated(plain_class(type(mlp)), names)
+            return ([parts[name] for name in names], kind) if right and kind is not None else None
+    return None
+
+
+@cached
+def _is_gated(cls: type[nn.Module], names: tuple[str, ...]) -> bool:
+    """Whether a class computes it, seen on random numbers; with SiLU, which those without an activation have."""
+    generator = torch.Generator().manual_seed(0)
+    x, gate, up, down = torch.randn(4, 8, 8, generator=generator)
+    linears = {name: w.matmul for name, w in zip(names, (gate, up, down), strict=True)}
+    try:
+        y = cls.forward(SimpleNamespace(act_fn=F.silu, **linears), x)
+    except Exception:  # of any kind: it needs more than these
+        return False
+    return isinstance(y, Tensor) and torch.allclose(y, down @ (F.silu(gate @ x) * (up @ x)), rtol=1e-5)

@@ -169,10 +169,12 @@ class _FastGatedMlp(_Fast):
     def forward(self, x: Tensor) -> Tensor:
         if not available(x):
             return super().forward(x)
-        g, u = self.gate_proj(x), self.up_proj(x)
-        kind, inputs = norm_gate.ACTIVATIONS[formulas.activation_of(self)], (g.detach(), u.detach())
-        h = norm_gate.glu(g, u, kind)
-        return self.down_proj(_cheap(self, h, lambda: norm_gate.glu(*inputs, kind)))
+        known = formulas.gated_mlp(self)
+        assert known is not None
+        (gate, up, down), kind = known
+        g, u = gate(x), up(x)
+        inputs, h = (g.detach(), u.detach()), norm_gate.glu(g, u, kind)
+        return down(_cheap(self, h, lambda: norm_gate.glu(*inputs, kind)))
 
 
 class _FastActivation(_Fast):
@@ -284,7 +286,7 @@ def install(model: nn.Module) -> Fused:
         elif (part := _part(module)) is not None and id(module) not in inside:
             counts[part[0]] += 1
             _become(module, part[1])
-            inside |= {id(module.act_fn)} if part[1] is _FastGatedMlp else set()
+            inside |= {id(getattr(module, "act_fn", None))} if part[1] is _FastGatedMlp else set()
     if experts := interface.install(model):
         counts["experts"] = experts
     return Fused(dict(counts), dict(unfused))
@@ -397,8 +399,8 @@ def _computes(layer: nn.Module, x: Tensor) -> bool:
 
 
 def _part(module: nn.Module) -> tuple[str, type[_Fast]] | None:
-    """What this part of a layer is counted as, and the forward that takes its place; by its class's name, which a
-    subclass of ours keeps, and of an MLP by what it is made of."""
+    """What this part of a layer is counted as, and the forward that takes its place: by its formula, or by its class's
+    name, which a subclass of ours keeps."""
     if formulas.norm_of(module) is not None:
         trains = any(p.requires_grad for p in module.parameters())
         return None if trains and not isinstance(module, _FastNorm) else ("norms", _FastNorm)
@@ -407,12 +409,9 @@ def _part(module: nn.Module) -> tuple[str, type[_Fast]] | None:
         return ("dropouts", _FastDropout) if plain and module.p else None
     if formulas.activation_kind(module) is not None:
         return "activations", _FastActivation
-    part = families.fused_part(type(module).__name__)
-    if part == "mlp":
-        parts = {name for name, _ in module.named_children()}
-        if parts != families.GATED_MLP_PARTS or formulas.activation_of(module) not in norm_gate.ACTIVATIONS:
-            return None
+    if formulas.gated_mlp(module) is not None:
         return "gated MLPs", _FastGatedMlp
+    part = families.fused_part(type(module).__name__)
     if part is None:
         return None
     return ("attentions", _FastAttention) if part == "attention" else ("layers", DecoderLayer)

@@ -14,9 +14,7 @@ from typing import Literal
 
 MlpKind = Literal["gated", "gated_stock", "formula", "one", "relu", "experts"]
 AttentionKind = Literal["flash", "window", "eager", "alibi", "padded"]
-FusedPart = Literal["attention", "layer", "mlp"]
-
-GATED_MLP_PARTS = frozenset({"gate_proj", "up_proj", "down_proj", "act_fn"})
+FusedPart = Literal["attention", "layer"]
 
 
 @dataclass(frozen=True)
@@ -88,12 +86,9 @@ class Family:
 
     def fused_classes(self) -> dict[str, FusedPart]:
         """Class -> which part of a layer it is, of those whose forward is: attention: project, (norm q and k,) rotate
-        both halves, attend, project; layer: x + attention(norm(x)), and of that x + mlp(norm(x)); mlp: down(act(gate)
-        * up)."""
-        if not self.classes:
-            return {}
-        names: dict[str, FusedPart] = {f"{self.classes}MLP": "mlp"} if self.mlp == "gated" else {}
-        if self.attention == "flash":
+        both halves, attend, project; layer: x + attention(norm(x)), and of that x + mlp(norm(x))."""
+        names: dict[str, FusedPart] = {}
+        if self.classes and self.attention == "flash":
             names[f"{self.classes}Attention"] = "attention"
             if self.norms == 2 and not self.own_sums:
                 names[f"{self.classes}DecoderLayer"] = "layer"

@@ -140,7 +140,7 @@ def _frozen_saved(
     norm = 4 + number * hidden if family.rms else c * hidden + (8 if kernels else 2 * c)
     around_attention = max(1, family.norms // 2)
     if family.mlp == "experts":
-        of_mlp = _experts_saved(facts, c) + c * hidden * family.shared_gate
+        of_mlp = _experts_saved(facts, c, kernels=kernels) + c * hidden * family.shared_gate
     else:
         of_mlp = inner * ((_BY_KERNELS if kernels else {}).get(family.mlp) or _TENSORS[family.mlp])
     mlp: float = (family.norms - around_attention) * norm + of_mlp
@@ -221,11 +221,13 @@ def _moments(
     ], 0.0
 
 
-def _experts_saved(facts: Facts, c: int) -> float:
+def _experts_saved(facts: Facts, c: int, *, kernels: bool) -> float:
     """Bytes a token that a mixture keeps: its input, what the first stack makes for each of the token's experts, who
-    goes where, the router's scores, and what shared experts keep in stock code."""
+    goes where, the router's scores, and what shared experts keep."""
     pairs = facts.experts_per_token * (2 * c * facts.intermediate + ROUTED_BYTES)
-    return c * facts.hidden + pairs + SCORED_BYTES * facts.experts + 3 * c * facts.shared_intermediate
+    return (
+        c * facts.hidden + pairs + SCORED_BYTES * facts.experts + (2 if kernels else 3) * c * facts.shared_intermediate
+    )
 
 
 def _experts_moment(facts: Facts, c: int) -> tuple[float, float]:

@@ -225,7 +225,7 @@ class LayerWriter:
         first = both or getattr(mlp, parts.first)
         gated = bool(parts.gate or both)
         if gated and kind not in norm_gate.ACTIVATIONS.values():
-            raise Unsupported(f"activation {formulas.activation_of(mlp)}")
+            raise Unsupported(f"the activation of {type(mlp).__name__}")
         inner = linears.Linear(tape, first).shape[0] // (2 if both else 1)
         g = tape.buffer(tape.m, (2 if gated else 1) * inner)
         to = tape.vectors(inner)
