@@ -150,8 +150,8 @@ def scores(sheet: Record) -> str:
     """Base and adapter, in words, of what `eval --json` prints for any task."""
     parts = []
     for metric in sheet["metrics"]:
-        if metric["name"] in ("perplexity", "json_valid", "json_fields", "recall_5", "recall_10", "ndcg_10", "macro_f1",
-                              "ece"):  # fmt: skip
+        if metric["name"].partition(".")[0] in ("perplexity", "json_valid", "json_fields", "recall_5", "recall_10",
+                                                "ndcg_10", "macro_f1", "ece"):  # fmt: skip
             continue
         sides = [metric[side] for side in ("base", "adapter") if metric.get(side)]
         values = [f"{side['value']:.2f}" if "loss" in metric["name"] else f"{side['value']:.0%}" for side in sides]

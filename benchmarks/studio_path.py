@@ -6,9 +6,9 @@
 
 plan: before each drop are three seconds, in which a person looks for the file. curves: a run that has a
 step a second; then two, without anybody who asks, for the CPU seconds of server and browser.
-cost: one training, ten steps with the page and ten without, so that the machine's own changes are in both; the ratio of
-the medians, with its bootstrap's 95% interval, and the CPU seconds of server and browser. Needs playwright and a
-browser; nothing else should run.
+cost: one training, twenty steps with the page and twenty without. CPU seconds of server and browser with it, less those
+without, over the training's own in the same turns, with the bootstrap's 95% interval over turns; it holds beside others
+too. And the ratio of the medians of a step's wall time, which does not. Needs playwright and a browser.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from tests.report import made  # noqa: E402
 from tests.studio.driven import MINUTE, Server, browser, page_of, rows  # noqa: E402
 
 CHROMIUM = next((p for name in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(name))), "")
-TURN, FIRST = 10, 5  # steps with the page, and without; steps before the first turn
+TURN, FIRST, SETTLED_S = 20, 5, 3  # steps with the page, and without; steps before the first turn; a page that opens
 
 
 @contextmanager
@@ -70,16 +70,17 @@ def plan(base: str, times: int) -> None:
             )
 
 
-def cpu_seconds(server: int) -> tuple[float, float]:
-    """Of the studio's server, and of the browser's processes, that still run."""
-    used = [0.0, 0.0]
+def cpu_seconds(server: int, training: int = 0) -> tuple[float, ...]:
+    """Of the studio's server, of the browser's processes that still run, and of a training."""
+    used = {"server": 0.0, "browser": 0.0, "training": 0.0}
     for process in psutil.Process().children(recursive=True):
         try:
-            if process.pid == server or "chrom" in process.name():
-                used[process.pid != server] += sum(process.cpu_times()[:2])
+            kind = {server: "server", training: "training"}.get(process.pid, "browser")
+            if kind != "browser" or "chrom" in process.name() or "headless" in process.name():
+                used[kind] += sum(process.cpu_times()[:2])
         except psutil.NoSuchProcess:
             continue
-    return used[0], used[1]
+    return tuple(used.values())
 
 
 def curves(_: str, times: int) -> None:
@@ -99,7 +100,7 @@ def curves(_: str, times: int) -> None:
             run.append_metrics({**made.metrics(1)[0], "step": step, "loss": step / 1000})
             time.sleep(0.5)
         used, wall = cpu_seconds(server.process.pid), time.monotonic() - began
-    parts = zip(("server", "browser"), used, before, strict=True)
+    parts = zip(("server", "browser"), used, before, strict=False)
     shares = ", ".join(f"{name} {(a - b) / wall:.1%}" for name, a, b in parts)
     print(f"a step is seen after {statistics.mean(waits):.2f} s, at most {max(waits):.2f}; {shares} of a core at 2/s")
 
@@ -108,40 +109,45 @@ def cost(base: str, turns: int) -> None:
     with studio() as (server, page):
         steps = FIRST + 2 * turns * TURN
         rows(server.folder / "data" / "rows.csv", 4 * steps)
-        command = [sys.executable, "-m", "halfbyte", "train", base, "data/rows.csv", "-q", "--output", "runs/a"]
         sets = (f"train.max_steps={steps}", "train.per_device_train_batch_size=4", "data.eval=none",
                 "data.fields={prompt: question, completion: answer}")  # fmt: skip
-        words = [word for text in sets for word in ("--set", text)]
-        training = subprocess.Popen([*command, *words], cwd=server.folder)
+        words = [f"--model={base}", "--data=data/rows.csv", *(word for text in sets for word in ("--set", text))]
+        command = [sys.executable, "-m", "halfbyte", "init", "recipes/a.yaml", *words]
+        subprocess.run(command, cwd=server.folder, check=True, capture_output=True)
+        job = page.evaluate("call('POST', 'jobs', {words: ['train', 'recipes/a.yaml', '--output', 'runs/a']})")
+        training = psutil.Process(int((server.folder / ".studio" / "jobs" / job["id"] / "lock").read_text()))
         metrics = server.folder / "runs" / "a" / "metrics.jsonl"
         seconds: dict[bool, list[float]] = {True: [], False: []}
-        used, wall, is_open, until = [0.0, 0.0], 0.0, False, FIRST
-        began: tuple[tuple[float, float], float] = ((0.0, 0.0), 0.0)
-        while training.poll() is None:
+        turns_of: dict[bool, list[tuple[float, ...]]] = {True: [], False: []}  # CPU seconds of each, and wall seconds
+        is_open, until, began = False, FIRST, (0.0,) * 4
+        while training.is_running():
             done = [json.loads(line) for line in metrics.open()] if metrics.is_file() else []
             done = [row for row in done if "seconds" in row and "loss" in row]
             if len(done) < until:
-                time.sleep(0.02)
+                time.sleep(0.1)
                 continue
-            now = cpu_seconds(server.process.pid), time.monotonic()
+            now = (*cpu_seconds(server.process.pid, training.pid), time.monotonic())
             if until > FIRST:  # the first step of a turn was partly in the one before
                 seconds[is_open] += [row["seconds"] for row in done[until - TURN + 1 : until]]
-                if is_open:
-                    used = [a + b - c for a, b, c in zip(used, now[0], began[0], strict=True)]
-                    wall += now[1] - began[1]
+                turns_of[is_open].append(tuple(a - b for a, b in zip(now, began, strict=True)))
             is_open, until = not is_open, until + TURN
             page.goto(f"{server.url}#run/a" if is_open else "about:blank")
-            began = cpu_seconds(server.process.pid), time.monotonic()
+            page.wait_for_timeout(1000 * SETTLED_S)
+            began = (*cpu_seconds(server.process.pid, training.pid), time.monotonic())
+
+    def share(some: list[tuple[float, ...]]) -> float:
+        """CPU of server and browser beside the training's, less what they take without a page."""
+        with_page, without = ([sum(c) for c in zip(*t, strict=True)] for t in (some, turns_of[False]))
+        return sum(with_page[:2]) / with_page[2] - sum(without[:2]) / without[2]
+
+    draw, of = random.Random(0), turns_of[True]
+    shares = sorted(share(draw.choices(of, k=len(of))) for _ in range(2000))
+    server_s, browser_s, training_s, wall = (sum(c) for c in zip(*of, strict=True))
     ratio = statistics.median(seconds[True]) / statistics.median(seconds[False])
-    draw = random.Random(0)
-    ratios = sorted(
-        statistics.median(draw.choices(seconds[True], k=len(seconds[True])))
-        / statistics.median(draw.choices(seconds[False], k=len(seconds[False])))
-        for _ in range(2000)
-    )
-    print(f"a step with the page takes {ratio:.4f} [{ratios[50]:.4f}, {ratios[1949]:.4f}] of one without "
-          f"({len(seconds[True])} and {len(seconds[False])} steps of {statistics.median(seconds[False]):.2f} s); "
-          f"server {used[0] / wall:.1%} of a core, browser {used[1] / wall:.1%}")  # fmt: skip
+    between = f"{share(of):.2%} [{shares[50]:.2%}, {shares[1949]:.2%}]"
+    print(f"the page takes {between} of the training's CPU seconds over {len(of)} turns: server {server_s:.2f},",
+          f"browser {browser_s:.2f}, training {training_s:.1f} s in {wall:.0f} s; a step of",
+          f"{statistics.median(seconds[False]):.2f} s takes {ratio:.3f} of its wall time")  # fmt: skip
 
 
 def main() -> None:

@@ -44,7 +44,7 @@ def test_a_recipe_a_model_or_a_model_with_rows() -> None:
         (lambda: command.to_resume("runs/b"), "has no recipe.yaml"),
         (lambda: command.to_use(Path("runs/a/recipe.yaml"), ["lora.r=3"]), "used with the values that it was"),
         (lambda: command.to_use_alone("org/name", ["train.seed=3"]), "allowed here: model, revision, quant"),
-        (lambda: command.write_template(Path("r.yaml"), "m", "d", {}, ()), "exists and is not overwritten"),
+        (lambda: command.write_new(Path("r.yaml"), "model: m\n"), "exists and is not overwritten"),
     ],
 )
 def test_what_cannot_be_meant(call: object, said: str) -> None:

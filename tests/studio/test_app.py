@@ -399,17 +399,17 @@ def test_the_state_has_each_run_and_sees_its_changes(studio: Studio) -> None:
 def test_metrics_are_followed_row_by_row_and_anew_where_they_were_replaced(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     follower = MetricsTail(run.metrics)
-    assert list(follower.news()) == []
+    assert follower.news() == {}
     run.append_metrics({"step": 1, "loss": 2.0, "tokens": 5})
-    assert list(follower.news()) == [{"curves": {}}, {"rows": [{"step": 1, "loss": 2.0}]}]
-    assert list(follower.news()) == []
+    assert follower.news() == {"curves": {}, "rows": [{"step": 1, "loss": 2.0}]}
+    assert follower.news() == {}
     with run.metrics.open("a") as file:
         file.write('{"step": 2, "lo')  # torn
-    assert list(follower.news()) == [{"rows": []}]
+    assert follower.news() == {"rows": []}
     run.append_metrics({"step": 2, "eval_loss": 1.0})
-    assert list(follower.news())[-1] == {"rows": [{"step": 2, "eval_loss": 1.0}]}
+    assert follower.news() == {"rows": [{"step": 2, "eval_loss": 1.0}]}
     run.truncate_metrics(1)
-    assert list(follower.news()) == [{"curves": {}}, {"rows": [{"step": 1, "loss": 2.0}]}]
+    assert follower.news() == {"curves": {}, "rows": [{"step": 1, "loss": 2.0}]}
 
 
 def test_the_key_is_its_owners_and_stays(studio: Studio) -> None:

@@ -74,6 +74,7 @@ def init(
 ) -> None:
     """Write a commented recipe to start from; at a terminal it asks for what is not given."""
     from halfbyte.recipe import command
+    from halfbyte.recipe.file import init_template
 
     first = first_values(kind, set_)
     command.check_new(path)
@@ -86,7 +87,7 @@ def init(
     if run.exists():  # a run is never overwritten
         free = next(number for number in count(2) if not run.with_name(f"{run.name}-{number}").exists())
         draft.values["output"] = f"{run}-{free}"
-    command.write_template(path, draft.model, draft.data, draft.values, draft.remarks)
+    command.write_new(path, init_template(draft.model, draft.data, draft.values, draft.remarks))
     if json_:
         plan = None if draft.plan is None else draft.plan.to_json()
         show.document({"recipe": str(path), "remarks": draft.remarks, "plan": plan})

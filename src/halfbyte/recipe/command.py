@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from halfbyte.errors import RecipeError, typed
-from halfbyte.recipe.file import init_template, load_recipe, recipe_from
+from halfbyte.recipe.file import load_recipe, recipe_from
 from halfbyte.recipe.number_formats import AUTO, UNSET
 from halfbyte.recipe.schema import Loaded, Origin, Recipe
 from halfbyte.recipe.start import START, StartValue
@@ -155,11 +155,6 @@ def check_new(path: Path, another: str = "halfbyte init NAME.yaml") -> None:
     """A RecipeError where a file is there already."""
     if path.exists():
         raise RecipeError(f"{path} exists and is not overwritten.", fix=f"name another file: {another}")
-
-
-def write_template(path: Path, model: str, data: str, values: Mapping[str, object], remarks: Sequence[str]) -> None:
-    """Write the commented recipe of `halfbyte init`. Raises RecipeError: the file exists, or cannot be written."""
-    write_new(path, init_template(model, data, values, remarks))
 
 
 def write_new(path: Path, text: str, another: str = "halfbyte init NAME.yaml") -> None:

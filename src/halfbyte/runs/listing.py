@@ -18,6 +18,7 @@ from halfbyte.types import Document
 
 Name = Literal["running", "finished", "worse", "diverged", "stopped", "crashed", "not begun"]
 TAIL_BYTES = 8_192
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a tenth of the time: a page that follows a run looks often
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def summary(path: Path) -> RunSummary:
 def recipe_of(run: RunFolder) -> Document:
     """A run's recipe as it stands in its file; empty where it is missing or cannot be read."""
     try:
-        value = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
+        value = yaml.load(run.recipe.read_text(encoding="utf-8"), LOADER)  # a safe one  # nosec B506
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return value if isinstance(value, dict) else {}

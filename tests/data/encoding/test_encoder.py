@@ -111,10 +111,17 @@ def test_thoughts_that_a_template_adds_and_takes_away(make_byte_level: Any, make
 
 def test_a_generation_prompt_that_the_row_does_not_have(make_byte_level: Any, make_data: Any, templates: Any) -> None:
     tokenizer = make_byte_level(templates.reasoner)
-    encoded = encode([chat(("user", "a"), ("assistant", "b"))] * 2, tokenizer, make_data())
-    assert runs(encoded.examples[0], tokenizer) == ["b<|im_end|>"]
-    assert text(encoded.examples[0].prompt_ids, tokenizer).endswith("assistant\n<think>\n")
-    assert encoded.tally.messages() == ["2 rows: the generation prompt is not how the chat template begins the row"]
+    row = chat(("user", "a"), ("assistant", "b"))
+    with pytest.raises(DataError, match="the tokenizer's chat template asks for an answer behind <think>, and writes"):
+        encode([row], tokenizer, make_data())
+    closed = make_byte_level(templates.reasoner.replace("<think>\n", "<think></think>"))
+    for mask, learned in (("completion", "b<|im_end|>"), ("all", None)):
+        example = one(row, closed, make_data(mask=mask, weights={"b": 0.5}))
+        whole = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n<think></think>b<|im_end|>"
+        assert text(example.input_ids, closed).rstrip() == whole and is_prefix(example)
+        assert learned is None or runs(example, closed) == [learned]
+        weight_of_b = example.weights[len(example.prompt_ids)]
+        assert weight_of_b == 0.5
 
 
 def test_no_end_of_turn_in_the_template(make_byte_level: Any, make_data: Any, templates: Any) -> None:

@@ -165,10 +165,14 @@ def test_each_fault_names_its_row(tokenizer: Any, make_data: Any) -> None:
     fine = [U1, thinks("cup", "hm")]
     qwen = make_data(chat_template=TEMPLATES["qwen3"][0], mask="assistant")
     level, text = judged(tokenizer, qwen, fine, [U1, thinks("cup", "hm"), U2, thinks("box", "oh")])
-    assert level == "refused" and "the thoughts of 1 trained messages (t.jsonl:2, messages[1])" in text
+    assert (
+        level == "refused"
+        and "the thoughts of 1 trained messages (t.jsonl:2, messages[1], by data.chat_template)" in text
+    )
     for mask in ("completion", "assistant"):
-        level, text = judged(tokenizer, make_data(chat_template=R1, mask=mask), [U1, thinks("cup", "hm", inline=True)])
-        assert level == "refused" and "(t.jsonl:1, messages[1])" in text and "data.thoughts: last" in text
+        off = make_data(chat_template=R1.replace("<think>\n", "<think>\n</think>"), mask=mask)
+        level, text = judged(tokenizer, off, [U1, thinks("cup", "hm", inline=True)])
+        assert level == "refused" and "(t.jsonl:1, messages[1], by data" in text and "data.thoughts: last" in text
     closed = make_data(chat_template=TEMPLATES["qwen3.5"][0], template_args={"enable_thinking": False})
     level, text = judged(tokenizer, closed, [U1, thinks("cup", None)], fine)
     assert level == "refused" and "answers behind, the thoughts of 1 trained messages (t.jsonl:2" in text
@@ -195,7 +199,10 @@ def test_the_policy_for_earlier_thoughts(tokenizer: Any, make_data: Any) -> None
         )
     qwen = make_data(chat_template=TEMPLATES["qwen3"][0], mask="assistant", thoughts="last")
     assert judged(tokenizer, qwen, list(talk.messages or ())) == ("", "")
-    assert judged(tokenizer, make_data(chat_template=R1, thoughts="strip"), [U1, thinks("cup", "hm")]) == ("", "")
+    with pytest.raises(DataError, match=r"t.jsonl:1: data.chat_template asks for an answer behind <think>, and writes"):
+        encode([Row("t.jsonl:1", (U1, thinks("cup", "hm")))], tokenizer, make_data(chat_template=R1, thoughts="strip"))
+    off = R1.replace("<think>\n", "<think>\n</think>")
+    assert judged(tokenizer, make_data(chat_template=off, thoughts="strip"), [U1, thinks("cup", "hm")]) == ("", "")
 
 
 def test_arguments_stand_at_the_top_of_the_template(make_byte_level: Any, make_data: Any) -> None:

@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 
 from halfbyte.data.encoding import chatml, texts
 from halfbyte.data.encoding.examples import Examples, Subset, TokenizedRow, batch
-from halfbyte.data.encoding.render import Refused, RenderedRow, Renderer, common_length
+from halfbyte.data.encoding.render import Refused, RenderedRow, Renderer
 from halfbyte.data.encoding.tally import Tally
 from halfbyte.data.reading.formats import Row
+from halfbyte.data.reading.pairs import common_length
 from halfbyte.data.reading.problems import Problems
 from halfbyte.data.reading.read import Chunk, understand
 from halfbyte.errors import DataError, HalfbyteError

@@ -6,14 +6,15 @@ few teaches it never to stop. Few templates have `{% generation %}`, so spans ar
   rewrites its beginning (Qwen3 and gpt-oss drop old thoughts), at the last generation prompt before its own text;
 - its text closes where a rendering with another text in its place is the same again: whatever the template strips,
   rewrites or adds elsewhere;
-- the end-of-turn token after it is always part of it.
+- the end-of-turn token after it is always part of it;
+- where the last turn begins with other marks of thoughts than generation does (DeepSeek V3.2 writes `</think>` and asks
+  behind `<think></think>`), those of generation stand in the row.
 Cost: two renderings a row; one more for a turn that the template does not copy verbatim, one to three for each earlier
 turn under mask assistant, two more for one that calls tools.
 """
 
 import itertools
 import re
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -25,6 +26,7 @@ from halfbyte.data.encoding import thoughts
 from halfbyte.data.encoding.chatml import chat_template
 from halfbyte.data.encoding.tally import Tally
 from halfbyte.data.reading.formats import ChatMessage, Row
+from halfbyte.data.reading.pairs import common_length
 from halfbyte.errors import DataError, first_line
 from halfbyte.recipe.data import Data
 from halfbyte.system import limits
@@ -69,7 +71,8 @@ class Renderer:
         self._tokenizer = tokenizer
         self._mask = data.mask
         self._patterns = [(re.compile(pattern), weight) for pattern, weight in data.weights.items()]
-        self._template = chat_template(tokenizer, data)
+        self._template, name = chat_template(tokenizer, data), data.chat_template or "the tokenizer's chat template"
+        self._named = "data.chat_template" if "{" in name else name
         self._thoughts = data.thoughts
         self.seen = Tally()
         """Counts of what the user should know of the rows."""
@@ -89,11 +92,6 @@ class Renderer:
         """Raises Refused: the template cannot render this row, or not so that its assistant texts can be found.
         DataError: messages, and no chat template."""
         self._tools = row.tools
-        if row.text is not None:
-            self._count_special((row.text,))
-            spans = ((0, len(row.text)),)
-            weights = self._weights(row.text, spans)
-            return RenderedRow(row.where, row.text, spans, "", "", ends=True, opens=True, weights=weights)
         if row.messages is not None:
             if self._template is None:
                 raise DataError(
@@ -101,14 +99,14 @@ class Renderer:
                     fix="data.chat_template: a file with one, or rows of prompt and completion",
                 )
             return self._chat(row.where, row.messages)
-        prompt, completion = row.prompt or "", row.completion or ""
-        if self._template is not None:
-            return self._chat(row.where, (ChatMessage("user", prompt), ChatMessage("assistant", completion)))
-        self._count_special((prompt, completion))
-        start, stop = len(prompt), len(prompt) + len(completion)
-        text, spans = prompt + completion, ((0 if self._mask == "all" else start, stop),)
-        weights = self._weights(text, spans)
-        return RenderedRow(row.where, text, spans, prompt, completion, ends=True, opens=True, weights=weights)
+        prompt, words = (row.prompt or "", row.completion or "") if row.text is None else ("", row.text)
+        if self._template is not None and row.text is None:
+            return self._chat(row.where, (ChatMessage("user", prompt), ChatMessage("assistant", words)))
+        self._count_special((prompt, words))
+        text = prompt + words
+        spans = ((0 if self._mask == "all" else len(prompt), len(text)),)
+        weights, answer = self._weights(text, spans), words if row.text is None else ""
+        return RenderedRow(row.where, text, spans, prompt, answer, ends=True, opens=True, weights=weights)
 
     def end_tokens(self) -> frozenset[int]:
         """Ids of the tokens that end an assistant's turn, or a text."""
@@ -121,6 +119,10 @@ class Renderer:
         for i in range(last):
             self._check_calls(text, messages, i)
         start, stop, prompt = self._turn(text, messages, last)
+        if begins := self._other_marks(text, prompt):
+            start = begins[1]
+        elif self._header and (start < len(prompt) or not text.startswith(prompt)):
+            self.seen.notices["the generation prompt is not how the chat template begins the row"] += 1
         ending = self._endings.search(text, stop) or self._added.search(text, stop)
         end, whole = ending.end() if ending else stop, text
         if not ending:  # no token ends the turn: what the template writes after it would keep the model from stopping
@@ -146,8 +148,29 @@ class Renderer:
         if any(a[1] > b[0] for a, b in itertools.pairwise(spans)):
             raise Refused("the chat template does not write the messages in their order")
         self._notice(text, messages, spans)
+        if begins:
+            (first, after), marks = begins, prompt[begins[0] :]
+            more, text = first + len(marks) - after, text[:first] + marks + text[after:]
+            spans = [(a + more * (a >= after), b + more * (b > first)) for a, b in spans]
+            if weights is not None:
+                weights = np.concatenate([weights[:first], np.ones(len(marks)), weights[after:]])
         words = messages[last].content
         return RenderedRow(where, text, tuple(spans), prompt, words, ends=not ending, weights=weights)
+
+    def _other_marks(self, text: str, prompt: str) -> tuple[int, int] | None:
+        """Where the last turn begins otherwise than generation, by marks of thoughts alone: from where to where in the
+        text those at the prompt's end belong. Raises Refused: they open thoughts that the text does not close."""
+        marks = "" if text.startswith(prompt) else str(thoughts.AT_END.findall(prompt)[0])
+        first = len(prompt) - len(marks)
+        if not marks or not text.startswith(prompt[:first]):
+            return None
+        opens, closes = thoughts.MARKS.findall(text[first:])[0]
+        if thoughts.CLOSE in marks:
+            return None if opens and not closes else (first, first + len(opens + closes))
+        if thoughts.CLOSE not in text[first:]:
+            what = f"{self._named} asks for an answer behind {marks.strip()}, and writes this one without"
+            raise Refused(f"{what}; data.chat_template: one that does not, as chatml-tools")
+        return first, first + len(opens)
 
     def _weights(self, text: str, spans: Sequence[tuple[int, int]]) -> NDArray[np.float64] | None:
         """What patterns say that each character of the spans counts for, and what is appended: (characters + 1,)."""
@@ -217,7 +240,7 @@ class Renderer:
             thought = (thoughts.of(messages[i]).text or "").strip()
             closed = thoughts.CLOSE in self._header  # generation begins behind the thoughts
             if messages[i].role == "assistant" and thought and (closed or thought not in text[start:stop]):
-                self.seen.lost_thoughts.add(f"{where}, messages[{i}]")
+                self.seen.lost_thoughts.add(f"{where}, messages[{i}], by {self._named}")
 
     def _form_of_thoughts(self) -> thoughts.Form:
         """How the template takes an assistant's thoughts, by what it writes of some."""
@@ -270,16 +293,15 @@ class Renderer:
             return len(prompt), len(prompt) + len(message.content), prompt
 
         start, stop = self._text_of(text, messages, i)
-        # Between prompt and text: white space, or an empty block of thoughts. The model writes that too.
-        if follows and len(prompt) <= start:
+        # Between prompt and text: white space, or a block of thoughts. The model writes that too; not what of them the
+        # prompt has.
+        if follows and len(prompt) <= stop:
             return len(prompt), stop, prompt
-        # What came before is rewritten, or the prompt says more. The last header before the text is this turn's.
+        # What came before is rewritten. The last header before the text is this turn's.
         opens = self._after_header(text, start)
         if opens is not None or not i:
             opens = start if opens is None else opens
             return opens, stop, text[:opens]
-        if self._header and i == len(messages) - 1:
-            self.seen.notices["the generation prompt is not how the chat template begins the row"] += 1
         # Without a header, the prompt's end still tells where the model's own text begins (white space, or the mark of
         # a call): at the place whose text before it agrees longest with the prompt's end.
         places = {*range(len(text[:start].rstrip()), start + 1), *self._places(text, prompt[-_TAIL_CHARS:], start)}
@@ -376,11 +398,6 @@ class Renderer:
     def _count_special(self, texts: Iterable[str]) -> None:
         if any(self._special.search(t) for t in texts):
             self.seen.notices["the text holds a special token of this tokenizer, and is read as that token"] += 1
-
-
-def common_length(a: Sequence[object], b: Sequence[object]) -> int:
-    """How many items two sequences have in common at their start."""
-    return bisect_left(range(1, min(len(a), len(b)) + 1), True, key=lambda n: a[:n] != b[:n])
 
 
 def _other(message: ChatMessage) -> tuple[ChatMessage, str]:

@@ -18,8 +18,6 @@ from halfbyte.errors import DataError
 from halfbyte.recipe.data import Data
 from halfbyte.types import Document
 
-_THOUGHTS = ("lost_thoughts", "open_thoughts", "empty_thoughts")
-
 
 @dataclass
 class Tally:
@@ -110,9 +108,9 @@ class Tally:
 
     @classmethod
     def from_json(cls, values: Document) -> Self:
-        tally = cls(**{**values, "used": {int(token): n for token, n in values["used"].items()}})
-        for name in ("notices", "sources", "different", "used"):
-            setattr(tally, name, Counter(getattr(tally, name)))
-        for name in ("refused", "long", "skipped", "endless", "empty", *_THOUGHTS):
-            setattr(tally, name, Problems(**values[name]))
+        tally = cls(**values)
+        for name, empty in vars(cls()).items():
+            if not isinstance(empty, int):
+                setattr(tally, name, Problems(**values[name]) if isinstance(empty, Problems) else Counter(values[name]))
+        tally.used = Counter({int(token): n for token, n in values["used"].items()})
         return tally

@@ -6,6 +6,7 @@ Source: the templates of Qwen3, GLM 4.5 and gpt-oss read the key, those of SmolL
 that of DeepSeek-R1 cuts it out. DeepSeek-R1 begins to write inside the block, so that its texts may only close it.
 """
 
+import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -14,6 +15,7 @@ from halfbyte.data.reading.formats import ChatMessage
 OPEN, CLOSE = "<think>", "</think>"
 KEYS = ("reasoning_content", "thinking")
 Form = Literal["keys", "text", "none"]
+MARKS, AT_END = re.compile(rf"({OPEN}\s*)?({CLOSE}\s*)?"), re.compile(rf"(?:{OPEN}\s*)?(?:{CLOSE}\s*)?\Z")
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from halfbyte.system.libraries import version
 from halfbyte.types import Tokenizer
 
 # Counts up when rendering, tokenising or the file's layout changes.
-FORMAT = 9
+FORMAT = 10
 MIN_ROWS = 1000  # fewer are tokenised in no time
 MAX_BYTES = 5_000_000_000
 LARGE_BYTES = 64_000_000  # smaller files are hashed in no time

@@ -8,6 +8,7 @@ Cost: that of two rows.
 """
 
 import re
+from bisect import bisect_left
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -40,7 +41,7 @@ def pair(f: Fields, where: str, record: Record) -> Row:
             record = _split(f, record, a, b)
     chosen, rejected = (_side(f, where, record, column) for column in (f.chosen, f.rejected))
     if chosen.messages is not None and rejected.messages is not None:
-        alike = _alike(chosen.messages, rejected.messages)
+        alike = common_length(chosen.messages, rejected.messages)
         alike -= chosen.messages == rejected.messages  # the same answer twice: a gate says so
         if alike in (len(chosen.messages), len(rejected.messages)):
             raise BadRow(f"{f.chosen} and {f.rejected}: one is the beginning of the other")
@@ -91,7 +92,7 @@ def _after(row: Row, first: int) -> Row:
 
 def _split(f: Fields, record: Record, a: str, b: str) -> Record:
     """The prompt is what two texts have in common, up to a space, as TRL takes it."""
-    alike = _alike(a, b)
+    alike = common_length(a, b)
     alike -= a[alike - 1 : alike] == " "
     if not a[:alike].strip():
         raise BadRow(f"{f.prompt}: missing, and {f.chosen} and {f.rejected} do not begin alike")
@@ -105,9 +106,9 @@ def _transcript(text: str) -> list[dict[str, str]]:
     return [{"role": _ROLES[who], "content": words.strip()} for who, words in turns]
 
 
-def _alike(a: Sequence[object], b: Sequence[object]) -> int:
-    """How many items two sequences begin with alike."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+def common_length(a: Sequence[object], b: Sequence[object]) -> int:
+    """How many items two sequences have in common at their start."""
+    return bisect_left(range(1, min(len(a), len(b)) + 1), True, key=lambda n: a[:n] != b[:n])
 
 
 def _ranked(f: Fields, record: Record) -> Record:

@@ -19,7 +19,7 @@ const FORMATS = { auto: ["prompt", "completion"], prompt_completion: ["prompt", 
 const OF_KIND = { classify: "labels", embed: "vectors" }; // the format that a preset reads
 const GGUF = ["Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "F16", "BF16"];
 let now = { data: [], recipes: [], runs: [], jobs: [], bases: [], names: [], presets: [], changed: {}, folder: "" };
-let recipe = "", run = "", curves = {}, drawn = 0, stale = false, rested = 0, whole = 0, later = 0, listening = null, checking = 0, lost = false, shownAt = 0, gguf = GGUF[0], stored = [];
+let recipe = "", run = "", curves = {}, told = {}, drawn = 0, whole = 0, later = 0, listening = null, checking = 0, lost = false, shownAt = 0, gguf = GGUF[0], stored = [];
 
 // -------------------------------------------------------------------------------------------------- the server
 async function call(method, path, body) {
@@ -74,11 +74,9 @@ async function listen() {
     if (lost) again();
     for await (const data of events(response)) {
       const news = JSON.parse(data);
-      if (news.state) stateIs(news.state);
       if (news.curves) curves = {};
       if (news.rows) grow(news.rows);
-      if (news.curves || news.rows) draw();
-      if (news.job) jobIs(news.job);
+      draw(news);
     }
   } catch (error) { // the server has gone, or another subject is asked for
     if (!mine.signal.aborted && !/fetch|network/i.test(error.message)) console.error(error);
@@ -133,7 +131,7 @@ const time = (s) => (s < 10 ? +s.toPrecision(2) + " s" : s < 90 ? Math.round(s) 
 
 function listRuns() {
   const text = JSON.stringify(now.runs), at = document.activeElement;
-  if ($("run-rows").dataset.of === text) return;
+  if ($("run-rows").dataset.of === text || $("runs").hidden) return;
   $("run-rows").dataset.of = text;
   const chosen = new Set(picked()), focused = $("run-rows").contains(at) ? [at.tagName, at.value || at.hash] : null;
   $("run-rows").replaceChildren(...now.runs.map((one) => {
@@ -473,8 +471,10 @@ function jobIs(job) {
   }
   box.querySelector(".note").textContent = job.state + (job.code ? " with exit code " + job.code : "");
   const log = box.querySelector(".log"), end = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
-  log.textContent = job.log;
-  if (end) log.scrollTop = log.scrollHeight;
+  const more = job.log.startsWith(log.textContent) ? job.log.slice(log.textContent.length) : null;
+  if (more === null) log.textContent = job.log;
+  else if (more) log.append(more);
+  if (end && more !== "") log.scrollTop = log.scrollHeight;
   $("result").textContent = job.state === "running" ? "" : job.words[0] + " " + job.state;
 }
 
@@ -499,27 +499,26 @@ function grow(rows) {
     }
 }
 
-// Drawing takes at most a hundredth of the time, as the run may need these cores; but a step is seen within a second.
-function draw() {
-  stale = true;
-  if (drawn || document.hidden) return;
-  drawn = setTimeout(() => requestAnimationFrame((began) => {
-    stale = false;
-    charts();
-    setTimeout(() => { // when it has been painted
-      const ended = performance.now();
-      rested = ended + Math.min(650, 100 * (ended - began));
-      drawn = 0;
-      if (stale) draw();
-    });
-  }), Math.max(30, rested - performance.now()));
+// All that the server tells at once (every 0.7 s at most) is drawn in one frame, as the run may need these cores. A page
+// that nobody sees draws nothing.
+function draw(news) {
+  Object.assign(told, news);
+  if (drawn || document.hidden || !Object.keys(told).length) return;
+  drawn = requestAnimationFrame(() => {
+    const news = told;
+    told = {};
+    drawn = 0;
+    if (news.state) stateIs(news.state);
+    if (news.job) jobIs(news.job);
+    if (news.curves || news.rows) charts();
+  });
 }
 
-function charts() { // the loss each time, the others every three seconds
+function charts() { // the loss each time, the others every six seconds
   const all = CHARTS.filter(([, , name]) => curves[name]), at = performance.now();
-  const few = at - whole < 3000 && $("charts").children.length === all.length;
+  const few = all.length && at - whole < 6000 && $("charts").children.length === all.length;
   clearTimeout(later);
-  if (few) later = setTimeout(() => { whole = 0; draw(); }, 3000);
+  if (few) later = setTimeout(() => { whole = 0; draw({ rows: [] }); }, 6000);
   else whole = at;
   const shown = all.slice(0, few ? 1 : undefined).map(([title, unit, name]) => {
     const lines = [["each step", name === "loss" ? "raw" : "smooth", ...curves[name]]];
@@ -620,6 +619,7 @@ const go = attempt(async () => {
     listen();
   }
   if (run) showRun();
+  if (section === "runs") listRuns();
   if (section === "shown") await report(names);
   if (section === "new" && (names[0] || "") !== recipe) await openRecipe(names[0] || "");
 });
@@ -668,7 +668,7 @@ async function start() {
 $("run-rows").addEventListener("change", () => { $("compare").disabled = picked().length < 2; });
 $("compare").addEventListener("click", () => { location.hash = "report/" + picked().map(encodeURIComponent).join("/"); });
 addEventListener("hashchange", go);
-document.addEventListener("visibilitychange", () => { if (stale) draw(); });
+document.addEventListener("visibilitychange", () => draw());
 listen();
 go();
 ask("store", "list", "--json").then((found) => { // bases that are quantised here already, by their names on the hub
