@@ -42,15 +42,9 @@ class Finding:
 
 
 def check(
-    train: EncodedRows,
-    held_out: EncodedRows | None,
-    tokenizer: Tokenizer,
-    data: Data,
-    *,
-    embedding_rows: int,
-    trained: frozenset[int] = frozenset(),
-    context: Context | None = None,
-) -> tuple[Finding, ...]:
+    train: EncodedRows, held_out: EncodedRows | None, tokenizer: Tokenizer, data: Data, *, embedding_rows: int,
+    trained: frozenset[int] = frozenset(), context: Context | None = None,
+) -> tuple[Finding, ...]:  # fmt: skip
     """The findings of all gates. `trained`: tokens whose rows train, so that the model may meet them as new; `context`:
     what it reads at once, None without a limit."""
     verdicts = {

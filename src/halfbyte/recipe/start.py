@@ -28,18 +28,14 @@ class StartValue:
     others: frozenset[str] = frozenset()
 
 
+_OF_TYPE = frozenset({"lora.adapter", "lora.init_lora_weights", *(f"quant.{name}" for name in UNSET)})
+_OF_RATE = frozenset({"train.optim", "train.loraplus_lr_ratio", "train.method"})
 START: Mapping[str, StartValue] = MappingProxyType(
     {
-        "quant.type": StartValue(
-            AUTO,
-            "the most exact base that fits and costs no time",
-            frozenset({"lora.adapter", "lora.init_lora_weights", *(f"quant.{name}" for name in UNSET)}),
-        ),
+        "quant.type": StartValue(AUTO, "the most exact base that fits and costs no time", _OF_TYPE),
         "lora.target_modules": StartValue("all-linear", "learns more in a minute than attention alone"),
         "train.gradient_accumulation_steps": StartValue(1, "steps of few rows learn more of each row"),
-        "train.learning_rate": StartValue(
-            AUTO, "", frozenset({"train.optim", "train.loraplus_lr_ratio", "train.method"})
-        ),
+        "train.learning_rate": StartValue(AUTO, "", _OF_RATE),
     }
 )
 

@@ -45,10 +45,9 @@ def init(value: object) -> object:
 
 
 def one_of(
-    allowed: Collection[str] | Callable[[], Collection[str]],
-    refused: Mapping[str, str] = MappingProxyType({}),
+    allowed: Collection[str] | Callable[[], Collection[str]], refused: Mapping[str, str] = MappingProxyType({}),
     ends: Collection[str] = (),
-) -> BeforeValidator:
+) -> BeforeValidator:  # fmt: skip
     """One of a few words, which a function may give when it is asked; a word that is refused says why. `ends`: of these
     also NAME_word."""
 
@@ -116,8 +115,5 @@ Names = Annotated[tuple[str, ...], must(f"a {_LIKE}", lambda v: v == () or is_li
 NamesOrNone = Annotated[Names, BeforeValidator(lambda v: () if v in (None, []) else v)]
 NamesOrText = Annotated[str | tuple[str, ...], must(f"a name, a regular expression or a {_LIKE}", is_name_or_list)]
 Modules = Annotated[NamesOrText, AfterValidator(regex)]
-ModulesOrNone = Annotated[
-    str | tuple[str, ...],
-    must(f"a name, a regular expression or a {_LIKE}", lambda v: v in ((), []) or is_name_or_list(v)),
-    AfterValidator(regex),
-]
+_NONE_OR_TEXT = must(f"a name, a regular expression or a {_LIKE}", lambda v: v in ((), []) or is_name_or_list(v))
+ModulesOrNone = Annotated[str | tuple[str, ...], _NONE_OR_TEXT, AfterValidator(regex)]

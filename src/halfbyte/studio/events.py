@@ -49,8 +49,7 @@ class MetricsTail:
 async def events(
     state: Callable[[], Document], run: Path | None, job: Callable[[], Document] | None
 ) -> AsyncIterator[dict[str, str]]:
-    """For one page, until it goes. state: of the folder. run: whose curves. job: the command whose log is shown. What
-    is new at one look is one event, and a page draws once for it."""
+    """For a page, until it goes: an event a look. state: of the folder. run: whose curves. job: whose log is shown."""
     follower = None if run is None else MetricsTail(run / "metrics.jsonl")
     last, since = Document(), STATE_LOOKS
 

@@ -186,12 +186,9 @@ class Renderer:
         return weights
 
     def _weights_of_messages(
-        self,
-        text: str,
-        given: Sequence[ChatMessage],
-        messages: tuple[ChatMessage, ...],
+        self, text: str, given: Sequence[ChatMessage], messages: tuple[ChatMessage, ...],
         spans: Mapping[int, tuple[int, int]],
-    ) -> NDArray[np.float64]:
+    ) -> NDArray[np.float64]:  # fmt: skip
         """The same by what the messages of these spans say, as they were `given`."""
         weights = np.ones(len(text) + 1)
         for i, (start, stop) in spans.items():

@@ -31,6 +31,7 @@ TELLING = ("prompt", "completion", "messages", "conversations", "instruction", "
 """The fields whose columns tell a format; the others may be absent from a row."""
 _KNOWN = ("role", "content", "train", "tool_calls", "tool_call_id", "name", "reasoning_content", "thinking", "weight",
           "train_detail")  # fmt: skip
+Tools = tuple[Any, ...] | None
 Parts = tuple[tuple[int, int, float], ...]
 """Characters [start, stop) of a text, and what each of their tokens counts for."""
 
@@ -67,7 +68,7 @@ class Row:
     prompt: str | None = None
     completion: str | None = None
     text: str | None = None
-    tools: tuple[Any, ...] | None = None
+    tools: Tools = None
     rejected: "Row | None" = None
     """The same with the worse answer, where this one has the better (`pairs.py`)."""
     desirable: bool | None = None
@@ -286,7 +287,7 @@ def _details(details: object, field: str, length: int) -> Parts:
     return tuple(parts)
 
 
-def _tools(record: Mapping[str, object], f: Fields) -> tuple[Any, ...] | None:
+def _tools(record: Mapping[str, object], f: Fields) -> Tools:
     value = record.get(f.tools)
     if value in (None, "", []):
         return None
@@ -297,11 +298,7 @@ def _tools(record: Mapping[str, object], f: Fields) -> tuple[Any, ...] | None:
 
 
 def _row(
-    f: Fields,
-    where: str,
-    record: Mapping[str, object],
-    messages: Sequence[ChatMessage],
-    tools: tuple[Any, ...] | None = None,
+    f: Fields, where: str, record: Mapping[str, object], messages: Sequence[ChatMessage], tools: Tools = None
 ) -> Row:
     """The messages, behind the text of the system column where a row has one."""
     if record.get(f.system) not in (None, ""):
