@@ -122,6 +122,13 @@ def test_as_the_chat_template_says(template: str, system: bool, tmp_path: Path) 
         assert rendered(go, talk) == wanted
 
 
+def test_a_file_elsewhere_is_named_by_its_whole_path(tmp_path: Path) -> None:
+    """Ollama takes `./x` from the Modelfile's folder, so a path from the root must not begin with a dot."""
+    file = tmp_path / "models" / "m.gguf"
+    ollama.write(tmp_path / "Modelfile", str(file), tiny_run.tokenizer(), tiny_run.recipe(tmp_path).recipe)
+    assert commands((tmp_path / "Modelfile").read_text())[0] == ("FROM", str(file))
+
+
 def test_a_template_that_does_more_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="does more"):
         ollama.around(tiny_run.tokenizer(), ALTERNATES)

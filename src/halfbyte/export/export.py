@@ -187,7 +187,7 @@ def to_gguf_lora(job: ExportJob, *, modelfile: bool = False) -> Exported:
             use = f"llama-cli -m {file.name} --lora {path.name}: the very file that it was trained on"
         result = draft.result("GGUF adapter", "16bit", [use, *_notes(draft, ["16bit"], "16bit")])
         if modelfile:
-            name = "BASE.gguf" if file is None else str(file)
+            name = "BASE.gguf" if file is None else str(file.absolute())
             ollama.write(draft.folder / "Modelfile", name, _tokenizer(run), run.recipe, adapter=path.name)
         return draft.finish(result)
 

@@ -62,8 +62,8 @@ def _escaped(character: str) -> str:
 
 
 def write(path: Path, model: str, tokenizer: Tokenizer, recipe: Recipe, *, adapter: str | None = None) -> None:
-    """Write a Modelfile. `model` and `adapter` are files beside it. Raises ExportError: there is no chat template, or
-    one that cannot be put into Ollama's language."""
+    """Write a Modelfile. `model` is a file beside it, or an absolute path; `adapter` one beside it. Raises ExportError:
+    there is no chat template, or one that cannot be put into Ollama's language."""
     template = chat_template(tokenizer, recipe.data)
     if not template:
         raise ExportError("the run has no chat template, so a Modelfile could not say how to talk to it.")
@@ -73,7 +73,8 @@ def write(path: Path, model: str, tokenizer: Tokenizer, recipe: Recipe, *, adapt
     stops = [tokenizer.decode([i]) for i in sorted({tokenizer.eos_token_id, end_of_turn_id(tokenizer)} - {None})]
     if lost := [stop for stop in stops if not stop.isprintable() or '"""' in stop]:
         raise ExportError(f"answers end with {lost[0]!r}, which a Modelfile cannot hold.")
-    lines = [f"FROM ./{model}", *([f"ADAPTER ./{adapter}"] if adapter else []), f'TEMPLATE """{go}"""']
+    origin = model if Path(model).is_absolute() else f"./{model}"
+    lines = [f"FROM {origin}", *([f"ADAPTER ./{adapter}"] if adapter else []), f'TEMPLATE """{go}"""']
     lines += [f'PARAMETER stop "{stop}"' for stop in stops]  # taken as it stands, without escapes
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
