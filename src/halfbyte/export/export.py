@@ -181,8 +181,7 @@ def to_gguf_lora(job: ExportJob, *, modelfile: bool = False) -> Exported:
             _write_gguf(job, Target(run.path, run.recipe, None, run.run), "16bit", alone, "F16")
             _prove(draft, alone, "F16", "16bit", path)
             alone.unlink()
-        source = Path(merged.checkpoint.id).name
-        use = f"llama-cli -m BASE.gguf --lora {path.name}, on a GGUF file of {source} in 16 bits"
+        use = f"llama-cli -m BASE.gguf --lora {path.name}, on a GGUF file of {file_name(run)} in 16 bits"
         if file is not None:
             use = f"llama-cli -m {file.name} --lora {path.name}: the very file that it was trained on"
         result = draft.result("GGUF adapter", "16bit", [use, *_notes(draft, ["16bit"], "16bit")])
