@@ -63,6 +63,15 @@ def model(name: str, seed: int = 0, **changes: Any) -> Any:
     return made.eval()
 
 
+def classifier(name: str) -> Any:
+    """The class for texts with that body, as a base of this kind is opened."""
+    whole = model(name)
+    body = whole.base_model_prefix
+    built = transformers.AutoModelForSequenceClassification.from_config(whole.config).eval()
+    getattr(built, body).load_state_dict(getattr(whole, body).state_dict(), strict=False)
+    return built
+
+
 def tokenizer() -> Any:
     """That of `tiny_run`, with marks around texts and types of their tokens."""
     made = copy.deepcopy(tiny_run.tokenizer()._tokenizer)

@@ -23,6 +23,8 @@ class Repo:
     token: str | None = None
     """Needed to see the model at all."""
     gated: bool = False
+    card: dict[str, object] | None = None
+    """The metadata of its README."""
 
 
 class Sparse:
@@ -176,7 +178,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     @staticmethod
     def _info(name: str, repo: Repo, commit: str) -> dict[str, object]:
-        return {"id": name, "modelId": name, "sha": commit, "siblings": [{"rfilename": file} for file in repo.files]}
+        siblings = [{"rfilename": f, "size": len(data), "blobId": _digest(data)} for f, data in repo.files.items()]
+        return {"id": name, "modelId": name, "sha": commit, "siblings": siblings, "cardData": repo.card}
 
     def _json(self, content: object) -> None:
         self._send(200, json.dumps(content).encode(), {"Content-Type": "application/json"})

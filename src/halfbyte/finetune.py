@@ -34,7 +34,7 @@ from halfbyte.plan import calibrate, number_format
 from halfbyte.plan.estimate import format_note
 from halfbyte.proofs import adapter
 from halfbyte.recipe.adapter import ADAPTER_FILES
-from halfbyte.recipe.file import relative_to_run, to_yaml
+from halfbyte.recipe.file import each_path, relative_to_run, to_yaml
 from halfbyte.recipe.schema import Loaded
 from halfbyte.report import page
 from halfbyte.report import start as beginning
@@ -207,9 +207,14 @@ def _lead(setup: Setup, loaded: Loaded, tell: Listener, budget: TimeBudget | Non
 
 
 def _recipe_text(setup: Setup, loaded: Loaded) -> str:
-    """The recipe as it is now, with paths as they are seen from the run's folder."""
-    local = setup.run.prepared.checkpoint.kind in ("folder", "gguf")
-    return to_yaml(relative_to_run(loaded.recipe, Path(setup.start.recipe.output), model=local))
+    """The recipe as it is now, with paths as they are seen from the run's folder, and streamed data sets of the hub
+    with their commit."""
+    prepared, recipe = setup.run.prepared, loaded.recipe
+    if prepared.flow is not None:
+        train = each_path(recipe.data.train, prepared.flow.at_commit)
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": train})})
+    local = prepared.checkpoint.kind in ("folder", "gguf")
+    return to_yaml(relative_to_run(recipe, Path(setup.start.recipe.output), model=local))
 
 
 def _write_start(setup: Setup, loaded: Loaded, run: RunFolder) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from halfbyte import finetune
-from halfbyte.data import streaming
+from halfbyte.data import pack, streaming
 from halfbyte.data.reading import files, records
+from halfbyte.data.reading.files import find as files_of
 from halfbyte.data.streaming import Flow
 from halfbyte.errors import DataError, RecipeError, RunError
 from halfbyte.recipe.data import Data
 from halfbyte.recipe.file import load_recipe
 from halfbyte.runs.folder import RunFolder, read_json
+from halfbyte.system import device
+from halfbyte.training import fit
+from halfbyte.training.schedule import StreamedRows
 from tests import tiny_run
 from tests.hub_server import HubServer
 
@@ -184,28 +189,144 @@ def test_a_run_that_goes_on_is_the_run_in_one_go(tmp_path: Path) -> None:
         finetune.train(load_recipe(part.recipe, ["train.max_steps=30"]), resume=True)
 
 
-def test_shards_of_a_hub_come_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def parquet(first: int) -> bytes:
-        sink = io.BytesIO()
-        prompts = [f"row {n}" for n in range(first, first + 20)]
-        pq.write_table(pa.table({"prompt": prompts, "completion": ["red"] * 20}), sink, row_group_size=5)
-        return sink.getvalue()
-
-    names = [f"data/train-0000{n}-of-00003.parquet" for n in range(3)]
-    held = {**{name: parquet(20 * n) for n, name in enumerate(names)}, "data/test-00000-of-00001.parquet": b"no"}
-    with HubServer() as hub:
-        hub.add("org/rows", held)
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
-        monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", hub.url, raising=False)
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    with HubServer() as server:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+        monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", server.url, raising=False)
         monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
-                            hub.url + "/{repo_id}/resolve/{revision}/{filename}")  # fmt: skip
-        flow = flow_of("hub:org/rows?split=train")
-        most = 0
-        rows = []
-        for position in range(60):
-            rows += asked(flow, position, position + 1)
-            most = max(most, len(list(Path(flow._folder.name).rglob("*.parquet"))))
-        assert sorted(rows) == sorted(f"row {n}" for n in range(60)) and most == 1
-        assert len({r.split("/")[-1] for r in (s.path for s in hub.seen) if r.endswith(".parquet")}) == 3
-        with pytest.raises(DataError, match="no Parquet or JSON lines of the split dev"):
-            flow_of("hub:org/rows?split=dev")
+                            server.url + "/{repo_id}/resolve/{revision}/{filename}")  # fmt: skip
+        yield server
+
+
+def parquet(prompts: Sequence[str], asks: str = "prompt", answers: str = "completion") -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(pa.table({asks: list(prompts), answers: ["red"] * len(prompts)}), sink, row_group_size=5)
+    return sink.getvalue()
+
+
+def numbered(first: int, count: int = 20) -> list[str]:
+    return [f"row {n}" for n in range(first, first + count)]
+
+
+def test_shards_of_a_hub_come_one_at_a_time(hub: HubServer) -> None:
+    names = [f"data/train-0000{n}-of-00003.parquet" for n in range(3)]
+    shards = {name: parquet(numbered(20 * n)) for n, name in enumerate(names)}
+    hub.add("org/rows", {**shards, "data/test-00000-of-00001.parquet": b"no"})
+    flow = flow_of("hub:org/rows?split=train")
+    most = 0
+    rows = []
+    for position in range(60):
+        rows += asked(flow, position, position + 1)
+        most = max(most, len(list(Path(flow._folder.name).rglob("*.parquet"))))
+    assert sorted(rows) == sorted(f"row {n}" for n in range(60)) and most == 1
+    assert len({r.split("/")[-1] for r in (s.path for s in hub.seen) if r.endswith(".parquet")}) == 3
+    with pytest.raises(DataError, match="no Parquet or JSON lines of the split dev"):
+        flow_of("hub:org/rows?split=dev")
+
+
+def test_two_data_sets_may_call_their_shards_alike(hub: HubServer) -> None:
+    """And have other columns: the second one's are told from its own rows."""
+    hub.add("org/a", {"data/train.parquet": parquet(numbered(0))})
+    hub.add("org/b", {"data/train.parquet": parquet(numbered(20), "instruction", "output")})
+    rows = asked(flow_of("hub:org/a?split=train", "hub:org/b?split=train"), 0, 40)
+    assert sorted(rows) == sorted(numbered(0, 40))
+
+
+def shards_of(
+    hub: HubServer, *files: str, name: str = "", split: str = "train", revision: str = "", **more: Any
+) -> Any:
+    """The files that are taken of a data set with these."""
+    hub.add("org/rows", dict.fromkeys(files, b"x"), **more)
+    query = "&".join(f"{k}={v}" for k, v in {"name": name, "split": split, "revision": revision}.items() if v)
+    (source,) = files_of(f"hub:org/rows?{query}")
+    return [str(shard.path) for shard in streaming._shards(source)]
+
+
+def test_of_several_configs_one_has_to_be_named(hub: HubServer) -> None:
+    files = "main/train-0.parquet", "socratic/train-0.parquet", "main/test-0.parquet"
+    paths = {"main": "main/train-*", "socratic": ["socratic/t*"]}
+    every = ({"config_name": n, "data_files": [{"split": "train", "path": path}]} for n, path in paths.items())
+    card: dict[str, Any] = {"configs": [*every]}
+    several = r"data set org/rows has several configs: main, socratic\.\n  fix: hub:org/rows\?name=main&split=train"
+    with pytest.raises(DataError, match=several):
+        shards_of(hub, *files, card=card)
+    assert shards_of(hub, *files, card=card, name="socratic") == ["socratic/train-0.parquet"]
+    with pytest.raises(DataError, match="has no config other, but main, socratic"):
+        shards_of(hub, *files, card=card, name="other")
+    converted = {"revisions": {streaming.CONVERTED.replace("/", "%2F"): "c" * 40, streaming.CONVERTED: "c" * 40}}
+    with pytest.raises(DataError, match="has several configs: main, socratic"):
+        shards_of(hub, *files, revision=streaming.CONVERTED, **converted)
+    assert shards_of(hub, *files, revision=streaming.CONVERTED, name="main", **converted) == ["main/train-0.parquet"]
+    default = {"configs": [*card["configs"], {"config_name": "default", "data_files": "**/*"}]}
+    assert shards_of(hub, *files, card=default) == ["main/train-0.parquet", "socratic/train-0.parquet"]
+
+
+# Files of a data set without a card, the split, and which of them it has: as `datasets` tells it.
+SPLITS: list[Any] = [
+    (("train.jsonl", "test.jsonl", "constrain.jsonl", "training.jsonl"), "train", (0, 3)),
+    (("train0.jsonl", "train1.jsonl", "trainer.jsonl"), "train", (0, 1)),
+    (("train/0.parquet", "test/0.parquet", "test/train_like.jsonl"), "train", (0,)),
+    (("my_train_file.jsonl", "a-b.test.jsonl"), "train", (0,)),
+    (("data/train-00000-of-00001.parquet", "extra/train.jsonl"), "train", (0,)),
+    (("dev.jsonl", "valid.jsonl", "evaluation.jsonl"), "validation", (0, 1)),
+    (("eval.jsonl", "contest.jsonl"), "test", (0,)),
+    (("en[small].jsonl", "ens.jsonl"), "en[small]", (0,)),
+    (("part.x.jsonl", "partyx.jsonl"), "part.x", (0,)),
+]
+
+
+@pytest.mark.parametrize(("files", "split", "wanted"), SPLITS)
+def test_which_files_a_split_has(hub: HubServer, files: tuple[str, ...], split: str, wanted: tuple[int, ...]) -> None:
+    assert shards_of(hub, *files, split=split.replace("[", "%5B")) == sorted(files[n] for n in wanted)
+
+
+def test_a_run_goes_on_at_its_commit_and_not_with_other_rows(hub: HubServer, tmp_path: Path) -> None:
+    repo = hub.add("org/rows", {"data/train-0.parquet": parquet(numbered(0, 40))})
+    values = {"data__train": "hub:org/rows?split=train", "train__max_steps": 2}
+    finetune.train(recipe_of(tmp_path, "run", **values))
+    run, first = RunFolder(tmp_path / "run"), repo.revisions["main"]
+    assert f"hub:org/rows?split=train&revision={first}" in run.recipe.read_text()
+    repo.revisions["main"] = "b" * 40  # a commit to its README
+    repo.revisions["old"] = first
+    same = recipe_of(tmp_path, "run", **{**values, "train__max_steps": 3})
+    assert finetune.train(same, resume=True).step == 3
+    repo.files["data/train-0.parquet"] = parquet(numbered(1, 40))
+    with pytest.raises(RunError, match=r"data.train .* has changed"):
+        finetune.train(recipe_of(tmp_path, "run", **{**values, "train__max_steps": 4}), resume=True)
+
+
+def test_a_file_that_cannot_be_read_ends_a_run_with_a_checkpoint(hub: HubServer, tmp_path: Path) -> None:
+    """The second shard has columns of no format. What was learned from the first one is kept."""
+    for seed in (3, 4):  # in one of these orders the good shard comes first
+        good, bad = parquet(numbered(0)), parquet(numbered(0), "one", "other")
+        hub.add("org/rows", {"data/train-0.parquet": good, "data/train-1.parquet": bad})
+        if int(streaming.shuffled(2, f"{seed}/units/0")[0]) == 0:
+            break
+    values = {"data__train": "hub:org/rows?split=train", "train__max_steps": 20, "train__seed": seed}
+    with pytest.raises(DataError, match=r"^org/rows/data/train-1.parquet row 1: cannot tell the format") as raised:
+        finetune.train(recipe_of(tmp_path, "run", **values))
+    assert "fix:" in str(raised.value) and "/tmp" not in str(raised.value)
+    run = RunFolder(tmp_path / "run")
+    assert (run.checkpoints / "step-000005").is_dir() and len(run.read_metrics()) == 5, "every whole step"
+
+
+def test_rows_of_later_windows_are_planned_for(tmp_path: Path) -> None:
+    """The first window has short rows alone; one of a later one may be as long as `data.max_length`, or the model is
+    refused that reads less."""
+    tiny_run.rows(tmp_path / "train.jsonl", 200)
+    planned = fit.plan_run(recipe_of(tmp_path, "run", train__max_steps=2).recipe, device.detect())
+    assert planned.prepared.train.stats.max_length < 60 and planned.job.rows.longest == 128
+    assert planned.plan.max_tokens_per_micro_batch >= 128
+    with pytest.raises(DataError, match=r"rows that are read later may be over the 256 that the model reads"):
+        fit.plan_run(recipe_of(tmp_path, "run", train__max_steps=2, data__max_length=300).recipe, device.detect())
+
+
+def test_a_step_is_arranged_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_run.rows(tmp_path / "train.jsonl", 60)
+    calls, begun = [], []
+    arrange, begin = pack.arrange, StreamedRows.begin
+    monkeypatch.setattr(pack, "arrange", lambda rows, *a, **k: (calls.append(1), arrange(rows, *a, **k))[1])
+    monkeypatch.setattr(StreamedRows, "begin", lambda self, *a: (begun.append(len(calls)), begin(self, *a))[1])
+    finetune.train(recipe_of(tmp_path, "run", train__max_steps=6))
+    assert [b - a for a, b in itertools.pairwise(begun)] == [1] * 5

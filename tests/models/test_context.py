@@ -57,6 +57,24 @@ def test_what_an_older_config_json_says() -> None:
     assert within is not None and within.tokens == 256, "of its full-attention layers alone"
 
 
+def test_a_config_may_have_no_padding_and_a_family_may_count_from_behind_it() -> None:
+    class Bare:
+        max_position_embeddings = 514
+
+        def __init__(self, model_type: str) -> None:
+            self.model_type = model_type
+
+        def get_text_config(self) -> Bare:
+            return self
+
+    tokens = {
+        name: context.tokens for name in ("bert", "roberta", "xlm-roberta") if (context := context_of(Bare(name)))
+    }
+    assert tokens == {"bert": 514, "roberta": 513, "xlm-roberta": 513}
+    padded = context_in({"model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 1})
+    assert padded is not None and padded.tokens == 512
+
+
 def test_a_prompt_and_its_answer_must_fit() -> None:
     context = context_of(tiny.config("llama"))
     assert context is not None

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
@@ -19,9 +20,10 @@ from halfbyte.adapters.assembly import AdaptedBase, assemble
 from halfbyte.base import load
 from halfbyte.data.encoding.examples import Example
 from halfbyte.errors import BaseModelError
-from halfbyte.layers import heads, packed_attention
+from halfbyte.layers import fuse, heads, packed_attention
 from halfbyte.models.sources.lookup import resolve
 from halfbyte.objectives.labels import Labels, Tags
+from halfbyte.proofs.packing import prove_packing
 from halfbyte.recipe.schema import Lora, Quant, Recipe
 from halfbyte.system import device
 from tests import encoders, tiny_run
@@ -29,6 +31,7 @@ from tests import encoders, tiny_run
 CLOSE = 1e-5
 LENGTHS = (5, 17, 2, 30, 9)  # longer than a window of 8 among them
 CAUSAL = ("llama", "qwen3", "gemma3", "gpt2")
+ENCODERS = ("bert", "roberta", "xlm-roberta", "modernbert", "deberta-v2")
 EVERY = (*CAUSAL, *encoders.NAMES)
 KINDS = {"classify": Labels(("a", "b", "c")), "regress": Labels(), "tag": Tags(("B-x", "I-x", "O"))}
 FAST = {
@@ -139,7 +142,8 @@ def test_loss_and_gradients_are_those_of_transformers_and_peft(name: str, task: 
         loss = KINDS[task].loss(ours, KINDS[task].collate(examples))
     loss.backward()
     other = plain(path, task, ours)
-    wanted = torch.stack([plain_loss(other, row, task, heads.settled("auto", config), weights) for row in examples])
+    pooling = "mean" if config.model_type in ENCODERS else "lasttoken"
+    wanted = torch.stack([plain_loss(other, row, task, pooling, weights) for row in examples])
     wanted.sum().backward()
     assert float(loss.detach()) == pytest.approx(float(wanted.detach().sum()), rel=CLOSE)
     inner = f"{ours.get_base_model().base_model_prefix}." if task == "embed" else ""
@@ -160,6 +164,42 @@ def test_a_causal_mask_in_an_encoder_is_caught(tmp_path: Path, monkeypatch: pyte
     assembled = opened(path, "classify")
     assert assembled.packed.layout == "rows"
     assert "cu_seq_lens: logits differ" in assembled.packed.reason
+
+
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+def test_the_pooler_of_a_body_alone_is_brought(quant: str, tmp_path: Path) -> None:
+    """A checkpoint of BertModel has bare names; its pooler stays as it is, and the classifier alone is drawn."""
+    whole, bare = encoders.model("bert"), tmp_path / "bare"
+    whole.bert.save_pretrained(bare)
+    encoders.tokenizer().save_pretrained(bare)
+    assert {"pooler.dense.weight"} <= load_file(bare / "model.safetensors").keys()
+    model = opened(bare, "classify", quant).model
+    assert set(model.peft_config["default"].modules_to_save) == {"classifier"}
+    (weight,) = (p for n, p in model.named_parameters() if n.endswith("bert.pooler.dense.weight"))
+    assert torch.equal(weight, whole.bert.pooler.dense.weight) and not weight.requires_grad
+
+
+def test_a_fused_projection_whose_parts_are_exchanged_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ModernBERT's queries, keys and values are one product: LoRA's part of each on the next one."""
+    path, right = folder(tmp_path, "modernbert"), fuse.lora_linear
+    assert opened(path, "classify").fused.ok
+
+    def faulty(x: Any, layer: Any, a: Any, b: Tensor, scale: float, p: float) -> Any:
+        return right(x, layer, a, b.roll(64, 0) if len(b) == 3 * 64 else b, scale, p)
+
+    monkeypatch.setattr(fuse, "lora_linear", faulty)
+    fused = opened(path, "classify").fused
+    assert not fused.ok and "gradients differ" in fused.reason
+
+
+@pytest.mark.parametrize("window", [8, 24])  # to both sides together: the second one is longer than the short rows
+def test_a_window_off_by_one_is_seen(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = packed_attention.reach_of
+    for more in (0, 1, -1):
+        model = encoders.model("modernbert", local_attention=window)
+        monkeypatch.setattr(packed_attention, "reach_of", lambda n, m=more: right(n if n is None else n + m))
+        proof = prove_packing(model, 60)
+        assert (proof.layout == "cu_seq_lens") is (more == 0), (more, proof.reason)
 
 
 def test_a_pooled_neighbour_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

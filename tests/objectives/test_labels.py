@@ -13,16 +13,20 @@ import pyarrow.parquet
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 from transformers.loss.loss_utils import ForSequenceClassificationLoss
 
 from halfbyte import finetune
 from halfbyte.adapters import lora
+from halfbyte.data.encoding import texts
+from halfbyte.data.encoding.encoder import Encoder
+from halfbyte.data.reading.formats import Row
 from halfbyte.errors import BaseModelError, DataError, RecipeError, RunError
 from halfbyte.inference import labels, target
 from halfbyte.inference.load import Opened, open_run
 from halfbyte.layers import heads, loss
-from halfbyte.objectives.labels import Labels
+from halfbyte.models.context import Context
+from halfbyte.objectives.labels import Labels, Tags, entities
 from halfbyte.proofs.heads import prove_pooling
 from halfbyte.proofs.packing import prove_packing
 from halfbyte.recipe.evaluation import Eval
@@ -34,6 +38,7 @@ from halfbyte.scoring.sheet import EvalOptions
 from halfbyte.training.prepare import prepare
 from tests import tiny, tiny_run
 
+HELD_OUT = 60  # enough for a temperature
 WORDS = {"colour": ["red", "green", "blue"], "shape": ["round", "square"], "thing": ["cup", "box", "tree", "road"]}
 
 
@@ -127,7 +132,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     finetune.train(
         recipe(
             folder,
-            data__eval=str(rows(folder / "held.csv", 12, seed=1)),
+            data__eval=str(rows(folder / "held.csv", HELD_OUT, seed=1)),
             quant__type="nf4",
             train__max_steps=6,
             train__learning_rate=5e-2,
@@ -167,7 +172,7 @@ def test_it_learns_and_is_scored(run: Path, opened: Opened) -> None:
     assert scored["labels"] == tuple(sorted(WORDS))
     assert scores["accuracy"]["value"] == pytest.approx(evaluated["eval_accuracy"])
     assert scores["accuracy"]["value"] > scored["sides"]["base"]["scores"]["accuracy"]["value"]
-    assert sum(map(sum, scored["sides"]["adapter"]["confusion"])) == scored["rows"] == 12
+    assert sum(map(sum, scored["sides"]["adapter"]["confusion"])) == scored["rows"] == HELD_OUT
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
@@ -291,6 +296,164 @@ def test_a_temperature_is_found_again() -> None:
     drawn = draw.random(scores.shape) < scoring.probabilities(scores, several=True)
     scored = scoring.of_labels(several, drawn, Eval(resamples=100), several=True)
     assert scored["temperature"] == pytest.approx(2, rel=0.1)
+    assert scored["scores"]["ece_calibrated"]["value"] < 0.03 < scored["scores"]["ece"]["value"]
+
+
+def test_calibration_is_measured_on_rows_that_it_was_not_fitted_on() -> None:
+    """Labels that have nothing to do with scores, 60 rows: the best temperature of these rows makes them look
+    calibrated, that of other rows does so less. By hand: each half at the temperature that a fine grid finds on the
+    other half."""
+    draw = np.random.default_rng(3)
+    scores, truth = 3 * draw.standard_normal((60, 3)), draw.integers(0, 3, 60)
+    every = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
+
+    def cooled(heat: float) -> Any:
+        powers = np.exp(np.log(every) / heat)
+        return powers / powers.sum(1, keepdims=True)
+
+    def loss_of(heat: float, chosen: Any) -> float:
+        return -float(np.log(cooled(heat)[chosen, truth[chosen]]).mean())
+
+    grid = np.exp(np.linspace(-4, 4, 4001))
+    half = np.random.default_rng(0).permutation(60) % 2 == 0
+    calibrated = every.copy()
+    for part in (half, ~half):
+        best = grid[np.argmin([loss_of(heat, np.flatnonzero(~part)) for heat in grid])]
+        calibrated[part] = cooled(best)[part]
+    right, sure = every.argmax(1) == truth, calibrated.max(1)
+    wanted = sum(abs(sure[b].sum() - right[b].sum()) for k in range(15) for b in [(sure * 15).astype(int) == k]) / 60
+    scored = scoring.of_labels(every, truth[:, None] == np.arange(3), Eval(resamples=100, seed=0), several=False)
+    assert scored["scores"]["ece_calibrated"]["value"] == pytest.approx(wanted, abs=0.01)
+    few = scoring.of_labels(every[:49], truth[:49, None] == np.arange(3), Eval(resamples=100), several=False)
+    assert few["temperature"] is None and "ece_calibrated" not in few["scores"]
+
+
+@pytest.mark.parametrize("few", [0, 256])
+def test_intervals_are_of_resampled_rows_one_after_another(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each resample by itself, each pair of rows counted: the same limits. Ties, and a label that few rows have."""
+    monkeypatch.setattr(scoring, "FEW", few)
+    draw = np.random.default_rng(5)
+    every = np.round(draw.dirichlet([1, 1, 1], 30), 1)
+    truth = np.array([0] * 14 + [1] * 14 + [2] * 2)[:, None] == np.arange(3)
+    answers = every.argmax(1)[:, None] == np.arange(3)
+
+    def area(rows_: Any) -> float:
+        found = []
+        for i in range(3):
+            ours, others = every[rows_][truth[rows_][:, i], i], every[rows_][~truth[rows_][:, i], i]
+            if len(ours) and len(others):
+                found.append(np.mean([float(a > b) + (a == b) / 2 for a in ours for b in others]))
+        return float(np.mean(found))
+
+    def f1(rows_: Any) -> float:
+        both = [(answers[rows_][:, i], truth[rows_][:, i]) for i in range(3)]
+        return float(np.mean([2 * (a & t).sum() / max(1, a.sum() + t.sum()) for a, t in both]))
+
+    def ece(rows_: Any) -> float:
+        sure, right = every[rows_].max(1), (answers & truth).any(1)[rows_]
+        bins = np.minimum((sure * 15).astype(int), 14)
+        return sum(abs(sure[bins == b].sum() - right[bins == b].sum()) for b in range(15)) / 30
+
+    scores = scoring.of_labels(every, truth, Eval(resamples=200, seed=7), several=False)["scores"]
+    for name, measure in (("auroc", area), ("f1_macro", f1), ("ece", ece)):
+        again = np.random.default_rng(7)
+        values = [measure(again.integers(0, 30, 30)) for _ in range(200)]
+        assert scores[name]["value"] == pytest.approx(measure(np.arange(30))), name
+        assert scores[name]["interval"] == pytest.approx(np.percentile(values, [2.5, 97.5])), name
+    a, b = np.round(draw.random((2, 30)), 1)
+
+    def spearman(rows_: Any) -> float:
+        ranks = [[(x[rows_] < v).sum() + ((x[rows_] == v).sum() + 1) / 2 for v in x[rows_]] for x in (a, b)]
+        return float(np.corrcoef(*ranks)[0, 1])
+
+    again = np.random.default_rng(7)
+    values = [spearman(again.integers(0, 30, 30)) for _ in range(200)]
+    got = scoring.spearman(a, b, Eval(resamples=200, seed=7))
+    assert got["value"] == pytest.approx(spearman(np.arange(30)))
+    assert got["interval"] == pytest.approx(np.percentile(values, [2.5, 97.5]))
+    assert scoring.spearman(a, np.ones(30), Eval(resamples=100))["value"] == 0
+
+
+def test_entities_by_hand() -> None:
+    """Two texts. Said: the person at 0-1 (right), a place at 3 that is a person, a place at 5-6 that goes on to 7;
+    in the second a place (right), and one more. There: four, of which one is not said at all."""
+    there = ["B-per", "I-per", "O", "B-per", "O", "B-loc", "I-loc", "I-loc"], ["B-loc", "O", "O"]
+    said = ["B-per", "I-per", "O", "B-loc", "O", "B-loc", "I-loc", "O"], ["B-loc", "O", "B-loc"]
+    assert entities(there[0]) == {("per", 0, 1), ("per", 3, 3), ("loc", 5, 7)}
+    assert entities(said[0]) == {("per", 0, 1), ("loc", 3, 3), ("loc", 5, 6)}
+    assert entities(["I-a", "I-a", "B-a", "O", "S-b", "E-b", "x", "x"]) == {
+        ("a", 0, 1), ("a", 2, 2), ("b", 4, 4), ("b", 5, 5), ("x", 6, 7)
+    }  # fmt: skip
+    texts = [
+        scoring.Tagged(entities(b), entities(a), sum(map(str.__eq__, a, b)), len(a))
+        for a, b in zip(there, said, strict=True)
+    ]
+    scored = scoring.of_entities(texts, Eval(resamples=100))
+    values = {name: one["value"] for name, one in scored["scores"].items()}
+    # right 2, said 5, there 4; tags: 6 of 8 and 2 of 3
+    assert values == pytest.approx({"f1": 2 * 2 / 9, "precision": 2 / 5, "recall": 2 / 4, "accuracy": 8 / 11})
+    by_kind = dict(zip(scored["labels"], scored["by_label"], strict=True))
+    assert by_kind["per"] == pytest.approx({"rows": 2, "f1": 2 / 3, "precision": 1.0, "recall": 1 / 2})
+    assert by_kind["loc"] == pytest.approx({"rows": 2, "f1": 1 / 3, "precision": 1 / 4, "recall": 1 / 2})
+    sums = {"loss": 22.0, "tags": 11, "right": 8, "found": 2, "said": 5, "there": 4, "tokens": 11}
+    assert Tags(("O", "B-per")).scores(sums) == pytest.approx(
+        {"loss": 2.0, "accuracy": 8 / 11, "f1": 4 / 9, "tokens": 11}
+    )
+
+
+@pytest.mark.parametrize("asked", ["balanced", {"shape": 3.0, "thing": 0.25}])
+def test_class_weights_are_torchs(asked: Any, tmp_path: Path) -> None:
+    """The weighted mean of a step, and its gradient, as torch's own loss has it with reduction mean; smoothing too.
+    `balanced` is rows / (labels x rows of the label), counted here."""
+    prepared = prepare(recipe(tmp_path, class_weight=asked, train__label_smoothing_factor=0.1).recipe)
+    objective, names = prepared.objective, sorted(WORDS)
+    lines = [json.loads(line)["label"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    weights = [len(lines) / (3 * lines.count(n)) if asked == "balanced" else asked.get(n, 1.0) for n in names]
+    assert objective.class_weight == pytest.approx(weights)
+    scores = torch.randn(len(lines), 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    truth = torch.tensor([names.index(line) for line in lines])
+    theirs = torch.nn.CrossEntropyLoss(weight=torch.tensor(weights), label_smoothing=0.1)(scores, truth)
+    targets = objective.targets([e.completion for e in prepared.train.examples])
+    each = objective.losses(scores, targets, objective.label_smoothing, objective.class_weight)
+    ours = each.sum() / float(objective.weights(prepared.train).sum())
+    assert float(ours) == pytest.approx(float(theirs), rel=1e-6)
+    for one, other in zip(*(torch.autograd.grad(loss_, scores) for loss_ in (ours, theirs)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+    batch = objective.collate(prepared.train.examples[:5])
+    assert objective.weight(batch) == pytest.approx(sum(weights[names.index(name)] for name in lines[:5]))
+
+
+def test_a_row_of_no_token_has_an_error_and_the_others_their_answers(
+    opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = texts.tokens_of
+
+    def none(tokenizer: Any, asked: Any, cut: int | None = None) -> Any:
+        return [
+            ([], []) if text == ("ghost",) else one
+            for text, one in zip(asked, real(tokenizer, asked, cut), strict=True)
+        ]
+
+    monkeypatch.setattr(texts, "tokens_of", none)
+    (tmp_path / "a.csv").write_text("text,error\nred,mine\nghost,\nbox,\ncup,\n")
+    done = labels.predict(opened, tmp_path / "a.csv", tmp_path / "out.jsonl")
+    assert (done["rows"], done["bad"]) == (4, 1)
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert lines[1]["error"] == "a.csv:3: a text of which the tokenizer makes no token: 'ghost'."
+    others = labels.predictions(opened, Labels.at(opened.run / "adapter"), [("red",), ("box",), ("cup",)])
+    assert [line["prediction"] for n, line in enumerate(lines) if n != 1] == [one["prediction"] for one in others]
+    assert lines[0]["error"] == "mine", "a column of the file"
+    encoded = Encoder(opened.tokenizer, opened.recipe.data)
+    part, tally = encoded.encode(
+        [Row("t:1", parts=("ghost",), completion='"a"'), Row("t:2", parts=("red",), completion='"a"')]
+    )
+    assert part.num_rows == 1 and "t:1: a text of which the tokenizer makes no token" in tally.skipped.first()
+
+
+def test_tags_need_a_fast_tokenizer(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(opened.tokenizer), "is_fast", False)
+    with pytest.raises(DataError, match=r"task tag needs a fast tokenizer \(tokenizer.json\), and this one is slow"):
+        texts.tagged(opened.tokenizer, ("red",), words=True, cut=None)
 
 
 def test_scores_are_scikit_learns() -> None:
@@ -309,14 +472,46 @@ def test_scores_are_scikit_learns() -> None:
     assert scoring.spearman(a, b, Eval(resamples=100))["value"] == pytest.approx(stats.spearmanr(a, b).statistic)
 
 
-def test_the_base_chooses_by_likelihood(opened: Opened, run: Path) -> None:
-    """Beside the head: the label that the base alone finds likeliest, as plain transformers has it of one row."""
-    scored = labels.score(opened, EvalOptions(Eval(resamples=100), limit=4, with_base=True))
-    base = scored["sides"]["base"]
+def likeliest(folder: Path, lines: list[dict[str, str]]) -> tuple[list[str], list[int]]:
+    """The label of each row that plain transformers finds the likeliest answer, its end with it, to the question; and
+    the tokens of the longest of these."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    asks, chosen, lengths = "Which of these fits it best: colour, shape, thing? Answer with that alone.", [], []
+    for line in lines:
+        talk = f"<|im_start|>user\n{line['text']}\n\n{asks}<|im_end|>\n<|im_start|>assistant\n"
+        prompt, of_label = tokenizer(talk).input_ids, {}
+        answers = {name: tokenizer(name).input_ids + tokenizer("<|im_end|>").input_ids for name in sorted(WORDS)}
+        lengths.append(len(prompt) + max(map(len, answers.values())) + 1)  # and a line's end
+        for name, answer in answers.items():
+            with torch.no_grad():
+                logp = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+            of_label[name] = sum(float(logp[len(prompt) + i - 1, token]) for i, token in enumerate(answer))
+        chosen.append(max(of_label, key=of_label.__getitem__))
+    return chosen, lengths
+
+
+@pytest.mark.parametrize("overlong", ["error", "skip", "truncate"])
+def test_the_base_chooses_by_likelihood(overlong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the head: the label that the base alone finds likeliest, as plain transformers has it of one row. Rows may
+    have 32 tokens, and a row with its question has more; of one that the model cannot read no label is likelier."""
+    held = rows(tmp_path / "held.jsonl", 12, seed=1)
+    more = {"data__max_length": 32, "data__overlong": overlong, "train__max_steps": 1}
+    finetune.train(recipe(tmp_path, data__eval=str(held), **more))
+    opened, options = open_run(tmp_path / "run"), EvalOptions(Eval(resamples=100), with_base=True)
+    scored = labels.score(opened, options)
+    base, lines = scored["sides"]["base"], [json.loads(line) for line in held.read_text().splitlines()]
     assert base["by_likelihood"] and not scored["sides"]["adapter"]["by_likelihood"]
-    assert {"accuracy", "auroc"} <= base["scores"].keys()
-    mistakes = scored["sides"]["base"]["mistakes"]
-    assert all(row["expected"] != row["prediction"] and row["text"] for row in mistakes)
+    (chosen, lengths), names = likeliest(tmp_path / "model", lines), sorted(WORDS)
+    both = [(line["label"], name) for line, name in zip(lines, chosen, strict=True)]
+    assert base["confusion"] == [[both.count((a, b)) for b in names] for a in names] and base["not_asked"] == 0
+    assert [m["prediction"] for m in base["mistakes"]] != [] and all(m["text"] for m in base["mistakes"])
+    most = sorted(lengths)[6]
+    monkeypatch.setattr(labels, "context_of", lambda config: Context(most, "as it is here"))
+    short = labels.score(opened, options)["sides"]["base"]
+    assert short["not_asked"] == sum(length > most for length in lengths) > 0
+    asked = [(pair if length <= most else (pair[0], "colour")) for pair, length in zip(both, lengths, strict=True)]
+    assert short["confusion"] == [[asked.count((a, b)) for b in names] for a in names]
 
 
 def test_a_run_at_its_temperature(run: Path, opened: Opened) -> None:
@@ -326,6 +521,7 @@ def test_a_run_at_its_temperature(run: Path, opened: Opened) -> None:
     (run / "eval").mkdir()
     (run / "eval" / "scores.json").write_text(json.dumps(scored, default=str))
     heat, objective = labels.temperature_of(run), Labels.at(run / "adapter")
+    assert heat != 1
     assert heat == scored["sides"]["adapter"]["temperature"]
     plain, cool = (labels.predictions(opened, objective, [("red",)], t)[0]["probabilities"] for t in (1.0, heat))
     wanted = np.array([*plain.values()]) ** (1 / heat)

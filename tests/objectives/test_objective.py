@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import random
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +17,16 @@ from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
 
-from halfbyte import finetune
+from halfbyte import finetune, objectives
 from halfbyte.adapters import lora
 from halfbyte.data.encoding.examples import Example
 from halfbyte.errors import RunError
 from halfbyte.objectives.causal_lm import CausalLM
+from halfbyte.objectives.grpo import Grpo
+from halfbyte.objectives.labels import Labels, Tags
 from halfbyte.objectives.objective import Objective, micro_batch_loss
+from halfbyte.objectives.preference import Preference, Unpaired
+from halfbyte.objectives.vectors import TextVectors
 from halfbyte.plan.job import ObjectiveCost
 from halfbyte.proofs.packing import prove_packing
 from halfbyte.recipe.schema import Loaded
@@ -170,5 +175,18 @@ def test_its_cost_is_planned(tmp_path: Path) -> None:
 
 
 def test_the_first_objective_and_the_toy_are_objectives() -> None:
-    objectives: list[Objective] = [CausalLM(), Weighted()]
-    assert [objective.name for objective in objectives] == ["causal_lm", "weighted"]
+    both: list[Objective] = [CausalLM(), Weighted()]
+    assert [objective.name for objective in both] == ["causal_lm", "weighted"]
+
+
+def test_what_an_objective_may_say_has_defaults_in_one_place() -> None:
+    """All objectives are subclasses of the seam, which says nothing by default; nobody asks one for a member that it
+    may not have, but for the tree of beginnings and the head of labels."""
+    toy = Weighted()
+    assert (toy.watches, toy.step_names, toy.coupled, toy.together, toy.of_base) == ((), (), False, False, "")
+    for cls in (CausalLM, Grpo, Preference, Unpaired, Labels, Tags, TextVectors):
+        assert Objective in cls.__mro__ and {"row_vectors", "all_sums", "step_of", "step_sums"} <= set(dir(cls))
+    asks = re.compile(r"(?:get|has)attr\([\w.]*objective, (\w+|\"\w+\")")
+    sources = Path(objectives.__file__).parents[1].rglob("*.py")
+    asked = {(path.stem, name) for path in sources for name in asks.findall(path.read_text(encoding="utf-8"))}
+    assert asked == {("prepare", "COLLATE_TREE"), ("heads", '"width"'), ("heads", '"kind"')}

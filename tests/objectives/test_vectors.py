@@ -14,7 +14,10 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModel
 
 from halfbyte import finetune
 from halfbyte.data.encoding.examples import Example
@@ -22,6 +25,7 @@ from halfbyte.errors import BaseModelError, DataError, RecipeError
 from halfbyte.inference import labels, vectors
 from halfbyte.inference.load import open_run
 from halfbyte.layers import heads, loss
+from halfbyte.models.sources import hub
 from halfbyte.objectives.vectors import TextVectors
 from halfbyte.proofs.heads import prove_pooling
 from halfbyte.proofs.packing import prove_packing
@@ -32,7 +36,7 @@ from halfbyte.recipe.schema import Loaded
 from halfbyte.runs.folder import RunFolder
 from halfbyte.scoring.sheet import EvalOptions
 from halfbyte.training.prepare import prepare
-from tests import tiny, tiny_run
+from tests import encoders, tiny, tiny_run
 from tests.distributed import together
 
 WORDS = ["red", "green", "blue", "round", "square", "small", "large", "old", "new", "cup", "box", "tree", "road"]
@@ -104,6 +108,37 @@ def test_groups_by_definition() -> None:
     wanted = torch.stack([e for e in each if e > 0]).mean()
     objective = TextVectors(task.VectorFields(loss=task.GROUPS))
     assert float(objective.losses(rows, torch.tensor(labels_).float()).mean()) == pytest.approx(float(wanted), rel=1e-5)
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers of a tensor that is made meanwhile."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.numbers = max(self.numbers, result.numel())
+        return result
+
+
+def test_groups_keep_what_is_quadratic_in_texts_alone() -> None:
+    """48 texts have 25,944 triplets. The gradient is that of the definition, for every text."""
+    rows, labels_ = rows_of(torch.Generator().manual_seed(0), [1] * 48), [n % 3 for n in range(48)]
+    rows = [row.requires_grad_() for row in rows]
+    with Largest() as largest:
+        ours = TextVectors(task.VectorFields(loss=task.GROUPS)).losses(rows, torch.tensor(labels_).float())
+        gradients = torch.autograd.grad(ours.mean(), rows)
+    assert largest.numbers <= 48 * 48
+    v, each = [row[0] for row in rows], list[Tensor]()
+    apart = [[(v[a] - v[b]).norm() if a != b else torch.zeros(()) for b in range(48)] for a in range(48)]
+    for a, p, n in itertools.permutations(range(48), 3):
+        if labels_[a] == labels_[p] != labels_[n] and apart[a][p] - apart[a][n] + 5.0 > 0:
+            each.append(apart[a][p] - apart[a][n] + 5.0)
+    wanted = torch.stack(each).mean()
+    assert ours[0].item() == pytest.approx(wanted.item(), rel=1e-5)
+    for got, right in zip(gradients, torch.autograd.grad(wanted, rows), strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-6)
 
 
 def by_definition(name: str, rows: Sequence[Tensor], scores: Tensor) -> float:
@@ -232,16 +267,23 @@ def test_any_number_of_processes_is_one(name: str, size: int, tmp_path: Path) ->
         assert more == pytest.approx(one, rel=1e-5), key
 
 
-def test_texts_with_labels_train_and_are_scored(tmp_path: Path) -> None:
-    loaded = recipe(tmp_path, vectors__loss=task.GROUPS, vectors__matryoshka_dims=[8, 4])
-    draw, path = random.Random(0), tmp_path / "pairs.jsonl"
-    lines = [{"text": " ".join(draw.sample(WORDS, 3)), "label": draw.choice(["a", "b"])} for _ in range(24)]
+def groups(folder: Path, count: int) -> dict[str, Path]:
+    """Rows of a text and a label; what a recipe says of them."""
+    draw, path = random.Random(0), folder / "groups.jsonl"
+    lines = [{"text": " ".join(draw.sample(WORDS, 3)), "label": draw.choice(["a", "b"])} for _ in range(count)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return {"data__train": path}
+
+
+def test_texts_with_labels_train_and_are_scored(tmp_path: Path) -> None:
+    loaded = recipe(tmp_path, vectors__loss=task.GROUPS, vectors__matryoshka_dims=[8, 4], **groups(tmp_path, 24))
     finetune.train(loaded)
     side = labels.score(open_run(tmp_path / "run"), EvalOptions(Eval(resamples=100)))["sides"]["adapter"]
     assert {"recall_1", "mrr", "ndcg_10", "loss"} <= side["scores"].keys()
     with pytest.raises(RecipeError, match="vectors have 64 numbers"):
-        prepare(recipe(tmp_path, vectors__loss=task.GROUPS, vectors__matryoshka_dims=[65]).recipe)
+        prepare(
+            recipe(tmp_path, vectors__loss=task.GROUPS, vectors__matryoshka_dims=[65], **groups(tmp_path, 24)).recipe
+        )
     with pytest.raises(RecipeError, match="matryoshka_weights has 1 numbers"):
         recipe(tmp_path, vectors__matryoshka_dims=[8, 4], vectors__matryoshka_weights=[1.0])
 
@@ -299,3 +341,69 @@ def test_a_mean_of_other_tokens_is_caught(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(loss, "every_hidden", lambda m, batch: right(m, batch).roll(1, 0))
     with pytest.raises(BaseModelError, match="off by"):
         prove_pooling(model, packed=True, pooling="mean")
+
+
+def test_what_is_shown_of_few_texts_is_near_by_a_number(tmp_path: Path) -> None:
+    """Of four texts with labels each has three others at most; itself is none of them."""
+    finetune.train(recipe(tmp_path, vectors__loss=task.GROUPS, train__max_steps=1, **groups(tmp_path, 24)))
+    rows = [{"text": text, "label": label} for text, label in (("red", "a"), ("blue", "a"), ("old", "b"))]
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scored = labels.score(open_run(tmp_path / "run"), EvalOptions(Eval(resamples=100)), data=tmp_path / "few.jsonl")
+    neighbours = scored["sides"]["adapter"]["neighbours"]
+    assert [len(one["nearest"]) for one in neighbours] == [2, 2]
+    assert all(-1.01 <= near["similarity"] <= 1.01 and near["text"] != one["query"]
+               for one in neighbours for near in one["nearest"])  # fmt: skip
+    json.loads(json.dumps(scored, default=str), parse_constant=pytest.fail)
+
+
+def test_labels_are_numbered_by_a_table() -> None:
+    """Not by a search through all of them, for each row of each step."""
+    names = tuple(f"{n:05}" for n in range(20_000))
+    objective, asked = TextVectors(task.VectorFields(loss=task.GROUPS), names), list[object]()
+
+    class Name(str):
+        def __eq__(self, other: object) -> bool:
+            asked.append(other)
+            return str(self) == other
+
+        __hash__ = str.__hash__
+
+    assert objective.number_of(Name("19999")) == 19_999 and objective.number_of("") == 0
+    assert len(asked) < 10
+
+
+def test_the_pooling_of_sentence_transformers_folder_is_taken(tmp_path: Path) -> None:
+    """Where the recipe leaves it open: in training, of the run, of the base alone, in the folder that is written."""
+    path = encoders.checkpoint(tmp_path / "model", "bert")
+    (path / "1_Pooling").mkdir()
+    (path / "modules.json").write_text("[]")
+
+    def pools(**modes: object) -> None:
+        (path / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 64, **modes}))
+
+    plain = AutoModel.from_pretrained(path).eval()
+    ids = torch.tensor([encoders.tokenizer()("red cup").input_ids])
+    hidden = plain(ids).last_hidden_state[0].detach()
+    exact = ["quant.type=none", "quant.compute_dtype=fp32"]
+    ways = {"cls": hidden[0], "lasttoken": hidden[-1], "mean": hidden.mean(0)}
+    for pooling, wanted in ways.items():
+        modes = {"cls_token": "cls", "lasttoken": "lasttoken", "mean_tokens": "mean", "max_tokens": "max"}
+        pools(**{f"pooling_mode_{name}": mode == pooling for name, mode in modes.items()})
+        (ours,) = vectors.of_texts(open_run(path, overrides=exact), ["red cup"])
+        np.testing.assert_allclose(ours, torch.nn.functional.normalize(wanted, dim=0), atol=1e-5)
+    pools(pooling_mode="cls")  # as later versions write it
+    assert prepare(recipe(tmp_path).recipe).objective.settings.pooling == "cls"
+    said = prepare(recipe(tmp_path, vectors__pooling="mean").recipe).recipe.vectors.pooling
+    assert said == "mean", "the recipe has the last word"
+    pools(pooling_mode_max_tokens=True)
+    with pytest.raises(RecipeError, match=r"1_Pooling/config.json pools by max, which is not learned here"):
+        prepare(recipe(tmp_path).recipe)
+    (path / "1_Pooling" / "config.json").write_text("[")
+    with pytest.raises(RecipeError, match=r"1_Pooling/config.json cannot be read"):
+        prepare(recipe(tmp_path).recipe)
+
+
+def test_a_download_brings_that_file_and_no_other_folder() -> None:
+    names = ["config.json", "1_Pooling/config.json", "onnx/config.json", "original/x.py", "2_Dense/config.json"]
+    kept = filter_repo_objects(names, allow_patterns=hub.NO_WEIGHTS, ignore_patterns=hub.NESTED)
+    assert list(kept) == ["config.json", "1_Pooling/config.json"]

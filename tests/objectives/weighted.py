@@ -16,11 +16,12 @@ from torch.nn import functional as F
 from halfbyte.data.collate import collate
 from halfbyte.data.encoding.examples import IGNORED, Example
 from halfbyte.layers import loss
+from halfbyte.objectives.objective import Objective
 from halfbyte.plan.job import ObjectiveCost
 
 
 @dataclass(frozen=True)
-class Weighted:
+class Weighted(Objective):
     """The mean of cross-entropy, weighted label by label."""
 
     shift: int = 0

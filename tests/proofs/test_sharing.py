@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 
 from halfbyte.data import collate
+from halfbyte.layers import fuse
 from halfbyte.layers.kernels.cpu.attention import tasks
-from halfbyte.proofs import sharing
+from halfbyte.proofs import fusing, sharing
 from halfbyte.proofs.fusing import prove_fused
 from halfbyte.proofs.packing import prove_packing
 from halfbyte.proofs.sharing import prove_sharing
@@ -116,3 +118,23 @@ def test_a_model_that_takes_rows_says_so() -> None:
 def test_rows_outside_of_a_run() -> None:
     model, some = proven("llama", torch.float32), rows(vocabulary=256)
     assert sharing.shares(model, some) and not sharing.shares(model, [some[0], some[7]])
+
+
+def test_a_failure_on_the_way_in_is_said_like_any_other(monkeypatch: Patch) -> None:
+    model = plain_peft.adapt(tiny.model("llama"), "all-linear")
+    prove_packing(model)
+    for holder, name in ((sharing.structure, "shallow"), (sharing, "random_b")):
+        with monkeypatch.context() as patch:
+            patch.setattr(holder, name, failing)
+            proof = prove_sharing(model, rows(model.config.vocab_size))
+        assert not proof.ok and proof.reason == "beginnings are not shared: MemoryError: no room"
+    monkeypatch.setattr(fusing, "random_b", failing)
+    proof = prove_fused(model, packed=True)
+    assert not proof.ok and proof.reason == "PEFT's own forward: MemoryError: no room"
+    assert not any(isinstance(module, fuse._Fast) for module in model.modules())
+
+
+@contextmanager
+def failing(model: Any) -> Iterator[None]:
+    raise MemoryError("no room")
+    yield

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,12 +16,15 @@ from halfbyte import finetune
 from halfbyte.errors import RecipeError, RewardError, RunError, TrainError
 from halfbyte.inference import batch
 from halfbyte.layers.decoding.tape import isa
+from halfbyte.objectives import grpo
 from halfbyte.proofs import integers
 from halfbyte.recipe.file import load_recipe
 from halfbyte.recipe.schema import Loaded
+from halfbyte.rollouts import rollouts
 from halfbyte.runs.folder import RunFolder
 from halfbyte.training import preflight
 from halfbyte.training.events import Listener
+from halfbyte.training.pace import Pace
 from halfbyte.writing import sampling, writer
 from halfbyte.writing.places import FastPathUnavailable
 from tests import letters, tiny_run
@@ -71,15 +75,51 @@ def test_a_run_says_what_it_wrote(tmp_path: Path) -> None:
     assert abs(steps[0]["kl"]) < 0.01, "the base itself begins"
 
 
-@pytest.mark.parametrize("method", ["grpo", "rloo"])
-def test_it_learns(method: str, tmp_path: Path) -> None:
+def gain(folder: Path, method: str, rate: float) -> tuple[float, float]:
+    """How much higher the reward is in the last four of 14 steps than in the first four; how far it went."""
     more = {"train__num_generations": 8, "train__per_device_train_batch_size": 16, "train__max_steps": 14}
-    rate = {"train__lr_scheduler_type": "constant", "train__learning_rate": 2e-2}
-    loaded = recipe(tmp_path, train__method=method, **more, **rate)
+    constant = {"train__lr_scheduler_type": "constant", "train__learning_rate": rate}
+    loaded = recipe(folder, train__method=method, output=folder / f"run{rate}", **more, **constant)
     finetune.train(loaded)
     rewards = [row["reward"] for row in metrics(loaded)]
-    assert metrics(loaded)[-1]["kl"] > 0.02
-    assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.1, rewards
+    return sum(rewards[-4:]) / 4 - sum(rewards[:4]) / 4, metrics(loaded)[-1]["kl"]
+
+
+@pytest.mark.parametrize("method", ["grpo", "rloo"])
+def test_it_learns(method: str, tmp_path: Path) -> None:
+    won, far = gain(tmp_path, method, 2e-2)
+    assert won > 0.1 and far > 0.02
+
+
+def test_it_learns_nothing_without_a_rate_and_the_contrary_of_the_contrary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the test above asks for does not come by itself: as the adapter is the reward stays, and with advantages
+    that are turned around it falls."""
+    still, near = gain(tmp_path, "grpo", 1e-9)
+    assert abs(still) < 0.1 and abs(near) < 0.02
+    real = grpo.advantages
+    monkeypatch.setattr(grpo, "advantages", lambda *a, **k: -real(*a, **k))
+    assert gain(tmp_path, "grpo", 2e-2)[0] < still
+
+
+@pytest.mark.parametrize(("examples", "shares", "wanted"), [(None, False, [0, 1]), (4, False, [0, 1]),
+                                                            (1, False, [0]), (4, True, [0, 1, 4])])  # fmt: skip
+def test_the_divergence_is_of_as_many_answers_as_a_micro_batch_holds(
+    examples: int | None, shares: bool, wanted: list[int]
+) -> None:
+    """Answers of 2, 12, and 22 tokens to a prompt of 8, of another one between them, in micro-batches of 45 tokens."""
+    prompts, counts = [tuple(range(8))] * 2 + [tuple(range(50, 58))] * 2 + [tuple(range(8))], (2, 12, 1, 1, 22)
+    rows = [
+        grpo.WrittenRow((*p, *range(100 * n, 100 * n + c)), (-100,) * (8 + c), "", p, "")
+        for n, (p, c) in enumerate(zip(prompts, counts, strict=True), 1)
+    ]
+    ids = [np.array(row.input_ids, np.uint32) for row in rows]
+    pace = Pace(
+        np.array([*map(len, ids)]), 45, examples, "none", ("none",), need=lambda *_: 0, apply=lambda _: None,
+        tell=lambda _: None, ram_bytes=0, ids=ids.__getitem__ if shares else None,
+    )  # fmt: skip
+    assert rollouts.Rollouts._group(rows, pace) == wanted
 
 
 class Stop(Listener):
@@ -151,7 +191,7 @@ def test_any_number_of_processes_writes_and_trains_the_same(size: int, tmp_path:
             assert row[name] == other[name], name
         # a tape of other places rounds otherwise, and a ratio is off by the error of its log-probabilities
         for name in {"loss", "grad_norm", "entropy"} & row.keys():
-            assert row[name] == pytest.approx(other[name], rel=4 * other["logp_error"], abs=1e-6), name
+            assert row[name] == pytest.approx(other[name], rel=min(1e-2, 4 * other["logp_error"]), abs=1e-6), name
 
 
 def test_a_streamed_base_writes_what_it_trains(tmp_path: Path) -> None:
@@ -248,6 +288,24 @@ def shifted(monkeypatch: pytest.MonkeyPatch) -> None:
         return token
 
     monkeypatch.setattr(sampling.Sampler, "choose", wrong)
+
+
+def train_stale(path: Path) -> str:
+    """In the second process the first step's tape writes all answers. Returns what ended the run."""
+    if os.environ["RANK"] == "1":
+        kept_writer(pytest.MonkeyPatch())  # the process ends with the run
+    try:
+        finetune.train(load_recipe(path))
+    except TrainError as error:
+        return str(error)
+    return ""
+
+
+def test_one_process_that_writes_with_an_older_adapter_ends_the_run(tmp_path: Path) -> None:
+    more = {"train__num_generations": 8, "train__learning_rate": 3e-2, "train__temperature": 0.1}
+    together.run(2, train, recipe(tmp_path, output=tmp_path / "right", **more).path)
+    ended = together.run(2, train_stale, recipe(tmp_path, **more).path)
+    assert all("log-probabilities of the answers were" in text and "apart" in text for text in ended), ended
 
 
 @pytest.mark.parametrize("fault", [kept_writer, shifted])

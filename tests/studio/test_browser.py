@@ -152,3 +152,23 @@ def test_runs_are_compared_and_deleted_when_that_is_confirmed(server: Server, pa
         page.wait_for_timeout(500)
         assert (server.folder / "runs" / "left").exists() is left
     assert not page.problems
+
+
+def test_an_older_answer_does_not_overwrite_a_newer_one(server: Server, page: Any) -> None:
+    """Columns of the file that was chosen first come after those of the second one."""
+    for name, columns in (("slow.csv", "first,second"), ("quick.csv", "third,fourth")):
+        (server.folder / "data").mkdir(exist_ok=True)
+        (server.folder / "data" / name).write_text(f"{columns}\n1,2\n")
+    page.wait_for_selector("#state.ready")
+    page.evaluate("""() => {
+      const real = window.fetch;
+      window.fetch = async (path, ...more) => {
+        if (String(path).includes("data/slow.csv")) await new Promise((done) => setTimeout(done, 800));
+        return real(path, ...more);
+      };
+    }""")
+    page.evaluate("Promise.all([showColumns('slow.csv', {}), showColumns('quick.csv', {})])")
+    there = page.locator("#columns select").first.locator("option").all_text_contents()
+    assert there[1:] == ["third", "fourth"]
+    page.evaluate("() => { const late = showColumns('slow.csv', {}); leaveRecipe(); return late; }")
+    assert page.locator("#columns select").count() == 0

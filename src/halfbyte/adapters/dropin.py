@@ -244,12 +244,10 @@ class PeftModel(peft.PeftModel):
 
 
 def prepare_model_for_kbit_training(
-    model: Model,
-    use_gradient_checkpointing: bool | None = None,
-    gradient_checkpointing_kwargs: dict[str, object] | None = None,
-    auto_clear_cache: bool = True,
+    model: Model, use_gradient_checkpointing: bool | None = None,
+    gradient_checkpointing_kwargs: dict[str, object] | None = None, auto_clear_cache: bool = True,
     compute: Literal["auto", "exact", "int8"] = "exact",
-) -> Model:
+) -> Model:  # fmt: skip
     """Make a loaded base ready for LoRA: frozen, safe, in a dtype that this machine multiplies.
 
     Unlike PEFT's, nothing is upcast to fp32 except what would otherwise compute in fp16 on a CPU, whose fp16 backward

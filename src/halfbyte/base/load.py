@@ -55,15 +55,9 @@ class Base:
 
 
 def open_base(
-    checkpoint: Checkpoint,
-    quant: Quant,
-    device: machine.Device,
-    *,
-    trust_remote_code: bool = False,
-    device_map: str | Document = "auto",
-    use_store: bool = True,
-    tell: supply.Tell | None = None,
-) -> Base:
+    checkpoint: Checkpoint, quant: Quant, device: machine.Device, *, trust_remote_code: bool = False,
+    device_map: str | Document = "auto", use_store: bool = True, tell: supply.Tell | None = None,
+) -> Base:  # fmt: skip
     """Open a checkpoint under the policy of `quant`: its store, memory-mapped, which is built first if there is none.
 
     Args:
@@ -231,17 +225,10 @@ def stored_base(
 
 
 def load_base(
-    model_id: str,
-    *,
-    load_in_4bit: bool = True,
-    load_in_8bit: bool = False,
-    quantization_config: Any = None,
-    device_map: str | Document = "auto",
-    dtype: str = "auto",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    allow_pickle: bool = False,
-) -> Any:
+    model_id: str, *, load_in_4bit: bool = True, load_in_8bit: bool = False, quantization_config: Any = None,
+    device_map: str | Document = "auto", dtype: str = "auto", revision: str | None = None,
+    trust_remote_code: bool = False, allow_pickle: bool = False,
+) -> Any:  # fmt: skip
     """The classic reload line, `load_in_4bit=True, device_map="auto"`, which transformers 5 itself refuses.
 
     Args:

@@ -26,8 +26,7 @@ class BuildResult:
     manifest: manifest.Manifest
     built: bool
     seconds: float
-    residual: Path | None = None
-    """The factors of a residual start, where the recipe asks for one."""
+    residual: Path | None = None  # the factors of a residual start, where the recipe asks for one
 
     def to_json(self) -> Document:
         return {

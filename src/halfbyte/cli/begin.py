@@ -100,9 +100,8 @@ def init(
 
 def import_config(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="YAML of Axolotl, LLaMA-Factory, mlx-lm; .py, .ipynb.")],
-    out: Path = option(Path("recipe.yaml"), "--out", "Where to write the recipe."),
-    json_: Json = False,
-) -> None:
+    out: Path = option(Path("recipe.yaml"), "--out", "Where to write the recipe."), json_: Json = False,
+) -> None:  # fmt: skip
     """Make a recipe of another tool's config, or of a script that trains with TRL or Unsloth, which is not run."""
     from halfbyte.recipe import command, peers
 

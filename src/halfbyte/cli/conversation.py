@@ -60,15 +60,9 @@ class TokenWatch:
 
 
 def answer(
-    speaker: Speaker,
-    messages: Messages,
-    params: SamplingParams,
-    session: Session,
-    *,
-    base: bool = False,
-    silent: bool = False,
-    each: Callable[[], bool] | None = None,
-) -> str:
+    speaker: Speaker, messages: Messages, params: SamplingParams, session: Session, *, base: bool = False,
+    silent: bool = False, each: Callable[[], bool] | None = None,
+) -> str:  # fmt: skip
     """What the adapter says to a conversation, or the base alone; printed as it comes unless `silent`. `session`: what
     this side has read of the conversation, and need not read again. `each`: called after each token; True ends the
     answer there."""

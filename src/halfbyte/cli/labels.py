@@ -45,11 +45,14 @@ def predict(
 
     if (data is None) == (not text) or (pair and len(pair) != len(text)):
         raise RunError("predict takes a file of rows, or --text.", fix="halfbyte predict RUN FILE.csv")
-    embeds = target.find(run, set_, TASKS).recipe.task == "embed"
+    if any(not one.strip() for one in (*text, *pair)):
+        raise RunError("a --text or --text-pair is empty.")
+    task = target.find(run, set_, TASKS).recipe.task
+    for name, given, tasks in (("--text-pair", pair, ("classify", "regress")), ("--calibrated", calibrated, TASKS[:1])):
+        if given and task not in tasks:
+            raise RunError(f"{name} is for task {' and '.join(tasks)}, and {run} is of task {task}.")
     with libraries.loading():
-        from halfbyte.inference import labels, vectors
-        from halfbyte.objectives.labels import Labels, Tags
-        from halfbyte.recipe.adapter import folder_of
+        from halfbyte.inference import labels
     heat = labels.temperature_of(run) if calibrated else 1.0
     if data is not None:
         kind = data.suffix if data.suffix in labels.SUFFIXES else labels.SUFFIXES[0]
@@ -57,12 +60,7 @@ def predict(
     ready = open_run(run, set_, silent=json_, force=force, tasks=TASKS)
     if data is None or to is None:
         texts = list(zip(text, pair, strict=True)) if pair else [(one,) for one in text]
-        if embeds:
-            answers = [{"vector": vector.tolist()} for vector in vectors.of_texts(ready, text)]
-        elif isinstance(objective := Labels.at(folder_of(run)), Tags):
-            answers = labels.tags_of(ready, objective, texts, [False] * len(texts))
-        else:
-            answers = labels.predictions(ready, objective, texts, heat)
+        answers = labels.answers_of(ready, labels.objective_of(ready), texts, temperature=heat)
         if json_:
             show.document({"run": str(run), "texts": answers})
         for one, row in zip(text, answers if not json_ else (), strict=False):
@@ -88,16 +86,21 @@ def table(scored: Document, folder: Path | None, run: Path) -> None:
     lines = show.table("", *sides, right=[*sides])
     for name in one["scores"]:
         values = (side["scores"].get(name) for side in sides.values())
-        shown = ("{:.4f} [{:.4f}, {:.4f}]".format(v["value"], *v["interval"]) if v else "" for v in values)
-        lines.add_row(name, *map(escape, shown))
+        lines.add_row(name, *(escape(_shown(value)) for value in values))
     out.print(lines)
-    show.text(f"{scored['rows']:,} rows in {duration(scored['seconds'])}; [..]: 95% interval")
-    if sides.get("base", {}).get("by_likelihood"):
-        show.text("base: the label that it finds the likeliest answer to a question for it")
+    sure = "; [..]: 95% interval" if any(value["interval"] for value in one["scores"].values()) else ""
+    show.text(f"{scored['rows']:,} rows in {duration(scored['seconds'])}{sure}")
+    if (base := sides.get("base", {})).get("by_likelihood"):
+        rest = f"; {base['not_asked']:,} rows were too long to be asked" * bool(base["not_asked"])
+        show.text(f"base: the label that it finds the likeliest answer to a question for it{rest}")
     if names:
         _labels(one, names)
-    if "temperature" in one:
+    if one.get("temperature"):
         show.text(f"temperature {one['temperature']:.3f}, which --calibrated divides scores by")
+    elif "temperature" in one:
+        from halfbyte.scoring.labels import LEAST_ROWS
+
+        show.text(f"no temperature is fitted on {scored['rows']:,} rows: it takes {LEAST_ROWS}")
     for row in one.get("mistakes", ())[:SHOWN_ROWS]:
         show.text(f"  {row['expected']}, not {row['prediction']}: {visible(row['text'])}")
     for row in one.get("neighbours", ())[:SHOWN_ROWS]:
@@ -107,6 +110,12 @@ def table(scored: Document, folder: Path | None, run: Path) -> None:
         show.text(
             f"scores   {folder}\n  next: halfbyte predict {typed(run)} ROWS.csv   or   halfbyte serve {typed(run)}"
         )
+
+
+def _shown(score: Document | None) -> str:
+    if not score:
+        return ""
+    return f"{score['value']:.4f}" + (" [{:.4f}, {:.4f}]".format(*score["interval"]) if score["interval"] else "")
 
 
 def _labels(one: Document, names: Sequence[str]) -> None:
@@ -120,6 +129,13 @@ def _labels(one: Document, names: Sequence[str]) -> None:
         taken = ", ".join(f"{other} {n}" for n, other in others[:3])
         lines.add_row(escape(visible(name)), f"{label['rows']:,}", *rates, escape(visible(taken)))
     out.print(lines)
+
+
+def check_served(one: tuple[str, Target], options: Document) -> None:
+    """Raises RunError: options are given that a run that only reads does not have."""
+    if unread := [name for name, given in options.items() if given]:
+        what = f"{one[1].path} is of task {one[1].recipe.task}, and writes no texts: {', '.join(unread)}"
+        raise RunError(f"{what} would change nothing.", fix=f"halfbyte serve {typed(one[1].path)}")
 
 
 def serve(

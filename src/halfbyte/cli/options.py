@@ -84,16 +84,9 @@ def one_each(words: list[str]) -> list[str]:
 
 
 def speaker(
-    run: Path,
-    overrides: list[str],
-    *,
-    silent: bool,
-    force: bool,
-    prove: bool,
-    base: bool = False,
-    asks: tuple[list[list[dict[str, str]]], int] = ([], 0),
-    tasks: tuple[str, ...] = ("causal_lm",),
-) -> Speaker:
+    run: Path, overrides: list[str], *, silent: bool, force: bool, prove: bool, base: bool = False,
+    asks: tuple[list[list[dict[str, str]]], int] = ([], 0), tasks: tuple[str, ...] = ("causal_lm",),
+) -> Speaker:  # fmt: skip
     """What answers of a run, an adapter or a base. That there is none is said before a library is loaded. `asks`:
     conversations, and the tokens of an answer; too long ones are refused before the base is opened."""
     from halfbyte.inference import target

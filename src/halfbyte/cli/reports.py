@@ -37,9 +37,8 @@ def report(
 
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Two run folders or more.")],
-    out: Page = None,
-    json_: Json = False,
-) -> None:
+    out: Page = None, json_: Json = False,
+) -> None:  # fmt: skip
     """Runs side by side: figures, scores with intervals, what differs in their recipes; and a page of their curves."""
     from halfbyte.report import compare as comparing
     from halfbyte.runs.folder import check_writable

@@ -106,9 +106,8 @@ def export(
 def push(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="An export's folder, or a run, whose adapter is meant.")],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="USER/NAME on the hub.")],
-    public: bool = flag("--public", "For everyone to see; else it is private."),
-    json_: Json = False,
-) -> None:
+    public: bool = flag("--public", "For everyone to see; else it is private."), json_: Json = False,
+) -> None:  # fmt: skip
     """Upload to the hub: private unless --public."""
     with progress.waiting("uploading", silent=json_), libraries.loading():
         from halfbyte.export import hub
@@ -145,6 +144,9 @@ def serve(
 
     other = names.of_other_task(runs, set_)
     named = None if other is not None else names.find(runs, set_)
+    if other is not None:
+        given = {"--context": context, "--at-once": at_once, "--pack": pack, "--allow-adapters": allow_adapters}
+        labels.check_served(other, given)
     where.check_installed()
     hosts = frozenset(map(str.lower, allow_host))
     settings = where.Settings(host, port, hosts, where.key_of(key_file), time_limit, grace)

@@ -118,7 +118,7 @@ def collate_texts(examples: Sequence[Example]) -> Batch:
     if bool(begins.any()):
         starts, seconds = batch["cu_seq_lens_q"].long(), begins.cumsum(0)
         before = (seconds - begins.long())[starts[:-1]].repeat_interleave(starts.diff())
-        batch["token_types"] = (seconds - before)[None]
+        batch["token_types"] = (seconds - before).clamp_max(1)[None]
     return batch
 
 
@@ -162,15 +162,17 @@ class StepItem(TypedDict):
 
 @dataclass(eq=False)
 class StepDataset(Dataset[StepItem]):
-    """Item i is optimiser step i and its micro-batches, each made when it is asked for."""
+    """Item i is optimiser step i and its micro-batches, each made when it is asked for. `arranged`: False where rows
+    are known when the step begins, and arranged then."""
 
     examples: Sequence[Example]
     steps: Steps
     lay_out: Callable[[Sequence[Example]], Batch] = collate
+    arranged: bool = True
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def __getitem__(self, index: int) -> StepItem:
-        step = self.steps[index]
+        step = self.steps[index] if self.arranged else Step(index, (), 0, 0, 0.0, 0)
         return {"step": step, "micro_batches": Batches(self.examples, step.micro_batches, self.lay_out)}

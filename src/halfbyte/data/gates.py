@@ -123,6 +123,8 @@ def _context(encoded: Sequence[EncodedRows], data: Data, context: Context | None
     lengths = np.concatenate([rows.text_lengths for rows in encoded])
     if data.packing == "stream":  # blocks of that many
         lengths = np.array([min(data.max_length, max(int(rows.lengths.sum()) for rows in encoded))])
+    if data.streaming:  # later rows may be as long
+        lengths = np.array([data.max_length])
     if context is None:
         return "ok", "nothing in its config limits what the model reads at once", None
     if data.format == "vectors":  # a row is several texts, each of at most so many tokens
@@ -131,6 +133,7 @@ def _context(encoded: Sequence[EncodedRows], data: Data, context: Context | None
     if not over:
         return "ok", f"the model reads {context.tokens:,} tokens at once ({context.why})", None
     what = f"blocks of {longest:,} tokens are" if data.packing == "stream" else f"{over:,} of {len(lengths):,} rows are"
+    what = "rows that are read later may be" if data.streaming and data.packing != "stream" else what
     text = (
         f"{what} over the {context.tokens:,} that the model reads ({context.why}), the longest has {longest:,} tokens"
     )

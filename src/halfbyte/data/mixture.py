@@ -29,12 +29,10 @@ MOST_SLOTS = 100_000
 @dataclass(frozen=True, eq=False)
 class Mixture:
     names: tuple[str, ...]
-    of_row: NDArray[np.int64]
-    """The source of each row: (rows,)."""
+    of_row: NDArray[np.int64]  # the source of each row: (rows,)
     streams: tuple[NDArray[np.int64], ...]
     """The rows that a pass takes: of each source that has a share of every step, or of all others together."""
-    pattern: NDArray[np.uint16]
-    """The stream of each row of a run: (slots,), again and again."""
+    pattern: NDArray[np.uint16]  # the stream of each row of a run: (slots,), again and again
     epoch_rows: int
 
     @classmethod

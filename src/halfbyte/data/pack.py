@@ -44,10 +44,8 @@ class Step:
     micro_batches: tuple[MicroBatch, ...]
     labelled_tokens: int
     tokens: int
-    weight: float
-    """What the sum of its rows' losses is divided by."""
-    computed: int
-    """Of its tokens those that are computed, by all processes; all, where rows share no beginnings."""
+    weight: float  # what the sum of its rows' losses is divided by
+    computed: int  # of its tokens those that are computed, by all processes; all, where rows share no beginnings
 
 
 @dataclass(eq=False)
@@ -58,29 +56,20 @@ class Steps:
     does not depend on the machine, on torch or on earlier epochs. The same arguments give the same steps anywhere.
     """
 
-    lengths: NDArray[np.int64]
-    """Tokens of each row."""
-    labelled: NDArray[np.int64]
-    """Labelled tokens of each row."""
+    lengths: NDArray[np.int64]  # tokens of each row
+    labelled: NDArray[np.int64]  # labelled tokens of each row
     rows_per_step: int
-    total: int
-    """How many steps there are, as `count_steps` counts them."""
+    total: int  # how many steps there are, as `count_steps` counts them
     seed: int
-    max_tokens_per_micro_batch: int
-    """A row longer than this is a micro-batch of its own."""
-    examples_per_micro_batch: int | None
-    """None for as many as fit, 1 where packing is not proven."""
+    max_tokens_per_micro_batch: int  # a row longer than this is a micro-batch of its own
+    examples_per_micro_batch: int | None  # None for as many as fit, 1 where packing is not proven
     rank: int = 0
     """Of several processes this one: a step's micro-batches are those of its rows alone, its tokens those of all."""
     ranks: int = 1
-    weights: Weights | None = None
-    """What each row counts for; None: as many as it has labelled tokens."""
-    ids: IdsOf | None = None
-    """The tokens of a row, where rows share their beginnings."""
-    padded: bool = False
-    """Rows are padded to the longest of their micro-batch."""
-    mixture: Mixture | None = None
-    """How sources are mixed; None: every row once in an epoch."""
+    weights: Weights | None = None  # what each row counts for; None: as many as it has labelled tokens
+    ids: IdsOf | None = None  # the tokens of a row, where rows share their beginnings
+    padded: bool = False  # rows are padded to the longest of their micro-batch
+    mixture: Mixture | None = None  # how sources are mixed; None: every row once in an epoch
     neighbours: NDArray[np.uint32] | None = None
     """The rows in the order of their tokens, where those that begin alike stand in the same step."""
     _orders: dict[int, NDArray[np.uint32]] = field(default_factory=dict, init=False)
@@ -249,14 +238,9 @@ def tokens_of(rows: Sequence[int], lengths: Sizes, ids: IdsOf | None, *, padded:
 
 
 def arrange(
-    rows: Sequence[int],
-    lengths: Sizes,
-    max_tokens_per_micro_batch: int,
-    examples_per_micro_batch: int | None,
-    ids: IdsOf | None = None,
-    *,
-    padded: bool = False,
-) -> tuple[MicroBatch, ...]:
+    rows: Sequence[int], lengths: Sizes, max_tokens_per_micro_batch: int, examples_per_micro_batch: int | None,
+    ids: IdsOf | None = None, *, padded: bool = False,
+) -> tuple[MicroBatch, ...]:  # fmt: skip
     """Rows into few micro-batches, first-fit decreasing; within one, and among equals, in the order of `rows`. No rows,
     as a process may have of a step, are no micro-batches. `ids`: rows that share a beginning stay together where they
     fit, and its tokens count once. `padded`: neighbours in length together, and what is padded counts."""

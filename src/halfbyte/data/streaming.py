@@ -3,9 +3,10 @@
 Why: 100 GB of text take hours to tokenise and as much disk again, before a first step.
 What: files are cut into blocks: JSON lines by bytes (a block has the lines that begin in it), Parquet by row groups,
 any other file is one. A pass takes all blocks in the order of its seed; `WINDOW_BLOCKS` of them are tokenised together
-and their rows shuffled. Of a data set on the hub the order is that of its shards, downloaded one at a time and cut
-likewise. Only seed, files and position decide, so any process reads the same; how many rows each window has is kept
-with the run, so that one that goes on reads nothing again.
+and their rows shuffled. Of a data set on the hub the shards come in the order of the seed, one at a time: each is
+downloaded, and its blocks are taken likewise. Only seed, files and position decide, so any process reads the same; how
+many rows each window has, and the commit of a data set, are kept with the run: one that goes on reads the same rows,
+and none of them again.
 Cost: two windows of tokens in memory, one shard on disk; at a window's begin 3,000 rows of 200 tokens a second.
 """
 
@@ -15,7 +16,9 @@ import re
 import tempfile
 from bisect import bisect_right
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
+from urllib.parse import urlencode
 
 import numpy as np
 import pyarrow as pa
@@ -28,17 +31,21 @@ from halfbyte.data.encoding.examples import Example, Examples
 from halfbyte.data.encoding.tally import Tally
 from halfbyte.data.mixture import shuffled
 from halfbyte.data.reading import records
-from halfbyte.data.reading.files import RowSource, find, source_of
+from halfbyte.data.reading.files import HUB, RowSource, find, source_of
 from halfbyte.data.reading.problems import Problems
 from halfbyte.data.reading.read import Chunk, Known, Reader, groups
 from halfbyte.errors import DataError, first_line
-from halfbyte.recipe.data import Data, Sources
+from halfbyte.recipe.data import Data, DataEntry, Sources
 from halfbyte.system import device, files
 from halfbyte.types import Document, Tokenizer
 
 BLOCK_BYTES = 4_000_000
 WINDOW_BLOCKS = 8  # as many million tokens, about
 WHOLE_BYTES = 64_000_000  # of a file that can only be read from its beginning
+CONVERTED = "refs/convert/parquet"  # the hub's own files of a data set, a folder for each config
+# How `datasets` finds a split by the names of folders and files, where a data set's card says nothing.
+_SPLITS = {"train": "train|training", "validation": "validation|valid|dev|val", "test": "test|testing|eval|evaluation"}
+_BETWEEN = "[-._ 0-9]"
 
 
 class Flow:
@@ -49,17 +56,27 @@ class Flow:
         self._data, self._seed = data, seed
         self._encoder, sources = Encoder(tokenizer, data), find(names)
         local = [source for source in sources if source.kind != "hub"]
-        self._units = [local] * bool(local) + [[s] for one in sources if one.kind == "hub" for s in _shards(one)]
+        self._shards = {one.hub: _shards(one) for one in sources if one.kind == "hub"}
+        self._units = [local] * bool(local) + [[s] for some in self._shards.values() for s in some]
         self._folder = tempfile.TemporaryDirectory(prefix="halfbyte-shards-", ignore_cleanup_errors=True)
         self._cut: tuple[int, list[RowSource]] = -1, []
-        self._formats = dict[str, Known | None]()
+        self._formats = dict[tuple[str, str, DataEntry | None], Known | None]()
         self._windows = dict[int, tuple[EncodedRows, NDArray[np.uint32]]]()
         self.index = list[tuple[int, int, int, int]]()
         """Of each window so far: pass, unit (the local files, or a shard), number in it, rows up to its end."""
         self.left_out = Problems()
         self._path: Path | None = None
-        named = [(s.label, s.path.stat().st_size if s.kind != "hub" else s.hub) for unit in self._units for s in unit]
+        files_of = (s for unit in self._units for s in unit)
+        named = [(s.label, s.path.stat().st_size if s.kind != "hub" else dict(s.hub)["blob"]) for s in files_of]
         self.content = hashlib.sha256(repr((named, seed, BLOCK_BYTES, WINDOW_BLOCKS)).encode()).digest()
+
+    def at_commit(self, name: str | Path) -> str | Path:
+        """A name of rows as it is, of a data set on the hub with the commit that is read."""
+        if not str(name).startswith(HUB):
+            return name
+        (source,) = find(name)
+        given = {k: v for k, v in self._shards[source.hub][0].hub if k not in ("path", "blob")}
+        return f"{HUB}{source.path}?{urlencode(given, safe='/')}"
 
     def first(self) -> EncodedRows:
         """The texts of the first window; a DataError names all that cannot be used of them."""
@@ -139,12 +156,13 @@ class Flow:
     def _encode(self, epoch: int, unit: int, number: int) -> EncodedRows:
         batches, tally = list[pa.RecordBatch](), Tally()
         for block in self._blocks(epoch, unit, number):
-            if (name := str(block.path)) not in self._formats:  # told from the first rows of its file
+            name = str(block.path), block.label, block.entry  # two shards may come under one path
+            if name not in self._formats:  # told from the first rows of its file
                 self._formats[name] = next(Reader([], self._data).of(replace(block, part=None))).known
             for group in groups(records.records(block)):
                 part = self._encoder.encode_chunk(Chunk(block, group, self._formats[name]), only_read=False)
                 if part.error is not None:
-                    raise part.error
+                    raise DataError(f"{block.where(group[0][0])}: {part.error.message}", fix=part.error.fix)
                 tally.merge(part.tally)
                 self.left_out.update(part.problems)
                 self.left_out.update(part.tally.refused)
@@ -180,23 +198,51 @@ def cut(source: RowSource) -> list[RowSource]:
 
 
 def _shards(source: RowSource) -> list[RowSource]:
-    """The files of a data set on the hub that hold its split, at the commit that the revision stands for now."""
+    """The files of a data set on the hub that hold its split, at the commit that the revision stands for now. Raises
+    DataError: it is not there, has no such split, or several configs and none is named."""
     from huggingface_hub import HfApi
 
     given = dict(source.hub)
     name, split = given["path"], given["split"]
+    revision = given.get("revision", "")
     try:
-        info = HfApi().dataset_info(name, revision=given.get("revision"))
+        info = HfApi().dataset_info(name, revision=revision or None, files_metadata=True)
     except Exception as error:  # of any kind: the hub's, httpx's
         raise DataError(f"{name} cannot be looked up: {first_line(error)}.", fix="check its name") from None
-    of_split = re.compile(rf"(?:^|[/_.-]){re.escape(split)}(?:[/_.-]|$)")
-    every = sorted(str(file.rfilename) for file in info.siblings or [])
-    fits = [n for n in every if n.endswith((".parquet", ".jsonl")) and of_split.search(n.rpartition(".")[0])]
-    if not (shards := [n for n in fits if given.get("name", "") in ("", *n.split("/")[:-1])]):
-        fix = f"hub:{name}?split={split}&revision=refs/convert/parquet: the hub's own Parquet files"
+    blobs = {str(file.rfilename): str(file.blob_id) for file in info.siblings or []}
+    every = sorted(n for n in blobs if n.endswith((".parquet", ".jsonl")))
+    if revision == CONVERTED:
+        configs = {n.split("/")[0]: Document() for n in every if "/" in n}
+    else:
+        card = (info.card_data and info.card_data.get("configs")) or ()
+        configs = {str(one.get("config_name")): one for one in card if isinstance(one, dict)}
+    config = given.get("name") or ("default" if "default" in configs else "".join([*configs][: len(configs) == 1]))
+    if configs and config not in configs:
+        what = f"has no config {config}, but" if config else "has several configs:"
+        fix = f"{HUB}{name}?name={next(iter(configs))}&split={split}"
+        raise DataError(f"the data set {name} {what} {', '.join(configs)}.", fix=fix)
+    if not (shards := _of_split(every, split, config, configs.get(config, {}).get("data_files"))):
+        fix = f"{HUB}{name}?split={split}&revision={CONVERTED}: the hub's own Parquet files"
         raise DataError(f"the data set {name} has no Parquet or JSON lines of the split {split}.", fix=fix)
-    at = tuple({**given, "revision": str(info.sha)}.items())
-    return [replace(source, label=f"{name}/{n}", path=Path(n), hub=at) for n in shards]
+    at = {**given, "revision": str(info.sha)}
+    return [replace(source, label=f"{name}/{n}", path=Path(n), hub=(*at.items(), ("blob", blobs[n]))) for n in shards]
+
+
+def _of_split(every: list[str], split: str, config: str, files: object) -> list[str]:
+    """The files of a split: those of a config's `data_files`, as a card has them; else by their names."""
+    of_splits = [one for one in (files if isinstance(files, list) else [files]) if isinstance(one, dict)]
+    if paths := [one.get("path") for one in of_splits if one.get("split") == split]:
+        patterns = [p for path in paths for p in (path if isinstance(path, list) else [path])]
+        deep = [(str(p), None if "**" in str(p) else str(p).count("/")) for p in patterns]
+        return [n for n in every if any(fnmatchcase(n, p) and depth in (None, n.count("/")) for p, depth in deep)]
+    inside = [n for n in every if config in n.split("/")[:-1]] or (every if config in ("", "default") else [])
+    words = f"(?:.*/)?(?:[^/]*{_BETWEEN})?(?:{_SPLITS.get(split, re.escape(split))})"
+    ways = (
+        rf"data/{re.escape(split)}-\d{{5}}-of-\d{{5}}.*",
+        rf"{words}(?:{_BETWEEN}[^/]*)?/.*",
+        rf"{words}{_BETWEEN}[^/]*",
+    )
+    return next((some for way in ways if (some := [n for n in inside if re.fullmatch(way, n)])), [])
 
 
 def _download(shard: RowSource, folder: Path) -> RowSource:
@@ -212,4 +258,4 @@ def _download(shard: RowSource, folder: Path) -> RowSource:
     except Exception as error:  # as above
         what = f"{shard.label} could not be downloaded: {first_line(error)}."
         raise DataError(what, fix="once it can, halfbyte train RUN --resume") from None
-    return replace(source_of(path), label=shard.label, entry=shard.entry)
+    return replace(source_of(path), label=shard.label, entry=shard.entry, hub=shard.hub)

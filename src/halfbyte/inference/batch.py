@@ -25,19 +25,11 @@ Progress = Callable[[int, int], None]
 
 
 def answers(
-    model: Model,
-    tokenizer: Tokenizer,
-    prompts: Sequence[Sequence[int]],
-    max_tokens: Sequence[int],
-    *,
-    at_once: int = SIZES[-1],
-    tokens_at_once: int = 2048,
-    stops: Sequence[str] = (),
-    ends: Collection[int] | None = None,
-    rows: Sequence[Example] = (),
-    losses: dict[int, float] | None = None,
+    model: Model, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], max_tokens: Sequence[int], *,
+    at_once: int = SIZES[-1], tokens_at_once: int = 2048, stops: Sequence[str] = (),
+    ends: Collection[int] | None = None, rows: Sequence[Example] = (), losses: dict[int, float] | None = None,
     progress: Progress = lambda done, total: None,
-) -> list[str]:
+) -> list[str]:  # fmt: skip
     """What the model writes to each prompt (token ids), greedily, up to so many tokens each.
 
     Args:
@@ -70,14 +62,9 @@ def answers(
 
 
 def write(
-    model: Model,
-    begun: Callable[..., list[Text]],
-    *,
-    at_once: int,
-    tokens_at_once: int = 2048,
-    packed: bool = True,
+    model: Model, begun: Callable[..., list[Text]], *, at_once: int, tokens_at_once: int = 2048, packed: bool = True,
     progress: Progress = lambda done, total: None,
-) -> list[Text]:
+) -> list[Text]:  # fmt: skip
     """Texts, each until it ends. `begun` makes them, to be written `by_tape` or not; `packed`: as of
     `TextWriter.insert`; `progress` is told after each token, and may raise."""
     with evaluating(model):

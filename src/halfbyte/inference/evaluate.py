@@ -47,12 +47,9 @@ Progress = Callable[[str, int, int], None]
 
 
 def evaluate(
-    opened: Opened,
-    options: sheet.EvalOptions | None = None,
-    *,
-    data: Path | None = None,
+    opened: Opened, options: sheet.EvalOptions | None = None, *, data: Path | None = None,
     progress: Progress = lambda what, done, of: None,
-) -> sheet.Sheet:
+) -> sheet.Sheet:  # fmt: skip
     """Score the adapter, and with `with_base` the base alone, on the same rows. Raises DataError: no rows, rows that
     the model cannot read, or a metric that has nothing to compare with in them."""
     began = time.monotonic()

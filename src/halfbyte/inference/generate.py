@@ -28,11 +28,9 @@ _logged: set[str] = set()
 
 
 def chat_ids(
-    tokenizer: Tokenizer,
-    messages: Sequence[Document],
-    tools: Sequence[Document] | None = None,
+    tokenizer: Tokenizer, messages: Sequence[Document], tools: Sequence[Document] | None = None,
     variables: Mapping[str, object] = MappingProxyType({}),
-) -> list[int]:
+) -> list[int]:  # fmt: skip
     """Token ids of a conversation up to where the assistant speaks; the plain text where there is no chat template.
 
     Args:
@@ -98,15 +96,9 @@ def end_of_turn_id(tokenizer: Tokenizer) -> int | None:
 
 
 def generate(
-    model: Model,
-    tokenizer: Tokenizer,
-    prompts: Sequence[Sequence[int]],
-    params: SamplingParams,
-    *,
-    emit: Callable[[str], None] | None = None,
-    each: Callable[[], bool] | None = None,
-    session: Session | None = None,
-) -> list[str]:
+    model: Model, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], params: SamplingParams, *,
+    emit: Callable[[str], None] | None = None, each: Callable[[], bool] | None = None, session: Session | None = None,
+) -> list[str]:  # fmt: skip
     """Continue each prompt (token ids).
 
     Args:
@@ -122,13 +114,9 @@ def generate(
 
 
 def generate_ids(
-    model: Model,
-    tokenizer: Tokenizer,
-    prompts: Sequence[Sequence[int]],
-    params: SamplingParams,
-    after_step: Callable[[Sequence[Text]], bool] = lambda texts: False,
-    session: Session | None = None,
-) -> list[list[int]]:
+    model: Model, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], params: SamplingParams,
+    after_step: Callable[[Sequence[Text]], bool] = lambda texts: False, session: Session | None = None,
+) -> list[list[int]]:  # fmt: skip
     """The tokens of `generate`, with the one that ends an answer. after_step: True ends all texts there."""
     if (context := context_of(model.config)) is not None:
         context.check(max(map(len, prompts)), params.max_tokens)

@@ -41,14 +41,9 @@ _NO_CONTEXT = 2048  # of a model without a limit
 
 
 def run(
-    opened: Opened,
-    tasks: Sequence[str],
-    folder: Path | None = None,
-    *,
-    limit: int | None = None,
-    with_base: bool = False,
-    progress: Progress = lambda what, done, of: None,
-) -> dict[str, Document]:
+    opened: Opened, tasks: Sequence[str], folder: Path | None = None, *, limit: int | None = None,
+    with_base: bool = False, progress: Progress = lambda what, done, of: None,
+) -> dict[str, Document]:  # fmt: skip
     """Results by side (`base`, `adapter`) and task, as lm-evaluation-harness names them. `folder`: where tasks of one's
     own are (YAML files), beside those that lm_eval knows. Raises RecipeError: a task that is not known, or that cannot
     be read."""

@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, islice
 from operator import itemgetter
 from pathlib import Path
@@ -52,6 +52,8 @@ CHUNK_ROWS = 1024
 MISTAKES = 10  # rows that are shown
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 ERROR = "error"  # in the place of a prediction, where a row cannot be read
+Asked = tuple[tuple[str, ...], bool]
+"""A text, or a pair of them; or words, which is then True."""
 
 
 def score(
@@ -63,6 +65,7 @@ def score(
     `corpus`: more passages to look among. Raises DataError: no rows, or labels that the head does not have."""
     began, (encoded, source) = time.monotonic(), evaluate.rows_to_score(opened, data)
     examples, settings = encoded.examples[: options.limit], options.settings
+    settings = settings if options.sure else settings.model_copy(update={"resamples": 0})
     sides: dict[str, Document] = {}
     for name in opened.sides(with_base=options.with_base):
 
@@ -106,9 +109,10 @@ def _side(
         several = objective.several
         have = truth > 0 if several else truth[:, None] == np.arange(objective.width)
         likely = _likelihoods(opened, objective, rows, tell) if base and not several else None
-        scores = scores_of(opened, objective, rows, tell) if likely is None else likely
+        scores, not_asked = (scores_of(opened, objective, rows, tell), 0) if likely is None else likely
         every = scoring.probabilities(scores, several=several)
-        result = scoring.of_labels(every, have, settings, several=several) | {"by_likelihood": likely is not None}
+        result = scoring.of_labels(every, have, settings, several=several)
+        result |= {"by_likelihood": likely is not None, "not_asked": not_asked}
         off = np.abs(every - have).max(1) if several else 1 - (every * have).sum(1)
         replies = [answer_of(objective, p)["prediction"] for p in every]
         of_row = ([name for name, has in zip(objective.names, row, strict=True) if has] for row in have)
@@ -150,6 +154,8 @@ def tags_of(opened: Opened, objective: Tags, texts: Sequence[tuple[str, ...]], w
     data, context = opened.recipe.data, context_of(opened.model.config)
     cut = data.max_length if data.overlong == "truncate" or context is None else context.tokens
     tokens = [encoding.tagged(opened.tokenizer, t, words=w, cut=cut) for t, w in zip(texts, words, strict=True)]
+    if (empty := next((t for t, (ids, *_) in zip(texts, tokens, strict=True) if not ids), None)) is not None:
+        raise DataError(f"{encoding.NO_TOKEN}: {', '.join(map(repr, empty))}.")
     answers = list[Document]()
     rows = _tag_scores(opened, objective, [vectors.row(ids, marks) for ids, marks, _ in tokens])
     for parts, of_words, (_, _, places), scores in zip(texts, words, tokens, rows, strict=True):
@@ -168,24 +174,33 @@ def tags_of(opened: Opened, objective: Tags, texts: Sequence[tuple[str, ...]], w
     return answers
 
 
-def _likelihoods(opened: Opened, objective: Labels, rows: Sequence[Example], tell: vectors.Tell) -> Floats | None:
+def _likelihoods(
+    opened: Opened, objective: Labels, rows: Sequence[Example], tell: vectors.Tell
+) -> tuple[Floats, int] | None:
     """The log-likelihood of each label as the answer to a question for it, (n, L), by a language model without its
-    head; None of one that writes nothing."""
+    head; and of how many rows it reads less than that: there labels are alike. None of one that writes nothing."""
     if structure.causal_lm(opened.model).get_output_embeddings() is None:
         return None
+    longest = max(objective.names, key=lambda name: len(opened.tokenizer(name, add_special_tokens=False).input_ids))
     asks = f"Which of these fits it best: {', '.join(objective.names)}? Answer with that alone."
     asking = [
         Row(row.where, prompt=f"{opened.tokenizer.decode(row.input_ids, skip_special_tokens=True)}\n\n{asks}",
-            completion=objective.names[0])
+            completion=longest)
         for row in rows
     ]  # fmt: skip
-    data = opened.recipe.data.model_copy(update={"format": "prompt_completion", "mask": "completion"})
-    batch, _ = Encoder(opened.tokenizer, data).encode(asking)
-    examples, shares = Examples([batch])[:], opened.recipe.data.share_prefixes == "auto"
-    every = choices.losses(
-        opened.model, opened.tokenizer, examples, objective.names, lambda what, done, of: tell(done), shares=shares
-    )
-    return -np.array(every)
+    context, recipe = context_of(opened.model.config), opened.recipe.data
+    most = {"max_length": context.tokens if context is not None else 10**9, "overlong": "skip"}
+    encoder = Encoder(opened.tokenizer, recipe.model_copy(update={
+        "format": "prompt_completion", "mask": "completion", **most
+    }))  # fmt: skip
+    of_row = [Examples([encoder.encode([one])[0]])[:] for one in asking]
+    read = [number for number, some in enumerate(of_row) if some]
+    every = np.zeros((len(rows), len(objective.names)))
+    every[read] = -np.array(choices.losses(
+        opened.model, opened.tokenizer, [of_row[n][0] for n in read], objective.names,
+        lambda what, done, of: tell(done), shares=recipe.share_prefixes == "auto",
+    )).reshape(len(read), len(objective.names))  # fmt: skip
+    return every, len(rows) - len(read)
 
 
 def scores_of(
@@ -201,7 +216,10 @@ def temperature_of(run: Path) -> float:
     """The temperature that `halfbyte eval` has fitted on the run's held-out rows. Raises DataError: there is none of
     this adapter."""
     scores = read_json(run / "eval" / sheet.SCORES)
-    heat = (scores.get("sides") or {}).get("adapter", {}).get("temperature")
+    heat = (side := (scores.get("sides") or {}).get("adapter", {})).get("temperature")
+    if "temperature" in side and heat is None:
+        what = f"its {scores['rows']:,} held-out rows are too few for one: it takes {scoring.LEAST_ROWS}"
+        raise DataError(f"{run} has no temperature: {what}.", fix="hold out more rows (data.eval) in another run")
     if heat is None or sheet.other_adapter(scores, folder_of(run)):
         raise DataError(f"{run} has no temperature of its adapter.", fix=f"halfbyte eval {typed(run)}, which fits one")
     return float(heat)
@@ -227,6 +245,35 @@ def predictions(
     return [answer_of(objective, p) for p in every]
 
 
+def objective_of(opened: Opened) -> Labels | None:
+    """What labels texts; None of a run that gives vectors."""
+    return None if opened.recipe.task == EMBED else Labels.at(folder_of(opened.run))
+
+
+def answers_of(
+    opened: Opened, objective: Labels | None, texts: Sequence[tuple[str, ...]], words: Sequence[bool] = (),
+    temperature: float = 1.0,
+) -> list[Document]:  # fmt: skip
+    """What is said of texts and pairs, or their vectors. `words`: whether a text is given as words, none is by default.
+    Raises DataError: of one the tokenizer leaves nothing."""
+    if objective is None:
+        return [{"vector": vector.tolist()} for vector in vectors.of_texts(opened, [text for text, *_ in texts])]
+    if isinstance(objective, Tags):
+        return tags_of(opened, objective, texts, words or [False] * len(texts))
+    return predictions(opened, objective, texts, temperature)
+
+
+def _each(say: Callable[[Sequence[Asked]], list[Document]], asked: Sequence[Asked]) -> list[Document]:
+    """What is said of rows; of one that cannot be read an error, while the others get their answers."""
+    try:
+        return say(asked) if asked else []
+    except DataError as error:
+        if len(asked) == 1:
+            return [{ERROR: error.message}]
+    half = len(asked) // 2
+    return _each(say, asked[:half]) + _each(say, asked[half:])
+
+
 def check(data: Path, out: Path) -> None:
     """Raise a DataError where the rows are not there, or `out` is, or is of no known kind."""
     if out.suffix not in SUFFIXES:
@@ -243,36 +290,31 @@ def predict(
     `bad`, which have an `error`, and `resumed`, of an earlier call. Raises DataError: the file cannot be read, or the
     partial one is of other rows or of another adapter."""
     partial = out.with_name(f"{out.name}.partial")
-    embeds, fields = opened.recipe.task == EMBED, opened.recipe.data.fields
-    objective = Labels() if embeds else Labels.at(folder_of(opened.run))
+    objective, fields = objective_of(opened), opened.recipe.data.fields
     sizes = [[str(s.path), s.path.stat().st_size, s.path.stat().st_mtime_ns] for s in find(str(data))]
     by = str(opened.run) if opened.alone else files.sha256(folder_of(opened.run) / ADAPTER_FILES[0])
     done = resumed = _goes_on(partial, {"adapter": by, "of": sizes, "temperature": temperature})
     every = ((s.where(n), record) for s in find(str(data)) for n, record in records.records(s))
     bad, rows = 0, islice(every, done, None)
     reads = words_of if isinstance(objective, Tags) else texts_of
+
+    def say(some: Sequence[Asked]) -> list[Document]:
+        return answers_of(opened, objective, [text for text, _ in some], [words for _, words in some], temperature)
+
     with partial.open("ab") as file:
         while chunk := list(islice(rows, CHUNK_ROWS)):
-            lines, texts = list[Document](), dict[int, tuple[str, ...]]()
+            lines, asked = list[Document](), dict[int, Asked]()
             for where, raw in chunk:
                 lines.append({})
                 try:
-                    lines[-1] |= records.parse(raw)
-                    row, place = lines[-1], len(lines) - 1
-                    texts[place] = (vectors.text_of_row(opened, row),) if embeds else reads(fields, row)
+                    lines[-1] |= (row := records.parse(raw))
+                    text = (vectors.text_of_row(opened, row),) if objective is None else reads(fields, row)
+                    asked[len(lines) - 1] = text, row.get(fields.tokens) is not None
                 except BadRow as wrong:
                     lines[-1][ERROR], bad = f"{where}: {wrong}", bad + 1
-            if embeds and texts:
-                answers = [
-                    {"vector": v.tolist()} for v in vectors.of_texts(opened, [text for text, *_ in texts.values()])
-                ]
-            elif isinstance(objective, Tags):
-                words = [lines[place].get(fields.tokens) is not None for place in texts]
-                answers = tags_of(opened, objective, [*texts.values()], words)
-            else:
-                answers = predictions(opened, objective, [*texts.values()], temperature) if texts else []
-            for place, answer in zip(texts, answers, strict=True):
-                lines[place] |= answer
+            for place, answer in zip(asked, _each(say, [*asked.values()]), strict=True):
+                bad += ERROR in answer
+                lines[place] |= {ERROR: f"{chunk[place][0]}: {answer[ERROR]}"} if ERROR in answer else answer
             file.write(b"".join(map(_line, lines)))
             file.flush()
             os.fsync(file.fileno())

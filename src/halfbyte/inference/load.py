@@ -34,19 +34,16 @@ from halfbyte.types import Model, Tokenizer
 class Opened:
     """A trained adapter on its base, ready to answer."""
 
-    run: Path
-    """The folder, or the name of a base."""
+    run: Path  # the folder, or the name of a base
     recipe: Recipe
     model: Model
     tokenizer: Tokenizer
     own_biases: lora.Saved
-    machine: device.Device
-    """As it was before the base was opened."""
+    machine: device.Device  # as it was before the base was opened
     job: Job
     trained: RunChoices | None
     plan: InferencePlan
-    alone: bool = False
-    """There is no adapter but the base alone."""
+    alone: bool = False  # there is no adapter but the base alone
     base: load.Base | None = None
 
     @property
@@ -80,20 +77,18 @@ def open_run(
 
 
 def open_target(
-    subject: target.Target,
-    tell: supply.Tell | None = None,
-    check: Callable[[Tokenizer, Context | None], None] = lambda tokenizer, context: None,
-    *,
-    beside: Mapping[str, target.Target] = MappingProxyType({}),
-    force: bool = False,
-    lasting: bool = False,
+    subject: target.Target, tell: supply.Tell | None = None,
+    check: Callable[[Tokenizer, Context | None], None] = lambda tokenizer, context: None, *,
+    beside: Mapping[str, target.Target] = MappingProxyType({}), force: bool = False, lasting: bool = False,
     alone: bool = False,
-) -> Opened:
+) -> Opened:  # fmt: skip
     """`open_run` of what has been found already. `check`: may refuse what will be asked, before the base is opened.
     `beside`: more adapters on the same base, by PEFT's names. `lasting`: many answers will be written. `alone`: no two
     texts will share a forward."""
     recipe, run = subject.recipe, subject.run
     checkpoint, machine = find_model(recipe), device.detect()
+    if recipe.task == EMBED:
+        recipe = recipe.model_copy(update={"vectors": recipe.vectors.of_folder(checkpoint.path)})
     threads.configure(machine.cores)
     tokenizer = tokenizer_of(subject, checkpoint)
     foreign = recipe.trust_remote_code

@@ -46,12 +46,9 @@ def read(
 
 
 def read_each(
-    opened: Opened,
-    rows: Sequence[Example],
-    of: Callable[[Model, Batch], Tensor | Sequence[Tensor]],
-    tell: Tell = lambda done: None,
-    lay_out: Callable[[Sequence[Example]], Batch] = collate.collate_texts,
-) -> list[NDArray[np.float32]]:
+    opened: Opened, rows: Sequence[Example], of: Callable[[Model, Batch], Tensor | Sequence[Tensor]],
+    tell: Tell = lambda done: None, lay_out: Callable[[Sequence[Example]], Batch] = collate.collate_texts,
+) -> list[NDArray[np.float32]]:  # fmt: skip
     """The same, where texts may have numbers of other shapes."""
     import torch
 
@@ -82,10 +79,14 @@ def of_texts(opened: Opened, texts: Sequence[str]) -> Vectors:
 
 
 def rows_of(opened: Opened, texts: Sequence[tuple[str, ...]], *, whole: bool = False) -> list[Example]:
-    """Texts and pairs as rows, each cut where it is longer than what training, or unless `whole` the model, allows."""
+    """Texts and pairs as rows, each cut where it is longer than what training, or unless `whole` the model, allows.
+    Raises DataError: of one the tokenizer leaves nothing."""
     data, context = opened.recipe.data, context_of(opened.model.config)
     cut = data.max_length if data.overlong == "truncate" else None if whole or context is None else context.tokens
-    return [row(ids, marks) for ids, marks in encoding.tokens_of(opened.tokenizer, texts, cut)]
+    every = encoding.tokens_of(opened.tokenizer, texts, cut)
+    if (empty := next((text for text, (_, marks) in zip(texts, every, strict=True) if not marks), None)) is not None:
+        raise DataError(f"{encoding.NO_TOKEN}: {', '.join(map(repr, empty))}.")
+    return [row(ids, marks) for ids, marks in every]
 
 
 def row(ids: Sequence[int], marks: Sequence[int] = ()) -> Example:
@@ -138,12 +139,14 @@ def side(
     numbers, near = [objective.number_of(one.completion) for one in rows], unit(vectors)
     losses = objective.losses([torch.from_numpy(vectors[some]) for some in texts], torch.tensor(numbers))
     asked, candidates = _asked(objective, texts, beside, numbers)
+    pool = near[candidates]
     columns, tokens = {"loss": losses.double().numpy()}, list(number)
     every = list[tuple[NDArray[np.int64], int, int, list[tuple[int, float]]]]()
     for text, fitting, itself in asked:
-        alike = near[candidates] @ near[text]
+        alike = pool @ near[text]
         alike[itself] = -np.inf
-        nearest = [(candidates[n], float(alike[n])) for n in np.argsort(-alike, kind="stable")[:NEAREST]]
+        order = np.argsort(-alike, kind="stable")[: min(NEAREST, len(alike) - len(itself))]
+        nearest = [(candidates[n], float(alike[n])) for n in order]
         every.append((retrieval.places(alike, fitting), text, candidates[fitting[0]], nearest))
     scores = [retrieval.values(places) for places, *_ in every]
     columns |= {name: np.array([row[name] for row in scores]) for name in (scores[0] if scores else ())}

@@ -78,8 +78,11 @@ def attach(lm: Model, labels: int, kind: str = TEXTS, *, seed: int, names: Itera
         what = f"transformers scores no {of} of a {config.model_type} by one linear layer"
         fix = "choose a Llama, Qwen, Gemma, Mistral, Phi, GPT-2, BERT, RoBERTa or ModernBERT"
         raise BaseModelError(f"task: {what}.", fix=fix)
-    known = [f".{name}" for name in names]
-    brought = {name for name in parts if name != _last(parts) and any(f".{name}." in other for other in known)}
+    known, inner = tuple(names), f"{lm.base_model_prefix}."
+    # a checkpoint of the body alone has bare names
+    brought = {name for name in parts if name != _last(parts) and any(
+        f".{name}." in f".{other}" or other.startswith(f"{name.removeprefix(inner)}.") for other in known
+    )}  # fmt: skip
     drawn = tuple(name for name in parts if name not in brought and any(True for _ in parts[name].parameters()))
     generator, std = torch.Generator().manual_seed(seed), getattr(config.get_text_config(), "initializer_range", 0.02)
     for name, part in parts.items():
@@ -137,10 +140,10 @@ def task_type(model: Model) -> str | None:
 
 
 def has_head(model: Model) -> bool:
-    return bool(_parts(model))
+    return bool(parts(model))
 
 
-def _parts(model: Model) -> list[nn.Module]:
+def parts(model: Model) -> list[nn.Module]:
     """The head's modules, PEFT's wrappers around them included."""
     lm = structure.causal_lm(model)
     return [lm.get_submodule(name) for name in _TASKS[lm].parts] if lm in _TASKS else []
@@ -185,6 +188,6 @@ def read(model: Model, hidden: Tensor, rows: Tensor) -> Tensor:
     `rows`: (n,) tokens of the micro-batch, whose masks the head's dropout has."""
     x = hidden[:, None]  # (n, 1, D)
     with torch.autocast(hidden.device.type, enabled=False), dropout.select_tokens(rows):
-        for part in _parts(model):
+        for part in parts(model):
             x = part(x.to(next((p.device for p in part.parameters()), x.device)))
     return x.flatten(1)

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from halfbyte.errors import BaseModelError
 from halfbyte.layers import attention as block_attention
 from halfbyte.layers import sight
-from halfbyte.layers.kernels import card
+from halfbyte.layers.kernels import ALL_TOKENS, card
 from halfbyte.layers.kernels import dropout as masks
 from halfbyte.layers.kernels.cpu import whole_attention
 from halfbyte.system import accelerator
@@ -264,7 +264,7 @@ def _eager(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, asked
 
 def reach_of(window: int | None) -> tuple[int, int]:
     """How many tokens before and after itself a token sees, where it sees `window` to each side, itself included."""
-    return ((1 << 40) if window is None else window - 1,) * 2
+    return (ALL_TOKENS if window is None else window - 1,) * 2
 
 
 def _visible(

@@ -175,7 +175,8 @@ def aligned(batch: Batch) -> Batch:
 
 
 def first_position(body: nn.Module) -> int:
-    """The position of a text's first token: RoBERTa's positions begin behind the number of its padding."""
+    """The position of a text's first token: RoBERTa's positions begin behind the number of its padding. Seen on the
+    module, since scripts bring models that `families.toml` has no line of, such as CamemBERT."""
     embeddings = getattr(body, "embeddings", body)
     return int(embeddings.padding_idx) + 1 if hasattr(embeddings, "create_position_ids_from_input_ids") else 0
 

@@ -9,6 +9,7 @@ scaling is of its full-attention layers alone, and its positions count it alread
 from dataclasses import dataclass
 
 from halfbyte.errors import DataError
+from halfbyte.models.families import FAMILIES
 from halfbyte.types import Config, ConfigFile, Document
 
 _STRETCHED = ("linear", "dynamic")
@@ -17,8 +18,7 @@ _STRETCHED = ("linear", "dynamic")
 @dataclass(frozen=True)
 class Context:
     tokens: int
-    why: str
-    """Which fields of the config say so."""
+    why: str  # which fields of the config say so
 
     def left(self, prompt: int) -> int:
         """Tokens of an answer after a prompt of so many; 0 or less: there is no place for one."""
@@ -46,7 +46,7 @@ def context_of(config: Config) -> Context | None:
     if getattr(text, "alibi", False):
         return None
     name = _field(text.model_type)
-    positions = _usable(text.model_type, getattr(text, name, None), text.pad_token_id)
+    positions = _usable(text.model_type, getattr(text, name, None), getattr(text, "pad_token_id", None))
     return _context(name, positions, getattr(text, "rope_parameters", None) or {})
 
 
@@ -69,8 +69,9 @@ def context_in(config: ConfigFile) -> Context | None:
 
 
 def _usable(model_type: object, positions: object, padding: int | None) -> object:
-    """The positions of a text: RoBERTa's begin behind the number of its padding."""
-    behind = (padding or 0) + 1 if model_type in ("roberta", "xlm-roberta") else 0
+    """The positions of a text, which in some families begin behind the number of its padding."""
+    family = FAMILIES.get(str(model_type))
+    behind = (padding or 0) + 1 if family is not None and family.behind_padding else 0
     return positions - behind if isinstance(positions, int) else positions
 
 

@@ -64,7 +64,8 @@ class Family:
         shared_gate: what shared experts give is multiplied by a gate of its own, which keeps it.
         gated_attention: what attention returns is multiplied by a gate, and both are kept.
         stock_gate: what stands between an expert's two stacks is the model's own code.
-        encoder: it sees to both sides, and has no head of a language model.
+        encoder: it sees to both sides, and has no head of a language model. pooler: a head of texts reads the body's.
+            behind_padding: positions begin behind the number of the padding token.
     """
 
     layout: Layout | None = None
@@ -83,6 +84,8 @@ class Family:
     gated_attention: bool = False
     stock_gate: bool = False
     encoder: bool = False
+    pooler: bool = False
+    behind_padding: bool = False
 
     def fused_classes(self) -> dict[str, FusedPart]:
         """Class -> which part of a layer it is, of those whose forward is: attention: project, (norm q and k,) rotate

@@ -43,7 +43,6 @@ _PASSED_OVER = re.compile(
 # Of encoders: heads that no task of ours reads, and what stands between body and head.
 _OTHER_HEADS = re.compile(r"(cls|lm_head|decoder|lm_predictions|mask_predictions|classifier|score|qa_outputs)\.")
 _BEFORE_HEAD = re.compile(r"(\w+\.)?pooler\.|head\.")
-_NO_POOLER = frozenset(("roberta", "xlm-roberta", "modernbert"))
 # Dropout by default, in transformers' config classes; everyone else's is 0.
 _OWN_DROPOUT = {"gpt2": {"attention_dropout": 0.1, "resid_pdrop": 0.1}, "opt": {"resid_pdrop": 0.1}}
 _OWN_WINDOW = dict.fromkeys(("mistral", "gemma2", "gemma3_text"), 4096)  # by default, as above
@@ -145,10 +144,9 @@ def read_checkpoint(folder: Path) -> list[TensorSpec]:
 
 
 def specs_of(
-    headers: Iterable[Mapping[str, ConfigFile]],
-    config: ConfigFile,
+    headers: Iterable[Mapping[str, ConfigFile]], config: ConfigFile,
     blocks: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
-) -> list[TensorSpec]:
+) -> list[TensorSpec]:  # fmt: skip
     """The tensors of all files of one checkpoint; a tied head once, without what loading passes over (buffers, towers).
     `blocks`: by a tensor's name, as in `TensorSpec`."""
     entries = {name: entry for header in headers for name, entry in header.items()}
@@ -167,11 +165,10 @@ def specs_of(
 
 def _unread(name: str, config: ConfigFile) -> bool:
     """Whether a tensor of an encoder is of a head that is not read."""
-    kind = str(config.get("model_type"))
-    if kind not in FAMILIES or not FAMILIES[kind].encoder:
+    family = FAMILIES.get(str(config.get("model_type")))
+    if family is None or not family.encoder:
         return False
-    pooler = kind in _NO_POOLER and "pooler." in name
-    return pooler or _OTHER_HEADS.match(name) is not None
+    return ("pooler." in name and not family.pooler) or _OTHER_HEADS.match(name) is not None
 
 
 def _stacked(specs: list[TensorSpec]) -> list[TensorSpec]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 from halfbyte.data import collate, pack
 from halfbyte.data.encoding.encoder import EncodedRows
 from halfbyte.data.encoding.examples import Example
+from halfbyte.objectives.objective import Objective, Sums
 from halfbyte.plan.job import ObjectiveCost
 from halfbyte.runs import points
 from halfbyte.types import Batch, Model
@@ -20,13 +21,10 @@ from halfbyte.types import Batch, Model
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from halfbyte.objectives.objective import Sums
-
 
 @dataclass(frozen=True)
-class CausalLM:
-    label_smoothing: float = 0.0
-    """As `TrainingArguments.label_smoothing_factor`; evaluations are without."""
+class CausalLM(Objective):
+    label_smoothing: float = 0.0  # as `TrainingArguments.label_smoothing_factor`; evaluations are without
 
     name: ClassVar[str] = points.CAUSAL_LM
     cost: ClassVar[ObjectiveCost] = ObjectiveCost()
@@ -59,8 +57,8 @@ class CausalLM:
         return [{"loss": a, "labelled_tokens": b, "tokens": c} for a, b, c in texts]
 
     def scores(self, sums: Sums) -> dict[str, float]:
-        """`loss` and `perplexity` of a labelled token; `labelled_tokens` (what they count for together), `tokens`."""
-        labelled = sums["labelled_tokens"]
-        mean = sums["loss"] / (labelled or 1)
-        perplexity, count = math.exp(min(mean, 700.0)), int(labelled) if float(labelled).is_integer() else labelled
-        return {"loss": mean, "perplexity": perplexity, "labelled_tokens": count, "tokens": int(sums["tokens"])}
+        """`loss` and `perplexity` of a labelled token; `labelled_tokens` (what they count for together, rounded), and
+        `tokens`."""
+        counts = {"labelled_tokens": round(sums["labelled_tokens"]), "tokens": int(sums["tokens"])}
+        mean = sums["loss"] / (sums["labelled_tokens"] or 1)
+        return {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), **counts}

@@ -23,6 +23,7 @@ from halfbyte.data.encoding.encoder import EncodedRows
 from halfbyte.data.encoding.examples import IGNORED, Example
 from halfbyte.data.reading.problems import near, some
 from halfbyte.errors import AdapterError, DataError, first_line
+from halfbyte.objectives.objective import Objective, Sums
 from halfbyte.plan.job import ObjectiveCost
 from halfbyte.recipe.adapter import HEAD, MOST_BYTES
 from halfbyte.recipe.schema import Recipe
@@ -33,14 +34,12 @@ from halfbyte.types import Batch, Document, Model
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from halfbyte.objectives.objective import Sums
-
 _UNNAMED = {"0": "LABEL_0", "1": "LABEL_1"}  # what a config leaves out
 KINDS = ("regression", "single_label_classification", "multi_label_classification")
 
 
 @dataclass(frozen=True)
-class Labels:
+class Labels(Objective):
     """`names`: the labels, in the order of the head's scores; none for a number. `several`: a text may have any number
     of them. `label_smoothing`: as `TrainingArguments.label_smoothing_factor`, of one label; `class_weight`: what each
     label counts for, none: 1. Evaluations are without both."""

@@ -6,14 +6,15 @@ ask it and know no method themselves. Supervised fine-tuning (`causal_lm.py`) is
 pairs.
 Why sums: the loss of a step is the sum over all its rows divided once by their weights, so any split into micro-batches
 and over processes trains the same.
-A new method is a class with these members in a file of this room; `preference.of` makes it of a recipe, and
+A new method is a subclass of `Objective` in a file of this room; `preference.of` makes it of a recipe, and
 `finetune.train(..., objective=...)` takes any. A row may be several texts (`Example.starts`), as a pair of answers is;
 what a reference gives them comes with the row (`training/reference.py`).
 """
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from halfbyte.data import pack
+from halfbyte.data.collate import Batches
 from halfbyte.data.encoding.encoder import EncodedRows
 from halfbyte.data.encoding.examples import Example
 from halfbyte.models import structure
@@ -52,15 +54,6 @@ class Objective(Protocol):
     def collate(self, examples: Sequence[Example]) -> Batch:
         """The batch of some rows: `data.collate.collate`, and whatever else the loss reads of them."""
 
-    # What an objective may have beside these:
-    # - `collate_tree`, as `data.collate.collate_tree`: rows share their beginnings;
-    # - `labels(rows)`, how many labels of each row its loss is made of, where these are others than the rows' own;
-    # - `watches`, names of figures of a step: `loss` puts (sum, what it is of) of each into `batch["watched"]`, a dict,
-    #   where there is one; they come into the step's row of the metrics as means;
-    # - `of_base`, words on what the base is that a run is compared with, where that is not the model as it came;
-    # - `step_names` and `step_sums(model, batches)`, by these names: what the loss of a micro-batch must know of its
-    #   whole step. Summed over processes it is in `batch["step"]`; a batch without it counts as a step of its own.
-
     def loss(self, model: Model, batch: Batch) -> Tensor:
         """The loss of a micro-batch in training, summed and not yet divided: a scalar, fp32, with its graph."""
 
@@ -72,6 +65,52 @@ class Objective(Protocol):
 
     def scores(self, sums: Sums) -> dict[str, float]:
         """The scores of an evaluation from the sums over all of its rows; `loss` is one of them."""
+
+    # What an objective may say beside these. `collate_tree`, as `data.collate.collate_tree`, has no default: without it
+    # rows do not share their beginnings.
+
+    watches: ClassVar[tuple[str, ...]] = ()
+    """Figures of a step by name: `loss` puts (sum, what it is of) of each into `batch["watched"]`, a dict, where there
+    is one; they come into the step's row of the metrics as means."""
+    of_base: ClassVar[str] = ""
+    """Words on what the base is that a run is compared with, where that is not the model as it came."""
+    together: ClassVar[bool] = False
+    """Whether a text's sums of an evaluation depend on all others: they are those of `row_vectors` and `all_sums`."""
+
+    def labels(self, rows: EncodedRows) -> NDArray[np.int64]:
+        """How many labels of each row its loss is made of, for the plan."""
+        return rows.labelled
+
+    @property
+    def step_names(self) -> tuple[str, ...]:
+        """What the loss of a micro-batch must know of its whole step, by name: sums over its rows and all processes,
+        in `batch["step"]`. A batch without it counts as a step of its own."""
+        return ()
+
+    def step_sums(self, model: Model, batches: Batches) -> Sums:
+        """These sums, of this process's micro-batches, in eval mode and without gradients."""
+        return {}
+
+    @property
+    def coupled(self) -> bool:
+        """Whether a row's loss depends on the other rows themselves: then `step_of` makes `batch["step"]`."""
+        return False
+
+    def step_of(
+        self, model: Model, parts: Iterable[tuple[pack.MicroBatch, Batch]],
+        same: Callable[..., AbstractContextManager[None]], of_all: "OfAll",
+    ) -> dict[int, tuple[float, Tensor]]:  # fmt: skip
+        """What each row of this process's micro-batches must know, by its number. `same`: in which dropout is that of
+        the loss; `of_all`: this process's rows to those of all."""
+        return {}
+
+    def row_vectors(self, model: Model, batch: Batch) -> list[Tensor]:
+        """What is read of each row."""
+        return []
+
+    def all_sums(self, vectors: Sequence[Tensor], scores: Tensor) -> list[Sums]:
+        """As `text_sums`, of all rows of an evaluation, from their vectors and `batch["targets"]`."""
+        return []
 
 
 def micro_batch_loss(objective: Objective, model: Model, batch: Batch) -> Tensor:
@@ -138,14 +177,13 @@ def evaluate(
     model.eval()
     try:
         with torch.no_grad():
-            of, all_sums = getattr(objective, "row_vectors", None), getattr(objective, "all_sums", None)
-            if of is not None and all_sums is not None:  # each text's sums depend on all the others
-                parts = [(of(model, batch), batch["targets"]) for batch in batches]
+            if objective.together:
+                parts = [(objective.row_vectors(model, batch), batch["targets"]) for batch in batches]
                 vectors, ours = [vector for part, _ in parts for vector in part], slice(None)
                 numbers = torch.cat([torch.empty(0), *(t for _, t in parts)])
                 if of_all is not None:
                     vectors, numbers, ours = of_all(vectors, numbers)
-                sums = all_sums(vectors, numbers)[ours] if vectors else []
+                sums = objective.all_sums(vectors, numbers)[ours] if vectors else []
             else:
                 sums = [each for batch in batches for each in objective.text_sums(model, batch)]
     finally:

@@ -24,6 +24,7 @@ from halfbyte.data.encoding.examples import IGNORED, Example
 from halfbyte.objectives import pair_losses
 from halfbyte.objectives.causal_lm import CausalLM
 from halfbyte.objectives.grpo import Grpo
+from halfbyte.objectives.objective import Objective, Sums
 from halfbyte.objectives.pair_losses import Answers
 from halfbyte.plan.job import ObjectiveCost
 from halfbyte.recipe.method import MethodFields
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from halfbyte.data.collate import Batches
-    from halfbyte.objectives.objective import Objective, Sums
 
 
 def of(train: Train) -> Objective:
@@ -48,7 +48,7 @@ def of(train: Train) -> Objective:
 
 
 @dataclass(frozen=True)
-class Preference:
+class Preference(Objective):
     """Of pairs. `asks`: the method of a recipe's `train:`, and its fields."""
 
     asks: MethodFields

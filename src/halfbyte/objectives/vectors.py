@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -21,6 +22,7 @@ from halfbyte.data import collate, pack
 from halfbyte.data.encoding.encoder import EncodedRows
 from halfbyte.data.encoding.examples import IGNORED, Example
 from halfbyte.errors import DataError, RecipeError
+from halfbyte.objectives.objective import Objective, OfAll, Sums
 from halfbyte.plan.job import ObjectiveCost
 from halfbyte.recipe import task
 from halfbyte.scoring import retrieval
@@ -29,11 +31,9 @@ from halfbyte.types import Batch, Model
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from halfbyte.objectives.objective import OfAll, Sums
-
 
 @dataclass(frozen=True)
-class TextVectors:
+class TextVectors(Objective):
     """`groups`: the labels of rows that have one, by their numbers."""
 
     settings: task.VectorFields
@@ -41,6 +41,7 @@ class TextVectors:
 
     name: ClassVar[str] = task.EMBED
     sum_names: ClassVar[tuple[str, ...]] = ("loss", "rows", *retrieval.NAMES)
+    together: ClassVar[bool] = True
 
     @property
     def cost(self) -> ObjectiveCost:
@@ -82,9 +83,11 @@ class TextVectors:
 
     def number_of(self, text: str) -> float:
         """A row's score, or the number of its label; a row without, as proofs make them, has 0."""
-        if self.groups:
-            return float(self.groups.index(text) if text in self.groups else 0)
-        return float(json.loads(text or "0") or 0)
+        return float(self._number_of.get(text, 0) if self.groups else json.loads(text or "0") or 0)
+
+    @cached_property
+    def _number_of(self) -> dict[str, int]:
+        return {label: number for number, label in enumerate(self.groups)}
 
     def weight(self, batch: Batch) -> float:
         return len(batch["row_texts"])
@@ -96,14 +99,10 @@ class TextVectors:
         return list(heads.vectors(model, batch, self.settings.pooling).split(batch["row_texts"]))
 
     def step_of(
-        self,
-        model: Model,
-        parts: Iterable[tuple[pack.MicroBatch, Batch]],
-        same: Callable[..., AbstractContextManager[None]],
-        of_all: OfAll,
-    ) -> dict[int, tuple[float, Tensor]]:
-        """The loss of each row of micro-batches with their rows' numbers, and the gradient of the step's by its
-        vectors. `same`: in which dropout is that of the loss; `of_all`: this process's rows to those of all."""
+        self, model: Model, parts: Iterable[tuple[pack.MicroBatch, Batch]],
+        same: Callable[..., AbstractContextManager[None]], of_all: OfAll,
+    ) -> dict[int, tuple[float, Tensor]]:  # fmt: skip
+        """The loss of each row, and the gradient of the step's by its vectors."""
         import torch
 
         numbers, every = list[int](), list["Tensor"]()
@@ -200,16 +199,25 @@ class TextVectors:
 
 
 def _triplets(vectors: Tensor, labels: Tensor, margin: float) -> Tensor:
-    """The mean over all triplets that are not far enough apart, a scalar: `BatchAllTripletLoss`, Euclidean."""
+    """The mean over all triplets that are not far enough apart, a scalar: `BatchAllTripletLoss`, Euclidean. One anchor
+    at a time, and of all of them how often each distance counts: what is kept is quadratic in texts, not in triplets.
+    """
     import torch
 
     products = vectors @ vectors.T
     squares = (products.diag()[:, None] - 2 * products + products.diag()).clamp_min(0)
     apart = torch.where(squares > 0, (squares + (squares == 0) * 1e-16).sqrt(), 0.0)
-    same = labels[:, None] == labels
-    one, other = (same & ~torch.eye(len(labels), dtype=torch.bool, device=same.device)).nonzero(as_tuple=True)
-    short = torch.where(same[one], 0.0, apart[one, other][:, None] - apart[one] + margin).clamp_min(0)
-    return short.sum() / ((short > 1e-16).sum() + 1e-16)
+    times, total, count = torch.zeros_like(apart), vectors.new_zeros(()), 0
+    with torch.no_grad():
+        for anchor, distances in enumerate(apart):
+            alike = labels == labels[anchor]
+            other, alike[anchor] = ~alike, False
+            short = (distances[alike][:, None] - distances[other] + margin).clamp_min(0)  # (near, far)
+            wrong = short > 1e-16
+            times[anchor, alike], times[anchor, other] = wrong.sum(1).to(times), -wrong.sum(0).to(times)
+            total, count = total + short.sum(), count + int(wrong.sum())
+    through = (times * apart).sum()
+    return (total + (through - through.detach())) / (count + 1e-16)
 
 
 def ends_of(example: Example) -> list[int]:

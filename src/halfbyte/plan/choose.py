@@ -67,28 +67,18 @@ def plan_with(
     in_files = placement in ("mapped", "streamed")
     read = 2 * mean_micro_batches(job, tokens) * max(0, job.base_bytes - int(cache)) if in_files else 0
     return Plan(
-        compute_dtype=job.dtype,
-        placement=placement,
-        recompute=recompute,
-        max_tokens_per_micro_batch=tokens,
-        tokens_in_micro_batch=largest.tokens,
-        lines=tuple(line for line in (*fixed, *during) if line.bytes),
-        host_lines=host,
-        disk=memory.disk_lines(job),
+        compute_dtype=job.dtype, placement=placement, recompute=recompute, max_tokens_per_micro_batch=tokens,
+        tokens_in_micro_batch=largest.tokens, lines=tuple(line for line in (*fixed, *during) if line.bytes),
+        host_lines=host, disk=memory.disk_lines(job),
         loading_bytes=memory.loading_bytes(job, placement, fixed) // cards,
         evaluating_bytes=fixed_bytes + memory.evaluating_bytes(job, tokens) if len(job.rows.evaluated) else 0,
         generating_bytes=fixed_bytes + memory.generating_bytes(job, GENERATED_TOKENS, streamed=placement == "streamed"),
-        available_bytes=available,
-        host_available_bytes=device.ram_available_bytes,
-        trainable=job.trainable,
+        available_bytes=available, host_available_bytes=device.ram_available_bytes, trainable=job.trainable,
         parameters=job.parameters,
         time=step_time(job, rates, tokens=tokens, recompute=recompute, placement=placement, read_bytes=read),
-        reasons={},
-        warnings=(),
-        busy_file_bytes=base_memory.busy_file_bytes(job) if in_files else 0,
-        read_bytes=read,
+        reasons={}, warnings=(), busy_file_bytes=base_memory.busy_file_bytes(job) if in_files else 0, read_bytes=read,
         building=job.store_build.lines(device.cores) if job.stored else (),
-    )
+    )  # fmt: skip
 
 
 def _during(

@@ -102,10 +102,8 @@ class ObjectiveCost:
     """What an objective (`objectives/`) takes beside a forward and a backward of its rows, and beside a loss that is
     made of its logits a chunk at a time (`layers/loss.py`)."""
 
-    whole_logits: int = 0
-    """Tensors of logits, (labelled tokens, vocabulary) in fp32, that exist at once in its loss."""
-    forwards: float = 0.0
-    """More forwards without gradients for each micro-batch, such as 1 of a reference model."""
+    whole_logits: int = 0  # tensors of logits, (labelled tokens, vocabulary) in fp32, that exist at once in its loss
+    forwards: float = 0.0  # more forwards without gradients for each micro-batch, such as 1 of a reference model
 
 
 @dataclass(frozen=True)

@@ -58,10 +58,8 @@ class Time:
     reading_s: float = 0.0
     around: dict[str, float] = field(default_factory=dict)
     """Seconds of the run beside its steps, by what they are spent on."""
-    done: int = 0
-    """Steps that an earlier process has made."""
-    forward_s: float = 0.0
-    """Of a token in an evaluation."""
+    done: int = 0  # steps that an earlier process has made
+    forward_s: float = 0.0  # of a token in an evaluation
 
     @property
     def run_s(self) -> float:

@@ -77,12 +77,9 @@ class Rates:
     disk_bytes: float
     source: str
     measured: bool = True
-    busy: str = ""
-    """What ran beside the measurement; such rates are not kept."""
-    correction: float = 1.0
-    """Seconds that finished runs took, over the planned ones."""
-    dropped: float = 0.0
-    """Numbers that LoRA's dropout passes over; 0 where that is not known."""
+    busy: str = ""  # what ran beside the measurement; such rates are not kept
+    correction: float = 1.0  # seconds that finished runs took, over the planned ones
+    dropped: float = 0.0  # numbers that LoRA's dropout passes over; 0 where that is not known
     integer_ops: float = 0.0
     """Operations of int8 products (`quant.compute`), as `matmul_flops` counts them; 0 where there are none."""
 

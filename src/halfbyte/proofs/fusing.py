@@ -47,8 +47,8 @@ def prove_fused(model: Model, *, packed: bool, longest: int | None = None) -> St
     fuse.install(model)
     if not any(p.requires_grad for p in model.parameters()):
         return StartProof(True, "nothing trains")
-    with setting.as_given(model), random_b(model):
-        problem, difference = setting.attempt(partial(_compare, model, packed=packed, longest=longest))
+    compare = partial(_compare, model, packed=packed, longest=longest)
+    problem, difference = setting.attempt(compare, setting.as_given(model), random_b(model))
     if problem:
         fuse.remove(model)
         return StartProof(False, f"PEFT's own forward: {problem}", difference)

@@ -9,7 +9,7 @@ A model is as before after each of these: its weights, modes, gradients and the 
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,11 +59,14 @@ class StartProof:
         return "packed" if self.ok else "single"
 
 
-def attempt(compare: Callable[[], tuple[str, float]]) -> tuple[str, float]:
-    """(what is wrong or nothing, the difference); also what is raised, of any kind, by the model's code or ours: the
-    repair is the model's own way."""
+def attempt(compare: Callable[[], tuple[str, float]], *within: AbstractContextManager[object]) -> tuple[str, float]:
+    """(what is wrong or nothing, the difference); also what is raised, of any kind, by the model's code or ours, on the
+    way into and out of `within` too: the repair is the model's own way."""
     try:
-        return compare()
+        with ExitStack() as contexts:
+            for context in within:
+                contexts.enter_context(context)
+            return compare()
     except Exception as error:
         return f"{type(error).__name__}: {first_line(error)}", math.inf
 

@@ -46,8 +46,8 @@ def prove_sharing(model: Model, rows: Sequence[Example]) -> StartProof:
         return StartProof(False, "beginnings are not shared: this model takes no texts by their lengths", math.inf)
     if recurrent.installed(structure.body(structure.causal_lm(model))):
         return StartProof(False, "beginnings are not shared: this model's recurrent layers carry a state", math.inf)
-    with structure.shallow(model), setting.as_given(model), random_b(model):
-        problem, difference = setting.attempt(partial(_compare, model, rows))
+    within = structure.shallow(model), setting.as_given(model), random_b(model)
+    problem, difference = setting.attempt(partial(_compare, model, rows), *within)
     if problem:
         return StartProof(False, f"beginnings are not shared: {problem}", difference)
     return StartProof(True, f"{len(rows)} rows that begin alike = each alone, to {difference:.1e}", difference)

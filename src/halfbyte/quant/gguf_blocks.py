@@ -169,13 +169,9 @@ def _layout(parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> MatrixLayout
 
 
 def parts_of(
-    codes: list[np.ndarray],
-    types: tuple[str, ...],
-    order: np.ndarray | None = None,
-    columns: np.ndarray | None = None,
-    *,
-    turned: bool = False,
-) -> dict[str, Tensor]:
+    codes: list[np.ndarray], types: tuple[str, ...], order: np.ndarray | None = None, columns: np.ndarray | None = None,
+    *, turned: bool = False,
+) -> dict[str, Tensor]:  # fmt: skip
     """The tensors of `GgufBlocks.parts` of one matrix, by suffix; nothing but the orders is copied.
 
     Args:

@@ -211,13 +211,9 @@ class Deserialize(_Operation):
     """The tensors of a stack, or of a layer's weight, in a store become the parameter."""
 
     def convert(
-        self,
-        input_dict: dict[str, list[torch.Tensor]],
-        target_patterns: list[str],
-        full_layer_name: str,
-        model: Model,
+        self, input_dict: dict[str, list[torch.Tensor]], target_patterns: list[str], full_layer_name: str, model: Model,
         **kwargs: object,
-    ) -> dict[str, torch.Tensor]:
+    ) -> dict[str, torch.Tensor]:  # fmt: skip
         pattern, place = target_patterns[0], model.get_parameter(full_layer_name)
         tensors = {key: value[0] for key, value in input_dict.items()}
         if isinstance(place, ExpertStack):

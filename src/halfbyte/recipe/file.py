@@ -100,17 +100,17 @@ def relative_to_run(recipe: Recipe, folder: Path, *, model: bool) -> Recipe:
     def seen(name: str | Path) -> object:
         return os.path.relpath(name, folder) if _is_there(name) else name
 
-    rows = {name: _each_path(getattr(recipe.data, name), seen) for name in ("train", "eval")}
+    rows = {name: each_path(getattr(recipe.data, name), seen) for name in ("train", "eval")}
     data = recipe.data.model_copy(update=rows)
-    return recipe.model_copy(update={"data": data, "model": _each_path(recipe.model, seen) if model else recipe.model})
+    return recipe.model_copy(update={"data": data, "model": each_path(recipe.model, seen) if model else recipe.model})
 
 
-def _each_path(names: object, change: Callable[[str | Path], object]) -> object:
+def each_path(names: object, change: Callable[[str | Path], object]) -> object:
     """Names of rows, each relative one as `change` has it."""
     if isinstance(names, list | tuple):
-        return type(names)(_each_path(one, change) for one in names)
+        return type(names)(each_path(one, change) for one in names)
     if isinstance(names, DataEntry):
-        return names.model_copy(update={"path": _each_path(names.path, change)})
+        return names.model_copy(update={"path": each_path(names.path, change)})
     return change(names) if isinstance(names, str | Path) and not Path(names).is_absolute() else names
 
 
@@ -389,8 +389,8 @@ def _beside(recipe: Recipe, origins: Mapping[str, Origin], folder: Path, *, firs
         return name if there is None else str(there)
 
     names = ("train", "eval")
-    moved = {n: _each_path(getattr(recipe.data, n), found) for n in names if origins[f"data.{n}"].kind == "recipe"}
-    model = _each_path(recipe.model, found) if first and origins["model"].kind == "recipe" else recipe.model
+    moved = {n: each_path(getattr(recipe.data, n), found) for n in names if origins[f"data.{n}"].kind == "recipe"}
+    model = each_path(recipe.model, found) if first and origins["model"].kind == "recipe" else recipe.model
     if model != recipe.model:
         model = os.path.join(os.curdir, str(model))  # a path, and no hub id or packaged name
     data = recipe.data.model_copy(update=moved)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from halfbyte.errors import RecipeError
 from halfbyte.recipe.data import Section, field
 from halfbyte.recipe.values import Count, Float, one_of
+from halfbyte.system import limits
 from halfbyte.types import Document
 
 TASKS = ("causal_lm", "classify", "regress", "tag", "embed")
@@ -17,6 +20,7 @@ Task = Annotated[Literal["causal_lm", "classify", "regress", "tag", "embed"], on
 FORMATS = {CLASSIFY: "labels", REGRESS: "labels", TAG: "tags", EMBED: "vectors"}  # of rows
 RANKING, COSENT = "MultipleNegativesRankingLoss", "CoSENTLoss"
 TRIPLET, GROUPS = "TripletLoss", "BatchAllTripletLoss"
+POOLING_FILE = "1_Pooling/config.json"  # sentence-transformers', beside a model
 # Fields that these do not read, and why.
 _UNREAD = {
     "data.mask": "a text has one label, or is one vector",
@@ -53,8 +57,25 @@ class VectorFields(Section):
     pooling: Literal["auto", "lasttoken", "mean", "cls"] = field(
         "auto",
         "a text's vector: of its last token, of its first (cls), or their mean",
-        "encoders mean, others lasttoken",
+        "the model's 1_Pooling/config.json; else encoders mean, others lasttoken",
     )
+
+    def of_folder(self, folder: Path) -> Self:
+        """With the pooling of sentence-transformers' own file in a model's folder, where the recipe leaves it open.
+        Raises RecipeError: it pools otherwise than a recipe can."""
+        if self.pooling != "auto" or not (path := folder / POOLING_FILE).is_file():
+            return self
+        try:
+            given: Document = limits.read_config(path)  # type: ignore[assignment]
+            modes = {name.removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token")
+                     for name, on in given.items() if name.startswith("pooling_mode_") and on is True}  # fmt: skip
+        except (OSError, ValueError, AttributeError) as error:
+            raise RecipeError(f"{path} cannot be read: {error}.", fix="--set vectors.pooling=mean") from None
+        modes = {given["pooling_mode"]} if "pooling_mode" in given else modes
+        if len(modes) != 1 or not modes <= {"cls", "mean", "lasttoken"}:
+            what = f"{path} pools by {', '.join(sorted(map(str, modes))) or 'nothing'}, which is not learned here."
+            raise RecipeError(what, fix="--set vectors.pooling=mean; or cls, or lasttoken")
+        return self.model_copy(update={"pooling": modes.pop()})
 
 
 class FormatOfTask(Section):

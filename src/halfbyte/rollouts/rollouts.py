@@ -154,15 +154,24 @@ class Rollouts:
         return self._summary(*self.rewards.score(self._attempts(asking, ids)))
 
     def _divergence(self, rows: Sequence[WrittenRow], pace: Pace) -> float:
-        """How far the adapter is from the base, in nats a token, by answers to the first of these prompts: the mean
-        of their log-probabilities less the base's. Unbiased, as they were drawn by the adapter."""
-        most, objective = max(1, pace.tokens // len(rows[0].labels)), self.prepared.objective
+        """How far the adapter is from the base, in nats a token, by answers to the first of these prompts, as many as
+        a micro-batch may hold: the mean of their log-probabilities, with which the adapter drew them, less the base's.
+        """
+        objective = self.prepared.objective
         assert isinstance(objective, Grpo)
-        group = [row for row in rows if row.prompt_ids == rows[0].prompt_ids]
-        group = group[: pace.examples_per_micro_batch or most]
+        group = [rows[number] for number in self._group(rows, pace)]
         with lora.base_alone(self.model, self.setup.model.assembled.own_biases), evaluating(self.model):
             base = objective.logps(self.model, self.prepared.lay_out(group)).double().cpu().numpy()
         return float(np.mean(np.concatenate([row.logps for row in group]) - base))
+
+    @staticmethod
+    def _group(rows: Sequence[WrittenRow], pace: Pace) -> list[int]:
+        """The first answers to the first prompt, by their numbers, that go into one micro-batch; at least one."""
+        group = [number for number, row in enumerate(rows) if row.prompt_ids == rows[0].prompt_ids]
+        group = group[: pace.examples_per_micro_batch or len(group)]
+        while len(group) > 1 and pace.largest([tuple(group)]) > pace.tokens:
+            group.pop()
+        return group
 
     def _sample(self, asked: Example, group: Sequence[Attempt], advantages: Floats) -> Document:
         """For the page, of a group: what was asked, its best answer and its worst one with their advantages."""

@@ -127,11 +127,9 @@ def beside_source(
 
 
 def judge(
-    adapter: NDArray[np.float64] | None,
-    base: NDArray[np.float64] | None,
-    rows: str,
+    adapter: NDArray[np.float64] | None, base: NDArray[np.float64] | None, rows: str,
     source: NDArray[np.float64] | None = None,
-) -> Verdict:
+) -> Verdict:  # fmt: skip
     """The verdict on an adapter. `adapter`, `base`, `source`: (rows, 2 or more): the loss of each row, summed, and what
     it counts for; None: not measured. `rows`: which they are, in words."""
     if adapter is None or base is None or len(base) < 2 or not np.isfinite(base).all():

@@ -50,10 +50,8 @@ class Models:
     max_length: int
     places: int
     cache_bytes: int
-    vocabulary: int
-    """Rows of the head: the length of logits."""
-    first: Target
-    """With which others have to share the base."""
+    vocabulary: int  # rows of the head: the length of logits
+    first: Target  # with which others have to share the base
 
     @property
     def adapters(self) -> tuple[str, ...]:

@@ -81,8 +81,7 @@ class RunCallback(Follower):
     trained: Document
     witness: Witness
     comparison: Comparison
-    allowed: Callable[[Document], bool] = lambda row: True
-    """Whether an evaluation may be the best one."""
+    allowed: Callable[[Document], bool] = lambda row: True  # whether an evaluation may be the best one
     best: checkpoint.Best | None = None
     notices: list[str] = field(default_factory=list)
     stopped_early: bool = False

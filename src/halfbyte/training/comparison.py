@@ -115,7 +115,7 @@ def compare(
         products: how they are computed. seconds: as of `choose`.
     """
     rows, chosen, which = choose(prepared, steps, plan, seconds)
-    which += getattr(prepared.objective, "of_base", "")
+    which += prepared.objective.of_base
     first, ends = world.from_first(lambda: [chosen.tolist(), ends_with_evaluation(prepared, steps, plan)])
     chosen = np.array(first, np.int64)
     batches = eval_batches(prepared, rows, *limits, rank=world.rank, ranks=world.size, chosen=chosen)

@@ -159,20 +159,13 @@ def make_pace(run: PlannedRun, model: Model, tell: Callable[[str], None], *, pac
         return sum(line.bytes for line in lines)
 
     return Pace(
-        lengths=run.prepared.train.lengths,
-        tokens=plan.max_tokens_per_micro_batch,
-        examples_per_micro_batch=None if packed else 1,
-        padded=packing.installed(model) == "rows",
-        recompute=plan.recompute,
-        policies=choose.step_down_policies(job, plan.recompute),
-        need=need,
-        apply=lambda recompute: recompute_as(model, recompute),
-        tell=tell,
-        ram_bytes=machine.ram_bytes,
-        on_card=machine.on_card,
-        ids=run.prepared.ids_of(run.prepared.train),
+        lengths=run.prepared.train.lengths, tokens=plan.max_tokens_per_micro_batch,
+        examples_per_micro_batch=None if packed else 1, padded=packing.installed(model) == "rows",
+        recompute=plan.recompute, policies=choose.step_down_policies(job, plan.recompute), need=need,
+        apply=lambda recompute: recompute_as(model, recompute), tell=tell, ram_bytes=machine.ram_bytes,
+        on_card=machine.on_card, ids=run.prepared.ids_of(run.prepared.train),
         limit=None if plan.host_lines else usage.limit(plan.private_bytes + run.foreign_bytes, plan.file_bytes),
-    )
+    )  # fmt: skip
 
 
 def memory_before_steps(

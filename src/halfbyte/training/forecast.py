@@ -61,8 +61,12 @@ def job_of(
         ranks: processes that share the rows of a step. done: steps that earlier processes have made.
     """
     held_out = prepared.evaluation.lengths if prepared.evaluation is not None else ()
-    labelled = getattr(prepared.objective, "labels", lambda rows: rows.labelled)(prepared.train)
-    rows = Rows(prepared.train.lengths, labelled, held_out, mixture=prepared.mixture)
+    labelled = prepared.objective.labels(prepared.train)
+    lengths = prepared.train.lengths
+    if prepared.flow is not None:  # a row of a later window may be as long as rows may be
+        lengths = lengths.copy()
+        lengths[plan_steps(prepared, 1, 1).rows(0)[0]] = prepared.recipe.data.max_length
+    rows = Rows(lengths, labelled, held_out, mixture=prepared.mixture)
     if (train := prepared.recipe.train).draws:
         rows = rows.in_groups(train.num_generations or 1, train.max_completion_length or 1)
     job = Job.of_checkpoint(prepared.recipe, prepared.checkpoint, model, rows, machine, targets=targets)

@@ -28,10 +28,8 @@ class RunStart:
 
     recipe: Recipe
     resume: bool
-    point: points.Point | None = None
-    """The checkpoint to go on from; None at the first step."""
-    report: Document | None = None
-    """Of a finished run of which no more is asked."""
+    point: points.Point | None = None  # the checkpoint to go on from; None at the first step
+    report: Document | None = None  # of a finished run of which no more is asked
 
     @property
     def step(self) -> int:

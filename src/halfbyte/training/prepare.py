@@ -54,14 +54,10 @@ class Prepared:
     findings: tuple[gates.Finding, ...]
     chatml: chatml.ChatmlMarks | None = None
     """Where the model has no chat template of its own; then `recipe` trains the rows of its new tokens."""
-    held_out: Examples | None = None
-    """The rows (texts, not blocks of them) that were taken out of the training rows."""
-    mixture: Mixture | None = None
-    """How the sources of `data.train` are mixed; None where they are not."""
-    shares: bool = False
-    """Whether rows share their beginnings (`data/prefixes.py`), as far as is known."""
-    flow: Flow | None = None
-    """Where rows are read while training goes on; `train` is then the first of its windows."""
+    held_out: Examples | None = None  # the rows (texts, not blocks of them) that were taken out of the training rows
+    mixture: Mixture | None = None  # how the sources of `data.train` are mixed; None where they are not
+    shares: bool = False  # whether rows share their beginnings (`data/prefixes.py`), as far as is known
+    flow: Flow | None = None  # where rows are read while training goes on; `train` is then the first of its windows
 
     @property
     def epoch_rows(self) -> int:
@@ -100,6 +96,8 @@ def look(recipe: Recipe, objective: Objective | None = None) -> Prepared:
     checkpoint = find_model(recipe)
     config = open_config(checkpoint.path, trust_remote_code=recipe.trust_remote_code)
     check_task(config, recipe.task)
+    if recipe.task == EMBED:
+        recipe = recipe.model_copy(update={"vectors": recipe.vectors.of_folder(checkpoint.path)})
     tokenizer = open_tokenizer(checkpoint, trust_remote_code=recipe.trust_remote_code)
     data, cores = recipe.data, device.cores()
     text, settled = config.get_text_config(), None

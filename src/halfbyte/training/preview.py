@@ -118,8 +118,7 @@ class Piece:
     text: str
     labelled: bool
     special: bool
-    weight: float = 1.0
-    """What each of its labels counts for."""
+    weight: float = 1.0  # what each of its labels counts for
 
 
 @dataclass(frozen=True)
@@ -131,8 +130,7 @@ class ShownRow:
     tokens: int
     labelled: int
     pieces: tuple[Piece, ...]
-    rejected: tuple[Piece, ...] = ()
-    """Of a pair the worse text; then `pieces` are the better one."""
+    rejected: tuple[Piece, ...] = ()  # of a pair the worse text; then `pieces` are the better one
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from halfbyte.adapters import lora
 from halfbyte.data import collate
 from halfbyte.distributed import agree
 from halfbyte.distributed.shard import first_layers_whole
-from halfbyte.errors import RecipeError, RewardError
+from halfbyte.errors import DataError, RewardError
 from halfbyte.objectives.objective import scores_of
 from halfbyte.recipe.task import CAUSAL_LM
 from halfbyte.runs.checkpoint import Best
@@ -77,12 +77,12 @@ def run_steps(setup: Setup, folder: RunFolder, stop: StopRequest, tell: Listener
         setup.pace.begin()
     try:
         trainer.train(resume_from_checkpoint=str(resume) if resume is not None else None)
-    except (StepInterrupted, RewardError) as error:
+    except (StepInterrupted, RewardError, DataError) as error:
         if isinstance(error, StepInterrupted):
             hooks.on_stop()  # it may be another process that was asked to end
         if callback is not None:
             callback.save_last_step(type(error).__name__)
-        if isinstance(error, RewardError):
+        if not isinstance(error, StepInterrupted):
             raise
     finally:
         if callback is not None:
@@ -221,7 +221,7 @@ def _measure_source(setup: Setup, every: list[Comparison]) -> str:
 def _compared(comparison: Comparison, trainer: StepTrainer) -> Rows:
     """What the adapter loses on the rows of the comparison; the last evaluation has seen them where it was of now."""
     step, rows = trainer.evaluated
-    apart = len(rows) == len(comparison.chosen) or not hasattr(trainer.objective, "all_sums")
+    apart = len(rows) == len(comparison.chosen) or not trainer.objective.together
     if comparison.held_out and step == trainer.state.global_step and apart:
         return rows[comparison.chosen]
     return trainer.row_sums(comparison.batches, comparison.chosen, whole=True)[0]
@@ -230,31 +230,20 @@ def _compared(comparison: Comparison, trainer: StepTrainer) -> Rows:
 def _trainer(setup: Setup, folder: RunFolder, hooks: RunHooks) -> StepTrainer:
     prepared, assembled = setup.run.prepared, setup.model.assembled
     train = prepared.recipe.train
-    if setup.shards is not None and hasattr(prepared.objective, "row_vectors"):
-        what = f"task {prepared.objective.name} needs the base whole in each process, and quant.placement is sharded."
-        raise RecipeError(what, fix="fewer processes, or --set quant.placement=resident")
+    arguments = training_arguments(
+        train if setup.world.first else train.model_copy(update={"report_to": "none"}), folder=folder.path,
+        total_steps=len(setup.steps), fp16=assembled.base.compute_dtype == "fp16",
+        use_cpu=assembled.base.model.device.type == "cpu", eval_steps=eval_every(prepared),
+    )  # fmt: skip
+    arranged = hooks.rollouts is None  # else rows are known when a step begins
+    rows = collate.StepDataset(prepared.train.examples, setup.steps, prepared.lay_out, arranged=arranged)
+    of = prepared.evaluation and prepared.evaluation.sources
     return StepTrainer(
-        assembled.model,
-        training_arguments(
-            train if setup.world.first else train.model_copy(update={"report_to": "none"}),
-            folder=folder.path,
-            total_steps=len(setup.steps),
-            fp16=assembled.base.compute_dtype == "fp16",
-            use_cpu=assembled.base.model.device.type == "cpu",
-            eval_steps=eval_every(prepared),
-        ),
-        train_dataset=collate.StepDataset(prepared.train.examples, setup.steps, prepared.lay_out),
-        eval_batches=setup.held_out,
-        objective=prepared.objective,
-        loraplus_lr_ratio=train.loraplus_lr_ratio,
-        pace=setup.pace,
-        hooks=hooks,
-        world=setup.world,
-        shards=setup.shards,
-        ends_with_evaluation=setup.comparison.ends,
-        schedule=setup.schedule,
-        sources=of.numbers() if (of := prepared.evaluation and prepared.evaluation.sources) else {},
-    )
+        assembled.model, arguments, train_dataset=rows, eval_batches=setup.held_out, objective=prepared.objective,
+        loraplus_lr_ratio=train.loraplus_lr_ratio, pace=setup.pace, hooks=hooks, world=setup.world,
+        shards=setup.shards, ends_with_evaluation=setup.comparison.ends, schedule=setup.schedule,
+        sources=of.numbers() if of else {},
+    )  # fmt: skip
 
 
 def _run_callback(
@@ -262,18 +251,12 @@ def _run_callback(
 ) -> RunCallback:
     prepared, assembled = setup.run.prepared, setup.model.assembled
     source, readable = prepared.checkpoint, first_layers_whole(setup.shards)
+    # at full precision, so that a resumed run continues from the same numbers
+    adapter = partial(lora.writer, assembled.model, base_id=source.id, revision=source.revision, dtype=None)
     return RunCallback(
-        trainer=trainer,
-        run=folder,
-        listener=tell,
-        cadence=cadence(prepared),
-        # at full precision, so that a resumed run continues from the same numbers
-        adapter=partial(lora.writer, assembled.model, base_id=source.id, revision=source.revision, dtype=None),
-        stop=stop,
+        trainer=trainer, run=folder, listener=tell, cadence=cadence(prepared), adapter=adapter, stop=stop,
         best=Best.of(prepared.recipe, folder) if prepared.evaluation is not None else None,
-        comparison=setup.comparison,
+        comparison=setup.comparison, trained=setup.trained, resume=resume,
         allowed=lambda row: _remembers(setup, row) and _no_source_rises(setup, trainer),
-        trained=setup.trained,
         witness=Witness(assembled.model, assembled.packed.ok, readable),
-        resume=resume,
-    )
+    )  # fmt: skip

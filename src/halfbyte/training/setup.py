@@ -42,19 +42,13 @@ class Setup:
     compute: Decision
     comparison: Comparison
     memory_before: Usage
-    trained: Document
-    """What checkpoints and adapter say that they were trained with, as `points.trained_with` makes it."""
+    trained: Document  # what checkpoints and adapter say that they were trained with, as `points.trained_with` makes it
     notices: tuple[str, ...]
-    began: float
-    """When the plan was made, by `time.monotonic`."""
-    answer_scores: Callable[[], dict[str, float]] = dict
-    """Scores of answers to the held-out rows, for each evaluation."""
-    rollouts: StepRows | None = None
-    """Of a run that writes what it learns from."""
-    schedule: Schedule | None = None
-    """Of a run that ends at a time, and of a probe."""
-    is_probe: bool = False
-    """Whether nothing but its losses is asked for."""
+    began: float  # when the plan was made, by `time.monotonic`
+    answer_scores: Callable[[], dict[str, float]] = dict  # scores of answers to the held-out rows, for each evaluation
+    rollouts: StepRows | None = None  # of a run that writes what it learns from
+    schedule: Schedule | None = None  # of a run that ends at a time, and of a probe
+    is_probe: bool = False  # whether nothing but its losses is asked for
 
     @property
     def planned_steps(self) -> pack.Steps:
@@ -78,19 +72,11 @@ def equip(
     exact = prepared.recipe.quant.compute == "exact" or compute.products == integers.BOTH
     rows, learns = prepare.fingerprints(prepared), prepared.objective.name
     return Setup(
-        start=start,
-        world=world,
-        process=process,
-        run=run,
-        model=model,
-        pace=speed,
-        steps=steps,
-        held_out=held_out,
+        start=start, world=world, process=process, run=run, model=model, pace=speed, steps=steps, held_out=held_out,
         compute=compute,
         comparison=compare(prepared, steps, plan, world, limits, assembled.base.store, compute.products),
         memory_before=fit.memory_before_steps(run, assembled.model, speed, steps, held_out, tell),
         shards=shard.over(world, plan, assembled.model, tell.note),
         trained=points.trained_with(start.recipe, learns, rows, model.belongs_to),
-        notices=() if exact else (f"compute: {compute}",),
-        began=began,
-    )
+        notices=() if exact else (f"compute: {compute}",), began=began,
+    )  # fmt: skip

@@ -153,15 +153,11 @@ class RunHooks:
 
     stops_step: Callable[[], bool] = lambda: False
     """Whether a step is to end with the micro-batch under way, and training with it."""
-    stops_evaluation: Callable[[], bool] = lambda: False
-    """The same of an evaluation."""
-    on_stop: Callable[[], None] = lambda: None
-    """Called when some process was asked to stop: the run ends."""
+    stops_evaluation: Callable[[], bool] = lambda: False  # the same of an evaluation
+    on_stop: Callable[[], None] = lambda: None  # called when some process was asked to stop: the run ends
     on_evaluation: Callable[[], None] = lambda: None
-    answer_scores: Callable[[], dict[str, float]] = dict
-    """Scores of what the model writes to the held-out rows."""
-    rollouts: StepRows | None = None
-    """Of a run that writes what it learns from."""
+    answer_scores: Callable[[], dict[str, float]] = dict  # scores of what the model writes to the held-out rows
+    rollouts: StepRows | None = None  # of a run that writes what it learns from
 
 
 class StepTrainer(Trainer):
@@ -239,7 +235,7 @@ class StepTrainer(Trainer):
         total = torch.zeros((), device=self.args.device)
         parts: list[tuple[pack.MicroBatch, torch.Tensor]] = []
         waiting, done = self.pace.between(step.micro_batches), 0
-        watches: tuple[str, ...] = getattr(self.objective, "watches", ())
+        watches = self.objective.watches
         watched, of_step = np.zeros((len(watches), 2)), self._step_sums(model, inputs, waiting)
         if self._sum is not None:
             self._sum.begin()
@@ -283,18 +279,17 @@ class StepTrainer(Trainer):
     def _step_sums(self, model: Model, item: Document, waiting: list[pack.MicroBatch]) -> Batch:
         """What the loss of each micro-batch must know of the whole step, where the objective asks for something."""
         step, micro_batches = item["step"], item["micro_batches"]
-        if (step_of := getattr(self.objective, "step_of", None)) and getattr(self.objective, "coupled", False):
+        if self.objective.coupled:
             if len(waiting) == 1 and self.world.alone:  # a micro-batch is the step
                 return {}
             parts = ((rows, micro_batches.of(rows)) for rows in waiting)
             every = (lambda *of: self._dropout_of(step, *of)), (lambda *of: of_all(self.world, *of))
-            return {"step": step_of(model, parts, *every)}
-        names, asks = getattr(self.objective, "step_names", ()), getattr(self.objective, "step_sums", None)
-        if not names or asks is None:
+            return {"step": self.objective.step_of(model, parts, *every)}
+        if not (names := self.objective.step_names):
             return {}
         model.eval()
         with torch.no_grad():
-            sums: dict[str, float] = asks(model, micro_batches)
+            sums = self.objective.step_sums(model, micro_batches)
         model.train()
         return {"step": dict(zip(names, self._sums([sums[name] for name in names]), strict=True))}
 
@@ -403,7 +398,7 @@ class StepTrainer(Trainer):
 
     def floating_point_ops(self, inputs: Document) -> float:
         """4 FLOP a base parameter and token: forward and the gradient of the input; a frozen weight needs no third."""
-        return 4.0 * self.model.get_nb_trainable_parameters()[1] * inputs["step"].tokens
+        return 4.0 * self.model.get_nb_trainable_parameters()[1] * int(self.last["tokens"])
 
     def _loss_and_norm(self, total: torch.Tensor) -> tuple[float, float | None]:
         """The loss, and the norm of all gradients as the optimiser will see them; a card is waited for once. No norm

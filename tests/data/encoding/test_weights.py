@@ -13,7 +13,9 @@ import pytest
 
 from halfbyte.data import gates
 from halfbyte.data.encoding import encode as encoding
-from halfbyte.data.encoding.examples import IGNORED
+from halfbyte.data.encoding.encoder import Encoder
+from halfbyte.data.encoding.examples import IGNORED, Examples
+from halfbyte.data.encoding.render import Renderer
 from halfbyte.data.reading import formats
 from halfbyte.data.reading.formats import Row
 from halfbyte.data.reading.problems import BadRow
@@ -166,6 +168,34 @@ def test_rows_that_are_compared_take_no_weights(tokenizer: Any, make_data: Any) 
     better, worse = row_of(make_data(), U, {**A, "weight": 0.5}), row_of(make_data(), U, {**A, "content": "no"})
     with pytest.raises(DataError, match="weights of messages or parts are for"):
         encode([Row("t:1", messages=better.messages, rejected=worse)], tokenizer, make_data(max_length=4096))
+
+
+def test_a_refused_row_leaves_the_texts_of_others_alone(tokenizer: Any, make_data: Any) -> None:
+    """A pair with weights between two without: these are what they are without it."""
+    data = make_data(max_length=4096)
+    talks = [("red", "no", {}), ("blue", "never", {"weight": 0.5}), ("green", "not at all", {})]
+    rows = [
+        Row(
+            f"t:{n}",
+            messages=row_of(data, U, {**A, "content": better, **more}).messages,
+            rejected=row_of(data, U, {**A, "content": worse}),
+        )
+        for n, (better, worse, more) in enumerate(talks)
+    ]
+    part, tally = Encoder(tokenizer, data).encode(rows)
+    assert tally.refused.count == 1 and "t:1: weights of messages" in tally.refused.first()
+    assert [*Examples([part])] == [*encode([rows[0], rows[2]], tokenizer, data).examples]
+
+
+def test_a_weight_of_one_everywhere_says_nothing(tokenizer: Any, make_data: Any) -> None:
+    """Such rows may be compared, and need no fast tokenizer."""
+    data = make_data(max_length=4096, mask="assistant")
+    row = row_of(data, {**U, "weight": 0}, {**A, "weight": 1}, U, {**A, "weight": 1.0})
+    assert Renderer(tokenizer, data).render(row).weights is None
+    one, none = ((U, {**A, **more}) for more in ({"weight": 1}, {}))
+    worse = row_of(data, U, {**A, "content": "no"})
+    pairs = [Row("t:1", messages=row_of(data, *talk).messages, rejected=worse) for talk in (one, none)]
+    assert [*encode(pairs[:1], tokenizer, data).examples] == [*encode(pairs[1:], tokenizer, data).examples]
 
 
 BAD: list[Any] = [

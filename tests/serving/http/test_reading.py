@@ -5,20 +5,27 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openai
 import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from halfbyte import finetune
-from halfbyte.errors import RecipeError
-from halfbyte.inference import labels, vectors
+from halfbyte.data.encoding.examples import Example
+from halfbyte.errors import DataError, RecipeError
+from halfbyte.inference import vectors
 from halfbyte.inference.load import open_run
 from halfbyte.objectives.labels import Labels
 from halfbyte.serving import names, reader
+from halfbyte.serving.http import reading
 from tests import tiny_run
 from tests.objectives.test_vectors import WORDS
 from tests.serving.http.test_app import Running
@@ -42,6 +49,27 @@ def served(folder: Path, waiting: int = 128) -> reader.TextReader:
     return reader.TextReader(open_run(folder), "one", waiting)
 
 
+def plain_vectors(folder: Path, texts: Sequence[str]) -> Any:
+    """By transformers and PEFT: the last token's hidden state of each text, of unit length."""
+    model = PeftModel.from_pretrained(
+        AutoModel.from_pretrained(folder.parent / "model", dtype=torch.float32), str(folder / "sentence_transformer")
+    ).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder.parent / "model")
+    with torch.no_grad():
+        last = [model(torch.tensor([tokenizer(text).input_ids])).last_hidden_state[0, -1] for text in texts]
+    return torch.nn.functional.normalize(torch.stack(last), dim=-1).numpy()
+
+
+def plain_scores(folder: Path, texts: Sequence[tuple[str, ...]]) -> Any:
+    """By transformers and PEFT: what the head says of texts or pairs."""
+    base, adapter = folder.parent / "model", folder / "adapter"
+    config = AutoConfig.from_pretrained(adapter / "head")
+    classifier = AutoModelForSequenceClassification.from_pretrained(base, config=config, dtype=torch.float32)
+    model, tokenizer = PeftModel.from_pretrained(classifier, str(adapter)).eval(), AutoTokenizer.from_pretrained(base)
+    with torch.no_grad():
+        return torch.cat([model(torch.tensor([tokenizer(*text).input_ids])).logits for text in texts]).numpy()
+
+
 @pytest.fixture(scope="module")
 def embeds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running, reader.TextReader]]:
     one = served(trained(tmp_path_factory.mktemp("embed"), "embed"))
@@ -62,7 +90,7 @@ def test_sixty_four_clients_get_their_own_vectors(embeds: tuple[Running, reader.
               for i, text in enumerate(texts))
         )  # fmt: skip
 
-    answers, wanted = asyncio.run(all_of_them()), vectors.of_texts(one.opened, [*texts, "red"])
+    answers, wanted = asyncio.run(all_of_them()), plain_vectors(one.opened.run, [*texts, "red"])
     for i, answer in enumerate(answers):
         got = [row.embedding for row in answer.data]
         got = [np.frombuffer(base64.b64decode(g), "<f4") if isinstance(g, str) else g for g in got]
@@ -74,7 +102,7 @@ def test_dimensions_tokens_and_prompts(embeds: tuple[Running, reader.TextReader]
     running, one = embeds
     client = running.client()
     (short,) = client.embeddings.create(model="one", input="red cup", dimensions=8).data
-    whole = vectors.of_texts(one.opened, ["red cup", "ask: red cup"])
+    whole = plain_vectors(one.opened.run, ["red cup", "ask: red cup"])
     np.testing.assert_allclose(short.embedding, whole[0, :8] / np.linalg.norm(whole[0, :8]), atol=1e-5)
     ids = one.opened.tokenizer("red cup").input_ids
     np.testing.assert_allclose(client.embeddings.create(model="one", input=ids).data[0].embedding, whole[0], atol=1e-5)
@@ -86,17 +114,75 @@ def test_dimensions_tokens_and_prompts(embeds: tuple[Running, reader.TextReader]
     assert client.models.list().data[0].id == "one"
 
 
-def test_a_full_queue_says_when_to_come_again(tmp_path: Path, embeds: tuple[Running, reader.TextReader]) -> None:
-    full = Running(reader.TextReader(embeds[1].opened, "one", 0))
-    with pytest.raises(openai.RateLimitError):
-        full.client().embeddings.create(model="one", input="red")
+def test_a_full_queue_says_when_to_come_again(embeds: tuple[Running, reader.TextReader]) -> None:
+    """With a queue of none who comes while nothing is read is read, and who comes meanwhile is not."""
+    one = reader.TextReader(embeds[1].opened, "one", 0)
+    full, begun, ends, read = Running(one), threading.Event(), threading.Event(), one._read
+
+    def slow(rows: list[Example]) -> Any:
+        begun.set()
+        assert ends.wait(20)
+        return read(rows)
+
+    one._read = slow  # type: ignore[method-assign]
+    with ThreadPoolExecutor(1) as other:
+        first = other.submit(full.client().embeddings.create, model="one", input="red")
+        assert begun.wait(20)
+        with pytest.raises(openai.RateLimitError):
+            full.client().embeddings.create(model="one", input="red")
+        ends.set()
+        assert len(first.result().data) == 1
+    assert len(full.client().embeddings.create(model="one", input="red").data) == 1
     full.end()
+
+
+def test_a_request_that_fails_fails_alone_and_is_logged(
+    embeds: tuple[Running, reader.TextReader], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of three that are read together one breaks the model: the others get their own vectors."""
+    one = reader.TextReader(embeds[1].opened, "one", 8)
+    read, bad, turns = one._read, one.opened.tokenizer("tree").input_ids, list[int]()
+
+    def breaks(rows: list[Example]) -> Any:
+        turns.append(len(rows))
+        if any(list(row.input_ids) == bad for row in rows):
+            raise RuntimeError("a broken kernel")
+        return read(rows)
+
+    one._read = breaks  # type: ignore[method-assign]
+
+    async def all_three() -> list[Any]:
+        return await asyncio.gather(*(one.read([(w,)]) for w in ("red", "tree", "box")), return_exceptions=True)
+
+    red, tree, box = asyncio.run(all_three())
+    assert turns[0] == 3 and isinstance(tree, RuntimeError)
+    wanted = plain_vectors(one.opened.run, ["red", "box"])
+    np.testing.assert_allclose(np.concatenate([red[0], box[0]]), wanted, atol=1e-5)
+    assert [r.getMessage() for r in caplog.records] == [
+        "a request of 1 texts has failed: RuntimeError: a broken kernel"
+    ]
+
+
+def test_a_text_of_no_token_is_refused_alone(embeds: tuple[Running, reader.TextReader]) -> None:
+    running, one = embeds
+    empty = one.opened.tokenizer("").input_ids
+    assert not empty, "this tokenizer has no special tokens"
+    assert running.post({"input": ["red", "\u200b"]}, "/v1/embeddings").status_code == 200
+    with pytest.raises(DataError, match=r"a text of which the tokenizer makes no token: ''"):
+        vectors.of_texts(one.opened, ["red", ""])
+    assert isinstance(one._rows([("red",), ("",)]), DataError)
+
+
+def test_scores_are_raw_or_refused(embeds: tuple[Running, reader.TextReader]) -> None:
+    asked = {"query": "red", "texts": ["box"]}
+    answers = [embeds[0].post({**asked, "raw_scores": raw}, "/rerank").status_code for raw in (True, False)]
+    assert answers == [200, 400]
 
 
 def test_rankings_by_vectors_as_vllm_and_tei_have_them(embeds: tuple[Running, reader.TextReader]) -> None:
     running, one = embeds
     passages = ["box", "red cup", "old road"]
-    query, *others = vectors.of_texts(one.opened, ["ask: red", *passages])
+    query, *others = plain_vectors(one.opened.run, ["ask: red", *passages])
     scores = np.array(others) @ query
     order = np.argsort(-scores).tolist()
     got = running.post({"model": "one", "query": "red", "documents": passages, "top_n": 2}, "/rerank").json()
@@ -107,24 +193,37 @@ def test_rankings_by_vectors_as_vllm_and_tei_have_them(embeds: tuple[Running, re
     assert running.post({"input": "red"}, "/classify").status_code == 400
 
 
-def test_labels_and_scores_of_pairs(tmp_path: Path) -> None:
+def test_answers_are_written_outside_of_the_event_loop(
+    embeds: tuple[Running, reader.TextReader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request of many vectors keeps no other waiting while its numbers become text."""
+    threads, real, encode = set[str](), reading.unit, reading.Json.__init__
+    seen = lambda: threads.add(threading.current_thread().name)  # noqa: E731
+    monkeypatch.setattr(reading, "unit", lambda numbers: (seen(), real(numbers))[1])
+    monkeypatch.setattr(reading.Json, "__init__", lambda self, *a, **k: (seen(), encode(self, *a, **k))[1])
+    assert embeds[0].post({"input": ["red", "box"]}, "/v1/embeddings").status_code == 200
+    assert threads and embeds[0].thread.name not in threads
+
+
+def test_labels_and_scores_of_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for task in ("classify", "regress"):
         (tmp_path / task).mkdir()
         one = served(trained(tmp_path / task, task))
-        running, objective = Running(one), Labels.at(one.opened.run / "adapter")
-        if task == "classify":
-            got = running.post({"model": "one", "input": ["red", "tree"]}, "/classify").json()
-            wanted = labels.predictions(one.opened, objective, [("red",), ("tree",)])
-            assert [row["label"] for row in got["data"]] == [row["prediction"] for row in wanted]
-            assert got["data"][0]["probs"] == pytest.approx([*wanted[0]["probabilities"].values()], abs=1e-5)
-            assert got["data"][0]["num_classes"] == 2
-        else:
-            got = running.post({"query": "red", "documents": ["box", "road"]}, "/v1/rerank").json()
-            wanted = [
-                a["prediction"] for a in labels.predictions(one.opened, objective, [("red", "box"), ("red", "road")])
-            ]
-            scores = {row["index"]: row["relevance_score"] for row in got["results"]}
-            assert [scores[0], scores[1]] == pytest.approx(wanted, abs=1e-5)
+        running = Running(one)
+        with monkeypatch.context() as patch:
+            if task == "classify":
+                patch.setattr(Labels, "at", lambda *_: pytest.fail("read again for a request"))
+                got = running.post({"model": "one", "input": ["red", "tree"]}, "/classify").json()
+                powers = np.exp(plain_scores(one.opened.run, [("red",), ("tree",)]))
+                wanted = powers / powers.sum(1, keepdims=True)
+                assert [row["label"] for row in got["data"]] == [["early", "late"][p.argmax()] for p in wanted]
+                np.testing.assert_allclose([row["probs"] for row in got["data"]], wanted, atol=1e-5)
+                assert got["data"][0]["num_classes"] == 2
+            else:
+                got = running.post({"query": "red", "documents": ["box", "road"]}, "/v1/rerank").json()
+                scores = {row["index"]: row["relevance_score"] for row in got["results"]}
+                wanted = plain_scores(one.opened.run, [("red", "box"), ("red", "road")])
+                np.testing.assert_allclose([scores[0], scores[1]], wanted[:, 0], atol=1e-5)
         running.end()
     assert names.of_other_task([f"a={tmp_path / 'classify' / 'run'}"]) is not None
     with pytest.raises(RecipeError, match="is served alone"):

@@ -34,18 +34,12 @@ Location = str | os.PathLike[str]
 
 
 def quantize_model(
-    module: Module,
-    weights: Location | None = None,
-    *,
-    quant: settings.Asked = "nf4",
-    skip_modules: Iterable[str] | None = None,
-    keep_in_fp32_modules: Iterable[str] | None = None,
-    device_map: str | Mapping[str, object] | None = None,
-    offload_folder: Location | None = None,
-    dtype: str | torch.dtype = "auto",
-    max_memory: Mapping[object, object] | None = None,
+    module: Module, weights: Location | None = None, *, quant: settings.Asked = "nf4",
+    skip_modules: Iterable[str] | None = None, keep_in_fp32_modules: Iterable[str] | None = None,
+    device_map: str | Mapping[str, object] | None = None, offload_folder: Location | None = None,
+    dtype: str | torch.dtype = "auto", max_memory: Mapping[object, object] | None = None,
     no_split_module_classes: Iterable[str] | None = None,
-) -> Module:
+) -> Module:  # fmt: skip
     """Hold the linear layers and the stacked experts of a module in few bits; it is changed in place and returned.
 
     Args:
@@ -95,15 +89,11 @@ def quantize_model(
 
 
 def load_and_quantize_model(
-    model: Module,
-    bnb_quantization_config: BnbQuantizationConfig,
-    weights_location: Location | None = None,
-    device_map: str | Mapping[str, object] | None = None,
-    no_split_module_classes: Iterable[str] | None = None,
-    max_memory: Mapping[object, object] | None = None,
-    offload_folder: Location | None = None,
+    model: Module, bnb_quantization_config: BnbQuantizationConfig, weights_location: Location | None = None,
+    device_map: str | Mapping[str, object] | None = None, no_split_module_classes: Iterable[str] | None = None,
+    max_memory: Mapping[object, object] | None = None, offload_folder: Location | None = None,
     offload_state_dict: bool = False,
-) -> Module:
+) -> Module:  # fmt: skip
     """`quantize_model` under the names of accelerate's function. `offload_state_dict` changes nothing: no state dict is
     ever in memory."""
     return quantize_model(

@@ -63,14 +63,9 @@ def uses_card(device_map: str | Mapping[str, object] | None, device: machine.Dev
 
 
 def resolve(
-    root: nn.Module,
-    survey: Survey,
-    settings: ModuleSettings,
-    device_map: str | Mapping[str, object] | None,
-    *,
-    max_memory: Mapping[object, object] | None = None,
-    unsplit_classes: Iterable[str] = (),
-) -> Places:
+    root: nn.Module, survey: Survey, settings: ModuleSettings, device_map: str | Mapping[str, object] | None, *,
+    max_memory: Mapping[object, object] | None = None, unsplit_classes: Iterable[str] = (),
+) -> Places:  # fmt: skip
     """Decide for every tensor. Raises BaseModelError: a map with unknown names, tensors that it does not cover, or a
     device that is not here."""
     parts, device = tuple(parts_of(root, unsplit_classes)), machine.detect()

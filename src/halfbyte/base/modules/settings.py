@@ -51,13 +51,9 @@ class ModuleSettings:
 
 
 def read(
-    asked: Asked,
-    dtype: str | torch.dtype = "auto",
-    skip: Iterable[str] | None = None,
-    fp32: Iterable[str] | None = None,
-    *,
-    on_card: bool = False,
-) -> ModuleSettings:
+    asked: Asked, dtype: str | torch.dtype = "auto", skip: Iterable[str] | None = None,
+    fp32: Iterable[str] | None = None, *, on_card: bool = False,
+) -> ModuleSettings:  # fmt: skip
     """The settings of a call. `dtype`: auto, bf16, fp16, fp32 or a torch.dtype; anything but auto goes before what
     `asked` says. Raises RecipeError: values that are unknown or exclude each other; all of them at once."""
     values, rest_dtype = _fields(asked)

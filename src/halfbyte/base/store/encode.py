@@ -62,13 +62,9 @@ class TensorReader:
     it has been used. `hashes`: gets the hash of each tensor of the source, by its name; None makes none."""
 
     def __init__(
-        self,
-        source: Source,
-        quant: Quant,
-        *,
-        on_read: Callable[[int], None] = lambda nbytes: None,
+        self, source: Source, quant: Quant, *, on_read: Callable[[int], None] = lambda nbytes: None,
         hashes: dict[str, str] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.source, self.quant = source, quant
         self.on_read, self.hashes = on_read, hashes
         self.buffer = np.empty(0, np.uint8)

@@ -68,8 +68,7 @@ class EncodedRows:
 
     examples: Examples
     tally: Tally
-    texts: int | None = None
-    """How many texts the blocks hold, with `data.packing: stream`; else None."""
+    texts: int | None = None  # how many texts the blocks hold, with `data.packing: stream`; else None
     shared: NDArray[np.int64] | None = None
     """(rows,) tokens of each row that its texts share, and that are computed once; None: none are."""
     sources: SourceRows | None = None
@@ -117,11 +116,9 @@ class EncodedRows:
 @dataclass
 class EncodedChunk:
     problems: Problems
-    batch: pa.RecordBatch | None = None
-    """Of `examples.SCHEMA`; None where nothing was encoded."""
+    batch: pa.RecordBatch | None = None  # of `examples.SCHEMA`; None where nothing was encoded
     tally: Tally = field(default_factory=Tally)
-    error: HalfbyteError | None = None
-    """Why none of its rows could be encoded."""
+    error: HalfbyteError | None = None  # why none of its rows could be encoded
 
 
 class Encoder:
@@ -175,16 +172,17 @@ class Encoder:
         several = list[Row]()  # rows whose texts are rendered, one after another
         for row in rows:
             try:
-                rendered += (texts_of := [self._renderer.render(text) for text in row.texts])
+                texts_of = [self._renderer.render(text) for text in row.texts]
                 if (len(texts_of) > 1 or row.desirable is not None) and any(t.weights is not None for t in texts_of):
                     raise Refused("weights of messages or parts are for train.method sft")
                 several.append(row)
+                rendered += texts_of  # of rows that are not refused
             except Refused as refused:
                 tally.refused.add(f"{row.where}: {refused}")
         of_row = len(several[0].texts) if several else 1
         whole = ("".join(r.text for r in rendered[i : i + of_row]) for i in range(0, len(rendered), of_row))
         tally.different.update(hashlib.sha256(t.encode()).hexdigest() for t in islice(dict.fromkeys(whole), 2))
-        tally.weighed = sum(text.weights is not None and bool((text.weights != 1).any()) for text in rendered)
+        tally.weighed = sum(text.weights is not None for text in rendered)
         in_turn = iter(self._lexer.tokenize(rendered))
         each = [[self._fit(text, tally) for text in islice(in_turn, of_row)] for _ in several]
         fits = [(row, [t for t in texts if t is not None]) for row, texts in zip(several, each, strict=True)]

@@ -47,19 +47,15 @@ class Example:
     labels: tuple[int, ...]
     """As long as `input_ids` and not shifted; -100 where no loss is taken, and always at the first token."""
     where: str
-    prompt_ids: tuple[int, ...]
-    """What generation starts from to answer this row."""
-    completion: str
-    """The reference answer: the last assistant text; empty for plain text."""
+    prompt_ids: tuple[int, ...]  # what generation starts from to answer this row
+    completion: str  # the reference answer: the last assistant text; empty for plain text
     starts: tuple[int, ...] = (0,)
     """Where each text begins; attention does not cross it. A block of several texts has more than one, and a pair of
     answers, each behind its prompt."""
-    desirable: bool | None = None
-    """Whether the answer is a good one; None where nobody says."""
+    desirable: bool | None = None  # whether the answer is a good one; None where nobody says
     reference: tuple[float, ...] = ()
     """Of each text the log-probability that the reference gives its labels, once it is known."""
-    weights: tuple[float, ...] = ()
-    """What each label counts for, as long as `labels`; empty where each counts once."""
+    weights: tuple[float, ...] = ()  # what each label counts for, as long as `labels`; empty where each counts once
 
     @property
     def labelled(self) -> int:
@@ -93,16 +89,12 @@ class TokenizedRow:
     ids: list[int]
     spans: list[tuple[int, int]]
     where: str
-    prompt: list[int]
-    """What generation starts from; nearly always the row's own first ids."""
+    prompt: list[int]  # what generation starts from; nearly always the row's own first ids
     completion: str
-    starts: tuple[int, ...] = ()
-    """Of the texts after the first."""
-    alike: int = 0
-    """Tokens that the first two texts begin with alike."""
+    starts: tuple[int, ...] = ()  # of the texts after the first
+    alike: int = 0  # tokens that the first two texts begin with alike
     desirable: bool | None = None
-    weights: tuple[float, ...] = ()
-    """What the labels of each span count for; none where all count once."""
+    weights: tuple[float, ...] = ()  # what the labels of each span count for; none where all count once
 
     @property
     def labelled(self) -> int:
@@ -185,8 +177,7 @@ def in_order(rows: Iterable[NDArray[np.uint32]]) -> list[int]:
 class Examples(Sequence[Example]):
     """All rows, as record batches of `SCHEMA`; each is made into an `Example` when it is asked for."""
 
-    reference: NDArray[np.float64] | None = None
-    """(rows, texts) of `Example.reference`, once it is known."""
+    reference: NDArray[np.float64] | None = None  # (rows, texts) of `Example.reference`, once it is known
 
     def __init__(self, batches: Iterable[pa.RecordBatch]) -> None:
         self.batches = [b for b in batches if b.num_rows]

@@ -140,7 +140,7 @@ class Renderer:
         weights = self._weights(text, spans)
         if any(given[i].weight is not None or given[i].parts for i in of):
             of_messages = self._weights_of_messages(whole, given, messages, of)[: len(text) + 1]
-            weights = of_messages if weights is None else weights * of_messages
+            weights = _unless_alike(of_messages if weights is None else weights * of_messages)
         if self._mask == "completion" and answers:
             self.seen.notices[
                 "of several assistant turns only the last is trained; data.mask: assistant trains each"
@@ -183,7 +183,7 @@ class Renderer:
                 for match in pattern.finditer(text, start, ends[0].start() if ends else stop):
                     first, last = match.span(min(1, pattern.groups))
                     weights[max(0, first) : max(0, last)] *= weight
-        return weights
+        return _unless_alike(weights)
 
     def _weights_of_messages(
         self, text: str, given: Sequence[ChatMessage], messages: tuple[ChatMessage, ...],
@@ -395,6 +395,11 @@ class Renderer:
     def _count_special(self, texts: Iterable[str]) -> None:
         if any(self._special.search(t) for t in texts):
             self.seen.notices["the text holds a special token of this tokenizer, and is read as that token"] += 1
+
+
+def _unless_alike(weights: NDArray[np.float64]) -> NDArray[np.float64] | None:
+    """None where each character counts once: a `weight: 1` in every row says nothing."""
+    return weights if bool((weights != 1).any()) else None
 
 
 def _other(message: ChatMessage) -> tuple[ChatMessage, str]:

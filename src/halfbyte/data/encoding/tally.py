@@ -23,35 +23,27 @@ from halfbyte.types import Document
 class Tally:
     """Counts of rows and tokens. Kept rows: those that are trained on."""
 
-    seen: int = 0
-    """Rows that were to be encoded."""
+    seen: int = 0  # rows that were to be encoded
     kept: int = 0
-    texts: int = 0
-    """Rows that are plain text."""
+    texts: int = 0  # rows that are plain text
     different: Counter[str] = field(default_factory=Counter)
     """Hashes of the first two different rows of each chunk, as text: more than one where not all rows are the same."""
-    weighed: int = 0
-    """Rows of which parts are masked, or count for more or less than others."""
+    weighed: int = 0  # rows of which parts are masked, or count for more or less than others
     truncated: int = 0
-    longest: int = 0
-    """Tokens of the longest row that is over `data.max_length`; 0 if there is none."""
+    longest: int = 0  # tokens of the longest row that is over `data.max_length`; 0 if there is none
     refused: Problems = field(default_factory=Problems)
     long: Problems = field(default_factory=Problems)
     skipped: Problems = field(default_factory=Problems)
-    endless: Problems = field(default_factory=Problems)
-    """Kept rows without an end token among their labels."""
-    empty: Problems = field(default_factory=Problems)
-    """Kept rows whose labels are all special tokens: an empty answer."""
+    endless: Problems = field(default_factory=Problems)  # kept rows without an end token among their labels
+    empty: Problems = field(default_factory=Problems)  # kept rows whose labels are all special tokens: an empty answer
     lost_thoughts: Problems = field(default_factory=Problems)
     """Trained messages whose thoughts the chat template does not write."""
     open_thoughts: Problems = field(default_factory=Problems)
     """Messages with <think> and no </think>, or the other way round."""
     empty_thoughts: Problems = field(default_factory=Problems)
     notices: Counter[str] = field(default_factory=Counter)
-    sources: Counter[str] = field(default_factory=Counter)
-    """Kept rows of each file, in the order of the rows."""
-    used: Counter[int] = field(default_factory=Counter)
-    """Token id -> how often the kept rows hold it."""
+    sources: Counter[str] = field(default_factory=Counter)  # kept rows of each file, in the order of the rows
+    used: Counter[int] = field(default_factory=Counter)  # token id -> how often the kept rows hold it
 
     def keep(self, rows: Iterable[TokenizedRow], ends: frozenset[int], special: frozenset[int]) -> None:
         """Count rows that are trained on. `ends` end a turn or a text; tokens that are `special` are no words."""

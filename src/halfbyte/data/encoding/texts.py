@@ -14,8 +14,14 @@ from itertools import accumulate
 from halfbyte.data.encoding.examples import TokenizedRow
 from halfbyte.data.encoding.tally import Tally
 from halfbyte.data.reading.formats import Row
+from halfbyte.errors import DataError
 from halfbyte.recipe.data import Data
 from halfbyte.types import Tokenizer
+
+NO_TOKEN = "a text of which the tokenizer makes no token"
+_FAST = (
+    "a model with a tokenizer.json; AutoTokenizer.from_pretrained(MODEL).save_pretrained(MODEL) writes one where it can"
+)
 
 
 def tokenize(tokenizer: Tokenizer, rows: Sequence[Row], data: Data, tally: Tally) -> list[TokenizedRow]:
@@ -34,6 +40,7 @@ def tokenize(tokenizer: Tokenizer, rows: Sequence[Row], data: Data, tally: Tally
         lengths = [len(ids) for ids, _ in of_row]
         begins, longest = accumulate(lengths, initial=0), max(lengths)
         marks = [at + mark for at, (_, marks) in zip(begins, of_row, strict=False) for mark in marks]
+        marks = marks if min(lengths) else []
         together = [token for ids, _ in of_row for token in ids]
         tokens = TokenizedRow(together, [(mark, mark + 1) for mark in marks], row.where, [], row.completion or "")
         if _fits(tokens, longest, data, tally):
@@ -47,7 +54,7 @@ def _fits(row: TokenizedRow, longest: int, data: Data, tally: Tally) -> bool:
         tally.longest = max(tally.longest, longest)
         (tally.skipped if data.overlong == "skip" else tally.long).add(f"{row.where}: {longest:,} tokens")
     elif not row.spans:
-        tally.skipped.add(f"{row.where}: no token of it gets a tag")
+        tally.skipped.add(f"{row.where}: {'no token of it gets a tag' if data.format == 'tags' else NO_TOKEN}")
     return bool(row.spans) and (longest <= data.max_length or data.overlong == "error")
 
 
@@ -56,6 +63,8 @@ def tagged(
 ) -> tuple[list[int], list[int], list[tuple[int, int]]]:
     """The tokens of words, joined by spaces, or of a text; which of them get a tag, the first ones of words or all but
     special ones; and of each its characters in the text, of words the word's."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise DataError("task tag needs a fast tokenizer (tokenizer.json), and this one is slow.", fix=_FAST)
     text, how = " ".join(parts), {} if cut is None else {"truncation": True, "max_length": cut}
     read = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False, **how)
     ends = list(accumulate(len(part) + 1 for part in parts))
@@ -98,7 +107,8 @@ def tokens_of(
 ) -> list[tuple[list[int], list[int]]]:
     """The tokens of texts and pairs, the tokenizer's own special ones among them, cut to `cut` tokens as the tokenizer
     cuts; and which of them are marked: where the second text of a pair begins, if the tokenizer says so, and the last.
-    What transformers takes for padding at a text's end is left out: its classes pool the token before it."""
+    What transformers takes for padding at a text's end is left out: its classes pool the token before it. Where a text
+    has no token of its own, nothing is marked."""
     every = [(list[int](), list[int]())] * len(texts)
     how = {} if cut is None else {"truncation": True, "max_length": cut}
     for count in {len(text) for text in texts}:
@@ -110,5 +120,6 @@ def tokens_of(
             while len(tokens) > 1 and tokens[-1] == tokenizer.pad_token_id:
                 tokens.pop()
             last = len(tokens) - 1
-            every[number] = tokens, [*([types.index(1)] if 1 in types[:last] else []), last]
+            seconds = [types.index(1)] if 1 in types[: last + 1] else []
+            every[number] = tokens, [*seconds, last] if tokens and last not in seconds else []
     return every

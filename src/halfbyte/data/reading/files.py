@@ -36,10 +36,8 @@ class RowSource:
     path: Path
     label: str
     gz: bool = False
-    hub: tuple[tuple[str, str], ...] = ()
-    """Arguments of `datasets.load_dataset`, `path` among them."""
-    entry: DataEntry | None = None
-    """That says how it is read; None: as the recipe's `data` says."""
+    hub: tuple[tuple[str, str], ...] = ()  # arguments of `datasets.load_dataset`, `path` among them
+    entry: DataEntry | None = None  # that says how it is read; None: as the recipe's `data` says
     part: tuple[int, int] | None = None
     """Only what begins at bytes [start, stop) of JSON lines, or row groups of Parquet; None: all."""
 

@@ -40,14 +40,12 @@ Parts = tuple[tuple[int, int, float], ...]
 class ChatMessage:
     role: str
     content: str
-    train: bool = True
-    """False on an assistant message: it is context and gets no labels."""
+    train: bool = True  # False on an assistant message: it is context and gets no labels
     more: Mapping[str, Any] = field(default_factory=dict)
     """What else the chat template gets: tool_calls, tool_call_id, name, reasoning_content, thinking."""
     weight: float | None = None
     """What each of its tokens counts for, where the row says so; who is no assistant trains only then."""
-    parts: Parts = ()
-    """Of `content`, where the row says so; later ones win."""
+    parts: Parts = ()  # of `content`, where the row says so; later ones win
 
     @property
     def trains(self) -> bool:
@@ -62,8 +60,7 @@ class ChatMessage:
 class Row:
     """One example as its file has it: `messages`, or `prompt` and `completion`, or `text`."""
 
-    where: str
-    """File name and line, `train.jsonl:12`."""
+    where: str  # file name and line, `train.jsonl:12`
     messages: tuple[ChatMessage, ...] | None = None
     prompt: str | None = None
     completion: str | None = None

@@ -40,8 +40,7 @@ class Chunk:
 
     source: RowSource
     records: Group
-    known: Known | None
-    """The format and the keys of the source's first good record; None before it."""
+    known: Known | None  # the format and the keys of the source's first good record; None before it
 
 
 def look(names: Sources, data: Data) -> None:
@@ -234,7 +233,7 @@ def understand(chunk: Chunk, data: Data) -> tuple[list[Row], Problems]:
 
 
 def _full_name(source: RowSource, number: int) -> str:
-    return f"{source.path.parent / source.where(number)}"
+    return source.where(number) if source.hub else f"{source.path.parent / source.where(number)}"
 
 
 def groups(numbered: Iterable[tuple[int, records.Record]]) -> Iterator[Group]:

@@ -1,1 +1,3 @@
 """Passes over memory that torch does not have, a folder for each kind of device."""
+
+ALL_TOKENS = 1 << 40  # before or behind a token: more than any text has

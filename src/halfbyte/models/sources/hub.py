@@ -22,12 +22,12 @@ from halfbyte.models.sources.safetensors import INDEX, SINGLE, indexed_files
 log = logging.getLogger("halfbyte")
 HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[^@\s]+))?")
 # Everything a model needs but its weights. Code is fetched because it is small; running it is another question.
-NO_WEIGHTS = ["config.json", "adapter_config.json", "*.py", *DESCRIPTIONS]
+NO_WEIGHTS = ["config.json", "adapter_config.json", "1_Pooling/config.json", "*.py", *DESCRIPTIONS]
 # Not `*.safetensors`: some repositories hold the same weights a second time under another name.
 WEIGHTS = [SINGLE, INDEX, "model-*.safetensors"]
 PICKLED_WEIGHTS = [PICKLE, PICKLE_INDEX, "pytorch_model-*.bin"]
-# fnmatch's star crosses folders; what lies in one (onnx/, original/) is never read.
-NESTED = ["*/*"]
+# fnmatch's star crosses folders; what lies in one (onnx/, original/) is never read, but for sentence-transformers' own.
+NESTED = ["[!1]*/*", "1[!_]*/*"]
 # How long the hub may take until it is connected (name service, proxy, TCP), and from there to its first line.
 CONNECTS_S, ANSWERS_S = 4.0, 20.0
 _SLICE_S = 0.1

@@ -6,6 +6,7 @@ Source: the `openai` package, 3.57, types/embedding; vLLM's pooling protocols; t
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import time
 import uuid
@@ -23,8 +24,6 @@ from starlette.routing import Route
 from halfbyte.errors import DataError
 from halfbyte.inference import labels
 from halfbyte.inference.vectors import unit
-from halfbyte.objectives.labels import Labels
-from halfbyte.recipe.adapter import folder_of
 from halfbyte.recipe.task import CLASSIFY, EMBED, REGRESS
 from halfbyte.scoring.labels import probabilities
 from halfbyte.serving.http import wire
@@ -59,19 +58,19 @@ class ClassificationRequest(TextsRequest):
 
 
 class RerankRequest(TextsRequest):
-    """`documents` and `top_n` are vLLM's, `texts` and `return_text` TEI's, which is answered in its own form."""
+    """`documents` and `top_n` are vLLM's, `texts` and `return_text` TEI's, answered in its own form; scores are raw."""
 
     query: Words
     documents: Several | None = None
     texts: Several | None = None
     top_n: Annotated[int, Field(ge=0)] = 0
     return_text: bool = False
-    raw_scores: bool = False
+    raw_scores: Literal[True] = True
 
 
 def application(reader: TextReader) -> Starlette:
     async def answer(way: Way, http: Http) -> Response:
-        return Json(await way(reader, await http.body()))
+        return await asyncio.to_thread(Json, await way(reader, await http.body()))
 
     async def models(http: Http) -> Response:
         one = {"id": reader.name, "object": "model", "created": 0, "owned_by": "halfbyte"}
@@ -103,22 +102,25 @@ async def embeddings(reader: TextReader, body: bytes) -> Document:
     if (most := asked.dimensions or vectors.shape[1]) > vectors.shape[1]:
         what = f"dimensions: a vector has {vectors.shape[1]:,} numbers."
         raise Refusal(400, what, code="invalid_value", param="dimensions")
-    numbers = unit(vectors[:, :most]).astype("<f4")
-    if asked.encoding_format == "float":
-        every = numbers.tolist()
-    else:
-        every = [base64.b64encode(row.tobytes()).decode() for row in numbers]
-    rows = [{"object": "embedding", "index": i, "embedding": one} for i, one in enumerate(every)]
-    return {"object": "list", "data": rows, **about}
+
+    def written() -> Document:
+        numbers = unit(vectors[:, :most]).astype("<f4")
+        if asked.encoding_format == "float":
+            every = numbers.tolist()
+        else:
+            every = [base64.b64encode(row.tobytes()).decode() for row in numbers]
+        rows = [{"object": "embedding", "index": i, "embedding": one} for i, one in enumerate(every)]
+        return {"object": "list", "data": rows, **about}
+
+    return await asyncio.to_thread(written)  # of two thousand vectors a second, for which others would wait
 
 
 async def classify(reader: TextReader, body: bytes) -> Document:
     asked = wire.read(ClassificationRequest, body)
     texts = [asked.input] if isinstance(asked.input, str) else asked.input
     scores, about = await _read(reader, asked, [(text,) for text in texts], CLASSIFY)
-    objective = Labels.at(folder_of(reader.opened.run))
-    every = probabilities(scores.astype(float), several=objective.several)
-    names = [labels.answer_of(objective, p)["prediction"] for p in every]
+    every = probabilities(scores.astype(float), several=reader.labels.several)
+    names = [labels.answer_of(reader.labels, p)["prediction"] for p in every]
     data = [
         {"index": i, "label": name, "probs": p.tolist(), "num_classes": len(p)}
         for i, (name, p) in enumerate(zip(names, every, strict=True))

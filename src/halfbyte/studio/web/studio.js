@@ -19,7 +19,7 @@ const FORMATS = { auto: ["prompt", "completion"], prompt_completion: ["prompt", 
 const OF_KIND = { classify: "labels", embed: "vectors" }; // the format that a preset reads
 const GGUF = ["Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "F16", "BF16"];
 let now = { data: [], recipes: [], runs: [], jobs: [], bases: [], names: [], presets: [], changed: {}, folder: "" };
-let recipe = "", run = "", curves = {}, told = {}, drawn = 0, whole = 0, later = 0, listening = null, checking = 0, lost = false, shownAt = 0, gguf = GGUF[0], stored = [];
+let recipe = "", run = "", curves = {}, told = {}, drawn = 0, whole = 0, later = 0, listening = null, checking = 0, asking = 0, lost = false, shownAt = 0, gguf = GGUF[0], stored = [];
 
 // -------------------------------------------------------------------------------------------------- the server
 async function call(method, path, body) {
@@ -216,9 +216,11 @@ const shape = () => OF_KIND[$("kind").value] || $("format").value || "auto";
 const columnsChosen = () => Object.fromEntries([...$("columns").querySelectorAll("select")].filter((s) => s.value).map((s) => [s.name, s.value]));
 
 async function showColumns(rows, fields) {
-  const columns = rows ? (await call("GET", "data/" + encodeURIComponent(rows)).catch(() => ({ columns: [] }))).columns : [];
-  $("columns").hidden = !columns.length;
+  const mine = ++asking;
   $("columns").dataset.of = rows;
+  const columns = rows ? (await call("GET", "data/" + encodeURIComponent(rows)).catch(() => ({ columns: [] }))).columns : [];
+  if (mine !== asking) return; // asked anew meanwhile, or of no rows any more
+  $("columns").hidden = !columns.length;
   $("columns").replaceChildren(...FORMATS[shape()].map((role) => {
     const label = document.createElement("label");
     label.textContent = "the column that " + ROLES[role] + " ";
@@ -262,6 +264,7 @@ async function begin(rows) {
 
 function leaveRecipe() { // rows are chosen anew: columns of other rows are not theirs
   recipe = "";
+  asking++;
   history.replaceState(null, "", "#new");
   $("columns").replaceChildren();
   $("columns").hidden = true;
