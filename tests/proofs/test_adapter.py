@@ -41,3 +41,14 @@ def test_of_a_long_row_a_part_is_kept_and_read_again(tmp_path: Path) -> None:
     with torch.no_grad():
         next(p for name, p in model.named_parameters() if "down_proj" in name).mul_(2)
     assert compare_logits(kept, model).difference > 0
+
+
+def test_texts_of_one_row_are_kept_each_alone(tmp_path: Path) -> None:
+    """A model of 40 positions could not say what a row of three texts of 20 tokens is as one."""
+    model, kept = tiny.model("gpt2", changes={"n_positions": 40}).requires_grad_(False), tmp_path / "proof.json"
+    ids = tuple(number % 50 for number in range(60))
+    labels = tuple(ids[number] if number % 20 > 15 else IGNORED for number in range(60))
+    keep_logits(kept, model, [Example(ids, labels, "", (), "", starts=(0, 20, 40))], nullcontext(), torch.float32)
+    rows = json.loads(kept.read_text())["rows"]
+    assert [tuple(row["ids"]) for row in rows] == [ids[:20], ids[20:40], ids[40:]]
+    assert compare_logits(kept, model).difference == 0

@@ -55,7 +55,8 @@ def keep_logits(
     """Write what an adapter says of the first rows to a JSON file. `alone`: in which the model is the base without its
     adapter. `saved`: the dtype of the adapter's file."""
     samples: list[Document] = []
-    chosen = [row for row in rows[: 4 * ROWS] if any(label != IGNORED for label in row.labels[1:])][:ROWS]
+    texts = (text for row in rows[: 4 * ROWS] for text in row.texts)  # a pair's, an anchor's: none sees another
+    chosen = [text for text in texts if any(label != IGNORED for label in text.labels[1:])][:ROWS]
     for row in chosen:
         first = next(i for i, label in enumerate(row.labels) if label != IGNORED)
         part = slice(max(0, first - REACH), first + REACH)
