@@ -40,3 +40,12 @@ def test_strangers_files_are_read_or_refused() -> None:
     env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
+def test_an_input_of_the_fuzz_that_once_failed_is_refused() -> None:
+    """Value heads of a Qwen3.5 file that are no multiple of its keys."""
+    command = [sys.executable, "-m", "tests.destruction.fuzz", "--only", "gguf blocks", "--count", "1"]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command += ["--seed", "1003489"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "1 refused" in done.stdout, done.stdout + done.stderr

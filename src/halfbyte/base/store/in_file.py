@@ -67,8 +67,8 @@ class FileParameters:
         codes = self.file.rows(source.name)
         if source.expert is not None:
             codes = codes.reshape(tensor.shape[0], -1, codes.shape[1])[source.expert]
-        rows = None if transform.order is None else transform.order(self.file, source.name, len(codes))
-        columns = transform.columns and transform.columns(self.file, source.name, tensor.shape[-1])
+        rows = self.file.places(transform.order, source.name, len(codes))
+        columns = self.file.places(transform.columns, source.name, tensor.shape[-1])
         return gguf_blocks.parts_of([codes], (tensor.type,), rows, columns)
 
     def stack(self, sources: Iterable[ParameterSource]) -> dict[str, Tensor] | None:

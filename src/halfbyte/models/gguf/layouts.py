@@ -68,6 +68,8 @@ def parameter_sources(
         sources[name] = source
         used.add(source.name)
         in_file = file.shape(source.name, source.expert)
+        file.places(source.transform.order, source.name, in_file[0])
+        file.places(source.transform.columns, source.name, in_file[-1])
         in_file = in_file[::-1] if source.transform.transposed else in_file
         if _squeezed(in_file) != _squeezed(shape):
             wrong.append(f"{source.name} is {list(in_file)}, and {name} of the model {list(shape)}")

@@ -121,6 +121,13 @@ class GgufReader:
     def shape(self, name: str, expert: int | None = None) -> tuple[int, ...]:
         return self.tensors[name].shape[0 if expert is None else 1 :]
 
+    def places(self, order: Order | None, name: str, count: int) -> np.ndarray | None:
+        """From where in the file each row, or column, comes; None: they lie as they are. Raises GgufError."""
+        try:
+            return None if order is None else order(self, name, count)
+        except (ValueError, ZeroDivisionError):
+            raise GgufError(f"{name} has {count} rows or columns, which the file's own heads do not divide") from None
+
     def pieces(self, name: str, expert: int | None = None, transform: Transform = PLAIN) -> Iterator[np.ndarray]:
         """The values, row by row in pieces of (rows, columns); of a stack those of one expert, or of all in turn. A
         tensor that is transposed is one piece."""
@@ -128,8 +135,8 @@ class GgufReader:
         raw = self._rows(tensor, single=transform.order is not None and len(tensor.shape) == 1)
         if expert is not None:
             raw = raw.reshape(tensor.shape[0], -1, raw.shape[1])[expert]
-        order = transform.order(self, name, len(raw)) if transform.order is not None else None
-        columns = transform.columns(self, name, tensor.shape[-1]) if transform.columns is not None else None
+        order = self.places(transform.order, name, len(raw))
+        columns = self.places(transform.columns, name, tensor.shape[-1])
         columns_of_a_row = max(1, tensor.numel // (tensor.nbytes // raw.shape[1]))
         step = len(raw) if transform.transposed else max(1, PIECE_ELEMENTS // columns_of_a_row)
         for first in range(0, len(raw), step):
