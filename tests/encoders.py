@@ -63,9 +63,9 @@ def model(name: str, seed: int = 0, **changes: Any) -> Any:
     return made.eval()
 
 
-def classifier(name: str) -> Any:
+def classifier(name: str, **changes: Any) -> Any:
     """The class for texts with that body, as a base of this kind is opened."""
-    whole = model(name)
+    whole = model(name, **changes)
     body = whole.base_model_prefix
     built = transformers.AutoModelForSequenceClassification.from_config(whole.config).eval()
     getattr(built, body).load_state_dict(getattr(whole, body).state_dict(), strict=False)

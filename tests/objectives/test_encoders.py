@@ -196,7 +196,7 @@ def test_a_fused_projection_whose_parts_are_exchanged_is_seen(tmp_path: Path, mo
 def test_a_window_off_by_one_is_seen(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
     right = packed_attention.reach_of
     for more in (0, 1, -1):
-        model = encoders.model("modernbert", local_attention=window)
+        model = encoders.classifier("modernbert", local_attention=window)
         monkeypatch.setattr(packed_attention, "reach_of", lambda n, m=more: right(n if n is None else n + m))
         proof = prove_packing(model, 60)
         assert (proof.layout == "cu_seq_lens") is (more == 0), (more, proof.reason)

@@ -108,15 +108,15 @@ def test_it_learns_nothing_without_a_rate_and_the_contrary_of_the_contrary(
 def test_the_divergence_is_of_as_many_answers_as_a_micro_batch_holds(
     examples: int | None, shares: bool, wanted: list[int]
 ) -> None:
-    """Answers of 2, 12, and 22 tokens to a prompt of 8, of another one between them, in micro-batches of 45 tokens."""
-    prompts, counts = [tuple(range(8))] * 2 + [tuple(range(50, 58))] * 2 + [tuple(range(8))], (2, 12, 1, 1, 22)
+    """Answers of 2, 12, and 22 tokens to a prompt of 20, of another one between them, in micro-batches of 61 tokens."""
+    prompts, counts = [tuple(range(20))] * 2 + [tuple(range(50, 70))] * 2 + [tuple(range(20))], (2, 12, 1, 1, 22)
     rows = [
-        grpo.WrittenRow((*p, *range(100 * n, 100 * n + c)), (-100,) * (8 + c), "", p, "")
+        grpo.WrittenRow((*p, *range(100 * n, 100 * n + c)), (-100,) * (20 + c), "", p, "")
         for n, (p, c) in enumerate(zip(prompts, counts, strict=True), 1)
     ]
     ids = [np.array(row.input_ids, np.uint32) for row in rows]
     pace = Pace(
-        np.array([*map(len, ids)]), 45, examples, "none", ("none",), need=lambda *_: 0, apply=lambda _: None,
+        np.array([*map(len, ids)]), 61, examples, "none", ("none",), need=lambda *_: 0, apply=lambda _: None,
         tell=lambda _: None, ram_bytes=0, ids=ids.__getitem__ if shares else None,
     )  # fmt: skip
     assert rollouts.Rollouts._group(rows, pace) == wanted
@@ -302,7 +302,7 @@ def train_stale(path: Path) -> str:
 
 
 def test_one_process_that_writes_with_an_older_adapter_ends_the_run(tmp_path: Path) -> None:
-    more = {"train__num_generations": 8, "train__learning_rate": 3e-2, "train__temperature": 0.1}
+    more = {"train__learning_rate": 3e-2, "train__temperature": 0.1}
     together.run(2, train, recipe(tmp_path, output=tmp_path / "right", **more).path)
     ended = together.run(2, train_stale, recipe(tmp_path, **more).path)
     assert all("log-probabilities of the answers were" in text and "apart" in text for text in ended), ended
