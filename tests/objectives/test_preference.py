@@ -222,7 +222,7 @@ def train(path: Path, resume: bool = False) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize("method", ["dpo", "kto", "orpo"])
+@pytest.mark.parametrize("method", [m for m, _ in SPLITS])
 def test_any_number_of_processes_trains_the_same(method: str, size: int, tmp_path: Path) -> None:
     values = {"data__eval": 3, "train__eval_strategy": "steps", "train__eval_steps": 2}
     one = recipe(tmp_path, method, output=tmp_path / "one", **values)

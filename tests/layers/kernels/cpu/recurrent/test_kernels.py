@@ -151,3 +151,25 @@ def test_gated_norm(gate_first: bool, dtype: torch.dtype) -> None:
 
     given = [draw(150, 40, dtype=dtype, seed=s) for s in (2, 3)]
     check("gated_norm", {"eps": eps, "gate_first": gate_first}, given, [w], by_definition, dtype)
+
+
+@pytest.mark.parametrize("name", ["delta_rule", "state_space"])
+def test_what_sinks_below_the_smallest_normal_number_is_zero(name: str) -> None:
+    """On Intel's processors an operation on a subnormal number takes as long as a hundred others."""
+    tokens, heads, d = 3 * CHUNK, 2, 32
+    decay = torch.full((tokens, heads), -0.5)  # e^-48 after a chunk, e^-96 after two
+    starts, ones = torch.tensor([0, tokens]), torch.ones(tokens, heads)
+    x = torch.zeros(tokens, 3 * heads * d)
+    x[0], x[:, : heads * d if name == "delta_rule" else 0] = 1.0, 1.0  # one token writes, all read
+    if name == "delta_rule":
+        options: dict[str, Any] = {"keys": heads, "d": d}
+        y = recurrent.Kernel.apply(name, options, x, decay, ones, starts)
+    else:
+        x[:, 2 * heads * d :] = 1.0
+        options = {"groups": heads, "n": d}
+        y = recurrent.Kernel.apply(name, options, x, decay, ones, torch.zeros(heads), starts)
+    sizes = y.detach().abs().amax(1)
+    smallest = torch.finfo(torch.float32).tiny
+    assert sizes[CHUNK] > 0 and sizes[-1] == 0 and not ((sizes > 0) & (sizes < smallest)).any()
+    assert float(torch.tensor(smallest) * 0.5) > 0, "torch's threads keep such numbers"
+    assert (torch.full((1 << 20,), smallest) * 0.5 > 0).all()

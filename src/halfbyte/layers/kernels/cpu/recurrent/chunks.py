@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from halfbyte.layers.kernels.cpu.parallel import array
-from halfbyte.layers.kernels.cpu.scalar import inlined, take
+from halfbyte.layers.kernels.cpu.parallel import array, each_block
+from halfbyte.layers.kernels.cpu.scalar import flush_subnormals, inlined, set_float_mode, take
 from halfbyte.layers.kernels.cpu.tiles import COLUMNS32 as COLUMNS
 from halfbyte.layers.kernels.cpu.tiles import ROWS32 as ROWS
 
@@ -19,6 +19,14 @@ def up_to(n: int, step: int) -> int:
 def memory_bytes(numbers: int) -> int:
     """Of a thread, for so many fp32 numbers: a line more than whole pages, so threads compete for no lines."""
     return up_to(4 * (numbers + ROWS * COLUMNS), _PAGE) + _LINE
+
+
+@inlined
+def each_task(slots, part, args):  # type: ignore[no-untyped-def]
+    """`each_block` for parts whose states and decays sink below 2^-126 within a chunk: those are 0."""
+    mode = flush_subnormals()
+    each_block(slots, part, args)
+    set_float_mode(mode)
 
 
 @inlined

@@ -17,7 +17,7 @@ from numba import carray
 from torch import Tensor
 
 from halfbyte.layers.kernels import pool
-from halfbyte.layers.kernels.cpu.parallel import array, each_block, kernel, per_dtype, run
+from halfbyte.layers.kernels.cpu.parallel import array, kernel, per_dtype, run
 from halfbyte.layers.kernels.cpu.recurrent import chunks
 from halfbyte.layers.kernels.cpu.recurrent.chunks import CHUNK, matrices, numbers, up_to
 from halfbyte.layers.kernels.cpu.recurrent.products import decayed, lower, multiply, scores, turned, upper
@@ -308,7 +308,7 @@ def _forward_kernel(element: type) -> object:
         s = carray(pointer, (32,), np.int64)
         sizes, given, starts, out = _given(s, element)
         work, _ = matrices(chunks.thread_memory(s, s[8], s[13]), MATRICES, s[16])
-        each_block(s, _forward_task, (given, starts, out, sizes, work, np.empty((VECTORS, CHUNK), np.float32)))
+        chunks.each_task(s, _forward_task, (given, starts, out, sizes, work, np.empty((VECTORS, CHUNK), np.float32)))
 
     return delta_rule
 
@@ -328,7 +328,7 @@ def _backward_kernel(element: type) -> object:
         dqs, at = numbers(at, longest * sizes[4])
         dks, at = numbers(at, longest * sizes[4])
         each = np.empty((VECTORS, CHUNK), np.float32)
-        each_block(s, _backward_task, (given, starts, grads, sizes, work, each, (states, xs, dqs, dks)))
+        chunks.each_task(s, _backward_task, (given, starts, grads, sizes, work, each, (states, xs, dqs, dks)))
 
     return delta_rule_backward
 

@@ -15,7 +15,7 @@ from numba import carray
 from torch import Tensor
 
 from halfbyte.layers.kernels import pool
-from halfbyte.layers.kernels.cpu.parallel import array, each_block, kernel, per_dtype, run
+from halfbyte.layers.kernels.cpu.parallel import array, kernel, per_dtype, run
 from halfbyte.layers.kernels.cpu.recurrent import chunks
 from halfbyte.layers.kernels.cpu.recurrent.chunks import CHUNK, matrices, numbers, up_to
 from halfbyte.layers.kernels.cpu.recurrent.products import decayed, lower, multiply, scores, turned, upper
@@ -241,7 +241,8 @@ def _forward_kernel(element: type) -> object:
         s = carray(pointer, (32,), np.int64)
         sizes, given, starts, out = _given(s, element)
         work, states, _ = _thread_matrices(s, sizes)
-        each_block(s, _forward_task, (given, starts, out, sizes, work, np.empty((VECTORS, CHUNK), np.float32), states))
+        each = np.empty((VECTORS, CHUNK), np.float32)
+        chunks.each_task(s, _forward_task, (given, starts, out, sizes, work, each, states))
 
     return state_space
 
@@ -258,7 +259,7 @@ def _backward_kernel(element: type) -> object:
         ddt, width = array(s[22], (len(given[1]),), np.float32), 2 * sizes[1] * sizes[3]
         grads = (dout, dxbc, da, ddt, array(s[23], (sizes[2] * s[15] * width,), np.float32))
         each = np.empty((VECTORS, CHUNK), np.float32)
-        each_block(s, _backward_task, (given, starts, grads, sizes, work, each, states, dstates))
+        chunks.each_task(s, _backward_task, (given, starts, grads, sizes, work, each, states, dstates))
 
     return state_space_backward
 
