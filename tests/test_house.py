@@ -22,7 +22,7 @@ MAX_LINES = 450
 MAX_FILES_AT_ROOT = 6
 MAX_FILES_IN_A_FOLDER = 20
 MAX_LINES_OF_A_FUNCTION = 60
-MAX_LINES_OF_SOURCE = 65943
+MAX_LINES_OF_SOURCE = 66217
 MAX_ASSIGNMENTS_OF_THREE = 50  # `a, b, c = x, y, z`: for what is one thing, as a shape
 MAX_VAGUE_VARIABLES = 25
 MAX_ANY = 150  # occurrences of `Any` in the package; name the type instead (halfbyte.types)
@@ -319,11 +319,12 @@ def test_importing_all_light_rooms_leaves_heavy_libraries_out() -> None:
     assert out.strip() == "[]"
 
 
-def test_help_never_imports_torch() -> None:
+def test_help_never_imports_torch_nor_what_reads_recipes_and_rows() -> None:
+    left_out = {*HEAVY, "numpy", "pydantic", "halfbyte.recipe.schema"}
     code = (
         "import runpy, sys\nsys.argv = ['halfbyte', '--help']\n"
         "try:\n    runpy.run_module('halfbyte', run_name='__main__')\n"
-        f"except SystemExit as end:\n    print('code', end.code, sorted({set(HEAVY)} & set(sys.modules)))\n"
+        f"except SystemExit as end:\n    print('code', end.code, sorted({left_out} & set(sys.modules)))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

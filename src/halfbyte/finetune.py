@@ -33,7 +33,8 @@ from halfbyte.objectives.vectors import TextVectors
 from halfbyte.plan import calibrate, number_format
 from halfbyte.plan.estimate import format_note
 from halfbyte.proofs import adapter
-from halfbyte.recipe.adapter import ADAPTER_FILES
+from halfbyte.proofs.memory import Proofs
+from halfbyte.recipe.adapter_folder import ADAPTER_FILES
 from halfbyte.recipe.file import each_path, relative_to_run, to_yaml
 from halfbyte.recipe.schema import Loaded
 from halfbyte.report import page
@@ -83,6 +84,7 @@ class Outcome:
 def train(
     loaded: Loaded, *, resume: bool = False, force: bool = False, listener: Listener | None = None,
     world: World | None = None, objective: Objective | None = None, clock: Clock | None = None, alone: bool = False,
+    proofs: Proofs = "every",
 ) -> Outcome:  # fmt: skip
     """Fine-tune. Nothing is written before the model, the data and the adapters are known to be good.
 
@@ -92,6 +94,7 @@ def train(
         world: the processes that train together; None for those that a launcher has started (`distributed.world`).
         objective: what is learned of the rows (`objectives/`); None for the loss of a causal LM.
         clock: of `train.within`; None for one that begins now. alone: only search for settings, in this time.
+        proofs: whether those of an earlier start are believed (`proofs/memory.py`).
 
     Raises:
         HalfbyteError: a mistake in the recipe, the data or the model, before the run folder exists; TrainError after.
@@ -115,7 +118,7 @@ def train(
             tell.note("plan", line)
         if start.resume and start.point is None:
             tell.note("resume", "from the beginning: the run was ended before its first checkpoint")
-        setup = set_up(start, world, tell, objective=objective, force=force, budget=budget)
+        setup = set_up(start, world, tell, objective=objective, force=force, budget=budget, proofs=proofs)
         try:
             return _lead(setup, loaded, tell, budget) if world.first else _follow(setup)
         finally:
@@ -124,7 +127,7 @@ def train(
 
 def set_up(
     start: RunStart, world: World, tell: Listener, *, objective: Objective | None = None, force: bool = False,
-    budget: TimeBudget | None = None,
+    budget: TimeBudget | None = None, proofs: Proofs = "every",
 ) -> Setup:  # fmt: skip
     """Rows, plan, model and micro-batches; the longest of these runs once unless the plan leaves much memory free."""
     agree.check(world, points.values_that_train(start.recipe))
@@ -151,7 +154,7 @@ def set_up(
 
     if run.job.uncompiled:
         ahead.compile_kernels(run.job.uncompiled, machine.cores, plan.compute_dtype)
-    model = open_model(run, start, tell, force=force)
+    model = open_model(run, start, tell, force=force, proofs=proofs)
     if line := agree.join(world, model.belongs_to, model.assembled.model, process.threads):
         tell.note("world", line)
     setup = equip(run, start, world, process, model, tell, began)

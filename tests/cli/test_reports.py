@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from halfbyte.report import page
 from halfbyte.system import files
 from tests import in_process
 from tests.report import made
@@ -25,6 +28,34 @@ def test_a_page_is_made_anew(cli: in_process.Cli, tmp_path: Path) -> None:
     assert cli("report", "runs/a", "--out", "x.html").code == 0 and (tmp_path / "x.html").is_file()
     ended = cli("report", "runs/none")
     assert ended.code == 2 and "there is no run folder runs/none" in ended.err
+
+
+def test_a_page_that_is_current_is_only_named(
+    cli: in_process.Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = made.finished(tmp_path / "runs/a", made.metrics(5))
+    first, printed = cli("report", "runs/a"), run.page.read_bytes()
+    run.page.write_bytes(printed.replace(b"</html>", b"<!-- not made again --></html>"))
+    again = cli("report", "runs/a")
+    assert again.code == 0 and again.out.startswith("runs/a/report.html") and first.code == 0
+    assert b"not made again" in run.page.read_bytes()
+    assert cli("report", "runs/a", "--out", "x.html").code == 0
+    assert b"not made again" not in (tmp_path / "x.html").read_bytes()
+    run.metrics.touch()
+    assert cli("report", "runs/a").code == 0 and run.page.read_bytes().count(b"not made again") == 0
+
+
+@pytest.mark.parametrize("command", ["runs runs", "report runs/a"])
+def test_what_only_lists_and_names_imports_no_library(command: str, tmp_path: Path) -> None:
+    run = made.finished(tmp_path / "runs/a", made.metrics(5), **made.verdict())
+    page.write(run.path)
+    code = (
+        f"import runpy, sys\nsys.argv = ['halfbyte', *{command.split()}]\n"
+        "try:\n    runpy.run_module('halfbyte', run_name='__main__')\n"
+        "except SystemExit as end:\n    print(end.code, sorted({'torch', 'numpy', 'jinja2'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.splitlines()[-1] in ("0 []", "None []"), done.stdout + done.stderr
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_the_work(

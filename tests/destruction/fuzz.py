@@ -54,7 +54,7 @@ from halfbyte.models.gguf.reader import GgufError
 from halfbyte.models.sources import safetensors
 from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.quant import formats
-from halfbyte.recipe import adapter
+from halfbyte.recipe import adapter, adapter_folder
 from halfbyte.recipe.data import Data
 from halfbyte.recipe.file import load_recipe
 from halfbyte.recipe.schema import Quant
@@ -283,9 +283,9 @@ def adapter_config(seeds: Seeds, draw: random.Random) -> None:
 
 def passport(seeds: Seeds, draw: random.Random) -> None:
     belongs = {"base": {"id": "m", "revision": None, "content": "ab"}, "quant": {"type": "nf4"}, "tokenizer": "x"}
-    path = seeds.folder / "adapter" / adapter.PASSPORT
+    path = seeds.folder / "adapter" / adapter_folder.PASSPORT
     path.write_bytes(document({"format": 1, "belongs_to": belongs}, draw))
-    adapter.read_passport(seeds.folder / "adapter")
+    adapter_folder.read_passport(seeds.folder / "adapter")
 
 
 def recipe(seeds: Seeds, draw: random.Random) -> None:

@@ -17,7 +17,7 @@ from halfbyte.adapters import passport
 from halfbyte.base import stream
 from halfbyte.inference import verify as verifying
 from halfbyte.inference.verify import Verified, verify
-from halfbyte.recipe.adapter import ADAPTER_FILES
+from halfbyte.recipe.adapter_folder import ADAPTER_FILES
 from halfbyte.system import files
 from tests import tiny_run
 from tests.in_process import runner

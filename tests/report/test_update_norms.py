@@ -6,12 +6,15 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-from halfbyte.report import update_norms
+from halfbyte.report import record, update_norms
 from halfbyte.system import pages, usage
+from tests.report import made
 
 PREFIX = "base_model.model.model.layers"
 
@@ -31,7 +34,7 @@ def test_pages_of_an_adapter_do_not_stay(tmp_path: Path, monkeypatch: pytest.Mon
     tensors = {name: torch.zeros(shape if ".lora_A." in name else shape[::-1]) for name in names}
     folder = adapter(tmp_path / "adapter", {"r": 64, "lora_alpha": 64}, tensors)
 
-    def norm(a: torch.Tensor, b: torch.Tensor) -> float:
+    def norm(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
         _ = float(a.sum() + b.sum())
         seen.append(usage.now().file)
         return 1.0
@@ -49,7 +52,7 @@ def test_pages_of_an_adapter_do_not_stay(tmp_path: Path, monkeypatch: pytest.Mon
         ({"r": 3, "lora_alpha": 6, "alpha_pattern": {"v_proj": 30}}, (2.0, 10.0)),
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_the_norm_is_that_of_the_whole_update(
     tmp_path: Path, config: dict[str, object], scales: tuple[float, float], dtype: torch.dtype
 ) -> None:
@@ -87,3 +90,11 @@ def test_what_is_no_lora_is_named_and_a_layer_without_a_kind_is_empty(tmp_path: 
 
 def test_without_an_adapter_there_is_nothing(tmp_path: Path) -> None:
     assert update_norms.read(tmp_path) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"weights", b"\x02" + bytes(7) + b"{}", b"\xff" * 40])
+def test_of_torn_weights_a_page_shows_no_norms(content: bytes, tmp_path: Path) -> None:
+    run = made.finished(tmp_path / "run", made.metrics(2))
+    (run.adapter / "adapter_model.safetensors").write_bytes(content)
+    norms = record.read(run.path).update_norms
+    assert norms is None or norms.largest is None

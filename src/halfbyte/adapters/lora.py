@@ -33,7 +33,8 @@ from halfbyte.errors import AdapterError, first_line
 from halfbyte.layers import heads
 from halfbyte.models.lora_sites import leaf_of
 from halfbyte.quant.stack import ExpertStack
-from halfbyte.recipe.adapter import ADAPTER_FILES, read_config
+from halfbyte.recipe.adapter import read_config
+from halfbyte.recipe.adapter_folder import ADAPTER_FILES
 from halfbyte.recipe.schema import Lora
 from halfbyte.runs import checkpoint
 from halfbyte.types import Document, Model

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from halfbyte.errors import AdapterError, first_line
 from halfbyte.models.structure import meta_model
-from halfbyte.recipe.adapter import ADAPTER_FILES, read_config
+from halfbyte.recipe.adapter import read_config
+from halfbyte.recipe.adapter_folder import ADAPTER_FILES
 from halfbyte.types import Config
 
 _WRAPPING = re.compile(r"\.(?:base_layer|original_module|token_adapter)(?=\.|$)")

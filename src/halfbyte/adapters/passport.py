@@ -15,7 +15,8 @@ from halfbyte.base.load import Base
 from halfbyte.base.store import manifest, shelf
 from halfbyte.errors import AdapterError
 from halfbyte.models.gguf import blocks
-from halfbyte.recipe.adapter import ADAPTER_FILES, PASSPORT, PASSPORT_FORMAT, read_config, read_passport
+from halfbyte.recipe.adapter import read_config
+from halfbyte.recipe.adapter_folder import ADAPTER_FILES, PASSPORT, PASSPORT_FORMAT, read_passport
 from halfbyte.recipe.fields import shown
 from halfbyte.recipe.schema import Quant
 from halfbyte.system import files

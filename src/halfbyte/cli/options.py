@@ -16,6 +16,7 @@ from halfbyte.system import libraries
 if TYPE_CHECKING:
     from halfbyte.inference.load import Opened
     from halfbyte.inference.speaker import Speaker
+    from halfbyte.proofs.memory import Proofs
 
 Json = Annotated[bool, typer.Option("--json", callback=show.as_json, help="Print one JSON document instead of text.")]
 Set = Annotated[list[str], typer.Option("--set", metavar="a.b=c", help="Change a value of the recipe; repeatable.")]
@@ -86,9 +87,11 @@ def one_each(words: list[str]) -> list[str]:
 def speaker(
     run: Path, overrides: list[str], *, silent: bool, force: bool, prove: bool, base: bool = False,
     asks: tuple[list[list[dict[str, str]]], int] = ([], 0), tasks: tuple[str, ...] = ("causal_lm",),
+    opened: bool = False,
 ) -> Speaker:  # fmt: skip
     """What answers of a run, an adapter or a base. That there is none is said before a library is loaded. `asks`:
-    conversations, and the tokens of an answer; too long ones are refused before the base is opened."""
+    conversations, and the tokens of an answer; too long ones are refused before the base is opened. `opened`: it will
+    be, whatever is remembered of its answers."""
     from halfbyte.inference import target
 
     subject = target.find(run, overrides, tasks)
@@ -101,15 +104,18 @@ def speaker(
             with libraries.loading():
                 from halfbyte.inference import generate, load
 
-            return load.open_target(subject, tell, partial(generate.check, asks), force=force, alone=bool(asks[0]))
+            proofs: Proofs = "every" if force else "again" if prove else "remembered"
+            check = partial(generate.check, asks)
+            return load.open_target(subject, tell, check, force=force, alone=bool(asks[0]), proofs=proofs)
 
-    answers = speakers.Speaker(subject, opens, base=base, prove=prove or force, keeps=not force)
+    answers = speakers.Speaker(subject, opens, base=base, prove=prove or force or opened, keeps=not force)
     answers.check(*asks)
     return answers
 
 
 def open_run(
-    run: Path, overrides: list[str], *, silent: bool, force: bool, tasks: tuple[str, ...] = ("causal_lm",)
-) -> Opened:
+    run: Path, overrides: list[str], *, silent: bool, force: bool, prove: bool = False,
+    tasks: tuple[str, ...] = ("causal_lm",),
+) -> Opened:  # fmt: skip
     """A run, an adapter or a base, ready to be scored."""
-    return speaker(run, overrides, silent=silent, force=force, prove=True, tasks=tasks).opened
+    return speaker(run, overrides, silent=silent, force=force, prove=prove, tasks=tasks, opened=True).opened

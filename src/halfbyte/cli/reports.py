@@ -26,12 +26,16 @@ def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, finished or not.")], out: Page = None
 ) -> None:
     """Make the page of a run anew: report.html in its folder, one file that opens without network."""
-    from halfbyte.report import page
+    from halfbyte.report.current import is_current
     from halfbyte.runs.folder import RunFolder, check_writable
 
-    RunFolder.open(run, need_adapter=False)
-    check_writable(out.parent if out else run, "name another file: --out FILE.html")
-    written = page.write(run, out)
+    folder = RunFolder.open(run, need_adapter=False)
+    if out is not None or not is_current(folder):
+        check_writable(out.parent if out else run, "name another file: --out FILE.html")
+        from halfbyte.report import page
+
+        page.write(run, out)
+    written = out or folder.page
     show.text(f"{written}  ({written.stat().st_size / 1e3:.0f} kB)")
 
 

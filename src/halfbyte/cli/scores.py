@@ -10,11 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from halfbyte.cli import labels, progress, show
-from halfbyte.cli.options import Force, Json, Run, Set, flag, open_run, option
+from halfbyte.cli.options import Force, Json, Prove, Run, Set, flag, open_run, option
 from halfbyte.cli.show import field, out, text, visible
 from halfbyte.errors import RunError
-from halfbyte.recipe.evaluation import LOSSES, OF_PAIRS
-from halfbyte.scoring.intervals import CONFIDENCE
 from halfbyte.system.words import duration
 
 if TYPE_CHECKING:
@@ -22,8 +20,6 @@ if TYPE_CHECKING:
     from halfbyte.inference.quality import Report
     from halfbyte.scoring.sheet import EvalOptions, Score, Sheet, Value
     from halfbyte.types import Document
-
-_NUMBERS = (*LOSSES, *OF_PAIRS)  # with the name of a source in front
 
 
 def evaluate(
@@ -43,6 +39,7 @@ def evaluate(
     to: Path | None = option(None, "--out", "Keep scores and answers there.", metavar="DIR"),
     set_: Set = [],  # noqa: B006
     force: Force = False,
+    prove: Prove = False,
     json_: Json = False,
 ) -> None:
     """Loss, perplexity and what answers are worth, on held-out rows; with --base beside base and source model."""
@@ -60,11 +57,11 @@ def evaluate(
         check_writable(folder, "name another one: --out DIR")
     if task:
         sheet.need_harness()
-        ready = open_run(run, overrides, silent=json_, force=force)
+        ready = open_run(run, overrides, silent=json_, force=force, prove=prove)
         return _harness(ready, task, task_path, folder, limit=limit, with_base=base, json_=json_)
     target.held_out(subject.recipe, run, data)
     wanted = sheet.EvalOptions.of(subject.recipe.eval, metric, limit=limit, with_base=base, sure=sure)
-    ready = open_run(run, overrides, silent=json_, force=force, tasks=TASKS)
+    ready = open_run(run, overrides, silent=json_, force=force, prove=prove, tasks=TASKS)
     if subject.recipe.task != "causal_lm":
         return _score_task(ready, wanted, (data, corpus), folder, json_=json_)
     from halfbyte.inference import evaluate as scoring
@@ -147,6 +144,8 @@ def table(scored: Sheet, samples: int, folder: Path | None) -> None:
         p = "" if score.p_value is None else f"{score.p_value:{'.3f' if score.p_value >= 0.001 else '.0e'}}"
         lines.add_row(score.name, *sides, *([_shown(score, score.difference, sign=True), p] if both else []))
     out.print(lines)
+    from halfbyte.scoring.intervals import CONFIDENCE
+
     sure = f"; [..]: {CONFIDENCE:.0%} interval" if any(s.adapter and s.adapter.interval for s in scored.scores) else ""
     out.print(f"{scored.rows:,} rows in {duration(scored.seconds)}{sure}", style="dim")
     if scored.why or scored.beside_source is not None:
@@ -169,6 +168,8 @@ def _samples(scored: Sheet, samples: int) -> None:
 
 
 def _mark(metric: str, value: float | None) -> str:
+    from halfbyte.recipe.evaluation import OF_PAIRS
+
     if value is None:
         return ""
     if value in (0.0, 1.0) and metric not in OF_PAIRS:
@@ -179,7 +180,10 @@ def _mark(metric: str, value: float | None) -> str:
 def _shown(score: Score, value: Value | None, *, sign: bool = False) -> str:
     if value is None:
         return ""
-    times, kind, unit = (1, ".4f", "") if score.name.endswith(_NUMBERS) else (100, ".1f", "%")
+    from halfbyte.recipe.evaluation import LOSSES, OF_PAIRS
+
+    plain = score.name.endswith((*LOSSES, *OF_PAIRS))  # with the name of a source in front
+    times, kind, unit = (1, ".4f", "") if plain else (100, ".1f", "%")
     limits = ""
     if value.interval is not None:
         limits = escape(" [{}, {}]".format(*(f"{times * limit:{kind}}" for limit in value.interval)))

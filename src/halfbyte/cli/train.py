@@ -36,6 +36,7 @@ def train(
     ),
     resume: Resume = False,
     force: shared.Force = False,
+    prove: shared.Prove = False,
     dry_run: bool = flag("--dry-run", "Print every resolved value and where it came from; train nothing."),
     live: bool = flag("--live", "Serve the run's page on 127.0.0.1 while it trains."),
     json_: shared.Json = False,
@@ -44,9 +45,8 @@ def train(
     """Fine-tune: a recipe in, a working adapter out."""
     overrides = _overrides(recipe, data, set_, output, within, resume=resume)
     if not dry_run:
-        raise typer.Exit(
-            _run(recipe, data, overrides, resume=resume, force=force, live=live, json_=json_, quiet=quiet, alone=False)
-        )
+        told = {"live": live, "json_": json_, "quiet": quiet}
+        raise typer.Exit(_run(recipe, data, overrides, resume=resume, force=force, prove=prove, **told))
     from halfbyte.recipe import command
     from halfbyte.training import preflight
 
@@ -75,8 +75,7 @@ def tune(
 ) -> None:
     """Which learning rate, layers, rows a step and rank: short runs on these rows, and a recipe of what has won."""
     overrides = _overrides(recipe, data, set_, output, within, resume=resume)
-    code = _run(recipe, data, overrides, resume=resume, force=False, live=False, json_=json_, quiet=quiet, alone=True)
-    raise typer.Exit(code)
+    raise typer.Exit(_run(recipe, data, overrides, resume=resume, json_=json_, quiet=quiet, alone=True))
 
 
 def _overrides(
@@ -94,8 +93,8 @@ def _overrides(
 
 
 def _run(
-    recipe: str, data: str | None, overrides: list[str], *, resume: bool, force: bool, live: bool, json_: bool,
-    quiet: bool, alone: bool,
+    recipe: str, data: str | None, overrides: list[str], *, resume: bool, force: bool = False, live: bool = False,
+    json_: bool, quiet: bool, alone: bool = False, prove: bool = False,
 ) -> int:  # fmt: skip
     """Train, or search for settings alone, unless the run is complete. Returns the exit code."""
     from halfbyte.distributed import world as worlds
@@ -112,7 +111,9 @@ def _run(
         begun = command.as_begun(loaded).recipe if resume else loaded.recipe
         report = world.from_first(lambda: points.complete(begun) if resume else None)
         if report is None:
-            return _trained(world, loaded, resume=resume, force=force, live=live, json_=json_, quiet=quiet, alone=alone)
+            return _trained(
+                world, loaded, resume=resume, force=force, live=live, json_=json_, quiet=quiet, alone=alone, prove=prove
+            )
         if world.first:
             show.document(report) if json_ else show.complete(run, report, preflight.more_steps_command(loaded.recipe))
     return 0
@@ -133,8 +134,9 @@ def _loaded(world: World, recipe: str, data: str | None, overrides: list[str], *
 
 
 def _trained(
-    world: World, loaded: Loaded, *, resume: bool, force: bool, live: bool, json_: bool, quiet: bool, alone: bool
-) -> int:
+    world: World, loaded: Loaded, *, resume: bool, force: bool, live: bool, json_: bool, quiet: bool, alone: bool,
+    prove: bool,
+) -> int:  # fmt: skip
     """Train, and show how it ends, in the world's first process. Returns the exit code."""
     from halfbyte.recipe.file import without_defaults
     from halfbyte.runs.folder import RunFolder
@@ -160,8 +162,9 @@ def _trained(
             from halfbyte import finetune
 
         outcome = finetune.train(
-            loaded, resume=resume, force=force, listener=listener, world=world, clock=clock, alone=alone
-        )
+            loaded, resume=resume, force=force, listener=listener, world=world, clock=clock, alone=alone,
+            proofs="again" if prove or force else "remembered",
+        )  # fmt: skip
     if first and outcome.stopped_by is not None:
         show.interruption(outcome, "tune" if alone else "train")
     elif first and json_:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from halfbyte.errors import ExportError, HalfbyteError, first_line
 from halfbyte.models.sources.hub import HUB_ID
-from halfbyte.recipe.adapter import ADAPTER_FILES, PASSPORT
+from halfbyte.recipe.adapter_folder import ADAPTER_FILES, PASSPORT
 from halfbyte.runs.folder import RunFolder, read_json
 from halfbyte.scoring.intervals import CONFIDENCE
 from halfbyte.scoring.sheet import SCORES, other_adapter

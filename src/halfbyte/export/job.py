@@ -33,7 +33,8 @@ from halfbyte.models import tensors
 from halfbyte.models.sources.lookup import find_model
 from halfbyte.models.structure import meta_model
 from halfbyte.proofs.export import Exported, Proof, ask_program, prove_export
-from halfbyte.recipe.adapter import read_config, read_passport
+from halfbyte.recipe.adapter import read_config
+from halfbyte.recipe.adapter_folder import read_passport
 from halfbyte.report import page
 from halfbyte.runs.folder import EXPORT
 from halfbyte.scoring.sheet import adapter_of

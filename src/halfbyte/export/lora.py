@@ -26,7 +26,8 @@ from halfbyte.models import tensors as tensors_of
 from halfbyte.models.gguf.layouts import transform_of
 from halfbyte.models.gguf.reader import FileNumbers, Transform
 from halfbyte.models.lora_sites import split_at_layer
-from halfbyte.recipe.adapter import ADAPTER_FILES, read_config
+from halfbyte.recipe.adapter import read_config
+from halfbyte.recipe.adapter_folder import ADAPTER_FILES
 from halfbyte.system import files
 
 # vLLM pads an adapter to one of these; beyond the last it refuses (vllm/config/lora.py, MaxLoRARanks).

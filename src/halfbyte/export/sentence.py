@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from halfbyte.layers import heads
 from halfbyte.models.sources.checkpoint import Checkpoint
-from halfbyte.recipe.adapter import ADAPTER_FILES
+from halfbyte.recipe.adapter_folder import ADAPTER_FILES
 from halfbyte.recipe.schema import Recipe
 from halfbyte.runs import checkpoint
 from halfbyte.types import Document, Model, Tokenizer

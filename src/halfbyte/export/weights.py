@@ -31,7 +31,8 @@ from halfbyte.models.structure import meta_model
 from halfbyte.quant import formats
 from halfbyte.quant.number_format import torch_dtypes
 from halfbyte.quant.stack import ExpertStack
-from halfbyte.recipe.adapter import folder_of, read_config, read_passport
+from halfbyte.recipe.adapter import read_config
+from halfbyte.recipe.adapter_folder import folder_of, read_passport
 from halfbyte.recipe.schema import Lora
 from halfbyte.system import device, pages
 from halfbyte.types import Config, Model

@@ -30,7 +30,7 @@ from halfbyte.models.sources.lookup import find_model
 from halfbyte.objectives.causal_lm import CausalLM
 from halfbyte.plan import InferencePlan, Rows, plan_inference, sequences_beside
 from halfbyte.proofs import sharing
-from halfbyte.recipe.adapter import folder_of
+from halfbyte.recipe.adapter_folder import folder_of
 from halfbyte.recipe.evaluation import Eval
 from halfbyte.runs.folder import RunFolder
 from halfbyte.scoring import intervals, metrics, sheet

@@ -33,7 +33,7 @@ from halfbyte.models import structure
 from halfbyte.models.context import context_of
 from halfbyte.objectives.labels import Labels, Tags, entities
 from halfbyte.objectives.vectors import TextVectors
-from halfbyte.recipe.adapter import ADAPTER_FILES, folder_of
+from halfbyte.recipe.adapter_folder import ADAPTER_FILES, folder_of
 from halfbyte.recipe.evaluation import Eval
 from halfbyte.recipe.task import EMBED
 from halfbyte.runs.folder import read_json

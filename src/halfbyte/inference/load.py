@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from halfbyte.adapters import lora, passport
-from halfbyte.adapters.assembly import assemble
+from halfbyte.adapters.assembly import assemble, memory_of
 from halfbyte.base import load, stream
 from halfbyte.base.config import check_task, open_config
 from halfbyte.base.store import supply
@@ -24,10 +24,11 @@ from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.sources.lookup import find_model
 from halfbyte.objectives.labels import Labels
 from halfbyte.plan import GENERATED_TOKENS, InferencePlan, Job, Rows, RunChoices, plan_inference
+from halfbyte.proofs.memory import Proofs
 from halfbyte.recipe.schema import Recipe
 from halfbyte.recipe.task import CAUSAL_LM, EMBED, TASKS
 from halfbyte.system import device, threads
-from halfbyte.types import Model, Tokenizer
+from halfbyte.types import Document, Model, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,11 @@ def open_target(
     subject: target.Target, tell: supply.Tell | None = None,
     check: Callable[[Tokenizer, Context | None], None] = lambda tokenizer, context: None, *,
     beside: Mapping[str, target.Target] = MappingProxyType({}), force: bool = False, lasting: bool = False,
-    alone: bool = False,
+    alone: bool = False, proofs: Proofs = "every",
 ) -> Opened:  # fmt: skip
     """`open_run` of what has been found already. `check`: may refuse what will be asked, before the base is opened.
     `beside`: more adapters on the same base, by PEFT's names. `lasting`: many answers will be written. `alone`: no two
-    texts will share a forward."""
+    texts will share a forward. `proofs`: which of them are made."""
     recipe, run = subject.recipe, subject.run
     checkpoint, machine = find_model(recipe), device.detect()
     if recipe.task == EMBED:
@@ -110,9 +111,16 @@ def open_target(
     rows = Rows(longest, evaluated=longest)
     job = Job.of_checkpoint(recipe, checkpoint, base.model, rows, machine)
     chosen = plan_inference(job, machine, trained, lasting=lasting)
-    stream.place_as_planned(base.model, chosen.placement, asked=recipe.quant.placement not in ("auto", "sharded"))
+    placed, _ = stream.place_as_planned(
+        base.model, chosen.placement, asked=recipe.quant.placement not in ("auto", "sharded")
+    )
     more = {name: one.adapter for name, one in beside.items() if one.adapter is not None}
-    assembly = assemble(base, recipe, adapter=subject.adapter, beside=more, alone=alone)
+    settings: Document = {"used": True, "alone": alone, "placement": str(placed)}
+    memory = memory_of(base, recipe, {"adapter": subject.adapter}, "every" if more else proofs, **settings)
+    assembly = assemble(
+        base, recipe, adapter=subject.adapter, beside=more, alone=alone, memory=memory,
+        note=lambda label, text: (tell or supply.Tell()).say(text, label=label) if label == "proofs" else None,
+    )  # fmt: skip
     assembly.model.eval().requires_grad_(False)
     job = replace(job, packed=assembly.packed.ok)
     return Opened(

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
     Messages = Sequence[dict[str, str]]
 MOST_IMAGES = 8  # of some tens of MB; the oldest goes
-LARGE_BYTES = 50_000_000  # of a file that is known by its size and time
 
 
 class Speaker:
@@ -73,7 +72,7 @@ class Speaker:
         base, adapter = find_model(self.recipe), self.subject.adapter
         parts = {"base": base.path, **({} if adapter is None else {"adapter": adapter})}
         around = {**libraries.surroundings(self._threads), "device": device.detect().kind}
-        return {**around, **{name: _state(folder) for name, folder in parts.items()}}
+        return {**around, **{name: files.state(folder) for name, folder in parts.items()}}
 
     def _folder(self, *, base: bool) -> Path:
         fields, template = {"model", "revision", "quant", "lora", "trust_remote_code"}, self.recipe.data.chat_template
@@ -183,13 +182,3 @@ class Speaker:
         except (CannotKeep, OSError, AttributeError) as why:
             return str(why)
         return None
-
-
-def _state(folder: Path) -> Document:
-    """Each file of a folder: a hash of its bytes; of a large one that is no adapter its size and time."""
-    state = {}
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        stat = path.stat()
-        large = stat.st_size > LARGE_BYTES and not path.name.startswith("adapter")
-        state[path.name] = f"{stat.st_size} {stat.st_mtime_ns}" if large else files.sha256(path)
-    return state

@@ -9,7 +9,8 @@ from halfbyte.data.reading import read
 from halfbyte.errors import AdapterError, DataError, RunError, SourceError, typed
 from halfbyte.models.sources import hub, pypi
 from halfbyte.plan import number_format
-from halfbyte.recipe.adapter import ADAPTER_FILES, HEAD, read_config, read_passport
+from halfbyte.recipe.adapter import read_config
+from halfbyte.recipe.adapter_folder import ADAPTER_FILES, HEAD, read_passport
 from halfbyte.recipe.command import to_use, to_use_alone
 from halfbyte.recipe.data import Sources
 from halfbyte.recipe.schema import Lora, Recipe

@@ -27,7 +27,7 @@ from halfbyte.errors import BaseModelError
 from halfbyte.layers import loss
 from halfbyte.layers.kernels import dropout
 from halfbyte.models import structure, text_half
-from halfbyte.recipe.adapter import HEAD
+from halfbyte.recipe.adapter_folder import HEAD
 from halfbyte.types import Batch, Config, Document, Model, Tokenizer
 
 # Poolings under sentence-transformers' names, and PEFT's `task_type`.

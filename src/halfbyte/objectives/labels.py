@@ -25,7 +25,7 @@ from halfbyte.data.reading.problems import near, some
 from halfbyte.errors import AdapterError, DataError, first_line
 from halfbyte.objectives.objective import Objective, Sums
 from halfbyte.plan.job import ObjectiveCost
-from halfbyte.recipe.adapter import HEAD, MOST_BYTES
+from halfbyte.recipe.adapter_folder import HEAD, MOST_BYTES
 from halfbyte.recipe.schema import Recipe
 from halfbyte.recipe.task import CLASSIFY, REGRESS, TAG
 from halfbyte.system import limits

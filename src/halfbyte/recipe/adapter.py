@@ -11,15 +11,13 @@ from re import _parser as re_parser  # type: ignore[attr-defined]  # the only do
 from pydantic import ValidationError
 
 from halfbyte.errors import AdapterError, RecipeError
+from halfbyte.recipe.adapter_folder import ADAPTER_FILES, MOST_BYTES, folder_of, is_adapter
 from halfbyte.recipe.fields import INIT_REFUSED, LORA_REFUSED, shown
 from halfbyte.recipe.schema import Lora, Origin, Recipe
 from halfbyte.system import limits
 from halfbyte.types import Document
 
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
-PASSPORT, PASSPORT_FORMAT = "halfbyte.json", 1
-HEAD = "head"  # the folder beside the adapter that holds the config of its head
-MOST_BYTES, MOST_RANK = 5_000_000, 16_384
+MOST_RANK = 16_384
 MOST_PATTERN, MOST_REPEATS = 10_000, 4
 # Fields that a new run chooses for itself.
 CHOSEN = frozenset({"adapter", "lora_dropout", "init_lora_weights", "task_type", "save_dtype"})
@@ -30,16 +28,6 @@ HARMLESS = frozenset(
         "fan_in_fan_out", "megatron_core", "qalora_group_size", "ensure_weight_tying", "runtime_config",
     }
 )  # fmt: skip
-
-
-def folder_of(name: str | Path) -> Path:
-    """The folder of an adapter: a PEFT folder itself, or the one in a run folder."""
-    path = Path(name).expanduser()
-    return path / "adapter" if (path / "adapter" / ADAPTER_FILES[1]).is_file() else path
-
-
-def is_adapter(name: str | Path) -> bool:
-    return (folder_of(name) / ADAPTER_FILES[1]).is_file()
 
 
 def read_config(folder: Path) -> Document:
@@ -103,25 +91,6 @@ def _repeats(node: object, depth: int) -> Iterator[int]:
     elif isinstance(node, list | tuple | re_parser.SubPattern):
         for part in node:
             yield from _repeats(part, depth)
-
-
-def read_passport(folder: Path) -> Document | None:
-    """The passport of an adapter's folder (`adapters/passport.py`); None where it has none, as PEFT's own have none.
-    Raises AdapterError: it cannot be read, or is of another version."""
-    path = folder / PASSPORT
-    try:
-        values: Document = limits.read_json(path, MOST_BYTES)  # type: ignore[assignment]
-        belongs = values["belongs_to"]
-        if values["format"] == PASSPORT_FORMAT and belongs["base"]["content"] and belongs["quant"]["type"]:
-            return values
-        why = f"it is of format {values['format']}, and this halfbyte reads format {PASSPORT_FORMAT}"
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        why = f"it cannot be read ({type(error).__name__}: {error})"
-    raise AdapterError(
-        f"{path}: {why}.", fix="remove it, and the adapter is used without a check of what it belongs to"
-    )
 
 
 def lora_settings(folder: Path) -> Lora:

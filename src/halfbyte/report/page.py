@@ -21,6 +21,7 @@ from markupsafe import Markup
 
 from halfbyte.recipe.fields import shown
 from halfbyte.report import curves, pictures, plots, record, series
+from halfbyte.report.current import is_current
 from halfbyte.report.record import Record
 from halfbyte.runs.folder import RunFolder
 from halfbyte.scoring.intervals import CONFIDENCE
@@ -51,10 +52,10 @@ def at_end(run: RunFolder) -> Iterator[None]:
 
 def mend(run: RunFolder) -> None:
     """What a process that was killed between the report and the end has left of a finished run: the page is made where
-    it is older than the report, and temporary files go."""
+    it is older than what it is made of, and temporary files go."""
     with contextlib.suppress(OSError):  # a run that nobody may write
         files.clear_dead(run.path)
-        if not run.page.is_file() or run.page.stat().st_mtime_ns < run.report.stat().st_mtime_ns:
+        if not is_current(run):
             renew(run.path)
 
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
-from halfbyte.recipe.adapter import read_passport
+from halfbyte.recipe.adapter_folder import read_passport
 from halfbyte.report import series, update_norms
 from halfbyte.runs import crash, listing
 from halfbyte.runs.folder import EXPORT, RunFolder, json_rows, read_json
@@ -48,7 +48,10 @@ class Record:
 
     @cached_property
     def update_norms(self) -> update_norms.UpdateNorms | None:
-        return update_norms.read(self.run.adapter)
+        try:
+            return update_norms.read(self.run.adapter)
+        except Exception:  # of torn weights
+            return None
 
     @cached_property
     def adapter_step(self) -> int | None:

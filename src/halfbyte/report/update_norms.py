@@ -2,26 +2,29 @@
 
 Source: LoRA's update of a weight is scale x B A (arXiv:2106.09685); |BA|_F^2 = trace((B^T B)(A A^T)), which needs no
 matrix of the weight's size. scale is alpha / r, or alpha / sqrt(r) with rsLoRA.
-Cost: one read of the adapter, whose pages are let go again, and r x r products; torch is imported here, where an
-adapter is there.
+Cost: one read of the adapter, a pair of matrices at a time, and r x r products; no torch, which takes a second.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import BinaryIO
 
-from halfbyte.recipe.adapter import ADAPTER_FILES
+import numpy as np
+from numpy.typing import NDArray
+
+from halfbyte.recipe.adapter_folder import ADAPTER_FILES
 from halfbyte.runs.folder import read_json
+from halfbyte.system import limits
+from halfbyte.types import Document
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from halfbyte.types import Document
-
+Matrix = NDArray[np.float64]
+# Of a safetensors file: a number's dtype, as numpy has it; bf16 as the upper half of an fp32.
+DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 _LAYER = re.compile(r"^(.*?\.)(\d+)\.(.+)$")
 
 
@@ -52,29 +55,34 @@ def read(adapter: Path) -> UpdateNorms | None:
     file, config = adapter / ADAPTER_FILES[0], read_json(adapter / ADAPTER_FILES[1])
     if not file.is_file() or not config:
         return None
-    from safetensors import safe_open
-
-    from halfbyte.system import pages
-
     norms, others = dict[str, float](), list[tuple[str, str]]()
-    with safe_open(str(file), framework="pt") as tensors:
-        names, maps = set(tensors.keys()), None
-        for name in sorted(names):
-            if name.endswith(".lora_A.weight") and name.replace(".lora_A.", ".lora_B.") in names:
+    with file.open("rb") as stream:
+        tensors = json.loads(stream.read(min(int.from_bytes(stream.read(8), "little"), limits.MAX_JSON_BYTES)))
+        for name in sorted(tensors.keys() - {"__metadata__"}):
+            b_name = name.replace(".lora_A.", ".lora_B.")
+            if name.endswith(".lora_A.weight") and b_name in tensors:
                 module = name.removesuffix(".lora_A.weight").removeprefix("base_model.model.")
-                a, b = tensors.get_tensor(name), tensors.get_tensor(name.replace(".lora_A.", ".lora_B."))
+                a, b = (_matrix(stream, tensors[each]) for each in (name, b_name))
                 norms[module] = abs(scale(config, module, a.shape[0])) * product_norm(a, b)
-                maps = maps or pages.FileMaps.read()
-                pages.let_go((a, b), maps)
             elif ".lora_A." not in name and ".lora_B." not in name:
-                shape = " x ".join(map(str, tensors.get_slice(name).get_shape()))
+                shape = " x ".join(map(str, tensors[name]["shape"]))
                 others.append((name.removeprefix("base_model.model."), shape))
     return by_layer(norms, others)
 
 
-def product_norm(a: Tensor, b: Tensor) -> float:
+def _matrix(stream: BinaryIO, entry: Document) -> Matrix:
+    """A tensor of a safetensors file, by its entry in the header: (first dimension, all others)."""
+    begin, end = entry["data_offsets"]
+    stream.seek(0)
+    stream.seek(8 + int.from_bytes(stream.read(8), "little") + begin)
+    numbers = np.frombuffer(stream.read(end - begin), DTYPES[entry["dtype"]])
+    if entry["dtype"] == "BF16":
+        numbers = (numbers.astype(np.uint32) << 16).view(np.float32)
+    return numbers.reshape(entry["shape"][0], -1).astype(np.float64)
+
+
+def product_norm(a: Matrix, b: Matrix) -> float:
     """|BA|_F; a: (R, D), b: (O, R)."""
-    a, b = a.double().flatten(1), b.double().flatten(1)
     return math.sqrt(max(0.0, float(((b.T @ b) * (a @ a.T)).sum())))
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 import yaml
 
-from halfbyte.recipe.adapter import ADAPTER_FILES
+from halfbyte.recipe.adapter_folder import ADAPTER_FILES
 from halfbyte.runs import crash
 from halfbyte.runs.folder import RunFolder, json_rows, read_json
 from halfbyte.system import files

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from halfbyte.errors import RunError, typed
-from halfbyte.recipe.adapter import is_adapter
+from halfbyte.recipe.adapter_folder import is_adapter
 from halfbyte.recipe.fields import GOES_ON, MAY_CHANGE, REWARDED, shown
 from halfbyte.recipe.schema import Recipe, leaves
 from halfbyte.runs.folder import RunFolder

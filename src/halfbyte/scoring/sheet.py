@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.errors import RecipeError
-from halfbyte.recipe.adapter import ADAPTER_FILES, read_passport
+from halfbyte.recipe.adapter_folder import ADAPTER_FILES, read_passport
 from halfbyte.recipe.evaluation import LOSSES, OF_PAIRS, Eval
 from halfbyte.scoring import intervals, metrics
 from halfbyte.scoring.intervals import Interval, RowSums

@@ -21,7 +21,7 @@ from halfbyte.inference.load import Opened
 from halfbyte.layers import heads
 from halfbyte.models.context import context_of
 from halfbyte.objectives.labels import Labels
-from halfbyte.recipe.adapter import folder_of
+from halfbyte.recipe.adapter_folder import folder_of
 from halfbyte.recipe.task import CLASSIFY, EMBED
 from halfbyte.serving.engine import Full, Stopping
 

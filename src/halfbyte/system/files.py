@@ -21,6 +21,7 @@ from halfbyte.system.platforms.calls import lock as lock
 from halfbyte.system.platforms.calls import sync as sync
 
 SEAL = "seal"
+LARGE_BYTES = 10_000_000  # of a file that is known by its size and time
 
 
 def cache_dir() -> Path:
@@ -133,6 +134,16 @@ def sha256(path: Path) -> str:
     """The hash of a file's bytes, as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def state(path: Path) -> dict[str, str]:
+    """Each file of a folder, or one file: a hash of its bytes; of a large one that is no adapter its size and time."""
+    known = {}
+    for file in sorted(file for file in (path.iterdir() if path.is_dir() else (path,)) if file.is_file()):
+        stat = file.stat()
+        large = stat.st_size > LARGE_BYTES and not file.name.startswith("adapter")
+        known[file.name] = f"{stat.st_size} {stat.st_mtime_ns}" if large else sha256(file)
+    return known
 
 
 def near_name(path: Path, names: Iterable[str]) -> str | None:

@@ -13,10 +13,7 @@ import platform
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
-
-from packaging.requirements import Requirement
 
 from halfbyte.system import files
 from halfbyte.types import Document
@@ -32,6 +29,8 @@ KERNEL_VARIABLES = ("HALFBYTE_KERNELS", "NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", 
 
 def version(library: str) -> str:
     """The installed version; empty if it is not installed."""
+    from importlib import metadata
+
     try:
         return metadata.version(library)
     except metadata.PackageNotFoundError:
@@ -65,6 +64,10 @@ def surroundings(threads: int, root: Path = Path("/")) -> Document:
 def outside_ranges() -> dict[str, str]:
     """Requirement of halfbyte -> the installed version, where that is one it does not allow (pip only warns then), as
     `{"peft<0.22,>=0.21": "0.20.0"}`. Empty where halfbyte is not installed but found on the path."""
+    from importlib import metadata
+
+    from packaging.requirements import Requirement
+
     try:
         wanted = [Requirement(text) for text in metadata.requires("halfbyte") or ()]
     except metadata.PackageNotFoundError:

@@ -69,6 +69,13 @@ def asked_threads(env: Mapping[str, str] = os.environ) -> tuple[int, str] | None
     return None
 
 
+def current() -> int:
+    """Threads of one operation."""
+    import torch
+
+    return torch.get_num_threads()
+
+
 def _threads(cores: int, env: Mapping[str, str], sharing: int | None = None) -> tuple[int, str]:
     import torch
 

@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 
 from halfbyte.adapters import passport
-from halfbyte.adapters.assembly import AdaptedBase, assemble, take_off
+from halfbyte.adapters.assembly import AdaptedBase, assemble, memory_of, take_off
 from halfbyte.base import load, residual, stream
 from halfbyte.base.store import supply
 from halfbyte.base.tokenizer import check_vocabulary
 from halfbyte.data.encoding.chatml import chat_template
 from halfbyte.errors import DataError
 from halfbyte.layers import heads
+from halfbyte.proofs.memory import Proofs
 from halfbyte.recipe.task import CAUSAL_LM
 from halfbyte.training.events import Listener
 from halfbyte.training.fit import PlannedRun
@@ -29,14 +30,16 @@ class TrainingModel:
 
 
 def open_model(
-    run: PlannedRun, start: RunStart, tell: Listener, *, force: bool, before: TrainingModel | None = None
-) -> TrainingModel:
+    run: PlannedRun, start: RunStart, tell: Listener, *, force: bool, before: TrainingModel | None = None,
+    proofs: Proofs = "every",
+) -> TrainingModel:  # fmt: skip
     """The base, with fresh adapters or those that the run begins with; a checkpoint's weights are put in later.
 
     Args:
         before: whose base is taken, without its adapters; None: it is opened.
         force: also where base, tokenizer or chat template are not those of the checkpoint; else that is an error. Of an
             adapter that the run begins with it is only noted.
+        proofs: which of them are made.
     """
     recipe, tokenizer = run.prepared.recipe, run.prepared.tokenizer
     if before is None:
@@ -48,7 +51,9 @@ def open_model(
     if before is None and recipe.task != CAUSAL_LM:
         names = [spec.name for spec in base.specs]
         heads.attach(base.model, *heads.wanted(run.prepared.objective), seed=recipe.train.seed, names=names)
-    model = assemble(base, recipe, start=start.adapter, factors=factors, note=tell.note)
+    proofs = proofs if factors is None else "every"
+    memory = memory_of(base, recipe, {"adapter": start.adapter}, proofs, placement=str(placed))
+    model = assemble(base, recipe, start=start.adapter, factors=factors, memory=memory, note=tell.note)
     if not model.packed.ok and (recipe.data.packing == "stream" or run.prepared.train.examples.seconds() is not None):
         stream = recipe.data.packing == "stream"
         what = "data.packing stream" if stream else f"train.method {recipe.train.method}"

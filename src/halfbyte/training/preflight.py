@@ -13,7 +13,7 @@ from halfbyte.data.reading import read
 from halfbyte.distributed.world import World
 from halfbyte.errors import RecipeError, RunError, typed
 from halfbyte.models.sources import lookup
-from halfbyte.recipe import adapter
+from halfbyte.recipe import adapter, adapter_folder
 from halfbyte.recipe.fields import shown
 from halfbyte.recipe.schema import Recipe
 from halfbyte.runs import points
@@ -39,7 +39,7 @@ class RunStart:
     def adapter(self) -> Path | None:
         """The folder of a trained adapter whose weights the fresh ones begin with."""
         name = self.recipe.lora.adapter
-        return adapter.folder_of(name) if name is not None and self.point is None else None
+        return adapter_folder.folder_of(name) if name is not None and self.point is None else None
 
 
 def begin(world: World, recipe: Recipe, *, resume: bool) -> RunStart:
@@ -85,7 +85,7 @@ def check(recipe: Recipe, *, resume: bool = False, writes: bool = True) -> None:
     elif writes or not Path(recipe.output).exists():  # a dry run of a run that is there already shows what it did
         RunFolder.check_free(Path(recipe.output))
     if recipe.lora.adapter is not None and not resume:
-        adapter.read_config(adapter.folder_of(recipe.lora.adapter))
+        adapter.read_config(adapter_folder.folder_of(recipe.lora.adapter))
     check_rows(recipe)
     lookup.look(recipe)
 

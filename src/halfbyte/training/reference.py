@@ -22,7 +22,7 @@ from halfbyte.data import collate
 from halfbyte.data.encoding.encoder import EncodedRows
 from halfbyte.errors import RunError, typed
 from halfbyte.objectives import preference
-from halfbyte.recipe.adapter import ADAPTER_FILES
+from halfbyte.recipe.adapter_folder import ADAPTER_FILES
 from halfbyte.runs.folder import RunFolder, read_json, space_for
 from halfbyte.system import files
 from halfbyte.system.words import duration

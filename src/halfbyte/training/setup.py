@@ -62,7 +62,7 @@ def equip(
 ) -> Setup:  # fmt: skip
     """What an open model needs to train as planned."""
     plan, assembled = run.plan, model.assembled
-    prepared = (run := fit.decide_sharing(run, assembled.model, tell)).prepared
+    prepared = (run := fit.decide_sharing(run, assembled, tell)).prepared
     pace.recompute_as(assembled.model, plan.recompute)
     speed = fit.make_pace(run, assembled.model, lambda text: tell.note("memory", text), packed=assembled.packed.ok)
     limits = speed.tokens, speed.examples_per_micro_batch

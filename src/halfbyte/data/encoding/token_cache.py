@@ -33,7 +33,7 @@ from halfbyte.types import Tokenizer
 
 # Counts up when rendering, tokenising or the file's layout changes.
 FORMAT = 10
-MIN_ROWS = 1000  # fewer are tokenised in no time
+MIN_ROWS = 100  # fewer are tokenised in a tenth of a second
 MAX_BYTES = 5_000_000_000
 LARGE_BYTES = 64_000_000  # smaller files are hashed in no time
 SETTLED_S = 2.0
