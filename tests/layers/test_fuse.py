@@ -305,17 +305,21 @@ def test_without_kernels_everything_is_torch(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
-    ("kind", "fused"), [("smollm3", True), ("qwen3_5_text", True), ("lfm2", True), ("falcon_h1", False)]
+    "kind", ["smollm3", "qwen3_5_text", "lfm2", "phi3", "glm4", "granitemoehybrid", "falcon_h1", "gpt2"]
 )
-def test_an_mlp_is_known_by_what_it_computes(kind: str, fused: bool) -> None:
-    model = small_models.build(kind)
-    mlps = [m for name, m in model.named_modules() if name.endswith((".mlp", ".feed_forward"))]
-    assert mlps and all((formulas.gated_mlp(m) is not None) == fused for m in mlps)
-    if fused:
-        (gate, up, down), _ = formulas.gated_mlp(mlps[0])
-        x = torch.randn(3, gate.in_features)
-        formula = down(torch.nn.functional.silu(gate(x)) * up(x))
-        assert torch.allclose(mlps[0](x), formula, atol=1e-6)
+def test_an_mlp_is_known_by_what_it_computes(kind: str) -> None:
+    changed: dict[str, Any] = {"mlp_multipliers": [0.5, 3.0]} if kind == "falcon_h1" else {}
+    model = small_models.build(kind, **changed)
+    names = (".mlp", ".feed_forward", ".shared_mlp")
+    mlps = [m for name, m in model.named_modules() if name.endswith(names)]
+    assert mlps and all((formulas.gated_mlp(m) is not None) == (kind != "gpt2") for m in mlps)
+    if kind != "gpt2":
+        known = formulas.gated_mlp(mlps[0])
+        x = torch.randn(1, 3, known.inputs[0].in_features)
+        wanted = mlps[0](x)
+        fuse.install(model)
+        assert torch.allclose(mlps[0](x), wanted, atol=1e-6)
+        assert type(mlps[0]).__mro__[1].__name__ == "_FastGatedMlp"
 
 
 def test_an_mlp_of_the_same_parts_and_another_formula_is_not_taken() -> None:

@@ -7,6 +7,8 @@ Cost: under a millisecond a class.
 """
 
 import re
+from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -69,28 +71,59 @@ def _activation_kind(cls: type[nn.Module], approximate: str) -> int | None:
     return next((k for k in _KINDS if torch.allclose(y, norm_gate.activation_formula(x, k), atol=_CLOSE)), None)
 
 
-_GATED = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")  # gate, up, down
+@dataclass(frozen=True)
+class GatedMlp:
+    """out_scale down(act(scale gate(x)) * up(x)). inputs: gate and up, or one layer with both side by side."""
+
+    inputs: list[nn.Module]
+    down: nn.Module
+    activation: int
+    scale: float = 1.0
+    out_scale: float = 1.0
 
 
-def gated_mlp(mlp: nn.Module) -> tuple[list[nn.Module], int] | None:
-    """(gate, up, down; which activation) of an MLP that is down(act(gate(x)) * up(x)); None for anything else."""
+# Names of gate, up and down; of both in one, and down.
+_GATED = (
+    ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("gate_up_proj", "down_proj"),
+    ("input_linear", "output_linear"),
+)  # fmt: skip
+_ACTIVATION_NAMES = "act_fn", "activation_fn", "activation"
+_SCALES = "gate_multiplier", "down_multiplier"
+
+
+def gated_mlp(mlp: nn.Module) -> GatedMlp | None:
+    """What an MLP with a gate is made of; None for anything else."""
     parts = dict(mlp.named_children())
-    for names in _GATED:
-        if set(parts) - {"act_fn"} == set(names):
-            kind = activation_kind(parts["act_fn"]) if "act_fn" in parts else norm_gate.SILU
-            right = kind in norm_gate.ACTIVATIONS.values() and _is_gated(plain_class(type(mlp)), names)
-            return ([parts[name] for name in names], kind) if right and kind is not None else None
-    return None
+    acts = [name for name in _ACTIVATION_NAMES if name in parts]
+    names = next((some for some in _GATED if set(some) == set(parts) - set(acts)), None)
+    if names is None or len(acts) > 1:
+        return None
+    kind = activation_kind(parts[acts[0]]) if acts else norm_gate.SILU
+    scales = [float(getattr(mlp, name, 1.0)) for name in _SCALES]
+    scaled = any(hasattr(mlp, name) for name in _SCALES)
+    if (
+        kind is None
+        or kind not in norm_gate.ACTIVATIONS.values()
+        or not _is_gated(plain_class(type(mlp)), names, scaled)
+    ):
+        return None
+    *inputs, down = (parts[name] for name in names)
+    return GatedMlp(inputs, down, kind, *scales)
 
 
 @cached
-def _is_gated(cls: type[nn.Module], names: tuple[str, ...]) -> bool:
+def _is_gated(cls: type[nn.Module], names: tuple[str, ...], scaled: bool) -> bool:
     """Whether a class computes it, seen on random numbers; with SiLU, which those without an activation have."""
     generator = torch.Generator().manual_seed(0)
     x, gate, up, down = torch.randn(4, 8, 8, generator=generator)
-    linears = {name: w.matmul for name, w in zip(names, (gate, up, down), strict=True)}
+    weights = (gate, up, down) if len(names) == 3 else (torch.cat((gate, up)), down)
+    linears = {name: partial(F.linear, weight=w) for name, w in zip(names, weights, strict=True)}
+    scale, out_scale = (0.5, 3.0) if scaled else (1.0, 1.0)
+    scales = dict(zip(_SCALES, (scale, out_scale), strict=True))
+    known = SimpleNamespace(**linears, **scales, **dict.fromkeys(_ACTIVATION_NAMES, F.silu))
     try:
-        y = cls.forward(SimpleNamespace(act_fn=F.silu, **linears), x)
+        y = cls.forward(known, x)
     except Exception:  # of any kind: it needs more than these
         return False
-    return isinstance(y, Tensor) and torch.allclose(y, down @ (F.silu(gate @ x) * (up @ x)), rtol=1e-5)
+    wanted = out_scale * F.linear(F.silu(scale * F.linear(x, gate)) * F.linear(x, up), down)
+    return isinstance(y, Tensor) and torch.allclose(y, wanted, rtol=1e-5, atol=1e-5)

@@ -164,17 +164,17 @@ class _FastNorm(_Fast):
 
 
 class _FastGatedMlp(_Fast):
-    """down(act(gate(x)) * up(x))."""
+    """down(act(gate(x)) * up(x)), also with both in one linear layer, and with factors."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not available(x):
             return super().forward(x)
         known = formulas.gated_mlp(self)
         assert known is not None
-        (gate, up, down), kind = known
-        g, u = gate(x), up(x)
-        inputs, h = (g.detach(), u.detach()), norm_gate.glu(g, u, kind)
-        return down(_cheap(self, h, lambda: norm_gate.glu(*inputs, kind)))
+        given = [linear(x) for linear in known.inputs]
+        inputs, how = [each.detach() for each in given], (known.activation, known.scale)
+        y: Tensor = known.down(_cheap(self, norm_gate.glu(given, *how), lambda: norm_gate.glu(inputs, *how)))
+        return y if known.out_scale == 1.0 else y * known.out_scale
 
 
 class _FastActivation(_Fast):
@@ -286,7 +286,7 @@ def install(model: nn.Module) -> Fused:
         elif (part := _part(module)) is not None and id(module) not in inside:
             counts[part[0]] += 1
             _become(module, part[1])
-            inside |= {id(getattr(module, "act_fn", None))} if part[1] is _FastGatedMlp else set()
+            inside |= set(map(id, module.children())) if part[1] is _FastGatedMlp else set()
     if experts := interface.install(model):
         counts["experts"] = experts
     return Fused(dict(counts), dict(unfused))

@@ -6,6 +6,7 @@ and dropout keep nothing.
 Letters: N rows, D width, I the MLP's inner width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,22 +74,47 @@ class ResidualSum(torch.autograd.Function):
 
 
 class Glu(torch.autograd.Function):
-    """act(g) * u. g, u: (N, I) contiguous."""
+    """act(scale g) * u. g, u: (.., I) contiguous, of at least two axes."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, g: Tensor, u: Tensor, kind: int) -> Tensor:
+    def forward(ctx: FunctionCtx, g: Tensor, u: Tensor, kind: int, scale: float) -> Tensor:
         from halfbyte.layers.kernels.cpu import gate
 
         ctx.save_for_backward(g, u)
-        ctx.kind = kind
-        return gate.glu(g, u, kind)
+        ctx.kind, ctx.scale = kind, scale
+        return gate.glu(g, u, kind, scale)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         from halfbyte.layers.kernels.cpu import gate
 
         g, u = ctx.saved_tensors
-        return *gate.glu_backward(grads[0].contiguous(), g, u, ctx.kind), None
+        dg, du = pool.empty_like(g), pool.empty_like(u)
+        gate.glu_backward(grads[0].contiguous(), g, u, ctx.kind, dg, du, ctx.scale)
+        return dg, du, None, None
+
+
+class GluOfOne(torch.autograd.Function):
+    """act(scale g) * u of both side by side: (.., 2 I) contiguous -> (.., I)."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, both: Tensor, kind: int, scale: float) -> Tensor:
+        from halfbyte.layers.kernels.cpu import gate
+
+        ctx.save_for_backward(both)
+        ctx.kind, ctx.scale = kind, scale
+        g, u = both.chunk(2, -1)
+        return gate.glu(g, u, kind, scale)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None, None]:
+        from halfbyte.layers.kernels.cpu import gate
+
+        (both,) = ctx.saved_tensors
+        out = pool.empty_like(both)
+        (g, u), (dg, du) = both.chunk(2, -1), out.chunk(2, -1)
+        gate.glu_backward(grads[0].contiguous(), g, u, ctx.kind, dg, du, ctx.scale)
+        return out, None, None
 
 
 class Activation(torch.autograd.Function):
@@ -179,9 +205,12 @@ def activation_formula(x: Tensor, kind: int) -> Tensor:
     return F.silu(x) if kind == SILU else F.relu(x).square()
 
 
-def glu(g: Tensor, u: Tensor, kind: int) -> Tensor:
-    """act(g) * u, elementwise."""
-    if available(g, u) and g.is_contiguous() and u.is_contiguous() and g.dtype == u.dtype:
-        h: Tensor = Glu.apply(g, u, kind)
+def glu(given: Sequence[Tensor], kind: int, scale: float = 1.0) -> Tensor:
+    """act(scale g) * u of g and u (.., I), or of one tensor (.., 2 I) with both."""
+    plain = all(x.is_contiguous() and x.dim() > 1 and x.dtype == given[0].dtype for x in given)
+    if plain and available(*given):
+        h: Tensor = (GluOfOne if len(given) == 1 else Glu).apply(*given, kind, scale)
         return h
+    g, u = given if len(given) == 2 else given[0].chunk(2, -1)
+    g = g * scale if scale != 1.0 else g
     return (F.silu(g) if kind == SILU else F.gelu(g, approximate="tanh")) * u

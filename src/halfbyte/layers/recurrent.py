@@ -215,7 +215,7 @@ class _StateSpaceMixer(_ChunkMixer):
         a, skip = -self.A_log.float().exp() * dt, self.D.float()
         y = Kernel.apply("state_space", options, xbc, a, dt, skip, examples.starts)
         if isinstance(self.norm, nn.Identity):
-            y = norm_gate.glu(gate, y, norm_gate.SILU)
+            y = norm_gate.glu((gate, y), norm_gate.SILU)
         else:
             gate_first = not getattr(self.norm, "norm_before_gate", False)
             y = _gated_norm(y, gate, self.norm, self.n_groups, gate_first=gate_first)

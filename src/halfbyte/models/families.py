@@ -63,6 +63,7 @@ class Family:
         dropout_modules: what it drops of the residual stream goes through modules, which the engine's kernel takes.
         shared_gate: what shared experts give is multiplied by a gate of its own, which keeps it.
         gated_attention: what attention returns is multiplied by a gate, and both are kept.
+        scaled: what its branches read and return is multiplied by factors, which makes copies of it.
         stock_gate: what stands between an expert's two stacks is the model's own code.
         encoder: it sees to both sides, and has no head of a language model. pooler: a head of texts reads the body's.
             behind_padding: positions begin behind the number of the padding token.
@@ -82,6 +83,7 @@ class Family:
     dropout_modules: bool = False
     shared_gate: bool = False
     gated_attention: bool = False
+    scaled: bool = False
     stock_gate: bool = False
     encoder: bool = False
     pooler: bool = False

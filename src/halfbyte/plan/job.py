@@ -289,6 +289,11 @@ class Job:
     def store_build(self) -> StoreBuild:
         return StoreBuild(self.specs, self.recipe.quant, self.itemsize, self.facts.vocab, self.beside_bytes)
 
+    @property
+    def recurrent(self) -> bool:
+        """Whether layers carry a state from token to token, more than a convolution's."""
+        return any(r.heads for r in self.facts.recurrences)
+
     @cached_property
     def layer(self) -> Layer:
         lora = self.recipe.lora

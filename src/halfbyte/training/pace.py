@@ -59,6 +59,7 @@ class Pace:
     _tight: bool = False
     _near: bool = False
     _last_need: int = 0
+    _last_private: int = 0
 
     @property
     def margin(self) -> int:
@@ -104,7 +105,7 @@ class Pace:
 
     def _keep_to_limit(self, waiting: Sequence[pack.MicroBatch]) -> None:
         """Give memory back where the next micro-batch may come near the plan's upper figure; step down where that is
-        not enough, or was not enough for the one before."""
+        not enough, or was not enough before and the next one would be above it."""
         if self.limit is None or self.peak is None:
             return
         needed = self.need(self.largest(waiting), self.recompute)
@@ -119,11 +120,14 @@ class Pace:
             give_back()
             held = usage.now().private
             reason = f"{recent.private / GB:.2f} GB were in use, {self.limit.private / GB:.2f} are planned at most"
-            while (self._near or held + self.need(min(self.tokens, self.largest(waiting)), self.recompute) > room) and (
+            # near again: if it grows as it did since the last look, will the next micro-batch be above the figure?
+            grown = max(0, recent.private - self._last_private)
+            over = self._near and recent.private + grown > self.limit.private
+            while (over or held + self.need(min(self.tokens, self.largest(waiting)), self.recompute) > room) and (
                 self.down(reason)
             ):
-                self._near = False
-        self._near = near
+                over = False
+        self._near, self._last_private = near, recent.private
 
     def down(self, reason: str) -> bool:
         """One step down; False where there is none."""

@@ -100,19 +100,25 @@ def test_a_models_own_dropout_is_the_mask_by_its_definition_both_ways() -> None:
 def test_gated_activation(n: int, d: int, dtype: torch.dtype, kind: int) -> None:
     g, u, dh = draw(n, d, dtype=dtype), draw(n, d, dtype=dtype, seed=1), draw(n, d, dtype=dtype, seed=2)
     g = g * 4
-    h = gate.glu(g, u, kind)
-    dg, du = gate.glu_backward(dh, g, u, kind)
-    g64, u64 = g.double().requires_grad_(), u.double().requires_grad_()
-    wanted = (F.silu(g64) if kind == 0 else F.gelu(g64, approximate="tanh")) * u64
-    wanted.backward(dh.double())
-    assert g64.grad is not None and u64.grad is not None
-    for got, want in ((h, wanted.detach()), (dg, g64.grad), (du, u64.grad)):
-        assert off(got, want) < TOLERANCE[dtype]
+    for scale in (1.0, 0.7):
+        apart, both = [x.clone().requires_grad_() for x in (g, u)], torch.cat((g, u), 1).requires_grad_()
+        h, of_both = norm_gate.glu(apart, kind, scale), norm_gate.glu([both], kind, scale)
+        h.backward(dh)
+        of_both.backward(dh)
+        g64, u64 = g.double().requires_grad_(), u.double().requires_grad_()
+        wanted = (F.silu(scale * g64) if kind == 0 else F.gelu(scale * g64, approximate="tanh")) * u64
+        wanted.backward(dh.double())
+        for got, want in (
+            (h.detach(), wanted.detach()),
+            *zip((x.grad for x in apart), (g64.grad, u64.grad), strict=True),
+        ):
+            assert off(got, want) < TOLERANCE[dtype]
+        assert torch.equal(of_both, h) and torch.equal(both.grad, torch.cat([x.grad for x in apart], 1))
 
 
 def test_an_activation_of_extreme_numbers() -> None:
     g = torch.tensor([-1e4, -88.0, 0.0, 88.0, 1e4, float("inf"), float("nan")])
-    h = gate.glu(g, torch.ones_like(g), 0)
+    h = gate.glu(g[None], torch.ones_like(g)[None], 0)[0]
     assert torch.equal(h[:5].abs() < 1e-20, torch.tensor([True, True, True, False, False]))
     assert h[3:5].tolist() == [88.0, 1e4]
     assert not h[5:].isfinite().any()
@@ -231,7 +237,7 @@ torch.set_num_threads(1)
 for dtype in (torch.float32, torch.bfloat16):
     draw = torch.Generator().manual_seed(0)
     g, u, dh, w = (torch.randn(37, 96, generator=draw).to(dtype).requires_grad_() for _ in range(4))
-    norm_gate.glu(g, u, 1).backward(dh.detach())
+    norm_gate.glu((g, u), 1).backward(dh.detach())
     norm_gate.norm(u, w[0].detach(), 1e-5, norm_gate.NormKind()).backward(dh.detach())
     q, k, v = (torch.randn(1300, n, 64, generator=draw).to(dtype).requires_grad_() for n in (9, 3, 3))
     attended = attention.attention(q, k, v, (600, 400, 300), 0.125, None, None)

@@ -12,41 +12,43 @@ _K, _C = np.float32(0.7978845608028654), np.float32(0.044715)  # sqrt(2/pi)
 
 
 @inlined
-def _forward_part(g, u, h, kind, first, last):  # type: ignore[no-untyped-def]
-    g, u = g[first:last], u[first:last]
-    h = h[first:last]
-    if kind == SILU:
-        for j in range(g.shape[0]):
-            v = load(g[j])
-            h[j] = store(v * sigmoid(v) * load(u[j]), h)
-    else:
-        for j in range(g.shape[0]):
-            v = load(g[j])
-            s = sigmoid(np.float32(2.0) * _K * (v + _C * v * v * v))  # (1 + tanh(z)) / 2 = sigmoid(2 z)
-            h[j] = store(v * s * load(u[j]), h)
+def _forward_rows(g, u, h, sizes, scale, first, last):  # type: ignore[no-untyped-def]
+    width, row, _, kind = sizes
+    for i in range(first, last):
+        x, y, out = g[i * row : i * row + width], u[i * row : i * row + width], h[i * width : (i + 1) * width]
+        if kind == SILU:
+            for j in range(width):
+                v = load(x[j]) * scale
+                out[j] = store(v * sigmoid(v) * load(y[j]), h)
+        else:
+            for j in range(width):
+                v = load(x[j]) * scale
+                s = sigmoid(np.float32(2.0) * _K * (v + _C * v * v * v))  # (1 + tanh(z)) / 2 = sigmoid(2 z)
+                out[j] = store(v * s * load(y[j]), h)
 
 
 @inlined
-def _backward_part(dh, g, u, dg, du, kind, first, last):  # type: ignore[no-untyped-def]
+def _backward_rows(dh, g, u, dg, du, sizes, scale, first, last):  # type: ignore[no-untyped-def]
     one = np.float32(1.0)
-    g, u = g[first:last], u[first:last]
-    dh, dg = dh[first:last], dg[first:last]
-    du = du[first:last]
-    if kind == SILU:
-        for j in range(g.shape[0]):
-            v, d = load(g[j]), load(dh[j])
-            s = sigmoid(v)
-            w = load(u[j])
-            du[j] = store(d * v * s, du)
-            dg[j] = store(d * w * s * (one + v * (one - s)), dg)
-    else:
-        for j in range(g.shape[0]):
-            v, d = load(g[j]), load(dh[j])
-            s = sigmoid(np.float32(2.0) * _K * (v + _C * v * v * v))
-            slope = np.float32(2.0) * _K * (one + np.float32(3.0) * _C * v * v)
-            w = load(u[j])
-            du[j] = store(d * v * s, du)
-            dg[j] = store(d * w * s * (one + v * (one - s) * slope), dg)
+    width, row, out_row, kind = sizes
+    for i in range(first, last):
+        x, y, d_out = g[i * row : i * row + width], u[i * row : i * row + width], dh[i * width : (i + 1) * width]
+        dx, dy = dg[i * out_row : i * out_row + width], du[i * out_row : i * out_row + width]
+        if kind == SILU:
+            for j in range(width):
+                v, d = load(x[j]) * scale, load(d_out[j])
+                s = sigmoid(v)
+                w = load(y[j])
+                dy[j] = store(d * v * s, du)
+                dx[j] = store(d * w * s * (one + v * (one - s)) * scale, dg)
+        else:
+            for j in range(width):
+                v, d = load(x[j]) * scale, load(d_out[j])
+                s = sigmoid(np.float32(2.0) * _K * (v + _C * v * v * v))
+                slope = np.float32(2.0) * _K * (one + np.float32(3.0) * _C * v * v)
+                w = load(y[j])
+                dy[j] = store(d * v * s, du)
+                dx[j] = store(d * w * s * (one + v * (one - s) * slope) * scale, dg)
 
 
 @inlined
@@ -71,9 +73,11 @@ def _mask_rows(x, out, low, seed, keys, first, last):  # type: ignore[no-untyped
 def _forward_kernel(element: type) -> object:
     @kernel
     def glu(p):  # type: ignore[no-untyped-def]
-        s = carray(p, (32,), np.int64)
-        g, u = array(s[3], (s[1],), element), array(s[4], (s[1],), element)
-        each_block(s, _forward_part, (g, u, array(s[5], (s[1],), element), s[6]))
+        s, f = carray(p, (32,), np.int64), carray(p, (32,), np.float64)
+        width, row, n = s[6], s[7], s[1]
+        g, u = array(s[3], ((n - 1) * row + width,), element), array(s[4], ((n - 1) * row + width,), element)
+        h, sizes = array(s[5], (n * width,), element), (width, row, width, s[8])
+        each_block(s, _forward_rows, (g, u, h, sizes, np.float32(f[9])))
 
     return glu
 
@@ -82,10 +86,12 @@ def _forward_kernel(element: type) -> object:
 def _backward_kernel(element: type) -> object:
     @kernel
     def glu_backward(p):  # type: ignore[no-untyped-def]
-        s = carray(p, (32,), np.int64)
-        dh, g = array(s[3], (s[1],), element), array(s[4], (s[1],), element)
-        u, dg = array(s[5], (s[1],), element), array(s[6], (s[1],), element)
-        each_block(s, _backward_part, (dh, g, u, dg, array(s[7], (s[1],), element), s[8]))
+        s, f = carray(p, (32,), np.int64), carray(p, (32,), np.float64)
+        width, row, out_row, n = s[8], s[9], s[10], s[1]
+        g, u = array(s[4], ((n - 1) * row + width,), element), array(s[5], ((n - 1) * row + width,), element)
+        dg, du = array(s[6], ((n - 1) * out_row + width,), element), array(s[7], ((n - 1) * out_row + width,), element)
+        dh, sizes = array(s[3], (n * width,), element), (width, row, out_row, s[11])
+        each_block(s, _backward_rows, (dh, g, u, dg, du, sizes, np.float32(f[12])))
 
     return glu_backward
 
@@ -119,18 +125,19 @@ def _mask_rows_kernel(element: type) -> object:
     return drop_rows
 
 
-def glu(g: Tensor, u: Tensor, kind: int) -> Tensor:
-    """act(g) * u for two tensors of one shape, contiguous."""
-    h = pool.empty_like(g)
-    run(_forward_kernel(g.dtype), g.numel(), BLOCK_ELEMENTS, g, u, h, kind)
+def glu(g: Tensor, u: Tensor, kind: int, scale: float = 1.0) -> Tensor:
+    """act(scale g) * u, contiguous, for g and u (.., I): both contiguous, or each half of a contiguous (.., 2 I)."""
+    h, width = pool.empty(g.shape, g), g.shape[-1]
+    sizes = width, g.stride(-2), kind, float(scale)
+    run(_forward_kernel(g.dtype), g.numel() // width, block_rows(width), g, u, h, *sizes)
     return h
 
 
-def glu_backward(dh: Tensor, g: Tensor, u: Tensor, kind: int) -> tuple[Tensor, Tensor]:
-    """The gradients of g and u."""
-    dg, du = pool.empty_like(g), pool.empty_like(u)
-    run(_backward_kernel(g.dtype), g.numel(), BLOCK_ELEMENTS, dh, g, u, dg, du, kind)
-    return dg, du
+def glu_backward(dh: Tensor, g: Tensor, u: Tensor, kind: int, dg: Tensor, du: Tensor, scale: float = 1.0) -> None:
+    """The gradients of g and u into dg and du, which lie as g and u may; dh: contiguous."""
+    width = g.shape[-1]
+    sizes = width, g.stride(-2), dg.stride(-2), kind, float(scale)
+    run(_backward_kernel(g.dtype), g.numel() // width, block_rows(width), dh, g, u, dg, du, *sizes)
 
 
 def drop(x: Tensor, out: Tensor, p: float, seed: int) -> None:
