@@ -15,7 +15,8 @@ _K, _C = np.float32(0.7978845608028654), np.float32(0.044715)  # sqrt(2/pi)
 def _forward_rows(g, u, h, sizes, scale, first, last):  # type: ignore[no-untyped-def]
     width, row, _, kind = sizes
     for i in range(first, last):
-        x, y, out = g[i * row : i * row + width], u[i * row : i * row + width], h[i * width : (i + 1) * width]
+        x, y = g[i * row : i * row + width], u[i * row : i * row + width]
+        out = h[i * width : (i + 1) * width]
         if kind == SILU:
             for j in range(width):
                 v = load(x[j]) * scale
@@ -32,7 +33,8 @@ def _backward_rows(dh, g, u, dg, du, sizes, scale, first, last):  # type: ignore
     one = np.float32(1.0)
     width, row, out_row, kind = sizes
     for i in range(first, last):
-        x, y, d_out = g[i * row : i * row + width], u[i * row : i * row + width], dh[i * width : (i + 1) * width]
+        x, y = g[i * row : i * row + width], u[i * row : i * row + width]
+        d_out = dh[i * width : (i + 1) * width]
         dx, dy = dg[i * out_row : i * out_row + width], du[i * out_row : i * out_row + width]
         if kind == SILU:
             for j in range(width):
@@ -74,7 +76,8 @@ def _forward_kernel(element: type) -> object:
     @kernel
     def glu(p):  # type: ignore[no-untyped-def]
         s, f = carray(p, (32,), np.int64), carray(p, (32,), np.float64)
-        width, row, n = s[6], s[7], s[1]
+        n, width = s[1], s[6]
+        row = s[7]
         g, u = array(s[3], ((n - 1) * row + width,), element), array(s[4], ((n - 1) * row + width,), element)
         h, sizes = array(s[5], (n * width,), element), (width, row, width, s[8])
         each_block(s, _forward_rows, (g, u, h, sizes, np.float32(f[9])))
@@ -87,7 +90,8 @@ def _backward_kernel(element: type) -> object:
     @kernel
     def glu_backward(p):  # type: ignore[no-untyped-def]
         s, f = carray(p, (32,), np.int64), carray(p, (32,), np.float64)
-        width, row, out_row, n = s[8], s[9], s[10], s[1]
+        n, width = s[1], s[8]
+        row, out_row = s[9], s[10]
         g, u = array(s[4], ((n - 1) * row + width,), element), array(s[5], ((n - 1) * row + width,), element)
         dg, du = array(s[6], ((n - 1) * out_row + width,), element), array(s[7], ((n - 1) * out_row + width,), element)
         dh, sizes = array(s[3], (n * width,), element), (width, row, out_row, s[11])
