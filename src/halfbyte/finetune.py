@@ -262,7 +262,8 @@ def _save(setup: Setup, run: RunFolder, callback: RunCallback) -> int | None:
         if prepared.chatml is not None:
             prepared.tokenizer.save_pretrained(folder)
         if isinstance(prepared.objective, Labels):
-            heads.write_config(folder, model.get_base_model(), prepared.objective.config, prepared.tokenizer)
+            lm, names = model.get_base_model(), prepared.objective.config
+            heads.write_config(folder, lm, prepared.config, names, prepared.tokenizer)
         passport.write(folder, setup.trained, reporting.reached(rows, step))
 
     dtype = load.DTYPES[recipe.lora.save_dtype]

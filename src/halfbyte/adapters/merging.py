@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
@@ -27,7 +28,7 @@ from halfbyte.errors import AdapterError, first_line
 from halfbyte.models.structure import meta_model
 from halfbyte.recipe.adapter import read_config
 from halfbyte.recipe.adapter_folder import ADAPTER_FILES
-from halfbyte.types import Config
+from halfbyte.types import Config, Model
 
 _WRAPPING = re.compile(r"\.(?:base_layer|original_module|token_adapter)(?=\.|$)")
 Factors = dict[str, tuple[Tensor, Tensor]]
@@ -74,8 +75,6 @@ class WeightChange:
         """The changed weight, fp32, in the memory of `weight` where it can be. `weight`: fp32, as a checkpoint has it
         (a Conv1D's is (in, out)). `trained_on`: gives the one trained on, alike."""
         if self.value is not None:
-            if self.rows is None:
-                return self.value.float()
             weight[self.rows] = self.value.float()
             return weight
         if self.bias is not None:
@@ -114,11 +113,11 @@ class WeightChange:
         return b.reshape(len(b), -1, count)[..., expert], a.reshape(count, -1, a.shape[-1])[expert]
 
 
-def changes(config: Config, folder: Path, start: Factors | None = None) -> dict[str, WeightChange]:
+def changes(config: Config, folder: Path, start: Factors | None = None, auto: Any = None) -> dict[str, WeightChange]:
     """The weights that an adapter changes, by the model's names of them. `folder`: the adapter, in PEFT's format.
-    `start`: of a residual start that is not in the weights merged into. Raises AdapterError: it does not fit the model,
-    or is of a kind that no weight can take up."""
-    inner, changed = _on_nothing(config, folder).get_base_model(), dict[str, WeightChange]()
+    `start`: of a residual start that is not in the weights merged into. `auto`: the class of a model with a head.
+    Raises AdapterError: it does not fit the model, or is of a kind that no weight can take up."""
+    inner, changed = _on_nothing(meta_model(config, auto), folder).get_base_model(), dict[str, WeightChange]()
     for name, module in inner.named_modules():
         plain = _WRAPPING.sub("", name)
         if isinstance(module, ParamWrapper):
@@ -162,10 +161,9 @@ def _check(name: str, layer: LoraLayer) -> None:
         )
 
 
-def _on_nothing(config: Config, folder: Path) -> PeftModel:
-    """PEFT's model on the meta device with the adapter's own tensors in it, as they are saved."""
+def _on_nothing(model: Model, folder: Path) -> PeftModel:
+    """PEFT's model on one of the meta device with the adapter's own tensors in it, as they are saved."""
     real: dict[str, Tensor] = {}
-    model = meta_model(config)
     saved = read_config(folder)
 
     def keep(module: nn.Module, _: object) -> None:

@@ -25,6 +25,7 @@ from halfbyte.inference.target import Target
 from halfbyte.models.sources.lookup import find_model
 from halfbyte.proofs import programs
 from halfbyte.proofs.export import Exported
+from halfbyte.recipe.task import CAUSAL_LM, HEADS
 from halfbyte.types import Tokenizer
 
 NO_LLAMA = f"not proven: llama.cpp is not installed ({programs.INSTALL})"
@@ -38,8 +39,12 @@ def merge(job: ExportJob, choice: BaseChoice = "auto", *, quantise: bool = False
     base is; what that costs is measured. Raises ExportError: no space, or what was written does not say what the run
     says; nothing is left then."""
     out = job.out_folder("merged")
-    run = job.checked_target()
+    run = job.checked_target((CAUSAL_LM, *HEADS))
     kinds = bases(run, choice)
+    if run.recipe.task in HEADS:
+        if quantise:
+            raise ExportError("a merged model with a head is not quantised again.", fix="leave --quantise out")
+        return _merge_head(job, run, out, kinds[-1])
     with job.draft(run, out, copies=len(kinds)) as draft:
         for kind in kinds:
             (place := draft.folder / kind).mkdir()
@@ -57,6 +62,23 @@ def merge(job: ExportJob, choice: BaseChoice = "auto", *, quantise: bool = False
             result = _quantise(job, draft, result, draft.folder / base)
         draft.keep("store" if quantise else base)
         return draft.finish(result)
+
+
+def _merge_head(job: ExportJob, run: Target, out: Path, base: BaseKind) -> Exported:
+    """Base, adapter and head as one model that transformers' class for the task opens."""
+    from halfbyte.export import head
+
+    with job.draft(run, out, prove=False, copies=1) as draft:
+        (place := draft.folder / base).mkdir()
+        dtype, note = write_merged(job, run, base, place), "not proven: it was not asked for (--no-proof)"
+        if job.prove:
+            job.tell.say(f"{place.name} is opened by transformers, and the run beside it", label="proof")
+            asked = {"run": str(job.run), "place": str(place), "base": base, "dtype": dtype, "force": job.force,
+                     "overrides": list(job.overrides), "data": job.data and str(job.data)}  # fmt: skip
+            note = head.proof(asked, draft.folder / "asked.json")
+            (draft.folder / "asked.json").unlink(missing_ok=True)
+        draft.keep(base)
+        return draft.finish(draft.result("merged model with a head", base, [f"into {describe(base)}", note]))
 
 
 def write_merged(job: ExportJob, run: Target, base: BaseKind, place: Path, *, copies: int = 1) -> str:

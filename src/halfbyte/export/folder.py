@@ -119,7 +119,7 @@ def _write_beside(merged: MergedModel, folder: Path) -> None:
     """Config, generation settings, tokenizer and chat template."""
     for path in beside_weights(merged.checkpoint.path):
         shutil.copyfile(path, folder / path.name)
-    config = json.loads((merged.checkpoint.path / "config.json").read_text(encoding="utf-8"))
+    config = json.loads(((merged.head or merged.checkpoint.path) / "config.json").read_text(encoding="utf-8"))
     if merged.untied:
         config["tie_word_embeddings"] = False
     files.write(folder / "config.json", files.as_json(config))

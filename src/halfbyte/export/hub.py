@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from halfbyte.proofs.export import Exported
 
 CARD = "README.md"
+# The hub's names of what a run with a head does.
+_DOES = {"classify": "text-classification", "regress": "text-classification", "tag": "token-classification"}
 # In a recipe: paths of this machine, of which a card has the last part.
 _LOCAL = re.compile(r"(?<=[\s'\"\[])(?:~|[A-Za-z]:)?[/\\][^\s'\",\]]+")
 
@@ -39,9 +41,9 @@ def write(folder: Path, run: Target, export: Exported) -> None:
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     base, revision = run.recipe.model, run.recipe.revision
-    public = HUB_ID.fullmatch(base.partition("@")[0]) is not None
+    public, does = HUB_ID.fullmatch(base.partition("@")[0]) is not None, _DOES.get(run.recipe.task, "text-generation")
     results = [
-        EvalResult(task_type="text-generation", dataset_type="local", dataset_name=name, metric_type=metric,
+        EvalResult(task_type=does, dataset_type="local", dataset_name=name, metric_type=metric,
                    metric_value=value, verified=None)
         for name, metric, value, _ in metrics(run, export)
     ]  # fmt: skip
@@ -51,7 +53,7 @@ def write(folder: Path, run: Target, export: Exported) -> None:
         library_name=kind,
         license=licence(run),
         tags=["halfbyte", "qlora", "lora"],
-        pipeline_tag="text-generation",
+        pipeline_tag=does,
         model_name=export.path.name if results else None,
         eval_results=results or None,
     )
@@ -102,7 +104,7 @@ def body(run: Target, export: Exported, base: str, revision: str | None, *, publ
     if rows := metrics(run, export):
         lines += ["## Evaluation", "", "| rows | metric | value | interval |", "| --- | --- | --- | --- |"]
         lines += [f"| {rows_} | {metric} | {value:g} | {words or '-'} |" for rows_, metric, value, words in rows] + [""]
-    lines += ["## Proof", "", *_proof(export), "", "## Use", "", "```", *_use(export), "```", ""]
+    lines += ["## Proof", "", *_proof(export), "", "## Use", "", "```", *_use(export, run.recipe.task), "```", ""]
     return "\n".join(lines)
 
 
@@ -137,13 +139,15 @@ def _proof(export: Exported) -> list[str]:
     return [figures, *([""] if held_out or export.notes else []), *held_out, *export.notes]
 
 
-def _use(export: Exported) -> list[str]:
+def _use(export: Exported, task: str) -> list[str]:
     if export.kind.startswith("GGUF file"):
         return ["llama-cli -m FILE.gguf -cnv", "ollama create NAME -f Modelfile   # where there is one"]
     if export.kind.startswith("GGUF adapter"):
         return ["llama-cli -m BASE.gguf --lora FILE.gguf -cnv"]
     if export.kind.startswith("PEFT"):
         return [*export.notes, "PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), FOLDER)"]
+    if task in _DOES:
+        return [f'pipeline("{_DOES[task]}", model=FOLDER)   # transformers']
     return ["AutoModelForCausalLM.from_pretrained(FOLDER)   # transformers", "vllm serve FOLDER"]
 
 

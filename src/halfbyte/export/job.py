@@ -10,7 +10,7 @@ Cost: hashing the adapter and reading the base's headers; a child process that o
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +35,7 @@ from halfbyte.models.structure import meta_model
 from halfbyte.proofs.export import Exported, Proof, ask_program, prove_export
 from halfbyte.recipe.adapter import read_config
 from halfbyte.recipe.adapter_folder import read_passport
+from halfbyte.recipe.task import CAUSAL_LM
 from halfbyte.report import page
 from halfbyte.runs.folder import EXPORT
 from halfbyte.scoring.sheet import adapter_of
@@ -56,16 +57,16 @@ class ExportJob:
     prompts: int = PROMPTS  # at most so many are answered for the proof
     tell: supply.Tell = field(default_factory=supply.Tell)
 
-    def target(self) -> Target:
+    def target(self, tasks: Collection[str] = (CAUSAL_LM,)) -> Target:
         """The run or adapter, on this machine."""
-        run = target.find(self.run, self.overrides)
+        run = target.find(self.run, self.overrides, tasks)
         if run.adapter is None:
             raise ExportError(f"{self.run} is a base without an adapter: there is nothing to ship.")
         return run
 
-    def checked_target(self) -> Target:
+    def checked_target(self, tasks: Collection[str] = (CAUSAL_LM,)) -> Target:
         """The same, once its passport says that it belongs to the base that is here."""
-        run = self.target()
+        run = self.target(tasks)
         check_passport(run, self.tell, force=self.force)
         return run
 

@@ -24,6 +24,7 @@ from halfbyte.base.store.conversion import renamed
 from halfbyte.base.store.reading import FLOATS, SourceTensor
 from halfbyte.errors import AdapterError, BaseModelError, StoreError
 from halfbyte.inference.target import Target
+from halfbyte.layers import heads
 from halfbyte.models import tensors
 from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.sources.lookup import find_model
@@ -32,7 +33,7 @@ from halfbyte.quant import formats
 from halfbyte.quant.number_format import torch_dtypes
 from halfbyte.quant.stack import ExpertStack
 from halfbyte.recipe.adapter import read_config
-from halfbyte.recipe.adapter_folder import folder_of, read_passport
+from halfbyte.recipe.adapter_folder import HEAD, folder_of, read_passport
 from halfbyte.recipe.schema import Lora
 from halfbyte.system import device, pages
 from halfbyte.types import Config, Model
@@ -70,7 +71,11 @@ class MergedModel:
                 fix="--set model=THE 16-BIT MODEL, or use the adapter with its base: halfbyte export RUN --peft",
             )
         self.dtype = load.DTYPES[device.compute_dtype(device.detect(), run.recipe.quant.compute_dtype)[0]]
-        self.plain = meta_model(self.config)
+        self.head = run.adapter / HEAD if run.adapter is not None and (run.adapter / HEAD).is_dir() else None
+        self.shape, self.auto = self.config, None  # of the merged model: its config, and the class that opens it
+        if self.head is not None and run.adapter is not None:
+            self.shape, self.auto = open_config(self.head), heads.AUTO[read_config(run.adapter)["task_type"]]
+        self.plain = meta_model(self.shape, self.auto)
         self.source = supply.open_source(self._wanted())
         self.changes = self._changes(run.adapter, tell)
         self.store = self._store(tell) if self._needs_store else None
@@ -138,6 +143,8 @@ class MergedModel:
     def value(self, item: Item) -> Tensor:
         """The whole merged tensor in fp32, not rounded, of the source's shape."""
         change = self.changes.get(item.parameter)
+        if change is not None and change.value is not None and change.rows is None:
+            return change.value.float().reshape(item.source.shape)
         quantised = self._quantised(item)
         from_store = self.base == "4bit" and quantised is not None
         weight = self._trained_on(item) if from_store else self._read(item.source)
@@ -167,7 +174,7 @@ class MergedModel:
         start = None
         if self.base == "16bit" and self.run.recipe.quant.quantises and starts_residual(adapter):
             start = self._start(adapter, tell)
-        changes = merging.changes(self.config, adapter, start)
+        changes = merging.changes(self.shape, adapter, start, self.auto)
         known = {name for name, _ in self.plain.named_parameters(remove_duplicate=False)}
         if strange := sorted(set(changes) - known):
             raise AdapterError(f"the adapter changes {strange[0]}, which {self.checkpoint.id} does not have.")
@@ -183,7 +190,7 @@ class MergedModel:
         lora = Lora.model_validate({"init_lora_weights": "residual", **ranks})
         path = residual.beside(wanted, supply.ensure(wanted, tell=tell), lora, lambda name, text: tell.say(text, name))
         assert path is not None
-        plain = merging.changes(self.config, adapter)
+        plain = merging.changes(self.shape, adapter, auto=self.auto)
         names = [n.removesuffix(".weight") for n, change in plain.items() if change.layer is not None]
         both = residual.read(path, names)
         return {n: (b[:, : rank_of(plain, n)], a[: rank_of(plain, n)]) for n, (b, a) in both.items()}
@@ -207,12 +214,20 @@ class MergedModel:
         stacked: dict[str, list[conversion.Member]] = {}
         for name, source in self.source.tensors.items():
             target, rule = targets[name]
+            if self.head is not None and target not in state:
+                continue  # of the head that it had
             if rule is not None and target in state:
                 stacked.setdefault(target, []).append((source, rule))
             items.append(Item(name, source, target))
         places = {p.name: p for target, members in stacked.items() for p in self._places(target, members)}
         items = [places.get(item.name, item) for item in items]
         there, untied = {item.parameter: item for item in items}, False
+        for name in sorted(self.changes.keys() - there) if self.head is not None else ():
+            if (value := self.changes[name].value) is not None:  # of the head: in the first file, beside its tensors
+                shape = tuple(value.shape)
+                items.append(
+                    Item(name, SourceTensor(name, "F32", shape, 4 * value.numel(), items[0].source.file, 0), name)
+                )
         for other, first in model.all_tied_weights_keys.items():
             if first in there and other not in there and not self._stays_tied(first, other):
                 items.append(Item(other, there[first].source, other))

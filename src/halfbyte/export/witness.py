@@ -77,7 +77,7 @@ def write(questions: RunQuestions) -> None:
         quant = run.recipe.quant.in_type("none")
         run = replace(run, recipe=run.recipe.model_copy(update={"quant": quant}))
     opened = open_target(run, force=questions.force or questions.unquantised)
-    rows = _rows(opened, Path(questions.data) if questions.data else None, max(4 * ROWS, questions.prompts))
+    rows = rows_of(opened, Path(questions.data) if questions.data else None, max(4 * ROWS, questions.prompts))
     chosen = _chosen(rows)
     for name, base in (("", False), ("base-", True)):
         with opened.using(base=base):
@@ -105,7 +105,7 @@ def write(questions: RunQuestions) -> None:
     files.write(out / WITNESS, files.as_json(document))
 
 
-def _rows(opened: Opened, data: Path | None, max_rows: int) -> list[Example]:
+def rows_of(opened: Opened, data: Path | None, max_rows: int) -> list[Example]:
     """Held-out rows; else training rows; else lines of a small text of ours."""
     recipe = opened.recipe
     try:

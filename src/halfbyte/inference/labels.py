@@ -98,7 +98,7 @@ def _side(
     objective = Labels.at(folder_of(opened.run))
     objective.check(encoded)
     if isinstance(objective, Tags):
-        return _entities(objective, _tag_scores(opened, objective, rows, tell), rows, settings)
+        return _entities(objective, tag_scores(opened, objective, rows, tell), rows, settings)
     truth = objective.targets([e.completion for e in rows]).numpy()
     if not objective.names:
         answers = scores_of(opened, objective, rows, tell)[:, 0]
@@ -128,7 +128,7 @@ def _side(
     return result
 
 
-def _tag_scores(
+def tag_scores(
     opened: Opened, objective: Tags, rows: Sequence[Example], tell: vectors.Tell = lambda done: None
 ) -> list[Floats]:
     """The scores of each row's marked tokens: (k, L)."""
@@ -157,7 +157,7 @@ def tags_of(opened: Opened, objective: Tags, texts: Sequence[tuple[str, ...]], w
     if (empty := next((t for t, (ids, *_) in zip(texts, tokens, strict=True) if not ids), None)) is not None:
         raise DataError(f"{encoding.NO_TOKEN}: {', '.join(map(repr, empty))}.")
     answers = list[Document]()
-    rows = _tag_scores(opened, objective, [vectors.row(ids, marks) for ids, marks, _ in tokens])
+    rows = tag_scores(opened, objective, [vectors.row(ids, marks) for ids, marks, _ in tokens])
     for parts, of_words, (_, _, places), scores in zip(texts, words, tokens, rows, strict=True):
         chances = scoring.probabilities(scores, several=False)
         tags = [objective.names[i] for i in chances.argmax(1)]

@@ -123,10 +123,11 @@ def _draw(part: nn.Module, generator: torch.Generator, std: float) -> None:
             p.data = numbers.to(p.device)
 
 
-def write_config(folder: Path, lm: Model, values: Document, tokenizer: Tokenizer) -> None:
+def write_config(folder: Path, lm: Model, config: Config, values: Document, tokenizer: Tokenizer) -> None:
     """Write the config of transformers' class for the task into `HEAD`, beside an adapter: in the folder itself it
-    would be taken for that of a whole model. `values`: labels and kind of the head, by the config's names."""
-    config = copy.deepcopy(lm.config)
+    would be taken for that of a whole model. `config`: the checkpoint's, as `lm` may be quantised. `values`: of the
+    head, by the config's names."""
+    config = copy.deepcopy(config)
     config.update({**values, "architectures": [AUTO[_TASKS[lm].kind]._model_mapping[type(config)].__name__]})
     if config.pad_token_id is None:  # batches of the class need one
         config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id

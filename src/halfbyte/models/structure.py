@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def meta_model(config: Config, *, trust_remote_code: bool = False) -> Model:
-    """The model of a transformers config on the meta device: shapes without weights."""
+def meta_model(config: Config, auto: Any = None, *, trust_remote_code: bool = False) -> Model:
+    """The model of a transformers config on the meta device: shapes without weights. `auto`: another class."""
     import torch
 
     try:
         with torch.device("meta"):
-            return auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+            return (auto or auto_class(config)).from_config(config, trust_remote_code=trust_remote_code)
     except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
         kind = getattr(config, "model_type", type(config).__name__)
         raise SourceError(f"{kind}: transformers cannot build this model: {error}") from error

@@ -108,9 +108,7 @@ def prove_export(
     heard = json.loads((said / SAID).read_text(encoding="utf-8"))
     run, alone, other = map(np.load, (witness.parent / LOGITS, witness.parent / f"base-{LOGITS}", said / LOGITS))
     expected = np.load(reference / LOGITS) if reference is not None else run
-    squares = sum(ROUNDING[each] ** 2 for each in (kind, *others, _DTYPES[asked["dtype"]]))
-    roundings = PRODUCTS_OF_A_LAYER * asked["layers"]
-    bound = min(MAX_BOUND, accumulated_rounding(math.sqrt(squares), roundings, margin=MARGIN))
+    bound = rounding_bound((kind, *others, asked["dtype"]), asked["layers"])
     parted = [_parted(a, b, c) for a, b, c in zip(asked["answers"], heard["answers"], asked["clear"], strict=True)]
     wanted = asked["references"]
     texts = [
@@ -138,6 +136,12 @@ def prove_export(
         tokenized=sum(a["ids"] != b for a, b in zip(asked["tokenized"], heard["tokenized"], strict=True)),
         bounded=bounded,
     )
+
+
+def rounding_bound(formats: Sequence[str], layers: int) -> float:
+    """What rounding to these formats, or torch's dtypes by their names, explains."""
+    squares = sum(ROUNDING[_DTYPES.get(each, each)] ** 2 for each in formats)
+    return min(MAX_BOUND, accumulated_rounding(math.sqrt(squares), PRODUCTS_OF_A_LAYER * layers, margin=MARGIN))
 
 
 def _parted(run: Sequence[int], other: Sequence[int], clear: Sequence[float]) -> float | None:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from halfbyte.errors import AdapterError, RecipeError
 from halfbyte.recipe.adapter_folder import ADAPTER_FILES, MOST_BYTES, folder_of, is_adapter
-from halfbyte.recipe.fields import INIT_REFUSED, LORA_REFUSED, shown
+from halfbyte.recipe.fields import HARMLESS, INIT_REFUSED, LORA_REFUSED, shown
 from halfbyte.recipe.schema import Lora, Origin, Recipe
 from halfbyte.system import limits
 from halfbyte.types import Document
@@ -21,13 +21,6 @@ MOST_RANK = 16_384
 MOST_PATTERN, MOST_REPEATS = 10_000, 4
 # Fields that a new run chooses for itself.
 CHOSEN = frozenset({"adapter", "lora_dropout", "init_lora_weights", "task_type", "save_dtype"})
-# Refused fields of LoraConfig that say nothing of what the weights mean.
-HARMLESS = frozenset(
-    {
-        "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-        "fan_in_fan_out", "megatron_core", "qalora_group_size", "ensure_weight_tying", "runtime_config",
-    }
-)  # fmt: skip
 
 
 def read_config(folder: Path) -> Document:

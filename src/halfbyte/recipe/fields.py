@@ -11,50 +11,18 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
-# Fields that PEFT and transformers do not have.
-OURS = frozenset(
-    {
-        "adapter", "save_dtype", "loraplus_lr_ratio", "save_minutes", "max_tokens_per_micro_batch", "within",
-        "max_forgetting", "max_source_rise",
-        "early_stopping_patience", "early_stopping_threshold",  # arguments of transformers' EarlyStoppingCallback
-        "method",
-        "beta", "loss_type", "label_smoothing", "ld_alpha", "rpo_alpha", "discopop_tau", "desirable_weight",  # TRL's
-        "undesirable_weight", "cpo_alpha", "simpo_gamma",
-        "rewards", "num_generations", "max_completion_length", "temperature", "epsilon", "epsilon_high",
-        "scale_rewards", "mask_truncated_completions", "reward_seconds",
-    }
-)  # fmt: skip
-
-# What may change when a run is resumed, as nothing that it learns depends on it. Rows are compared by their tokens.
-MAY_CHANGE = frozenset(
-    {"output", "allow_pickle", "trust_remote_code", "quant.placement", "lora.save_dtype", "data.train", "data.eval",
-     "data.share_prefixes"}
-) | {
-    f"train.{name}"
-    for name in (
-        "logging_steps", "logging_first_step", "report_to", "run_name", "eval_strategy", "eval_steps", "eval_on_start",
-        "per_device_eval_batch_size", "save_strategy", "save_steps", "save_total_limit", "save_minutes",
-        "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "max_forgetting", "max_source_rise",
-        "gradient_checkpointing", "max_tokens_per_micro_batch", "reward_seconds",
-    )
-} | {
-    f"eval.{name}"
-    for name in (
-        "metrics", "mark", "pattern", "json_fields", "choices", "max_new_tokens", "rows", "resamples", "seed",
-    )
-}  # fmt: skip
-REWARDED = frozenset({"eval.mark", "eval.pattern", "eval.json_fields", "eval.choices"})  # what rewards are taken by
-# With one of these a finished run goes on.
-GOES_ON = frozenset(
-    {"train.max_steps", "train.num_train_epochs", "train.early_stopping_patience", "train.early_stopping_threshold"}
-)
-
 # `fields.toml`: what is refused, with the reason; names of other tools, with what to write instead; what is taken, with
 # the names that it takes.
 _TABLES = {
     table: {name: words for names, words in rows.items() for name in names.split()}
     for table, rows in tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")).items()
 }
+# Said of each in the file.
+OURS, MAY_CHANGE, REWARDED, GOES_ON, NOT_FOR_TRAINER, HARMLESS = (
+    frozenset(names.split()) for names in _TABLES["names"].values()
+)
+INIT_SHOWN = {section: tuple(names.split()) for section, names in _TABLES["init_shown"].items()}
+UNREAD, MUST_BE = _TABLES["unread"], _TABLES["must_be"]
 LORA_REFUSED, TRAIN_REFUSED = _TABLES["lora"], _TABLES["train"]
 INIT_REFUSED, SCHEDULES_REFUSED = _TABLES["init"], _TABLES["schedules_refused"]
 ELSEWHERE, NOT_NEEDED = _TABLES["elsewhere"], _TABLES["not_needed"]

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from halfbyte.errors import RecipeError, typed
 from halfbyte.recipe import adapter
 from halfbyte.recipe.data import DataEntry
-from halfbyte.recipe.fields import shown
+from halfbyte.recipe.fields import INIT_SHOWN, shown
 from halfbyte.recipe.messages import Problem, field_of, fields_in, first_of_each, sentences, unusual
 from halfbyte.recipe.number_formats import AUTO, UNSET
 from halfbyte.recipe.schema import SECTIONS, Loaded, Origin, Recipe, leaves
@@ -30,17 +30,7 @@ MOST_BYTES, MOST_VALUES = 100_000, 20_000  # PyYAML reads 100 kB a second
 _KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 _WHEN = ("train.eval_strategy", "train.eval_steps")
 # What `halfbyte init` writes of each section, and the values of what it comments out.
-_INIT_SHOWN = {
-    "quant": (*SECTIONS["quant"].model_fields,),
-    "lora": ("r", "lora_alpha", "target_modules", "lora_dropout", "bias", "use_rslora", "use_dora", "modules_to_save"),
-    "data": ("train", "eval", "fields", "format", "max_length", "mask", "overlong", "packing"),
-    "train": (
-        "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps", "learning_rate",
-        "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "seed", "eval_strategy", "save_steps",
-        "report_to",
-    ),
-    "eval": ("metrics", "max_new_tokens", "rows"),
-}  # fmt: skip
+_INIT_SHOWN = {"quant": (*SECTIONS["quant"].model_fields,), **INIT_SHOWN}
 _EXAMPLES = {
     "modules_to_save": "[lm_head]",
     "metrics": "[exact_match]",

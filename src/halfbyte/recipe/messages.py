@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
-from halfbyte.recipe.fields import ELSEWHERE, LORA_REFUSED, NOT_NEEDED, TRAIN_REFUSED, shown
+from halfbyte.recipe.fields import ELSEWHERE, LORA_REFUSED, MUST_BE, NOT_NEEDED, TRAIN_REFUSED, shown
 from halfbyte.recipe.schema import SECTIONS, Lora, Origin, Recipe, Train
 from halfbyte.upstream import peft, transformers
 
@@ -18,21 +18,6 @@ Problem: TypeAlias = Mapping[str, Any]
 _REFUSED = {"lora": LORA_REFUSED, "train": TRAIN_REFUSED}
 # Section -> the fields that the installed library has under the names of the section.
 _UPSTREAM = {"lora": peft.lora_fields, "train": transformers.training_fields, "quant": transformers.quantization_fields}
-# Beginning of pydantic's type -> what the value must be; the first that matches counts.
-_MUST_BE = {
-    "greater_than_equal": ">= {ge:.12g}",
-    "greater_than": "> {gt:.12g}",
-    "less_than": "< {lt:.12g}",
-    "literal_error": "{expected}",
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "string": "text",
-    "dict": "a mapping",
-    "model": "a section with fields of its own",
-    "tuple": "a list",
-    "finite": "a finite number",
-}
 
 
 def first_of_each(items: Sequence[Problem]) -> list[Problem]:
@@ -76,7 +61,7 @@ def _wrong(item: Problem) -> str:
         return f" {context['error']}{got if str(context['error']).startswith('must') else ''}"
     if kind == "string_too_short":
         return " must not be empty"
-    words = next((words for start, words in _MUST_BE.items() if kind.startswith(start)), None)
+    words = next((words for start, words in MUST_BE.items() if kind.startswith(start)), None)
     if words is None:
         return f": {item['msg']}{got}"
     return f" must be {words.format_map(context).replace(chr(39), '')}{got}"

@@ -10,31 +10,19 @@ from pydantic import Field, model_validator
 
 from halfbyte.errors import RecipeError
 from halfbyte.recipe.data import Section, field
+from halfbyte.recipe.fields import UNREAD
 from halfbyte.recipe.values import Count, Float, one_of
 from halfbyte.system import limits
 from halfbyte.types import Document
 
 TASKS = ("causal_lm", "classify", "regress", "tag", "embed")
 CAUSAL_LM, CLASSIFY, REGRESS, TAG, EMBED = TASKS
+HEADS = (CLASSIFY, REGRESS, TAG)
 Task = Annotated[Literal["causal_lm", "classify", "regress", "tag", "embed"], one_of(TASKS)]
 FORMATS = {CLASSIFY: "labels", REGRESS: "labels", TAG: "tags", EMBED: "vectors"}  # of rows
 RANKING, COSENT = "MultipleNegativesRankingLoss", "CoSENTLoss"
 TRIPLET, GROUPS = "TripletLoss", "BatchAllTripletLoss"
 POOLING_FILE = "1_Pooling/config.json"  # sentence-transformers', beside a model
-# Fields that these do not read, and why.
-_UNREAD = {
-    "data.mask": "a text has one label, or is one vector",
-    "data.weights": "a text has one label, or is one vector",
-    "data.packing": "rows are texts of their own",
-    "data.chat_template": "texts are read as they are",
-    "train.method": "labels are learned by the loss of the head",
-    "train.max_forgetting": "nothing is written that could be forgotten",
-    "train.within": "its learning rates are probed for a causal LM's loss",
-    "quant.compute": "8-bit products are proven on a causal LM's loss",
-    "eval.metrics": "`halfbyte eval RUN` scores labels and vectors by themselves",
-    "lora.modules_to_save": "the head trains whole by itself",
-    "lora.adapter": "an adapter of another task has no head",
-}
 
 
 ClassWeight = Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None
@@ -106,7 +94,7 @@ def problems(given: Document) -> Iterator[str]:
         yield f"{name} is for the labels of task classify or tag, and task is {task}"
     if task in (REGRESS, EMBED) and "label_smoothing_factor" in given.get("train", {}):
         yield f"train.label_smoothing_factor is for labels, and task is {task}"
-    for name, why in _UNREAD.items() if task != CAUSAL_LM else ():
+    for name, why in UNREAD.items() if task != CAUSAL_LM else ():
         section, _, leaf = name.partition(".")
         if leaf in given.get(section, {}):
             yield f"{name} is not read with task {task}: {why}"

@@ -36,6 +36,7 @@ from halfbyte.errors import RecipeError, first_line
 from halfbyte.layers.kernels import dropout
 from halfbyte.objectives import objective as objectives
 from halfbyte.objectives.objective import Objective
+from halfbyte.recipe import fields
 from halfbyte.recipe.method import MethodFields
 from halfbyte.recipe.schema import Train
 from halfbyte.system import device
@@ -45,18 +46,7 @@ from halfbyte.training.pace import Pace, StepRows
 from halfbyte.types import Batch, Document, Model
 from halfbyte.upstream.bitsandbytes import CPU_OPTIMISERS
 
-# Names under `train:` that never reach the Trainer, or are not its own: batch and accumulation are inside the item, the
-# dtype is the base's, checkpoints and the best adapter are ours.
-NOT_FOR_TRAINER = frozenset(
-    {
-        "per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size", "num_train_epochs",
-        "max_steps", "fp16", "bf16", "gradient_checkpointing", "save_strategy", "save_steps", "save_total_limit",
-        "save_minutes", "load_best_model_at_end", "metric_for_best_model", "loraplus_lr_ratio",
-        "max_tokens_per_micro_batch", "data_seed", "eval_strategy", "eval_steps",
-        "early_stopping_patience", "early_stopping_threshold", "greater_is_better", "within", "max_forgetting",
-        "max_source_rise", *MethodFields.model_fields,
-    }
-)  # fmt: skip
+NOT_FOR_TRAINER = fields.NOT_FOR_TRAINER.union(MethodFields.model_fields)
 
 
 class OneModelArguments(TrainingArguments):

@@ -9,39 +9,16 @@ Cost: the first rows of a file, parsed once more.
 """
 
 import re
+import tomllib
 from collections.abc import Sequence
+from pathlib import Path
 
 from halfbyte.types import Document
 
-# Common names of the column that asks and of the one that answers, the likeliest first.
-ASKING = (
-    "question",
-    "query",
-    "input",
-    "instruction",
-    "prompt",
-    "problem",
-    "source",
-    "text",
-    "body",
-    "message",
-    "content",
-)
-ANSWERING = (
-    "answer", "response", "output", "completion", "solution", "target", "label", "labels", "class", "category", "reply",
-    "answers", "expected", "gold", "sentiment", "intent", "emotion", "topic", "verdict", "rating", "stars", "summary",
-    "translation",
-)  # fmt: skip
-# Words in the names of columns that say where a text is from, or describe it.
-_ORIGIN = frozenset({
-    "id", "ids", "uid", "uuid", "guid", "key", "index", "idx", "row", "line", "number", "no", "num", "hash",
-    "sha", "date", "time", "timestamp", "datetime", "created", "updated", "added", "year", "month", "day",
-    "source", "src", "origin", "dataset", "corpus", "collection", "split", "subset", "fold", "part", "shard",
-    "file", "filename", "path", "url", "uri", "link", "domain", "site", "host", "dump", "lang", "language",
-    "locale", "license", "author", "authors", "user", "username", "owner", "by", "name", "title", "version",
-    "model", "generator", "format", "encoding", "mime", "meta", "metadata", "extra", "country", "region", "city",
-    "currency", "channel", "platform", "device", "speaker", "score", "count", "length", "len", "size", "tokens",
-})  # fmt: skip
+# Common names of the column that asks and of the one that answers, the likeliest first; words in the names of columns
+# that say where a text is from, or describe it.
+_NAMES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+ASKING, ANSWERING, _ORIGIN = (tuple(_NAMES[which].split()) for which in ("asking", "answering", "origin"))
 MIN_ROWS, MAX_CLASSES, MIN_REPEATS = 20, 20, 4
 MAX_WORDS, MAX_CHARS = 3, 30
 
@@ -69,7 +46,9 @@ def _answers(column: str, values: Sequence[object]) -> bool:
         return False
     if words and (words[-1].lower() in ANSWERING or column.lower() in ANSWERING):
         return True
-    return not names & _ORIGIN and _are_classes([value for value in values if isinstance(value, str)], len(values))
+    return names.isdisjoint(_ORIGIN) and _are_classes(
+        [value for value in values if isinstance(value, str)], len(values)
+    )
 
 
 def _are_classes(values: Sequence[str], rows: int) -> bool:

