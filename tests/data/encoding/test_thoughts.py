@@ -51,6 +51,14 @@ GLM = (
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
     "{{- '<think></think>' if enable_thinking is defined and not enable_thinking else '' }}{%- endif %}"
 )  # fmt: skip
+# Asks behind `<think>`, and writes an answer without thoughts, and every old one, behind `</think>` alone.
+GLM47 = (
+    "[gMASK]" + LAST + "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' }}{%- if m.role == 'assistant' %}"
+    + PARTS + "{{- ('<think>' + t.strip() if t and loop.index0 > ns.asked else '') + '</think>' + c.strip() }}"
+    "{%- else %}{{- m.content }}{%- endif %}{{- '<|im_end|>' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
+    "{{- '</think>' if enable_thinking is defined and not enable_thinking else '<think>' }}{%- endif %}"
+)  # fmt: skip
 # Writes the text as it is, and the mode above it; without thoughts it begins with an empty block.
 SMOLLM3 = (
     "{%- set mode = '/no_think' if enable_thinking is defined and not enable_thinking else '/think' %}"
@@ -252,3 +260,20 @@ def test_what_a_run_was_given_is_used_wherever_its_adapter_is(tmp_path: Path) ->
     assert (tmp_path / "chat_template.jinja").read_text() == top + asks
     with pytest.raises(AdapterError, match="chat template: trained with"):
         load.open_run(run / "adapter", overrides=["data.template_args={tone: new}"])
+
+
+def test_a_mark_that_no_prompt_leads_to_is_read_and_not_learned(tokenizer: Any, make_data: Any) -> None:
+    """Of an old turn behind `</think>`, where a model is asked behind `<think>`, the words alone are trained; the last
+    turn is laid out as it is asked for. Without thinking both are asked for behind `</think>`."""
+    talk = (U1, ChatMessage("assistant", "cup"), U2, ChatMessage("assistant", "it is red"))
+    for args, last in (({}, "</think>it is red<|im_end|>"), ({"enable_thinking": False}, "it is red<|im_end|>")):
+        data = make_data(chat_template=GLM47, template_args=args, mask="assistant")
+        texts, encoded = labelled(tokenizer, Row("t.jsonl:1", talk), data)
+        assert texts == ["cup<|im_end|>", last]
+        row = tokenizer.decode(encoded.examples[0].input_ids)
+        assert "assistant\n</think>cup<|im_end|>" in row and row.endswith(
+            f"assistant\n{'' if args else '<think>'}</think>it is red<|im_end|>"
+        )
+    shown = (U1, thinks("cup", "hm"), U2, thinks("it is red", "let me see"))
+    texts, _ = labelled(tokenizer, Row("t.jsonl:1", shown), make_data(chat_template=GLM47))
+    assert texts == ["let me see</think>it is red<|im_end|>"]
