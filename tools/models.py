@@ -1,7 +1,7 @@
 """`docs/models.md`: what halfbyte does with each causal LM of transformers, built small and at random.
 
-    python tools/models.py             # what docs/models.json does not have is looked at; the page is written
-    python tools/models.py --again     # everything is looked at again: some minutes
+    python -m tools.models             # what docs/models.json does not have is looked at; the page is written
+    python -m tools.models --again     # everything is looked at again: some minutes
 
 The page is made of that file, of what the exports' own tables say, and of `docs/architectures.json`, the figures that
 `benchmarks/architectures.py --json docs/architectures.json` measures.
@@ -89,7 +89,7 @@ def page(facts: Mapping[str, Mapping[str, str]], figures: Mapping[str, Mapping[s
     ]
     wholes = [(kind, exported(kind)) for kind in small_models.WHOLE]
     left = [(kind, each["not built"]) for kind, each in facts.items() if "not built" in each]
-    return f"""{NOTE.replace("`make docs`", "`python tools/models.py`")}
+    return f"""{NOTE.replace("`make docs`", "`python -m tools.models`")}
 # Models
 
 {len(facts)} of the {len(small_models.TYPES)} causal LMs that this version of transformers knows were looked at:

@@ -23,7 +23,7 @@ def facts() -> dict[str, dict[str, str]]:
 def test_the_page_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "DOCS", DOCS)
     page = models.page(models.read(models.FACTS), models.read(models.FIGURES))
-    assert (DOCS / models.PAGE).read_text() == page, "run `python tools/models.py`"
+    assert (DOCS / models.PAGE).read_text() == page, "run `python -m tools.models`"
 
 
 def test_every_type_is_there_and_counted() -> None:
