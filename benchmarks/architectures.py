@@ -52,7 +52,7 @@ TYPES: dict[str, tuple[str, dict[str, Any]]] = {
         "Lfm2Config",
         {**_LLAMA, "block_ff_dim": 1536, "layer_types": ["conv", "conv", "conv", "full_attention"] * (LAYERS // 4)},
     ),
-    "qwen3_5": (
+    "qwen3_5_text": (
         "Qwen3_5TextConfig",
         {**_LLAMA, "num_key_value_heads": 2, "head_dim": 64, "layer_types": _LINEAR, "linear_num_value_heads": 8,
          "linear_num_key_heads": 8, "linear_key_head_dim": 64, "linear_value_head_dim": 64},
