@@ -21,7 +21,7 @@ CHUNK_ELEMENTS = 1 << 22
 # Reading waits for the disk now and then: one thread more than cores keeps them busy.
 EXTRA_THREADS = 1
 # Of a process that will train; `halfbyte quantize` alone imports less (0.60 GB at its peak where 0.67 are planned).
-LIBRARIES_PRIVATE_BYTES = 420_000_000
+LIBRARIES_PRIVATE_BYTES = 390_000_000
 # Of a tokenizer's files for each entry of the vocabulary, where they are not at hand to be looked at.
 BESIDE_BYTES_PER_ENTRY = 60
 OWN_FILE_BYTES = 1 << 20  # a tensor around the layers gets a file of its own from here on
