@@ -1,6 +1,6 @@
 """Tokens a second of one text, stack beside stack, on the same quantised weights, in turns.
 
-    python benchmarks/decoding.py MODEL [--stacks ...] [--isa avx2] [--gguf FILE]
+    python benchmarks/decoding.py MODEL [--stacks ...] [--isa avx2] [--gguf FILE] [--texts 8]
 
 MODEL: what `halfbyte generate` takes as a base, or a folder with a 4-bit checkpoint that bitsandbytes wrote
 (`make_random.py llama-2-7b-nf4`). Stacks, each in its own process:
@@ -14,7 +14,8 @@ MODEL: what `halfbyte generate` takes as a base, or a folder with a 4-bit checkp
 
 A rate is that of the fastest WINDOW tokens in a row, of all rounds: prompts, compiling and proofs do not count, and a
 machine that others use disturbs every stack less. Memory's rate is measured beside it, the best sum over an array that
-no cache holds.
+no cache holds. A share of it is of the weights that a step reads; of a model with recurrent layers a second one, also
+of states, each read and written. `--texts`: so many at once, by halfbyte's own stacks; a rate is that of all.
 """
 
 from __future__ import annotations
@@ -42,13 +43,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--isa", choices=("native", "avx2"), default="native")
     parser.add_argument("--gguf", type=Path)
+    parser.add_argument("--texts", type=int, default=1)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         if args.worker == "llama.cpp":
             llama(args.gguf, args.rounds, args.threads)
         else:
-            work(args.worker, args.model, args.rounds, args.threads, args.isa)
+            work(args.worker, args.model, args.rounds, args.threads, args.isa, args.texts)
         return
     from benchmarks.throughput import ISA
 
@@ -56,7 +58,7 @@ def main() -> None:
     rows: dict[str, dict[str, Any]] = {}
     for stack in [*args.stacks, *(["llama.cpp"] if args.gguf else [])]:
         command = [sys.executable, __file__, args.model, "--worker", stack, "--rounds", str(args.rounds)]
-        command += ["--threads", str(args.threads), "--isa", args.isa]
+        command += ["--threads", str(args.threads), "--isa", args.isa, "--texts", str(args.texts)]
         command += ["--gguf", str(args.gguf)] if args.gguf else []
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
         lines = [line for line in done.stdout.splitlines() if line.startswith("@@")]
@@ -67,11 +69,14 @@ def main() -> None:
 
 
 def show(stack: str, row: dict[str, Any]) -> None:
-    share = f"   {row['bytes'] / 1e9:.3f} GB a token, {row['bytes'] * row['rate'] / row['memory']:.0%} of memory's rate"
+    steps = row["rate"] / row.get("texts", 1)
+    share = f"   {row['bytes'] / 1e9:.3f} GB a step, {row['bytes'] * steps / row['memory']:.0%} of memory's rate"
+    if row.get("states"):
+        share += f", {(row['bytes'] + row['states']) * steps / row['memory']:.0%} with states"
     print(f"{stack:16}{row['rate']:10.1f} tokens/s{share}   first answer {row['first']:.1f} s", flush=True)
 
 
-def work(stack: str, name: str, rounds: int, threads: int, isa: str) -> None:
+def work(stack: str, name: str, rounds: int, threads: int, isa: str, texts: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
@@ -81,13 +86,14 @@ def work(stack: str, name: str, rounds: int, threads: int, isa: str) -> None:
     model.generation_config.eos_token_id = None  # each answer has all its tokens, without another look at the logits
     with context, torch.no_grad():
         began = time.perf_counter()
-        generated(model, ids, 4, stack)
+        generated(model, ids, 4, stack, texts)
         first, best, many = time.perf_counter() - began, 0.0, FEW.get(stack, MANY)
         torch.set_num_threads(threads)
         for _ in range(rounds):
-            at = generated(model, ids, many, stack)[1:]  # the first two are the prompt and its token
+            at = generated(model, ids, many, stack, texts)[1:]  # the first two are the prompt and its token
             best = max(best, *(WINDOW / (at[i + WINDOW] - at[i]) for i in range(1, len(at) - WINDOW)))
-    row = {"rate": best, "first": first, "bytes": token_bytes(model, stack), "memory": memory_rate()}
+    row = {"rate": best * texts, "first": first, "bytes": token_bytes(model, stack), "memory": memory_rate()}
+    row |= {"texts": texts, "states": 2 * texts * state_bytes(model) if stack.startswith("halfbyte") else 0}
     print("@@" + json.dumps(row))
 
 
@@ -155,17 +161,17 @@ class Stamps:
     def end(self) -> None: ...
 
 
-def generated(model: Any, ids: Any, count: int, stack: str) -> list[float]:
+def generated(model: Any, ids: Any, count: int, stack: str, texts: int) -> list[float]:
     """When each token of an answer came."""
     if stack.startswith("halfbyte"):
         from halfbyte.writing.sampling import SamplingParams
         from halfbyte.writing.text import Text
         from halfbyte.writing.writer import Writer
 
-        text = Text(ids[0].tolist(), SamplingParams(count), ())
-        writer, at = Writer(model, 1, ids.shape[1] + count), [time.perf_counter()]
-        writer.insert([text])
-        while not text.ended:
+        some = [Text([*ids[0].tolist()[i:], *ids[0].tolist()[:i]], SamplingParams(count), ()) for i in range(texts)]
+        writer, at = Writer(model, texts, ids.shape[1] + count), [time.perf_counter()]
+        writer.insert(some)
+        while not some[0].ended:
             writer.step()
             at.append(time.perf_counter())
         return at
@@ -187,6 +193,13 @@ def token_bytes(model: Any, stack: str) -> int:
     head = lm.get_output_embeddings().weight
     eight = stack.startswith("halfbyte") and policy.head_in_eight_bits(head.nbytes, inside)
     return inside + (head.numel() if eight else head.nbytes)
+
+
+def state_bytes(model: Any) -> int:
+    """Of the recurrent layers, for one text."""
+    from halfbyte.layers.decoding import llama
+
+    return sum(state.nbytes for state in llama.decoder(model, 1, 64).states)
 
 
 def memory_rate() -> float:

@@ -1,6 +1,7 @@
 """Random models of real architectures for the benchmarks, with a tokenizer of one-token words; no download.
 
     python benchmarks/make_random.py llama FOLDER              # one of ten architectures, small
+    python benchmarks/make_random.py lfm2-350m FOLDER          # LFM2-350M's shape, or qwen3_5-350m: 0.7 GB in bf16
     python benchmarks/make_random.py llama-2-7b-nf4 FOLDER     # Llama-2-7B in NF4, as bitsandbytes writes it: 3.9 GB
     python benchmarks/make_random.py llama-2-7b-q4_k_m FILE    # the same shape as llama.cpp quantises it: 4.1 GB
 
@@ -50,10 +51,21 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "GptOssConfig",
         {**_LLAMA, "intermediate_size": 512, "num_local_experts": 16, "num_experts_per_tok": 4},
     ),
+    # LiquidAI/LFM2-350M; and layers like those of Qwen3.5-0.8B, 12 of its 24, with a smaller vocabulary
+    "lfm2-350m": ("Lfm2Config", {
+        "hidden_size": 1024, "block_ff_dim": 6656, "num_hidden_layers": 16, "num_attention_heads": 16,
+        "num_key_value_heads": 8, "full_attn_idxs": [2, 5, 8, 10, 12, 14], "vocab_size": 65536,
+    }),
+    "qwen3_5-350m": ("Qwen3_5TextConfig", {
+        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12, "num_attention_heads": 8,
+        "num_key_value_heads": 2, "head_dim": 256, "linear_num_key_heads": 16, "linear_num_value_heads": 16,
+        "tie_word_embeddings": True, "vocab_size": 65536,
+    }),
     "llama-128k": ("LlamaConfig", {**_LLAMA, "num_hidden_layers": 2, "vocab_size": 128_256}),
-}
+}  # fmt: skip
 MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss")
-ARCHITECTURES = tuple(name for name in _CONFIGS if name not in ("llama-128k", *MIXTURES))
+HYBRIDS = ("lfm2-350m", "qwen3_5-350m")
+ARCHITECTURES = tuple(name for name in _CONFIGS if name not in ("llama-128k", *MIXTURES, *HYBRIDS))
 # What a user would name for "q and v": the fused matrix where the architecture has one.
 QV: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(_CONFIGS, ("q_proj", "v_proj")),
@@ -75,8 +87,9 @@ def tokenizer() -> Any:
     made = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
+        tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        chat_template="{% for message in messages %}{{ message['content'] }} {% endfor %}",
+    )  # fmt: skip
 
 
 def small(folder: Path, name: str, changes: Mapping[str, Any] | None = None) -> Path:

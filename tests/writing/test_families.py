@@ -19,7 +19,11 @@ from tests import small_models
 pytestmark = pytest.mark.skipif(isa(torch.float32) is None, reason="no kernels for this processor")
 PROMPTS, TOKENS, TOGETHER = 20, 12, 4
 # Llama's own names are tested in test_writer.py; here each way in which others differ.
-CHANGES: dict[str, dict[str, Any]] = {"falcon": {"num_kv_heads": None}}
+CHANGES: dict[str, dict[str, Any]] = {
+    "falcon": {"num_kv_heads": None},
+    "granitemoehybrid": {"num_local_experts": 0},
+    "bamba": {"attn_layer_indices": [1]},
+}
 
 
 def prompts() -> list[list[int]]:

@@ -41,7 +41,7 @@ def test_a_prompt_is_read_as_token_after_token(name: str, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_text_is_read_on_from_a_token_and_the_first_one_anew(dtype: torch.dtype) -> None:
+def test_a_text_is_read_on_from_a_token(dtype: torch.dtype) -> None:
     model = tiny.model("llama").to(dtype).eval()
     text = [5, 9, 3, 7, 11, 4, 8, 30, 2, 6]
     with torch.no_grad():
@@ -49,8 +49,6 @@ def test_a_text_is_read_on_from_a_token_and_the_first_one_anew(dtype: torch.dtyp
         TapeReader(model, whole).read([(1, text, 0)])
         reader = TapeReader(model, parts)
         reader.read([(1, text[:4], 0)])
-        for cache in caches(parts):
-            cache[1, :, 0] = 7.0
         reader.read([(1, text, 4)])
     assert all(map(torch.equal, caches(whole), caches(parts)))
 

@@ -62,7 +62,10 @@ class ImageWriter:
     def begin(self, text: Text) -> np.ndarray:
         """Read the prompt; the logits (V,) after it."""
         prompt, size = text.prompt[:-1], self.facts["vectors"]
-        start, self._tokens = same_beginning(self._tokens, prompt), list(prompt)
+        start = same_beginning(self._tokens, prompt)
+        if self.facts["recurrent"] and start < len(self._tokens):
+            start = 0  # the states are those behind all that was read
+        self._tokens = list(prompt)
         for n in range(start, len(prompt), size):
             tokens = prompt[n : n + size]
             embedded = self.image.embedded(tokens, self.facts["factor"])
@@ -109,6 +112,7 @@ def keep(writer: Writer, folder: Path, prompt: Sequence[int], most: int, threads
     if text.sampler.processors is not None or float(torch.tensor(writer.factor, dtype=weight.dtype)) != writer.factor:
         raise CannotKeep("the model changes logits or embeddings in a way of its own")
     facts |= {"factor": writer.factor, "longest": writer.proven[None], "most": most, "vectors": prefill.VECTORS}
+    facts["recurrent"] = bool(first.states)
     images.save(folder, [first, reader], weight, facts)
     seen, token = ImageWriter(folder, threads).begin(text), int(logits.argmax())
     if int(seen.argmax()) != token or float(seen[token]) != float(logits[token]):

@@ -47,9 +47,8 @@ class TapeReader:
         self.decoder = llama.decoder(lm, VECTORS, tokens, beside=decoder, reads=True, adapters=adapters)
 
     def read(self, jobs: Sequence[tuple[int, Sequence[int], int]]) -> None:
-        """Of each job (place, tokens, start) the tokens from `start` on, of which those before are there; and the
-        first one, which a place without a text has lost."""
-        flat = [(place, at, t) for place, tokens, start in jobs for at, t in enumerate(tokens) if not 0 < at < start]
+        """Of each job (place, tokens, start) the tokens from `start` on, of which those before are there."""
+        flat = [(place, at, t) for place, tokens, start in jobs for at, t in enumerate(tokens) if at >= start]
         embedding = self.lm.get_input_embeddings()
         adapters, used = self.decoder.tape.adapters, self.target.tape.adapters
         for n in range(0, len(flat), VECTORS):
@@ -81,10 +80,11 @@ class Prefilled:
 def forward(
     lm: Model, prompts: Sequence[Sequence[int]], rows: Sequence[Example] = (), head: loss.Head | None = None,
     each: Callable[[Tensor, Batch], None] = lambda hidden, batch: None, before: Sequence[tuple[Tensor, Tensor]] = (),
+    *, caches: bool = True,
 ) -> Prefilled:  # fmt: skip
     """Prompts, or the rows that begin with them, through the model's own forward, end to end without padding. `rows`,
     `head`, `each`: where rows are read; `each` gets the body's hidden states (T, D). `before`: keys and values (1, K,
-    T, d) of each layer, of what comes before the one prompt."""
+    T, d) of each layer, of what comes before the one prompt. `caches`: whether keys and values are asked for."""
     from transformers import DynamicCache
 
     batch = collate.collate(rows or [Example(tuple(p), (IGNORED,) * len(p), "", (), "") for p in prompts])
@@ -94,7 +94,7 @@ def forward(
     for layer, (keys, values) in enumerate(before):
         cache.update(keys, values, layer)
     cached = before[0][0].shape[2] if before else 0
-    inputs = {**packing.forward_inputs(lm, batch), "use_cache": True, cache_argument(module): cache}
+    inputs = packing.forward_inputs(lm, batch) | ({"use_cache": True, cache_argument(module): cache} if caches else {})
     inputs.pop("labels", None)
     if before:
         tokens = cached + len(prompts[0])
@@ -113,7 +113,8 @@ def forward(
     if llama.enters_plainly(lm):
         factor = embedding_factor(lm.get_input_embeddings()(batch["input_ids"][0, ends]), entered[0][0, ends])
     lengths = [cached + len(p) for p in prompts] if not rows else [len(row.input_ids) for row in rows]
-    return Prefilled(logits, factor, [(layer.keys, layer.values) for layer in cache.layers], starts, lengths)
+    pairs = [(layer.keys, layer.values) for layer in cache.layers] if caches else []
+    return Prefilled(logits, factor, pairs, starts, lengths)
 
 
 @contextmanager

@@ -7,7 +7,8 @@ its adapter, the model's own forward reads it too, and the tape's logits after i
 they part by more than rounding explains, `FastPathUnavailable` says why, before a token is written (`plain.py`).
 Where every text takes its likeliest token, a step uses the head in 8 bits, which gives the same (`decoding/head.py`).
 Of a row in fp32 the forward shows how far the model itself would write what is expected: that is taken at once
-(speculative decoding, arXiv:2211.17192, whose draft it is).
+(speculative decoding, arXiv:2211.17192, whose draft it is). A model with recurrent layers has its prompts read by a
+tape, all of them: a forward leaves the states behind its last token alone.
 Source: the interface is that of mlx-lm's `BatchGenerator`; the tolerance is derived at `tolerance`.
 """
 
@@ -98,6 +99,8 @@ class Writer(TextWriter):
             raise FastPathUnavailable(f"an adapter changes the embedding ({type(self.embedding).__name__})")
         self.streamed = stream.before_layers(self.layers[0])
         self.places = CachePlaces(self.lm, places, max_length, adapters, rough=rough and self.streamed is None)
+        if self.places.recurrent and self.streamed is not None:
+            raise FastPathUnavailable("recurrent layers of a base that is streamed")
         self.packs = packing.installed(self.lm) == "cu_seq_lens"
         self.factor = 1.0
         self.proven: dict[str | None, int] = {}
@@ -129,13 +132,16 @@ class Writer(TextWriter):
         """How many of the first of these are read together: as many as go through one forward, where one is needed."""
         tokens = count = 0
         for text, *others in by_prompt(texts):
-            more = 0 if self.by_tape(text, packed=packed) else len(text.row.input_ids if text.row else text.prompt)
+            read = text.row.input_ids if text.row else text.prompt
+            more = 0 if text.row is None and self.by_tape(text, packed=packed) else len(read)
             if tokens and more and (not self.packs or tokens + more > self.forward_tokens):
                 break
             tokens, count = tokens + more, count + 1 + len(others)
         return count
 
     def by_tape(self, text: Text, *, packed: bool) -> bool:
+        if self.places.recurrent:
+            return True
         tape = prefill.by_tape(self.places.caches, len(text.prompt), packed=packed)
         return tape and self.streamed is None and text.row is None
 
@@ -150,12 +156,12 @@ class Writer(TextWriter):
         for text in texts:
             text.sampler.processors = plain.processors(self.lm, text)
         taped = [text for text in firsts if self.by_tape(text, packed=packed)]
-        forwarded = [text for text in firsts if text not in taped]
+        forwarded = [text for text in firsts if text.row is not None or text not in taped]
         proves = len(longest.prompt) > self.proven.get(adapter, 0)
         result, likeliest = None, dict[int, list[int]]()
         if forwarded or proves:
             result = self._forward(forwarded or [longest], likeliest)
-            for i, text in enumerate(forwarded):
+            for i, text in enumerate(forwarded if not self.places.recurrent else ()):
                 result.put(i, self.places.caches, self.places.take(text))
         self._read_by_tape(taped)
         for first, *others in choices:
@@ -169,7 +175,7 @@ class Writer(TextWriter):
         if proves:
             self._prove([same for same in choices if same[0] in (forwarded or [longest])], result, read=bool(taped))
             self.proven[adapter] = len(longest.prompt)
-        if packed:
+        if packed and not self.places.recurrent:
             for i, text in enumerate(forwarded):
                 self._begin(text, result.logits[i], likeliest.get(i, []))
 
@@ -178,7 +184,7 @@ class Writer(TextWriter):
         `likeliest` the likeliest tokens from the end of each prompt on."""
         first, start = texts[0], 0
         before: list[tuple[Tensor, Tensor]] = []
-        if not self.exact:
+        if not self.exact and not self.places.recurrent:
             m, start = self.places.find(first.adapter, first.prompt[:-1], any_reader=True)
             caches = self.places.caches
             pairs = zip(caches.keys, caches.values, strict=True) if start else ()
@@ -187,7 +193,8 @@ class Writer(TextWriter):
         with self.using(first.adapter):
             head = loss.head_of(self.lm) if rows else None
             each = partial(self._score, texts, head, likeliest)
-            result = prefill.forward(self.lm, [text.prompt[start:] for text in texts], rows, head, each, before)
+            prompts = [text.prompt[start:] for text in texts]
+            result = prefill.forward(self.lm, prompts, rows, head, each, before, caches=not self.places.recurrent)
         self.factor = result.factor
         return result
 
@@ -209,19 +216,24 @@ class Writer(TextWriter):
 
     def _read_by_tape(self, texts: Sequence[Text]) -> None:
         """All but the last token of prompts, several side by side; what was read before is copied."""
-        jobs: list[tuple[int, Sequence[int], int]] = []
-        for text in texts:
-            prompt = text.prompt[:-1]
-            source, n = self.places.find(text.adapter, prompt, any_reader=not self.exact)
-            if jobs and max(same_beginning(tokens, prompt) for _, tokens, _ in jobs) >= n + prefill.VECTORS:
+        jobs: list[tuple[int, Sequence[int], int, int]] = []
+        for i, text in enumerate(texts):
+            prompt, reader = text.prompt[:-1], not self.exact
+            source, n = self.places.find(text.adapter, prompt, any_reader=reader)
+            if jobs and max(same_beginning(tokens, prompt) for _, tokens, *_ in jobs) >= n + prefill.VECTORS:
                 self._run_reader(jobs)  # what the others begin with is worth waiting for
                 source, n = self.places.find(text.adapter, prompt)
+            mark = 0
+            if self.places.recurrent:  # where it parts from others that were read, or will be
+                others = [same_beginning(other.prompt[:-1], prompt) for other in texts[i + 1 :]]
+                mark = max(self.places.same(text.adapter, prompt, any_reader=reader) + others)
             m = self.places.take(text)
             self.places.copy(source, m, n)
-            jobs.append((m, prompt, n))
+            jobs.append((m, prompt, n, mark if mark >= n + prefill.VECTORS else 0))
         self._run_reader(jobs)
 
-    def _run_reader(self, jobs: list[tuple[int, Sequence[int], int]]) -> None:
+    def _run_reader(self, jobs: list[tuple[int, Sequence[int], int, int]]) -> None:
+        """Jobs: place, tokens, how many of them are there, after how many the states are marked (0: never)."""
         if not jobs:
             return
         try:
@@ -229,8 +241,12 @@ class Writer(TextWriter):
         except Unsupported as why:
             raise FastPathUnavailable(str(why)) from why
         self._reader.factor = self.factor
-        self._reader.read(jobs)
-        for m, tokens, _ in jobs:
+        marked = [(m, tokens[:mark], start) for m, tokens, start, mark in jobs if mark]
+        self._reader.read(marked)
+        for m, tokens, _ in marked:
+            self.places.mark(m, len(tokens))
+        self._reader.read([(m, tokens, max(start, mark)) for m, tokens, start, mark in jobs])
+        for m, tokens, *_ in jobs:
             text = self.places.texts[m]
             assert text is not None
             self.places.contents[m] = text.adapter, list(tokens), True
@@ -239,7 +255,8 @@ class Writer(TextWriter):
     def _prove(self, choices: Sequence[Sequence[Text]], result: Prefilled, *, read: bool) -> None:
         """The prompts' last tokens by the tape, beside the model's own logits. What other texts compute here they
         compute again."""
-        decoder, _ = self._run(whole=False)
+        with self.places.kept_states():
+            decoder, _ = self._run(whole=False)
         largest = decoder.logits.amax(1)
         fast = decoder.whole()
         if not torch.equal(largest, decoder.logits.amax(1)):

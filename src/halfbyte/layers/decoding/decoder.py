@@ -81,7 +81,8 @@ class Decoder:
             what is added, so here nothing is, and norms see the same but for eps.
         logits_divisor: what logits are divided by.
         logits: (M, V) fp32. positions: (M,) of the tokens.
-        keys, values: of each layer (M, K, T, d). ends: the number of operations after each layer.
+        keys, values: of each layer with attention (M, K, T, d). states: of recurrent layers (M, ..) fp32, what a text's
+            tokens have left. ends: the number of operations after each layer.
         ropes: cos and sin (T, R) with the buffers (M, R) that a token's row goes to.
     """
 
@@ -92,6 +93,7 @@ class Decoder:
     final_cap: float
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
     ropes: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     residual_multiplier: float = 1.0
@@ -110,8 +112,8 @@ class Decoder:
         """Logits (M, V) after one more token of each text.
 
         Args:
-            embedded: (M, D). before: tokens of each text before this one. enter: called before each layer, where a base
-                is streamed. whole: all logits are wanted, also of a decoder for the largest.
+            embedded: (M, D). before: tokens of each text before this one; -1: there is no text. enter: called before
+                each layer, where a base is streamed. whole: all logits are wanted, also of a decoder for the largest.
         """
         self._enter(embedded, before)
         end = None if self.rough is None else self.rough.start if whole else self.rough.stop

@@ -45,7 +45,7 @@ class _Addresses:
         self.maps = [each for each in pages.file_maps() if ".so" not in each[-1]]
         self.files: list[str] = []
         buffers = [buffer for decoder in decoders for buffer in decoder.tape.buffers]
-        for zero in (*decoders[0].keys, *decoders[0].values, *buffers):
+        for zero in (*decoders[0].keys, *decoders[0].values, *decoders[0].states, *buffers):
             nbytes = max(zero.nbytes, zero.stride(0) * len(zero) * zero.itemsize)
             self.spans[zero.data_ptr()] = nbytes, self._take(_ZERO, nbytes)
         for constant in (constant for decoder in decoders for constant in decoder.tape.constants):

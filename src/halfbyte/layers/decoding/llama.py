@@ -25,7 +25,7 @@ from halfbyte.models import structure
 from halfbyte.quant import bnb, policy
 from halfbyte.types import Config, Model
 
-FINAL_NORMS = "norm", "final_layernorm", "ln_f", "final_layer_norm", "norm_f"
+FINAL_NORMS = "norm", "final_layernorm", "ln_f", "final_layer_norm", "norm_f", "embedding_norm"
 POSITIONS, EMBEDDING_NORMS = ("wpe", "embed_positions"), ("word_embeddings_layernorm",)
 # Rotary embeddings that are another function of the position when a text is longer.
 _CHANGING_ROPES = {"dynamic", "longrope"}
@@ -74,7 +74,7 @@ def _write(
         final_cap=float(getattr(config, "final_logit_softcapping", 0) or 0),
         residual_multiplier=float(getattr(config, "residual_multiplier", 1.0)),
         logits_divisor=float(getattr(config, "logits_scaling", 1.0))
-        / float(getattr(config, "logit_scale", None) or 1.0),
+        / float(getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0),
         places=tape.buffer(texts, dtype=torch.int64) if reads else None,
         array=torch.tensor,
     )
@@ -84,15 +84,9 @@ def _write(
         kind = _rope_kind(config, number)
         if kind not in ropes:
             ropes[kind] = _ropes(decoder, getattr(body, "rotary_emb", None), config, kind)
-        shared, caches = None if reads else texts, None
-        if beside is not None:
-            caches = beside.keys[number][:shared], beside.values[number][:shared]
-        eps = decoder.residual_multiplier**-2
-        shape = tape, decoder.hidden, layer, config, ropes[kind]
-        writer = LayerWriter(*shape, slopes, decoder.positions, decoder.places, eps)
-        keys, values = writer.write(caches, 2 * len(layers))
-        decoder.keys.append(keys)
-        decoder.values.append(values)
+        LayerWriter(
+            decoder, layer, config, ropes[kind], slopes, beside, None if reads else texts, 2 * len(layers)
+        ).write()
         decoder.ends.append(len(tape))
     _write_head(decoder, norm, head, _int8_head(layers, head, dtype) if largest else None)
     return decoder

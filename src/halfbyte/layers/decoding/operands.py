@@ -41,3 +41,4 @@ class CachedAttention:
     slopes: Tensor | None = None  # (H,) fp32, of ALiBi
     together: bool = False  # each head's query, key and value lie together in `qkv`
     neighbours: bool = False  # rotary turns neighbours, not halves
+    gated: bool = False  # a gate of d numbers lies behind each query: (M, (2 H + 2 K) d)

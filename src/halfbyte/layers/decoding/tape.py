@@ -117,17 +117,19 @@ class Tape:
         if name is None:
             raise ValueError(f"no kernels for {dtype} here")
         from halfbyte.layers.kernels.cpu.decoding import (  # isort: skip
-            attend, block_rows, block_vectors, code_tables, codes_bf16, codes_int16, interpreter,
+            attend, block_rows, block_vectors, code_tables, codes_bf16, codes_int16, interpreter, recurrent,
         )  # fmt: skip
 
         self.kernels, self.attention, self.code_tables = interpreter, attend, code_tables
         self.bf16, self.int16 = codes_bf16, codes_int16
         self.block_rows, self.block_vectors = block_rows, block_vectors
-        self.isa, self.dtype, self.adapters, self.kernel = name, dtype, adapters, "compiled"
+        self.recurrent = recurrent
+        self.isa, self.dtype, self.adapters = name, dtype, adapters
+        self.compiled_parts = set[str]()  # of the interpreter, which few models need
         self.m, self.max_tokens = vectors, max_tokens
         self.used = vectors  # those of them that a run computes; the first ones
         self._rows: list[np.ndarray] = []
-        self._written_to: dict[int, Vectors] = {}  # by the number of the operation that writes them
+        self.written_to: dict[int, Vectors] = {}  # by the number of the operation that writes them
         self.before, self._group = (0, 0), 0
         self.constants: list[Tensor] = []  # what operations read, and buffers that were asked for by address
         self.buffers: list[Tensor] = []
@@ -146,6 +148,10 @@ class Tape:
             raise ValueError("not contiguous")
         self.constants.append(tensor)
         return tensor.data_ptr()
+
+    def state(self, *shape: int) -> Tensor:
+        """A state of each text (M, ..) in fp32, in large pages where the system has them."""
+        return pages.Arena(4 * self.m * math.prod(shape)).zeros((self.m, *shape), torch.float32)
 
     def buffer(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         zeros = torch.zeros(shape, dtype=dtype)
@@ -184,6 +190,15 @@ class Tape:
         return self._caches.zeros(shape, self.dtype)[..., :d]
 
     # -------------------------------------------------------------- operations
+    @property
+    def kernel(self) -> str:
+        return "_".join(["compiled", *(["with", *sorted(self.compiled_parts)] if self.compiled_parts else [])])
+
+    def needs(self, part: str, scratch_bytes: int) -> None:
+        """An operation is one of a part of the interpreter, with memory of its own."""
+        self.compiled_parts.add(part)
+        self._scratch = max(self._scratch, scratch_bytes)
+
     def __len__(self) -> int:
         return len(self._rows)
 
@@ -192,7 +207,7 @@ class Tape:
         if len(self._rows) > self._group:
             self.before, self._group = (self._group, len(self._rows)), len(self._rows)
 
-    def _add(self, kind: int, items: int, numbers: dict[int, int | float]) -> None:
+    def add(self, kind: int, items: int, numbers: dict[int, int | float]) -> None:
         row = np.zeros(s.WIDTH, np.int64)
         row[[s.KIND, s.ITEMS, s.AFTER, s.UNTIL]] = kind, items, *self.before
         for slot, number in numbers.items():
@@ -204,18 +219,18 @@ class Tape:
         numbers = self._formula(x, formula, min(x.shape[1], to.width)) | {
             s.NORM_PLAIN: to.plain.data_ptr(), s.NORM_WIDTH: to.width,
         }  # fmt: skip
-        self._written_to[len(self._rows)] = to
+        self.written_to[len(self)] = to
         if integers is not None:
             numbers |= {
                 s.NORM_LENGTHS: self.keep(integers.lengths), s.NORM_INTS: self.keep(integers.numbers),
                 s.NORM_STEPS: self.keep(integers.steps), s.NORM_MAX_INT: float(integers.largest),
             }  # fmt: skip
-        self._add(s.NORM, self.m, numbers)
+        self.add(s.NORM, self.m, numbers)
 
     def add_norm(self, x: Tensor, to: Tensor, formula: NormFormula, *, add: bool = True) -> None:
         """to += or = norm(x), both (M, D), views into buffers."""
         where = {s.NORM_ADD_TO: to.data_ptr(), s.NORM_TO_ROW: to.stride(0), s.NORM_SET: int(not add)}
-        self._add(s.NORM, self.m, self._formula(x, formula, x.shape[1]) | where)
+        self.add(s.NORM, self.m, self._formula(x, formula, x.shape[1]) | where)
 
     def _formula(self, x: Tensor, formula: NormFormula | None, d: int) -> dict[int, int | float]:
         """What both have."""
@@ -252,13 +267,13 @@ class Tape:
         rows = self._item_rows(o, row_bytes)
         numbers = self._matrix(codes, (o, d), x, x.stride(0) * 4, out, rows) | self._bias(add, bias)
         if isinstance(w, BlockRows):
-            self.kernel, self._scratch = "compiled_with_blocks", max(self._scratch, d * self.dtype.itemsize + 64)
+            self.needs("blocks", d * self.dtype.itemsize + 64)
             numbers |= {
                 s.DENSE_TYPE: w.kind, s.DENSE_BLOCKS: d // w.weights, s.DENSE_ROW_BYTES: row_bytes,
                 s.DENSE_ORDER: self.keep(w.order),
             }  # fmt: skip
         numbers |= {s.DENSE_SCALED: int(scale != 0.0), s.DENSE_SCALE: scale, s.DENSE_USES: self.keep(uses)}
-        self._add(s.DENSE, -(-o // rows), numbers)
+        self.add(s.DENSE, -(-o // rows), numbers)
 
     def largest(self, w: Tensor, head: Int8Head, x: Tensor, integers: Int16Vectors, out: Tensor) -> None:
         """x (M, D fp32) times w (O, D) -> out (M, O): exact where it may be the largest, elsewhere less and within
@@ -272,9 +287,9 @@ class Tape:
             s.HEAD_INTS_ROW: 2 * integers.numbers.stride(0), s.HEAD_STEPS: integers.steps.data_ptr(),
             s.HEAD_ITEMS: items,
         }  # fmt: skip
-        self._add(s.HEAD_ROUGH, items, {**numbers, s.W: self.keep(head.rows), s.HEAD_SCALES: self.keep(head.scales)})
+        self.add(s.HEAD_ROUGH, items, {**numbers, s.W: self.keep(head.rows), s.HEAD_SCALES: self.keep(head.scales)})
         self.then()
-        self._add(s.HEAD_EXACT, items, numbers)
+        self.add(s.HEAD_EXACT, items, numbers)
 
     def codes(
         self, codes: Tensor, scales: Scales, values: Tensor, shape: tuple[int, int], x: Vectors, out: Tensor, *,
@@ -296,7 +311,7 @@ class Tape:
                 s.CODES_IN_PLANES: int(in_planes), s.CODES_OUTER: self.keep(scales.nested),
                 s.CODES_OFFSET: scales.offset,
             }  # fmt: skip
-        self._add(s.CODES, -(-o // rows), numbers | self._lora(up, h))
+        self.add(s.CODES, -(-o // rows), numbers | self._lora(up, h))
 
     def _lora(self, up: Tensor | None, h: Tensor | None) -> dict[int, int | float]:
         if up is None or h is None:
@@ -315,10 +330,10 @@ class Tape:
         o, row_bytes, place = w.shape[0], w.codes.stride(0), 1 + self.block_rows.KINDS[w.kind].order
         rows = self._code_rows(o, row_bytes)
         row = self.block_vectors.ordered_row(x.width)
-        self.kernel, self._scratch = "compiled_with_blocks", max(self._scratch, self.bf16.SUMS * self.m + 64)
+        self.needs("blocks", self.bf16.SUMS * self.m + 64)
         numbers = self._matrix(w.codes, w.shape, self._in_order(x, place), row, out, rows) | self._bias(add, bias)
         numbers |= {s.BLOCKS_TYPE: w.kind, s.BLOCKS_ROW_BYTES: row_bytes, s.BLOCKS_ORDER: self.keep(w.order)}
-        self._add(s.BLOCKS, -(-o // rows), numbers | self._lora(up, h))
+        self.add(s.BLOCKS, -(-o // rows), numbers | self._lora(up, h))
 
     def _code_rows(self, rows: int, row_bytes: int) -> int:
         """Rows of an item, as many as kernels take at a time or several times that."""
@@ -330,8 +345,8 @@ class Tape:
     def gate(self, g: Tensor, u: Tensor | None, inner: int, activation: int, to: Vectors) -> None:
         """act(g) * u, both (M, I) views with one stride, or act(g) -> to."""
         parts = -(-to.width // self.kernels.GATE_ELEMENTS)
-        self._written_to[len(self._rows)] = to
-        self._add(s.GATE, self.m * parts, {
+        self.written_to[len(self)] = to
+        self.add(s.GATE, self.m * parts, {
             s.GATE_G: g.data_ptr(), s.GATE_U: 0 if u is None else u.data_ptr(), s.GATE_ROW: g.stride(0),
             s.GATE_INNER: inner, s.GATE_ACTIVATION: activation, s.GATE_VECTORS: self.m, s.GATE_WIDTH: to.width,
             s.GATE_PLAIN: to.plain.data_ptr(),
@@ -348,7 +363,7 @@ class Tape:
             s.ATTEND_HEAD_SIZE: a.d, s.ATTEND_KEYS: a.keys.data_ptr(), s.ATTEND_VALUES: a.values.data_ptr(),
             s.ATTEND_CACHE_ROW: cache_row, s.ATTEND_MAX_TOKENS: a.values.shape[2],
             s.ATTEND_POSITIONS: a.positions.data_ptr(), s.ATTEND_PLACES: self.keep(a.places),
-            s.ATTEND_SLOPES: self.keep(a.slopes), s.ATTEND_LAYOUT: a.together + 2 * a.neighbours,
+            s.ATTEND_SLOPES: self.keep(a.slopes), s.ATTEND_LAYOUT: a.together + 2 * a.neighbours + 4 * a.gated,
         }  # fmt: skip
         q_norm, k_norm = a.q_norm, a.k_norm
         rotation: dict[int, int | float] = {
@@ -360,10 +375,10 @@ class Tape:
                 s.ATTEND_EPS: q_norm.eps, s.ATTEND_ONE_PLUS: int(q_norm.kind.one_plus),
             }  # fmt: skip
         if a.places is not None:
-            self._add(s.ROTATE, items, both | rotation)
+            self.add(s.ROTATE, items, both | rotation)
             self.then()
             rotation = {}
-        self._add(s.ATTEND, items, both | rotation | {
+        self.add(s.ATTEND, items, both | rotation | {
             s.ATTEND_SCALE: a.scale, s.ATTEND_CAP: a.cap, s.ATTEND_WINDOW: a.window, s.ATTEND_OUT: out.data_ptr(),
             s.ATTEND_OUT_ROW: out.shape[1],
         })  # fmt: skip
@@ -391,7 +406,7 @@ class Tape:
 
     def prepared(self, threads: int) -> TapeRun:
         """All operations, as so many threads run them."""
-        for number, to in self._written_to.items():
+        for number, to in self.written_to.items():
             for place, ordered in to.orders.items():
                 self._rows[number][s.NORM_ORDERS + place] = ordered.data_ptr()
         operations = np.concatenate(self._rows)

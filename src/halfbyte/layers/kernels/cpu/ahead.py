@@ -22,8 +22,11 @@ FILES = {
     "integers": ("integer.rounding", "integer.sums", "integer.weights", "integer.block_weights"),
     "decoding": ("decoding.interpreter",),
 }
-# What most runs never use: GGUF files' own blocks, attention that keeps its scores, masks of rows.
-_LEFT_OUT = {"compiled_with_blocks", "_softmax_kernel", "_dots_kernel", "_mask_rows_kernel"}
+# What most runs never use: GGUF files' own blocks, recurrent layers, attention that keeps its scores, masks of rows.
+_LEFT_OUT = {
+    "compiled_with_blocks", "compiled_with_states", "compiled_with_blocks_states",
+    "_softmax_kernel", "_dots_kernel", "_mask_rows_kernel",
+}  # fmt: skip
 
 
 def compile_kernels(needed: Collection[str], cores: int, dtype: str) -> None:

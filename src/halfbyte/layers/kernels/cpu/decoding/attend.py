@@ -191,7 +191,10 @@ def _head_at(op, m, head):  # type: ignore[no-untyped-def]
     """The address of a head's numbers (d): queries, then keys, then values."""
     heads, key_heads = op[slots.ATTEND_HEADS], op[slots.ATTEND_KEY_HEADS]
     place = head % heads * 3 + head // heads if op[slots.ATTEND_LAYOUT] & 1 else head  # as many keys as queries
-    return op[slots.ATTEND_QKV] + (m * (heads + 2 * key_heads) + place) * op[slots.ATTEND_HEAD_SIZE] * 4
+    count = heads + 2 * key_heads
+    if op[slots.ATTEND_LAYOUT] & 4:
+        place, count = (2 * head if head < heads else heads + head), count + heads
+    return op[slots.ATTEND_QKV] + (m * count + place) * op[slots.ATTEND_HEAD_SIZE] * 4
 
 
 @inlined
@@ -228,12 +231,12 @@ def rotate(op, number, like, item):  # type: ignore[no-untyped-def]
     """ROTATE: a text's key head, and the query heads that it has, rotated; key and value to the cache."""
     heads, key_heads, d = op[slots.ATTEND_HEADS], op[slots.ATTEND_KEY_HEADS], op[slots.ATTEND_HEAD_SIZE]
     m, head = item // key_heads, item % key_heads
-    if m >= op[slots.USED]:
+    position = array(op[slots.ATTEND_POSITIONS], (m + 1,), np.int64)[m]
+    if m >= op[slots.USED] or position < 0:
         return
     for query in range(heads * head // key_heads, heads * (head + 1) // key_heads):
         _rotated(op, number, like, m, query)
     x = _rotated(op, number, like, m, heads + head)
-    position = array(op[slots.ATTEND_POSITIONS], (m + 1,), np.int64)[m]
     row = (_place(op, m) * key_heads + head) * op[slots.ATTEND_MAX_TOKENS] + position
     at = row * op[slots.ATTEND_CACHE_ROW]
     keys = array(op[slots.ATTEND_KEYS] + at, (d,), like.dtype)
@@ -266,9 +269,9 @@ def attend(op, number, like, s, scratch, item):  # type: ignore[no-untyped-def]
     heads, key_heads, d = op[slots.ATTEND_HEADS], op[slots.ATTEND_KEY_HEADS], op[slots.ATTEND_HEAD_SIZE]
     row, all_keys, all_values = op[slots.ATTEND_CACHE_ROW], op[slots.ATTEND_KEYS], op[slots.ATTEND_VALUES]
     m, head, cap = item // key_heads, item % key_heads, np.float32(number[slots.ATTEND_CAP])
-    if m >= op[slots.USED]:
-        return
     end = array(op[slots.ATTEND_POSITIONS], (m + 1,), np.int64)[m] + 1
+    if m >= op[slots.USED] or end <= 0:
+        return
     first = max(0, end - op[slots.ATTEND_WINDOW]) if op[slots.ATTEND_WINDOW] > 0 else 0
     n, max_tokens = end - first, op[slots.ATTEND_MAX_TOKENS]
     at = ((_place(op, m) * key_heads + head) * max_tokens + first) * row

@@ -9,7 +9,7 @@ operations are fp32; what a product reads is there twice, in order in fp32, and 
 thread has a share of an operation's items, neighbours in memory, before it takes another's; and while it waits it asks
 for the first bytes of its share of the next matrix.
 Source: products are in `codes_bf16.py`, `codes_int16.py`, `block_rows.py`, `dense.py` and `int8_head.py`, attention in
-`attend.py`; the rest are the formulas of `norm.py` and `gate.py`.
+`attend.py`, recurrent layers in `recurrent.py`; the rest are the formulas of `norm.py` and `gate.py`.
 Cost: about 0.2 microseconds between two operations on two threads.
 """
 
@@ -29,6 +29,7 @@ from halfbyte.layers.kernels.cpu.decoding import (
     codes_int16,
     dense,
     int8_head,
+    recurrent,
     slots,
 )
 from halfbyte.layers.kernels.cpu.decoding.emit import ask
@@ -364,7 +365,18 @@ def _wait(counters, lines, op, ops, me, threads, asked, yielding):  # type: igno
 
 
 @inlined
-def _do(op, number, like, lookups, s, sums, scratch, item, blocks):  # type: ignore[no-untyped-def]
+def _do_recurrent(op, number, like, scratch, item, blocks):  # type: ignore[no-untyped-def]
+    if op[slots.KIND] == slots.CONV:
+        recurrent.conv(op, item)
+    elif op[slots.KIND] != slots.GATED:
+        recurrent.scan(op, number, like, scratch, item)
+    elif item < op[slots.USED]:
+        out, d = recurrent.gated(op, number, item), op[slots.GATED_GROUPS] * op[slots.GATED_WIDTH]
+        _order(op, out, like, item, op[slots.ITEMS], d, 0, len(out), blocks)
+
+
+@inlined
+def _do(op, number, like, lookups, s, sums, scratch, item, blocks, states):  # type: ignore[no-untyped-def]
     kind = op[slots.KIND]
     if kind == slots.CODES:
         _codes(op, number, like, lookups, scratch, item)
@@ -384,12 +396,16 @@ def _do(op, number, like, lookups, s, sums, scratch, item, blocks):  # type: ign
         int8_head.rough(op, like, sums, scratch, item)
     elif kind == slots.HEAD_EXACT:
         int8_head.exact(op, like, sums, item)
+    elif kind >= slots.CONV:
+        if states is not None:
+            _do_recurrent(op, number, like, scratch, item, blocks)
     else:
         _gate(op, like, item, blocks)
 
 
-def _make(element: type, blocks: int | None) -> object:
-    """`blocks`: None leaves out what reads a GGUF file's blocks, half of what is compiled."""
+def _make(element: type, blocks: int | None = None, states: int | None = None) -> object:
+    """None leaves out what is compiled for few models: `blocks`, what reads a GGUF file's blocks, half of all;
+    `states`, recurrent layers."""
 
     @kernel
     def token(address):  # type: ignore[no-untyped-def]
@@ -417,7 +433,7 @@ def _make(element: type, blocks: int | None) -> object:
                 if item >= end:
                     turn += 1
                     continue
-                _do(op, number, like, lookups, s, sums, scratch, item, blocks)
+                _do(op, number, like, lookups, s, sums, scratch, item, blocks, states)
                 count += 1
             if count > 0:
                 give(counters[((i + 1) * lines - 1) * LINE :], count)
@@ -425,5 +441,7 @@ def _make(element: type, blocks: int | None) -> object:
     return token
 
 
-compiled = per_dtype(partial(_make, blocks=None))
+compiled = per_dtype(partial(_make))
 compiled_with_blocks = per_dtype(partial(_make, blocks=1))
+compiled_with_states = per_dtype(partial(_make, states=1))
+compiled_with_blocks_states = per_dtype(partial(_make, blocks=1, states=1))

@@ -18,7 +18,7 @@ of a head, T max_tokens, R rotary width.
 
 WIDTH = 32
 # What an operation does.
-NORM, CODES, DENSE, ROTATE, ATTEND, GATE, HEAD_ROUGH, HEAD_EXACT, BLOCKS = range(9)
+NORM, CODES, DENSE, ROTATE, ATTEND, GATE, HEAD_ROUGH, HEAD_EXACT, BLOCKS, CONV, DELTA, SCAN, GATED = range(13)
 
 # Every operation.
 KIND = 0
@@ -93,13 +93,14 @@ ATTEND_ONE_PLUS = 14
 ATTEND_KEYS, ATTEND_VALUES = 15, 16  # caches (M, K, T, d')
 ATTEND_CACHE_ROW = 17  # bytes of d'
 ATTEND_MAX_TOKENS = 18  # T
-ATTEND_POSITIONS = 19  # (M,) int64
+ATTEND_POSITIONS = 19  # (M,) int64; below 0: a place without a text, of which nothing is computed
 ATTEND_PLACES = 20  # (M,) int64, whose cache; 0: its own
 ATTEND_SCALE, ATTEND_CAP = 21, 22  # float
 ATTEND_WINDOW = 23  # tokens seen; 0: all
 ATTEND_OUT, ATTEND_OUT_ROW = 24, 25  # (M, D') fp32
 ATTEND_SLOPES = 26  # (H,) fp32 of ALiBi, or 0
-ATTEND_LAYOUT = 31  # of bits: each head's query, key and value lie together; rotary turns neighbours, not halves
+ATTEND_LAYOUT = 31  # of bits: a head's query, key and value lie together; rotary turns neighbours; a gate is behind
+# each query
 
 GATE_G, GATE_U, GATE_ROW = 4, 5, 6  # (M, ..) fp32
 GATE_INNER = 7  # numbers of both
@@ -107,6 +108,39 @@ GATE_ACTIVATION = 8
 GATE_VECTORS = 9
 GATE_PLAIN, GATE_WIDTH = 10, 12  # `Vectors` of the product
 GATE_ORDERS = NORM_ORDERS
+
+# Recurrent layers: CONV, DELTA, SCAN. Where they have places, vectors of one text are computed in their order.
+STATE = 15  # (places, ..) fp32; a text's begins at position 0, whatever is in it
+STATE_BYTES = 16  # of a place
+STATE_POSITIONS, STATE_PLACES = ATTEND_POSITIONS, ATTEND_PLACES
+STATE_X, STATE_X_ROW = 4, 5  # (M, ..) fp32
+STATE_OUT, STATE_OUT_ROW = 24, 25  # (M, ..) fp32
+
+CONV_WIDTH, CONV_TAPS = 6, 7  # W, J; the state: (J - 1, W), token t in row t % (J - 1)
+CONV_W, CONV_BIAS = 8, 9  # (J, W), the newest tap first, and (W,): fp32
+CONV_BEFORE, CONV_AFTER = 10, 11  # what x and what comes out are multiplied by, with STATE_X_ROW; or 0
+CONV_SILU = 12
+
+# DELTA: x is queries and keys of G heads of N numbers, values of H heads of P. SCAN: x of H heads of P, b and c of G
+# groups of N. The state: (H, N, P).
+SCAN_HEADS, SCAN_GROUPS = 6, 7
+SCAN_ROWS, SCAN_COLUMNS = 8, 9  # N, P
+SCAN_A, SCAN_BIAS = 10, 11  # (H,) fp32: minus e^A_log; of dt
+SCAN_DT, SCAN_ROW = 12, 13  # (M, H) fp32
+SCAN_FACTOR = 14  # float: of DELTA's beta, of SCAN's dt
+SCAN_BETA = 17  # DELTA: (M, H) fp32, with SCAN_ROW
+SCAN_SKIP = 18  # SCAN: (H,) fp32
+
+GATED_X, GATED_X_ROW = 4, 5  # (M, ..) fp32
+GATED_GATE, GATED_GATE_ROW = 6, 7  # (M, ..) fp32, or 0
+GATED_STEP, GATED_WIDTH = 8, 9  # from a group's gate to the next one's; of a group
+GATED_GROUPS = 11
+GATED_PLAIN, GATED_TO_WIDTH = NORM_PLAIN, NORM_WIDTH  # with NORM_ORDERS
+GATED_WEIGHT, GATED_EACH = 13, 14  # fp32 of an RMS norm of each group, or 0; whether each has its own
+GATED_EPS = 15  # float
+GATED_FIRST = 16  # whether the gate comes before the norm
+GATED_SIGMOID = 17  # the gate's activation; else SiLU
+GATED_FACTOR, GATED_OUT_FACTOR = 24, 25  # float, of the gate before its activation; of what comes out
 
 # A run of a tape.
 TAPE_OPERATIONS, TAPE_COUNT = 0, 1
