@@ -113,7 +113,7 @@ def first_step(rows: Path, folder: Path) -> str:
 
 def killed(rows: Path, folder: Path) -> str:
     tiny_run.recipe(
-        folder, data__train=rows, data__streaming=True, data__overlong="truncate", data__max_length=64,
+        folder, data__train=rows, data__streaming=True, data__packing="stream", data__max_length=256,
         train__max_steps=STEPS, train__per_device_train_batch_size=ROWS_A_STEP, train__gradient_accumulation_steps=1,
         train__save_strategy="steps", train__save_steps=SAVED_EVERY,
     )  # fmt: skip
