@@ -15,6 +15,9 @@ Beside them stands a matrix product alone, whose ratio is what a step could have
 serial + parallel / N (Amdahl), from its times with one and two threads.
 
     python benchmarks/regions.py --data GSM8K/train.jsonl [--targets all-linear] [--compute int8] [--model FOLDER]
+
+With more threads than cores (`--threads 2 16` on two) it tells whether threads that wait take the cores from those that
+work: the ratio of a step should be near 1.
 """
 
 from __future__ import annotations
@@ -129,7 +132,11 @@ def work(case: Case, compute: str, steps: int) -> None:
     began, ended, plain = [0.0], [0.0], list[float]()
 
     class Turns(Listener):
-        """A step to warm up, as many without the profiler, as many with it."""
+        """A step to warm up, as many without the profiler, as many with it; with threads as asked for, where torch
+        would take no more than there are cores."""
+
+        def begin(self, total_steps: int, done_steps: int, log_every: int) -> None:
+            torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
         def step(self, row: dict[str, Any]) -> None:
             if 1 < row["step"] <= 1 + steps:
@@ -164,11 +171,14 @@ def measure(args: argparse.Namespace, threads: int) -> dict[str, float]:
 
 
 def table(one: dict[str, float], more: dict[str, float]) -> str:
-    """Milliseconds of each region with one and two threads, the ratio, and what limits more cores."""
-    lines = [f"{'':12}{'1 thread':>10}{'2 threads':>11}{'ratio':>8}"]
+    """Milliseconds of each region with two numbers of threads, the ratio, and, of one and two, what limits more
+    cores."""
+    lines = [f"{'':12}{one['threads']:>3.0f} threads{more['threads']:>4.0f} threads{'ratio':>8}"]
     for name in (*REGIONS, "step", "product"):
         a, b = one[name] * 1e3, more[name] * 1e3
-        lines.append(f"{name:12}{a:10.2f}{b:11.2f}{a / b if b else 0:8.2f}")
+        lines.append(f"{name:12}{a:11.2f}{b:12.2f}{a / b if b else 0:8.2f}")
+    if (one["threads"], more["threads"]) != (1, 2):
+        return "\n".join(lines)
     serial = {name: min(one[name], max(0.0, 2 * more[name] - one[name])) for name in REGIONS}
     whole = sum(one[name] for name in REGIONS)
     for cores in CORES:
@@ -187,6 +197,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8, help="of a step")
     parser.add_argument("--steps", type=int, default=4, help="that are watched")
     parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--threads", type=int, nargs=2, default=(1, 2), metavar="N")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     targets: Any = args.targets if args.targets == "all-linear" else tuple(args.targets.split(","))
@@ -195,7 +206,7 @@ def main() -> None:
     if args.worker:
         work(case, args.compute, args.steps)
         return
-    pairs = [(measure(args, 1), measure(args, 2)) for _ in range(args.pairs)]
+    pairs = [(measure(args, args.threads[0]), measure(args, args.threads[1])) for _ in range(args.pairs)]
     middle = [{name: statistics.median(pair[i][name] for pair in pairs) for name in pairs[0][0]} for i in (0, 1)]
     print(json.dumps({"case": asdict(case), "pairs": pairs}))
     print(table(*middle))

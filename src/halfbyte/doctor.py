@@ -18,10 +18,10 @@ from halfbyte.errors import BaseModelError
 from halfbyte.layers.kernels.cpu import ahead
 from halfbyte.models import structure
 from halfbyte.models.sources.lookup import find_model
-from halfbyte.plan import calibrate
+from halfbyte.plan import calibrate, scaling
 from halfbyte.proofs.fusing import sample_gradients
 from halfbyte.recipe.schema import Recipe
-from halfbyte.system import device, threads
+from halfbyte.system import device, threads, topology
 from halfbyte.system.files import cache_dir, free_bytes, why_unwritable
 from halfbyte.system.libraries import outside_ranges, versions
 from halfbyte.system.platforms import table
@@ -53,6 +53,8 @@ class Diagnosis:
     layers: int = 0
     checks: tuple[Check, ...] = ()
     lacking: dict[str, str] = field(default_factory=dict)
+    scaling: scaling.Scaling | None = None
+    topology: str = ""
 
     @property
     def ok(self) -> bool:
@@ -81,11 +83,14 @@ def examine(recipe: Recipe | None = None, *, tell: Callable[[str], None] = lambd
     dtype, why = device.compute_dtype(machine, asked)
     process = threads.configure(machine.cores)
     rates = calibrate.ensure(machine, dtype, say=tell, anew=True)
+    scales = None if machine.on_card else scaling.measure(machine, dtype)
+    if scales is not None and not rates.busy:
+        scaling.keep(machine, dtype, scales)
     cache, free = cache_dir(), free_bytes(cache_dir())
     row = table.here(machine.kind, [(card.name, card.multiplies_bf16) for card in machine.cards], machine.isa)
     seen = Diagnosis(
         machine, dtype, why, rates, cache, free, versions(), process.line, why_unwritable(cache), outside_ranges(),
-        row.to_json(), lacking=lacking(),
+        row.to_json(), lacking=lacking(), scaling=scales, topology=topology.read().words,
     )  # fmt: skip
     return seen if recipe is None else _with_model(seen, recipe, tell)
 

@@ -132,7 +132,7 @@ def set_up(
     """Rows, plan, model and micro-batches; the longest of these runs once unless the plan leaves much memory free."""
     agree.check(world, points.values_that_train(start.recipe))
     machine = world.share(device.detect())
-    process = threads.configure(machine.cores, world.env, sharing=world.sharing)
+    process = threads.configure(machine.cores, world.env, sharing=world.sharing, place=world.local_rank)
     tell.note("process", process.line)
     for text in machine.notes:
         tell.note("machine", text)

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
+import torch
+
 from halfbyte.adapters import first_step, lora
 from halfbyte.base import load, residual
 from halfbyte.layers import fuse, heads, loss, packing
@@ -22,7 +24,6 @@ from halfbyte.proofs.packing import prove_packing
 from halfbyte.proofs.setting import StartProof
 from halfbyte.recipe.schema import Recipe
 from halfbyte.recipe.task import CAUSAL_LM
-from halfbyte.system import threads
 from halfbyte.types import Model
 
 
@@ -104,7 +105,7 @@ def memory_of(
     subject |= {"base": str(base.checkpoint.path), **{name: str(folder) for name, folder in folders.items()}}
     weights = base.checkpoint.blocks if base.store is None else sorted(base.store.glob("*.safetensors"))
     paths = folders | {"base": base.checkpoint.path} | {f"base, {path.name}": path for path in weights}
-    return RememberedProofs.of(subject, paths, threads.current(), prove=proofs == "again")
+    return RememberedProofs.of(subject, paths, torch.get_num_threads(), prove=proofs == "again")
 
 
 def _fused(model: Model, recipe: Recipe, memory: RememberedProofs, *, packed: bool) -> tuple[StartProof, str]:

@@ -78,7 +78,9 @@ def all_linear(model: nn.Module) -> Targets:
     architectures PEFT rewrites names such as `gate_proj` into the fused 3-D expert parameters. Those names are left out
     too (shared experts with them): such experts are not adapted here."""
     architecture, usable = _architecture(model), _usable(model)
-    rewritten = sorted(leaf for leaf in {leaf_of(name) for name in usable} if _becomes_expert_parameter(model, leaf))
+    leaves = sorted({leaf_of(name) for name in usable})
+    any_is = bool(leaves) and _become_expert_parameters(model, *leaves)  # of most models none
+    rewritten = [leaf for leaf in leaves if any_is and _become_expert_parameters(model, leaf)]
     chosen = {name for name in usable if leaf_of(name) not in rewritten}
     reason = f"all-linear: every linear layer of {architecture} but head and routers"
     if rewritten:
@@ -250,9 +252,10 @@ def _peft_config(model: nn.Module, targets: Targets, **limits: object) -> LoraCo
     return config
 
 
-def _becomes_expert_parameter(model: nn.Module, leaf: str) -> bool:
+def _become_expert_parameters(model: nn.Module, *leaves: str) -> bool:
+    """Whether PEFT would turn any of these names into experts' parameters."""
     try:
-        _peft_config(model, Targets((leaf,), ""))
+        _peft_config(model, Targets(leaves, ""))
     except AdapterError:
         return True
     return False

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -77,6 +78,7 @@ def plan(
     if it does not fit."""
     from halfbyte.models.sources.lookup import at_hand
     from halfbyte.plan import estimate, number_format
+    from halfbyte.plan.scaling import of_plan
     from halfbyte.recipe.command import NO_ROWS, recipe_or_model
     from halfbyte.recipe.start import START
 
@@ -93,10 +95,14 @@ def plan(
         from halfbyte.distributed import scaling
 
         scaled = scaling.expect(planned, nodes, scaling.link_of(link))
+    cores = of_plan(planned.plan, planned.job, planned.device) if device is None else None
     if json_:
-        show.document(planned.to_json() | ({} if scaled is None else {"nodes": scaled.to_json()}))
+        more = {"nodes": scaled and scaled.to_json(), "cores": cores and asdict(cores)}
+        show.document(planned.to_json() | {name: value for name, value in more.items() if value})
     else:
         show_plan.estimate(planned)
+        if cores is not None:
+            show_plan.cores(cores)
         if scaled is not None:
             show_plan.scaling(scaled)
     if planned.plan.short_bytes:

@@ -309,6 +309,13 @@ def diagnosis(value: Diagnosis) -> None:
         f"attention, {rates.dequant_elements / 1e9:.1f} G weights/s dequantised, memory "
         f"{rates.memory_bytes / 1e9:.1f} GB/s, disk {rates.disk_bytes / 1e9:.2f} GB/s ({rates.source})",
     )
+    if value.topology:
+        field("cores", value.topology)
+    if value.scaling is not None:
+        one, text_of = value.scaling.rows[0], "{}: {:.2f}, {:.2f}, {:.1f} us".format
+        rows = ((r.threads, r.products / one.products, r.memory / one.memory, r.barrier_s) for r in value.scaling.rows)
+        times = "; ".join(text_of(*row[:3], row[3] * 1e6) for row in rows)
+        field("scaling", f"threads: products, memory, a region that does nothing; {times}")
     field("versions", ", ".join(f"{name} {version}" for name, version in value.versions.items()))
     for number, (lack, without) in enumerate(value.lacking.items()):
         field("" if number else "without", f"{lack}: {without}")

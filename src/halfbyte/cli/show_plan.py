@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from halfbyte.plan import Line, Plan
     from halfbyte.plan.alternatives import Method
     from halfbyte.plan.estimate import Estimate
+    from halfbyte.plan.scaling import CoresForecast
     from halfbyte.system.device import Device
     from halfbyte.training.preview import DataCheck, Piece, Resolution, ShownRow
 
@@ -72,6 +73,18 @@ def scaling(value: ScalingEstimate) -> None:
     show.field("speed-up", f"{asked.speed_up:.2f} times on {asked.nodes}, where one takes {alone:.2f} s a step")
     brought = ", ".join(f"{each.nodes}: {each.speed_up:.1f}" for each in value.others)
     show.field("", f"{brought}; beyond {value.last.nodes}, twice as many bring less than a tenth")
+
+
+def cores(value: CoresForecast) -> None:
+    """A step on other numbers of cores, what limits it, and one process a memory node beside one over all."""
+    steps, last = ", ".join(f"{each.cores}: {each.speed_up:.1f}" for each in value.steps), value.steps[-1]
+    beyond = f" (by formula beyond {value.measured})" if last.cores > value.measured else ""
+    show.field("cores", f"times as fast as one: {steps}{beyond}; on {last.cores} limited by {last.limit}")
+    if value.nodes is not None:
+        count, one_s, each_s = value.nodes
+        advice = f": torchrun --standalone --nproc-per-node {count} -m halfbyte train RECIPE" if each_s < one_s else ""
+        each = f"{each_s:.2f} s with a process on each of {count} memory nodes"
+        show.field("", f"a step takes {each}, {one_s:.2f} s with one over all{advice}")
 
 
 def resolution(value: Resolution) -> None:

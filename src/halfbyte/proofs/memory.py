@@ -1,9 +1,8 @@
-"""Proofs of a start that are remembered: what was proven of this base with these adapters, by this code, here.
+"""Proofs of a start that are remembered, as they take seconds, and a second start of the same says the same again.
 
-Why: the proofs of a start take seconds, and at a second start of the same they say the same again.
-What: a file for each base and its settings. It holds the proofs that have succeeded, and all that they depend on: the
-files of base and adapter, halfbyte's code, the libraries, the processor with its flags, the threads. Where one of these
-has changed, that is told, and all is proven anew.
+What: a file for each base and its settings. It holds the proofs that have succeeded, and all that they depend on: files
+of base and adapter, halfbyte's code, the libraries, the processor with its flags, the threads. Where one of these has
+changed, that is told, and all is proven anew.
 Cost: hashes of halfbyte's files and the adapter's; of the base's weights sizes and times.
 """
 
@@ -20,8 +19,8 @@ from halfbyte.runs.folder import read_json
 from halfbyte.system import files, libraries
 from halfbyte.types import Document
 
+# Of a start: every one is made; those of an earlier one are believed; or all are made, and remembered anew.
 Proofs = Literal["every", "remembered", "again"]
-"""Of a start: every one is made; those of an earlier start are believed; or all are made, and remembered anew."""
 MOST = 64  # files of some kB; the oldest go
 
 

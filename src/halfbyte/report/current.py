@@ -1,8 +1,4 @@
-"""Whether a run's page is what would be made of its folder now, so that nothing is made: that takes half a second, and
-most pages are only looked at. No library is imported.
-
-Cost: the times of the run's files and of those that make pages.
-"""
+"""Whether a run's page is what would be made of its folder now, so that nothing is made. No library is imported."""
 
 from pathlib import Path
 

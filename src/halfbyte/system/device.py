@@ -18,6 +18,7 @@ from pathlib import Path
 
 from halfbyte.errors import RecipeError
 from halfbyte.system import cards as card_list
+from halfbyte.system import topology
 from halfbyte.system.cards import Card
 from halfbyte.system.platforms import calls
 from halfbyte.types import Document
@@ -32,11 +33,11 @@ DTYPES = ("auto", "bf16", "fp16", "fp32")
 class Device:
     """A machine, as this process may use it.
 
-    `cores` honours affinity and CPU quota. `ram_bytes` is the smaller of the machine's memory and the control group's
-    limit; `ram_available_bytes` the smaller of what is free now and what is left under that limit. `kind` is torch's
-    name of what computes: cpu, cuda (AMD's cards too), xpu. `cards` are those that are used, the first one if one is
-    enough; `notes` say which of those that are there are not, and why. `large_pages`: private memory may be asked
-    for in pages of 2 MB.
+    `cores` honours affinity, CPU quota and what shares a core. `ram_bytes` is the smaller of the machine's memory and
+    the control group's limit; `ram_available_bytes` the smaller of what is free now and what is left under that limit.
+    `kind` is torch's name of what computes: cpu, cuda (AMD's cards too), xpu. `cards` are those that are used, the
+    first one if one is enough; `notes` say which of those that are there are not, and why. `large_pages`: private
+    memory may be asked for in pages of 2 MB.
     """
 
     kind: str
@@ -66,7 +67,7 @@ class Device:
 def detect(root: Path = Path("/"), env: Mapping[str, str] = os.environ) -> Device:
     """Look at the machine; `root` holds `proc` and `sys`, and CUDA_VISIBLE_DEVICES is read from `env`."""
     free, (cpu, isa) = ram_available(root), _cpu(root)
-    huge = _read(root / "sys/kernel/mm/transparent_hugepage/enabled")
+    huge = topology.text(root / "sys/kernel/mm/transparent_hugepage/enabled")
     cards = card_list.find(root, env, free)
     return Device(
         kind=cards.kind,
@@ -116,7 +117,7 @@ def _best_on_card(cards: tuple[Card, ...]) -> tuple[str, str]:
 
 
 def _cpu(root: Path) -> tuple[str, tuple[str, ...]]:
-    text = _read(root / "proc/cpuinfo")
+    text = topology.text(root / "proc/cpuinfo")
     # all cores of one machine report the same; big.LITTLE kernels list the common set
     flags = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
     have = flags[1].split() if flags else ()
@@ -125,17 +126,17 @@ def _cpu(root: Path) -> tuple[str, tuple[str, ...]]:
 
 
 def cores(root: Path = Path("/")) -> int:
-    """Threads that keep all busy that this process may use: for a quota of one and a half, two for three quarters of
-    the time."""
-    return math.ceil(core_share(root))
+    """Threads that keep all busy that this process may use: one a core of those that compute, and for a quota of one
+    and a half, two for three quarters of the time."""
+    return max(1, min(math.ceil(core_share(root)), len(topology.read(root).computing)))
 
 
 def core_share(root: Path = Path("/")) -> float:
     """Cores that this process may use, by its affinity and the control group's quota, which need not be whole."""
     count: float = calls.cores()
     for folder in _cgroup_folders(root, "cpu"):
-        old = _read(folder / "cpu.cfs_quota_us") + _read(folder / "cpu.cfs_period_us")
-        quota = (_read(folder / "cpu.max") or old).split()
+        old = topology.text(folder / "cpu.cfs_quota_us") + topology.text(folder / "cpu.cfs_period_us")
+        quota = (topology.text(folder / "cpu.max") or old).split()
         if len(quota) == 2 and quota[0].isdigit() and quota[1].isdigit() and int(quota[1]) > 0:
             count = min(count, int(quota[0]) / int(quota[1]))
     return count
@@ -143,7 +144,7 @@ def core_share(root: Path = Path("/")) -> float:
 
 def _memory(root: Path) -> tuple[int, int]:
     """Of the machine: total, and available."""
-    fields = dict(re.findall(r"^(\w+):\s*(\d+) kB$", _read(root / "proc/meminfo"), re.MULTILINE))
+    fields = dict(re.findall(r"^(\w+):\s*(\d+) kB$", topology.text(root / "proc/meminfo"), re.MULTILINE))
     if "MemTotal" in fields and "MemAvailable" in fields:
         return int(fields["MemTotal"]) * 1024, int(fields["MemAvailable"]) * 1024
     import psutil
@@ -157,10 +158,10 @@ def _cgroup_memory(root: Path) -> Iterator[tuple[int, int]]:
     for folder in _cgroup_folders(root, "memory"):
         # v2, then v1: limit, usage, prefix of the reclaimable parts
         for names in (("max", "current", ""), ("limit_in_bytes", "usage_in_bytes", "total_")):
-            limit, used = (_read(folder / f"memory.{name}").strip() for name in names[:2])
+            limit, used = (topology.text(folder / f"memory.{name}").strip() for name in names[:2])
             if limit.isdigit() and used.isdigit():
                 droppable = rf"^{names[2]}(?:in)?active_file (\d+)$"
-                parts = re.findall(droppable, _read(folder / "memory.stat"), re.MULTILINE)
+                parts = re.findall(droppable, topology.text(folder / "memory.stat"), re.MULTILINE)
                 yield int(limit), max(0, int(used) - sum(map(int, parts)))
 
 
@@ -169,7 +170,7 @@ def _cgroup_folders(root: Path, controller: str) -> Iterator[Path]:
     the path that `/proc/self/cgroup` gives may be the host's; the mount's root then is the group, and it is always
     among the parents."""
     mount = root / "sys/fs/cgroup"
-    for line in _read(root / "proc/self/cgroup").splitlines():
+    for line in topology.text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = [*line.split(":", 2), "", ""][:3]
         tops = [mount / controllers, mount / controller] if controller in controllers.split(",") else []
         for top in dict.fromkeys(tops if controllers else [mount, mount / "unified"]):
@@ -178,11 +179,3 @@ def _cgroup_folders(root: Path, controller: str) -> Iterator[Path]:
                 if folder.is_dir():
                     yield folder
                 folder = folder.parent
-
-
-def _read(path: Path) -> str:
-    """A small system file, or nothing where it does not exist or may not be read."""
-    try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError):
-        return ""

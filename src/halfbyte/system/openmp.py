@@ -96,10 +96,20 @@ class EmptyTeam:
             self._leave = None
 
 
-def _stay(leave: threading.Event) -> None:
+def empty_region(count: int) -> None:
+    """A parallel region of so many threads that does nothing."""
     if (run := region()) is not None:
-        run(ctypes.cast(ctypes.CDLL(None).free, ctypes.c_void_p), None, calls.cores() + 1, 0)  # free(NULL) on each
-        leave.wait()
+        run(_nothing(), None, count, 0)
+
+
+@cache
+def _nothing() -> ctypes.c_void_p:
+    return ctypes.cast(ctypes.CDLL(None).free, ctypes.c_void_p)  # free(NULL)
+
+
+def _stay(leave: threading.Event) -> None:
+    empty_region(calls.cores() + 1)
+    leave.wait()
 
 
 class CoreWatch:

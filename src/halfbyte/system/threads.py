@@ -12,7 +12,7 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from halfbyte.system import device, openmp
+from halfbyte.system import device, openmp, topology
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 MALLOC_VARIABLES = (
@@ -51,12 +51,18 @@ def keep_few_products(env: MutableMapping[str, str] = os.environ) -> None:
     env.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(PRODUCTS_KEPT))
 
 
-def configure(cores: int, env: Mapping[str, str] = os.environ, *, sharing: int | None = None) -> ProcessSettings:
+def configure(
+    cores: int, env: Mapping[str, str] = os.environ, *, sharing: int | None = None, place: int = 0
+) -> ProcessSettings:
     """Set the threads of this process to at most `cores`, where the environment does not say otherwise. `sharing`: so
-    many processes of one run share this machine, and `cores` are this one's."""
+    many processes of one run share this machine, and `cores` are this one's, the `place`-th; where the machine has
+    memory nodes for them, it stays on one."""
     keep_few_products()
+    share = device.core_share() / (sharing or 1)
+    node = topology.stay_on_node(place, sharing) if sharing is not None else None
     threads, why = _threads(cores, env, sharing)
-    waiting = openmp.watch(threads, device.core_share() / (sharing or 1), env)
+    why += "" if node is None else f"; memory node {node}"
+    waiting = openmp.watch(threads, share, env)
     return ProcessSettings(threads, why, waiting, _allocator(env), _huge_pages())
 
 
@@ -69,13 +75,6 @@ def asked_threads(env: Mapping[str, str] = os.environ) -> tuple[int, str] | None
     return None
 
 
-def current() -> int:
-    """Threads of one operation."""
-    import torch
-
-    return torch.get_num_threads()
-
-
 def _threads(cores: int, env: Mapping[str, str], sharing: int | None = None) -> tuple[int, str]:
     import torch
 
@@ -86,7 +85,9 @@ def _threads(cores: int, env: Mapping[str, str], sharing: int | None = None) -> 
     if asked is not None or current <= cores:
         return current, asked[1] if asked else "torch's own choice"
     torch.set_num_threads(cores)
-    return cores, f"{cores} of {current}: more are not allowed to run at once"
+    lies = topology.read()
+    limit = lies.words if cores == len(lies.computing) else ""
+    return cores, f"{cores} of {current}: {limit or 'more are not allowed to run at once'}"
 
 
 def _allocator(env: Mapping[str, str]) -> str:
