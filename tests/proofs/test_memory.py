@@ -76,6 +76,8 @@ def test_a_proof_that_succeeded_is_remembered_and_one_that_failed_ends_belief(ad
     assert known is not None and again.changed == () and again.recall("fused") is None
     assert (known.ok, known.difference, known.layout) == (True, 1.5e-7, "cu_seq_lens") and "before" in known.reason
     assert RememberedProofs.of({"base": "m", "r": 9}, {"adapter": adapter}, 2).recall("packing") is None
+    again.keep("of rows", StartProof(False, "losses differ", 0.3))
+    assert memory(adapter).recall("packing") is not None and memory(adapter).recall("of rows") is None
     again.keep("fused", StartProof(False, "gradients differ", 0.3))
     assert memory(adapter).recall("packing") is None
 

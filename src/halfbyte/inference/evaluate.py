@@ -305,5 +305,5 @@ def micro_batches(
     )
     max_rows = opened.recipe.train.per_device_eval_batch_size if opened.job.packed else 1
     asked = opened.job.packed and opened.recipe.data.share_prefixes == "auto"
-    shares = asked and sharing.shares(opened.model, examples)
+    shares = asked and sharing.shares(opened.model, examples, opened.memory)
     return collate.Batches.of_rows(examples, plan.max_tokens_per_micro_batch, max_rows, shares=shares), plan

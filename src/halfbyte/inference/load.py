@@ -24,7 +24,7 @@ from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.sources.lookup import find_model
 from halfbyte.objectives.labels import Labels
 from halfbyte.plan import GENERATED_TOKENS, InferencePlan, Job, Rows, RunChoices, plan_inference
-from halfbyte.proofs.memory import Proofs
+from halfbyte.proofs.memory import Proofs, RememberedProofs
 from halfbyte.recipe.schema import Recipe
 from halfbyte.recipe.task import CAUSAL_LM, EMBED, TASKS
 from halfbyte.system import device, threads
@@ -46,6 +46,7 @@ class Opened:
     plan: InferencePlan
     alone: bool = False  # there is no adapter but the base alone
     base: load.Base | None = None
+    memory: RememberedProofs | None = None  # of its proofs
 
     @property
     def store(self) -> Path | None:
@@ -125,7 +126,7 @@ def open_target(
     job = replace(job, packed=assembly.packed.ok)
     return Opened(
         subject.path, recipe, assembly.model, tokenizer, assembly.own_biases, machine, job, trained, chosen,
-        alone=subject.adapter is None, base=base,
+        alone=subject.adapter is None, base=base, memory=memory,
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from halfbyte.types import Document
 # Of a start: every one is made; those of an earlier one are believed; or all are made, and remembered anew.
 Proofs = Literal["every", "remembered", "again"]
 MOST = 64  # files of some kB; the oldest go
+FIRST = ("dequantised", "packing", "fused")  # proofs that others build on
 
 
 @dataclass
@@ -52,9 +53,10 @@ class RememberedProofs:
         return None if known is None else replace(StartProof(**known), reason=f"{known['reason']} (proven before)")
 
     def keep(self, name: str, proof: StartProof) -> StartProof:
-        """The proof, which is kept if it has succeeded; after one that has failed nothing is believed any more."""
+        """The proof, kept if it has succeeded; with one of the first that has failed all others are forgotten."""
         if self.file is not None:
-            self.proofs = {**self.proofs, name: asdict(proof)} if proof.ok else {}
+            others = {} if name in FIRST and not proof.ok else {n: p for n, p in self.proofs.items() if n != name}
+            self.proofs = others | ({name: asdict(proof)} if proof.ok else {})
             with contextlib.suppress(OSError):
                 self.file.parent.mkdir(parents=True, exist_ok=True)
                 files.write(self.file, files.as_json(files.seal({"made_with": self.made_with, "proofs": self.proofs})))

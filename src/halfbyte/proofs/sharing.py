@@ -9,6 +9,7 @@ rest: each trains under a healthy loss curve.
 Cost: a few micro-batches of at most `MOST` tokens through the first layers, forward and backward.
 """
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,6 +26,7 @@ from halfbyte.layers.experts.layout import is_routed
 from halfbyte.models import structure
 from halfbyte.proofs import setting
 from halfbyte.proofs.fusing import gradient_fault, random_b
+from halfbyte.proofs.memory import RememberedProofs
 from halfbyte.proofs.setting import Gradients, StartProof
 from halfbyte.types import Batch, Model
 
@@ -35,13 +37,17 @@ REST = 24  # tokens of each that are not shared
 LOSSES, LOSSES_16 = 1e-5, 2e-2
 
 
-def prove_sharing(model: Model, rows: Sequence[Example]) -> StartProof:
+def prove_sharing(model: Model, rows: Sequence[Example], memory: RememberedProofs | None = None) -> StartProof:
     """Compare some rows as a tree with each alone. The model is as before afterwards.
 
     Args:
         model: with its adapters, after `prove_fused`. Of one that does not train the losses alone are compared.
         rows: of one text each, of which at least two begin alike.
+        memory: of proofs that need not be made again.
     """
+    if memory is not None:
+        name = hashlib.sha256(repr([(row.input_ids, row.labels) for row in rows]).encode()).hexdigest()
+        return memory.recall(name) or memory.keep(name, prove_sharing(model, rows))
     if packing.installed(model) != "cu_seq_lens":
         return StartProof(False, "beginnings are not shared: this model takes no texts by their lengths", math.inf)
     if recurrent.installed(structure.body(structure.causal_lm(model))):
@@ -56,7 +62,7 @@ def prove_sharing(model: Model, rows: Sequence[Example]) -> StartProof:
 _PROVEN: WeakKeyDictionary[Model, bool] = WeakKeyDictionary()
 
 
-def shares(model: Model, rows: Sequence[Example]) -> bool:
+def shares(model: Model, rows: Sequence[Example], memory: RememberedProofs | None = None) -> bool:
     """Whether rows share their beginnings outside of a run: some of them begin alike, and it is proven on this model,
     by the first rows that do."""
     lm, looked_at = structure.causal_lm(model), rows[:LOOKED_AT]
@@ -66,7 +72,7 @@ def shares(model: Model, rows: Sequence[Example]) -> bool:
     if not any(tree.shared):
         return False
     if lm not in _PROVEN:
-        _PROVEN[lm] = prove_sharing(model, [rows[place] for place in tree.alike()]).ok
+        _PROVEN[lm] = prove_sharing(model, [rows[place] for place in tree.alike()], memory).ok
     return _PROVEN[lm]
 
 

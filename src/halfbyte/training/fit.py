@@ -7,7 +7,6 @@ Cost: tokenising, and the shapes of the model; a calibration of this machine (se
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -223,7 +222,7 @@ def compare(
 
 def decide_sharing(run: PlannedRun, base: AdaptedBase, tell: Listener) -> PlannedRun:
     """The run as it is after the proof on its own rows, those of a step that have the most in common."""
-    prepared, model, known = run.prepared, base.model, base.memory
+    prepared = run.prepared
     if not prepared.shares:
         return run
     examples, shared = prepared.train.examples, prepared.train.shared
@@ -239,8 +238,7 @@ def decide_sharing(run: PlannedRun, base: AdaptedBase, tell: Listener) -> Planne
         alike = [examples[rows[place]] for place in steps.tree(index).alike()]
     if shared is not None and not shared.any():
         return replace(run, prepared=prepared.apart)
-    name = hashlib.sha256(repr([(row.input_ids, row.labels) for row in alike]).encode()).hexdigest()[:24]
-    proof = known.recall(name) or known.keep(name, prove_sharing(model, alike))
+    proof = prove_sharing(base.model, alike, base.memory)
     tell.note("shared", proof.reason)
     return run if proof.ok else replace(run, prepared=prepared.apart)
 
