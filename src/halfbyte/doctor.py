@@ -18,7 +18,8 @@ from halfbyte.errors import BaseModelError
 from halfbyte.layers.kernels.cpu import ahead
 from halfbyte.models import structure
 from halfbyte.models.sources.lookup import find_model
-from halfbyte.plan import calibrate, scaling
+from halfbyte.plan import calibrate
+from halfbyte.plan import scaling as on_cores
 from halfbyte.proofs.fusing import sample_gradients
 from halfbyte.recipe.schema import Recipe
 from halfbyte.system import device, threads, topology
@@ -53,7 +54,7 @@ class Diagnosis:
     layers: int = 0
     checks: tuple[Check, ...] = ()
     lacking: dict[str, str] = field(default_factory=dict)
-    scaling: scaling.Scaling | None = None
+    scaling: on_cores.Scaling | None = None
     topology: str = ""
 
     @property
@@ -83,9 +84,9 @@ def examine(recipe: Recipe | None = None, *, tell: Callable[[str], None] = lambd
     dtype, why = device.compute_dtype(machine, asked)
     process = threads.configure(machine.cores)
     rates = calibrate.ensure(machine, dtype, say=tell, anew=True)
-    scales = None if machine.on_card else scaling.measure(machine, dtype)
+    scales = None if machine.on_card else on_cores.measure(machine, dtype)
     if scales is not None and not rates.busy:
-        scaling.keep(machine, dtype, scales)
+        on_cores.keep(machine, dtype, scales)
     cache, free = cache_dir(), free_bytes(cache_dir())
     row = table.here(machine.kind, [(card.name, card.multiplies_bf16) for card in machine.cards], machine.isa)
     seen = Diagnosis(

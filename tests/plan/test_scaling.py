@@ -78,7 +78,7 @@ def test_one_process_over_all_nodes_reaches_far_and_several_share_the_micro_batc
     single = choice(micro_batches=1)  # which each makes a part of, with all of Python's time
     assert single[1] == pytest.approx(0.5 + 0.5 + 0.1875)
     # 2 x 3/4 x 4 bytes of each trained number, at 4 GB/s
-    assert choice(micro_batches=8, trainable=10**9).each_s - whole[1] == pytest.approx(6e9 / 4e9)
+    assert choice(micro_batches=8, trainable=10**9)[1] - whole[1] == pytest.approx(6e9 / 4e9)
 
 
 def test_where_one_process_is_as_good_nothing_else_is_said_to_be() -> None:
@@ -111,7 +111,7 @@ def test_a_plan_says_what_more_cores_bring_once_this_machine_was_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path))
-    planned = plan_model(recipe_from("tinyllama-1.1b", None, []), length=256)
+    planned = plan_model(recipe_from("tinyllama-1.1b", "rows.jsonl", []), length=256)
     here = replace(planned.device, kind="cpu", cards=())
     assert scaling.of_plan(planned.plan, planned.job, here) is None
     scaling.keep(here, planned.plan.compute_dtype, TWO)

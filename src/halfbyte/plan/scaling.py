@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -156,7 +157,7 @@ def measure(device: Device, dtype: str) -> Scaling:
             with torch.no_grad():
                 products = 2 * SIZE**3 / tries.best(lambda: into(out, a, b))
                 memory = 2 * long.nbytes / tries.best(lambda: long.mul_(1))
-            barrier_s = tries.best(lambda n=count: [openmp.empty_region(n) for _ in range(BARRIERS)]) / BARRIERS
+            barrier_s = tries.best(partial(openmp.empty_regions, count, BARRIERS)) / BARRIERS
             rows.append(Measured(count, products, memory, barrier_s))
     finally:
         torch.set_num_threads(before)

@@ -96,10 +96,11 @@ class EmptyTeam:
             self._leave = None
 
 
-def empty_region(count: int) -> None:
-    """A parallel region of so many threads that does nothing."""
+def empty_regions(count: int, times: int = 1) -> None:
+    """Parallel regions of so many threads that do nothing."""
     if (run := region()) is not None:
-        run(_nothing(), None, count, 0)
+        for _ in range(times):
+            run(_nothing(), None, count, 0)
 
 
 @cache
@@ -108,7 +109,7 @@ def _nothing() -> ctypes.c_void_p:
 
 
 def _stay(leave: threading.Event) -> None:
-    empty_region(calls.cores() + 1)
+    empty_regions(calls.cores() + 1)
     leave.wait()
 
 
