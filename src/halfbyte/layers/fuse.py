@@ -286,7 +286,8 @@ def install(model: nn.Module) -> Fused:
         elif (part := _part(module)) is not None and id(module) not in inside:
             counts[part[0]] += 1
             _become(module, part[1])
-            inside |= set(map(id, module.children())) if part[1] is _FastGatedMlp else set()
+            if part[1] is _FastGatedMlp:  # which computes its activation itself
+                inside |= {id(m) for m in module.children() if formulas.activation_kind(m) is not None}
     if experts := interface.install(model):
         counts["experts"] = experts
     return Fused(dict(counts), dict(unfused))
