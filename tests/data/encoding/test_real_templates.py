@@ -75,17 +75,27 @@ def encoded_or_refused(tokenizer: Any, row: Row, data: Any) -> tuple[Any, str]:
     return encoded.examples[0], ""
 
 
-@pytest.mark.parametrize(("name", "args", "form", "turns"), CASES)
-def test_labels_are_what_the_template_writes_when_the_model_answers(
-    tmp_path: Path, make_byte_level: Any, make_data: Any, name: str, args: dict[str, Any], form: str, turns: int
-) -> None:
+def marks_of(template: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(re.findall(r"<[|｜][^|｜<>'\"]{1,40}[|｜]>", template)))
+
+
+def with_template(name: str, make_byte_level: Any) -> tuple[Any, str, str]:
+    """A tokenizer with a template and its marks, the template, and the mark at the end of a turn."""
     path = FOLDER / f"{name}.jinja"
     if not path.is_file():
         pytest.skip("HALFBYTE_TEMPLATES names no folder with it (models/templates of llama.cpp)")
     template = path.read_text(encoding="utf-8")
-    marks = tuple(dict.fromkeys(re.findall(r"<[|｜][^|｜<>'\"]{1,40}[|｜]>", template)))
+    marks = marks_of(template)
     end = next((mark for mark in ENDS if mark in marks), "</s>")
     tokenizer = make_byte_level(template, eos=end, special=(*marks, end), plain=("<think>", "</think>"))
+    return tokenizer, template, end
+
+
+@pytest.mark.parametrize(("name", "args", "form", "turns"), CASES)
+def test_labels_are_what_the_template_writes_when_the_model_answers(
+    tmp_path: Path, make_byte_level: Any, make_data: Any, name: str, args: dict[str, Any], form: str, turns: int
+) -> None:
+    tokenizer, template, end = with_template(name, make_byte_level)
     (tmp_path / f"{name}.jinja").write_text(template, encoding="utf-8")
     where = str(tmp_path / f"{name}.jinja")
     data = make_data(chat_template=where, template_args=args, max_length=4096)
@@ -122,13 +132,7 @@ def test_an_earlier_turn_is_trained_behind_its_own_prompt_or_by_its_words_alone(
 ) -> None:
     """Turns without thoughts under mask assistant. GLM 4.7 writes `</think>` before an old turn and asks behind
     `<think>`: a mark that no prompt leads to is read, and not learned."""
-    path = FOLDER / f"{name}.jinja"
-    if not path.is_file():
-        pytest.skip("HALFBYTE_TEMPLATES names no folder with it (models/templates of llama.cpp)")
-    template = path.read_text(encoding="utf-8")
-    marks = tuple(dict.fromkeys(re.findall(r"<[|｜][^|｜<>'\"]{1,40}[|｜]>", template)))
-    end = next((mark for mark in ENDS if mark in marks), "</s>")
-    tokenizer = make_byte_level(template, eos=end, special=(*marks, end), plain=("<think>", "</think>"))
+    tokenizer, template, end = with_template(name, make_byte_level)
     (tmp_path / "template.jinja").write_text(template, encoding="utf-8")
     data = make_data(
         chat_template=str(tmp_path / "template.jinja"), template_args=args, max_length=4096, mask="assistant"
@@ -142,4 +146,4 @@ def test_an_earlier_turn_is_trained_behind_its_own_prompt_or_by_its_words_alone(
     prompt = tokenizer.apply_chat_template([U1.to_template()], tokenize=False, add_generation_prompt=True, **args)
     row = tokenizer.decode(example.input_ids)
     assert row.startswith(prompt + earlier) or earlier.startswith("cup")
-    assert earlier.partition("cup")[2] in ("", end, f"{end}\n") or any(earlier.endswith(mark) for mark in marks)
+    assert earlier.partition("cup")[2] in ("", end, f"{end}\n") or earlier.endswith(marks_of(template))
