@@ -88,7 +88,8 @@ def kept_bytes(
     config, specs = read_config(folder), read_checkpoint(folder)
     if parameters:
         specs = [spec_of(name, tuple(p.shape), "BF16", config) for name, p in opened.model.named_parameters()]
-    model = adapters.add(opened.model, lora, targets.resolve_targets(opened.model, asked), seed=0)
+    resolved = targets.resolve_targets(opened.model, asked)
+    model = adapters.add(opened.model, lora, resolved, seed=0)
     prove_fused(model, packed=prove_packing(model).ok)
     fuse.recompute_cheap(model, on=cheap)
     model.train()
@@ -106,7 +107,7 @@ def kept_bytes(
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         structure.body(structure.causal_lm(model))(**packing.forward_inputs(model, batch))
     total = sum(t.untyped_storage().nbytes() for t in kept.values())
-    return total, sites(specs, lora), facts_of(config, specs)
+    return total, sites(specs, lora, resolved.names), facts_of(config, specs)
 
 
 def measured_and_planned(
