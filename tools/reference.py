@@ -68,6 +68,9 @@ _EXECUTED = """\
   the cores that they wait for, they sleep, so that each program gets its share. halfbyte looks four times a second
   (Linux; `system/openmp.py`); `doctor` and the first lines of a run say so.
 - `GOMP_SPINCOUNT` or `OMP_WAIT_POLICY` in the environment win. `OMP_NUM_THREADS` is the number of threads.
+- Of a core with two threads one computes, since both share its multipliers; of a processor with fast and slow cores as
+  many of the fastest as compute most where all wait for the slowest (`system/topology.py`, from Linux's `/sys`). Tested
+  on described machines only; no such machine was here.
 - In a container that may use one and a half cores (`docker run --cpus 1.5`) two threads run, and sleep when they wait.
 
 ## Apple's GPU
