@@ -29,12 +29,13 @@ class TapeRun:
     """Operations (n, WIDTH) in a row, for a kernel of `interpreter.py` and so many threads.
 
     Args:
-        groups, scratch_bytes: what the largest operation needs. max_tokens: of a text.
+        vectors: M. groups, scratch_bytes: what the largest operation needs. max_tokens: of a text.
     """
 
     def __init__(
-        self, operations: np.ndarray, kernel: object, threads: int, *, groups: int, max_tokens: int, scratch_bytes: int
-    ) -> None:
+        self, operations: np.ndarray, kernel: object, threads: int, *, vectors: int, groups: int, max_tokens: int,
+        scratch_bytes: int,
+    ) -> None:  # fmt: skip
         from halfbyte.layers.kernels.cpu.decoding.interpreter import LINE
 
         self.operations, self.kernel = operations, kernel
@@ -47,7 +48,7 @@ class TapeRun:
             s.TAPE_OPERATIONS: operations.ctypes.data, s.TAPE_COUNT: self.count,
             s.TAPE_COUNTERS: self._counters.ctypes.data, s.TAPE_GROUPS: groups, s.TAPE_MAX_TOKENS: max_tokens,
             s.TAPE_YIELD: _yield_address(), s.TAPE_THREADS: threads, s.TAPE_SCRATCH_BYTES: scratch_bytes,
-            s.TAPE_ARRIVED: self._arrived.ctypes.data,
+            s.TAPE_ARRIVED: self._arrived.ctypes.data, s.TAPE_VECTORS: vectors,
         }.items():  # fmt: skip
             self._slots[slot] = number
 

@@ -97,7 +97,7 @@ class _Addresses:
         at, table = at[is_ours], np.column_stack([table[:, 1], table[:, 2] + inside])[is_ours]
         return {
             "kernel": tape.kernel,
-            "sizes": {"groups": tape.groups, "max_tokens": tape.max_tokens, "scratch_bytes": tape.scratch_bytes},
+            "sizes": tape.sizes,
             "operations": self.numbers(operations),
             "addresses": self.numbers(np.column_stack([at, table])),
             "rough": decoder.rough and [decoder.rough.start, decoder.rough.stop],
@@ -115,6 +115,7 @@ def save(folder: Path, decoders: Sequence[Decoder], embedding: Tensor, facts: Do
         "decoders": [addresses.document(decoder) for decoder in decoders],
         "embedding": addresses.of(embedding),
         "itemsize": embedding.itemsize,
+        "amx": interpreter.AMX,
         "zero_bytes": addresses.sizes[_ZERO],
         "files": [[path, _stamp(Path(path))] for path in addresses.files],
         **facts,
@@ -126,11 +127,12 @@ def save(folder: Path, decoders: Sequence[Decoder], embedding: Tensor, facts: Do
 
 
 def read(folder: Path) -> Document:
-    """What `save` has written. Raises CannotKeep: a file of it is not whole, or one of the base is not as it was."""
+    """What `save` has written. Raises CannotKeep: a file of it is not whole, one of the base is not as it was, or this
+    process has other kernels."""
     try:
         document: Document = json.loads((folder / INDEX).read_bytes())
         same = files.is_sealed(document) and all(_stamp(Path(path)) == stamp for path, stamp in document["files"])
-        if same and files.sha256(folder / NUMBERS) == document["sha256"]:
+        if same and document["amx"] == interpreter.AMX and files.sha256(folder / NUMBERS) == document["sha256"]:
             return document
     except (OSError, ValueError, KeyError, TypeError):
         pass

@@ -133,18 +133,21 @@ class Linear:
 
     def _side_by_side(self) -> Tensor:
         """All B (O, R), padded with zeros; with LoRA's scale where `down` does not multiply by it. Beside codes in fp32
-        it is (R, O), in rows of whole 8."""
-        b, at = torch.zeros((self.shape[0], sum(map(self._columns, self.loras))), dtype=self.tape.dtype), 0
+        it is (R, O), in rows of whole 16, as many as it has rows in bf16."""
+        o, ranks = self.shape[0], sum(map(self._columns, self.loras))
+        b, at = torch.zeros((-(-o // 16) * 16 if self.is_codes else o, ranks), dtype=self.tape.dtype), 0
         for lora in self.loras:
-            b[:, at : at + lora.a.shape[0]] = lora.b.detach() if self.is_codes else lora.b.detach() * lora.scale
+            b[:o, at : at + lora.a.shape[0]] = lora.b.detach() if self.is_codes else lora.b.detach() * lora.scale
             at += self._columns(lora)
         if self.is_codes and self.tape.isa == "avx2":
-            return nn.functional.pad(b.T, (0, -len(b) % 8)).contiguous()
+            return b.T.contiguous()
         return b
 
     def down(self, x: Vectors) -> None:
-        """h = s x A^T, where there is LoRA."""
+        """h = s x A^T, where there is LoRA; and x as codes read it."""
         at = 0
+        if self.codes is not None:
+            self.tape.order(x)
         for lora, a in zip(self.loras, self.a, strict=True):
             assert self.h is not None
             out = self.h[:, at : at + a.shape[0]]

@@ -45,11 +45,12 @@ def isa(dtype: torch.dtype) -> str | None:
 @dataclass(frozen=True)
 class Vectors:
     """What products read: M vectors (M, width), in fp32, zeros up to `width`; and in the kernels' types and orders, by
-    their place among the `slots.NORM_ORDERS`, those that products have asked for."""
+    their place among the `slots.NORM_ORDERS`, those that products have asked for; and in pairs, for AMX."""
 
     plain: Tensor
     width: int
     orders: dict[int, Tensor] = field(default_factory=dict)
+    pairs: list[Tensor] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -117,19 +118,21 @@ class Tape:
         if name is None:
             raise ValueError(f"no kernels for {dtype} here")
         from halfbyte.layers.kernels.cpu.decoding import (  # isort: skip
-            attend, block_rows, block_vectors, code_tables, codes_bf16, codes_int16, interpreter, recurrent,
+            attend, block_rows, block_vectors, code_tables, codes_amx, codes_bf16, codes_int16, interpreter, recurrent,
         )  # fmt: skip
 
         self.kernels, self.attention, self.code_tables = interpreter, attend, code_tables
         self.bf16, self.int16 = codes_bf16, codes_int16
+        self.amx = codes_amx if interpreter.AMX and dtype == torch.bfloat16 else None
         self.block_rows, self.block_vectors = block_rows, block_vectors
         self.recurrent = recurrent
         self.isa, self.dtype, self.adapters = name, dtype, adapters
         self.compiled_parts = set[str]()  # of the interpreter, which few models need
-        self.m, self.max_tokens = vectors, max_tokens
-        self.used = vectors  # those of them that a run computes; the first ones
+        self.m = self.used = vectors  # `used`: of them, the first ones, that a run computes
+        self.max_tokens = max_tokens
         self._rows: list[np.ndarray] = []
         self.written_to: dict[int, Vectors] = {}  # by the number of the operation that writes them
+        self._paired: dict[int, int] = {}  # by the address of vectors, the operation that put them in pairs
         self.before, self._group = (0, 0), 0
         self.constants: list[Tensor] = []  # what operations read, and buffers that were asked for by address
         self.buffers: list[Tensor] = []
@@ -301,7 +304,8 @@ class Tape:
         rows = self._code_rows(o, d // 2)
         self._blocks = max(self._blocks, d // 64)
         self.groups = max(self.groups, rows * (d // 64) // 256 + 2)
-        numbers = self._matrix(codes, shape, self._in_order(x, 0), 2 * x.width, out, rows) | self._bias(add, bias)
+        ordered = self._in_order(x, 0) if self.amx is None else x.pairs[0]
+        numbers = self._matrix(codes, shape, ordered, 2 * x.width, out, rows) | self._bias(add, bias)
         levels = self.code_tables.int16_levels if self.isa == "avx2" else self.code_tables.bf16_levels
         numbers |= {s.CODES_SCALES: self.keep(scales.absmax), s.CODES_LEVELS: self.keep(self._made(levels, values))}
         if scales.nested is not None and scales.table is not None:
@@ -311,7 +315,19 @@ class Tape:
                 s.CODES_IN_PLANES: int(in_planes), s.CODES_OUTER: self.keep(scales.nested),
                 s.CODES_OFFSET: scales.offset,
             }  # fmt: skip
+        if self.amx is not None:
+            self._scratch = max(self._scratch, self.amx.scratch_bytes(self.m, 0 if h is None else h.shape[1]))
         self.add(s.CODES, -(-o // rows), numbers | self._lora(up, h))
+
+    def order(self, x: Vectors) -> None:
+        """What is to be there before the group of `codes` begins: x as AMX reads it. Once for all that read it."""
+        written, at = max(number for number, to in self.written_to.items() if to is x), x.plain.data_ptr()
+        if self.amx is None or self._paired.get(at, -1) > written:
+            return
+        self._paired[at] = len(self)
+        x.pairs[:] = x.pairs or [self.buffer(self.amx.ordered_bytes(self.m, x.width), dtype=torch.uint8)]
+        numbers = {s.X: at, s.X_ROW: 4 * x.width, s.OUT: x.pairs[0].data_ptr(), s.VECTORS: self.m}
+        self.add(s.PAIRS, -(-x.width // 64 // self.amx.PAIRS_BLOCKS), numbers)
 
     def _lora(self, up: Tensor | None, h: Tensor | None) -> dict[int, int | float]:
         if up is None or h is None:
@@ -411,15 +427,13 @@ class Tape:
                 self._rows[number][s.NORM_ORDERS + place] = ordered.data_ptr()
         operations = np.concatenate(self._rows)
         _name_matrices(operations, self.dtype.itemsize)
-        return TapeRun(
-            operations, getattr(self.kernels, self.kernel)(self.dtype), threads,
-            groups=self.groups, max_tokens=self.max_tokens, scratch_bytes=self.scratch_bytes,
-        )  # fmt: skip
+        return TapeRun(operations, getattr(self.kernels, self.kernel)(self.dtype), threads, **self.sizes)
 
     @property
-    def scratch_bytes(self) -> int:
-        """What an operation needs beside its operands."""
-        return max(self._scratch, 12 * 1024 + 160 * self.m + 32 * self._blocks)
+    def sizes(self) -> dict[str, int]:
+        """What a run of it is told: memory that an operation needs beside its operands, and for what."""
+        scratch = max(self._scratch, 12 * 1024 + 160 * self.m + 32 * self._blocks)
+        return {"vectors": self.m, "groups": self.groups, "max_tokens": self.max_tokens, "scratch_bytes": scratch}
 
 
 def _name_matrices(operations: np.ndarray, itemsize: int) -> None:

@@ -68,6 +68,14 @@ def test_the_kernels_are_as_right_without_amx() -> None:
     flags = ",".join(f"{'+' if on else '-'}{name}" for name, on in without.items())
     env = {**os.environ, "NUMBA_CPU_NAME": tiles.binding.get_host_cpu_name(), "NUMBA_CPU_FEATURES": flags}
     here = Path(__file__).parent
-    run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(here / "attention"), str(here / "lora")]
+    run = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        *(str(here / name) for name in ("attention", "lora", "decoding")),
+    ]
     done = subprocess.run(run, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]

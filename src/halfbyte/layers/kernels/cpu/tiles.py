@@ -139,7 +139,8 @@ tall_tile, low_tile = _tile(TALL_ROWS, TALL_COLUMNS, 16, pairs=True), _tile(LOW_
 
 AMX_ROWS, AMX_STEPS = 16, 16  # its columns are COLUMNS too
 _ASK_FOR_TILES = (158, 0x1023, 18)  # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
-_LEFT, _SUMS_AND_RIGHT = 2, ((0, 3), (1, 4))  # AMX's registers
+AMX_LEFT, _SUMS_AND_RIGHT = 4, ((0, 2), (1, 3))  # AMX's registers
+AMX_HALF = 6, 7  # of half of the pairs: a left side, and a right one
 
 
 @cache
@@ -150,13 +151,13 @@ def amx() -> bool:
     return ctypes.CDLL(None).syscall(*_ASK_FOR_TILES) == 0
 
 
-def _amx(builder: Value, name: str, *args: Value) -> None:
+def amx_call(builder: Value, name: str, *args: Value) -> None:
+    """One of AMX's instructions; its registers are whole numbers of Python's."""
     call(builder, f"llvm.x86.{name}", ir.VoidType(), *(ir.IntType(8)(a) if isinstance(a, int) else a for a in args))
 
 
-@instruction(types.void, None)
-def amx_begin(b: Value, layout: Value) -> None:
-    """Lay out this thread's AMX registers by 64 zeros: each of 16 rows of 64 bytes."""
+def _lay_out(b: Value, layout: Value, columns: int) -> None:
+    """AMX registers of 16 rows: AMX_LEFT and the first of AMX_HALF of 16 pairs and 8, all others of so many columns."""
     byte = ir.IntType(8).as_pointer()
 
     def put(at: int, bits: int, value: int) -> None:
@@ -165,15 +166,27 @@ def amx_begin(b: Value, layout: Value) -> None:
 
     put(0, 8, 1)  # the palette
     for register in range(8):
-        put(16 + 2 * register, 16, 4 * AMX_ROWS)
-        put(48 + register, 8, AMX_ROWS)
-    _amx(b, "ldtilecfg", b.bitcast(layout.data, byte))
+        put(16 + 2 * register, 16, {AMX_LEFT: 64, AMX_HALF[0]: 32}.get(register, 4 * columns))
+        put(48 + register, 8, AMX_STEPS // 2 if register == AMX_HALF[1] else AMX_ROWS)
+    amx_call(b, "ldtilecfg", b.bitcast(layout.data, byte))
+
+
+@instruction(types.void, None)
+def amx_begin(b: Value, layout: Value) -> None:
+    """Lay out this thread's AMX registers by 64 zeros, for right sides of 16 columns."""
+    _lay_out(b, layout, 16)
+
+
+@instruction(types.void, None)
+def amx_begin_for_one(b: Value, layout: Value) -> None:
+    """The same for right sides of one column: what is then stored of sums is one number a row."""
+    _lay_out(b, layout, 1)
 
 
 @instruction(types.void)
 def amx_end(b: Value) -> None:
     """Give AMX's registers back: a thread that leaves them laid out is slower to switch to."""
-    _amx(b, "tilerelease")
+    amx_call(b, "tilerelease")
 
 
 _WORDS = (None, types.int64)
@@ -187,21 +200,21 @@ def amx_tile(b, c, c_row, a, a_row, a_step, right, b_step, steps, add):  # type:
     byte, line = ir.IntType(8).as_pointer(), _I64(4 * AMX_ROWS)
 
     def move(name: str, register: int, at: Value, row: Value) -> None:
-        _amx(b, name, register, b.inttoptr(at, byte), row)
+        amx_call(b, name, register, b.inttoptr(at, byte), row)
 
     ends = list(zip(_SUMS_AND_RIGHT, (c_at, b.add(c_at, line)), strict=True))
 
     def begin(there: bool) -> None:
         for (register, _), at in ends:
-            move("tileloadd64", register, at, c_row) if there else _amx(b, "tilezero", register)
+            move("tileloadd64", register, at, c_row) if there else amx_call(b, "tilezero", register)
 
     _either_way(b, add, begin)
     with cgutils.for_range(b, b.lshr(steps, _I64(4)), intp=_I64) as loop:
         down = b.add(b_at, b.mul(loop.index, b.mul(b_row, _I64(AMX_STEPS))))
-        move("tileloadd64", _LEFT, b.add(a_at, b.mul(loop.index, line)), a_row)
+        move("tileloadd64", AMX_LEFT, b.add(a_at, b.mul(loop.index, line)), a_row)
         for (total, register), at in zip(_SUMS_AND_RIGHT, (down, b.add(down, line)), strict=True):
             move("tileloadd64", register, at, b_row)
-            _amx(b, "tdpbf16ps", total, _LEFT, register)
+            amx_call(b, "tdpbf16ps", total, AMX_LEFT, register)
     for (register, _), at in ends:
         move("tilestored64", register, at, c_row)
 

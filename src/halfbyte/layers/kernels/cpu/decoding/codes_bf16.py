@@ -50,10 +50,7 @@ def order_vector(code: Code, args: Value) -> None:
     b = code.b
     with code.rolled(args.chunks) as c:
         numbers = [code.load(code.at(args.x, (c, 4 * CHUNK), 64 * k), F32X16) for k in range(8)]
-        words = [
-            b.bitcast(code.call("llvm.x86.avx512bf16.cvtne2ps2bf16.512", BF16X32, high, low), I16X32)
-            for low, high in zip(numbers[::2], numbers[1::2], strict=True)
-        ]
+        words = [rounded_pair(code, *two) for two in zip(numbers[::2], numbers[1::2], strict=True)]
         for n, places in enumerate(((1, 0), (3, 2))):
             fourth = mask([4 * j + place for place in places for j in range(16)])
             lower, upper = (b.shuffle_vector(*words[k : k + 2], fourth) for k in (0, 2))
@@ -64,6 +61,11 @@ def order_vector(code: Code, args: Value) -> None:
 
 
 # ----------------------------------------------------------- what both products do
+def rounded_pair(code: Code, low: Value, high: Value) -> Value:
+    """Two registers of fp32 -> one of bf16."""
+    return code.b.bitcast(code.call("llvm.x86.avx512bf16.cvtne2ps2bf16.512", BF16X32, high, low), I16X32)
+
+
 def multiplied(code: Code, total: Value, a: Value, b: Value) -> Value:
     pairs = [code.b.bitcast(v, BF16X32) for v in (a, b)]
     return code.call("llvm.x86.avx512bf16.dpbf16ps.512", F32X16, total, *pairs)
@@ -98,7 +100,7 @@ def _row_sizes(code: Code, args: Value) -> None:
     args.chunks = code.b.lshr(args.blocks, I64(1))
 
 
-def _finish(code: Code, sums: Value, args: Value, out: Value) -> None:
+def finish(code: Code, sums: Value, args: Value, out: Value) -> None:
     """The sums of up to 16 rows, and their bias, to or, where `add` is not 0, onto `out`: in this order, which numba
     would leave open."""
     b, rows = code.b, args.rows
@@ -120,7 +122,7 @@ def finish_rows(code: Code, args: Value) -> None:
             at = code.at(of_one.sums, (r, 64))
             code.store(_row_lora(code, of_one, r, code.load(at, F32X16), upper=False), at)
         sums = code.sums_of_16([code.load(code.at(of_one.sums, 64 * r), F32X16) for r in range(ROWS)])
-        _finish(code, sums, of_one, code.at(args.out, (args.out_row, m)))
+        finish(code, sums, of_one, code.at(args.out, (args.out_row, m)))
 
 
 # ---------------------------------------------------------------------- one vector
@@ -140,7 +142,7 @@ def rows_times_one(code: Code, args: Value) -> None:
             _even_rows(code, table, args)
         with otherwise:
             _odd_rows(code, table, args)
-    _finish(code, code.sums_of_16([code.load(code.at(args.sums, 64 * r), F32X16) for r in range(ROWS)]), args, args.out)
+    finish(code, code.sums_of_16([code.load(code.at(args.sums, 64 * r), F32X16) for r in range(ROWS)]), args, args.out)
 
 
 def _row_chunks(code: Code, table: Value, args: Value, w: Value, x: Value, scale: Value, total: Value) -> None:
@@ -219,7 +221,7 @@ def rows_times_vectors(code: Code, args: Value) -> None:
             sums = code.at(args.sums, SUMS * m)
             halves = [code.load(code.at(sums, 64 * n), F32X16) for n in range(ROWS // 2)]
             out = code.at(args.out, (args.out_row, first), (args.out_row, m))
-            _finish(code, code.sums_of_16(halves, width=8), args, out)
+            finish(code, code.sums_of_16(halves, width=8), args, out)
 
 
 def _two_rows(code: Code, table: Value, args: Value, two: Value, x: Value, h: Value, vectors: int) -> None:

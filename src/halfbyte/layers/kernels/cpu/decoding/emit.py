@@ -211,6 +211,16 @@ class Code:
         fours = [[half for k in (0, 1) for half in self.interleaved(pairs[i][k], pairs[i + 1][k], 2)] for i in (0, 2)]
         return [self.b.shuffle_vector(fours[0][k], fours[1][k], mask(places)) for places in _QUARTERS for k in range(4)]
 
+    def turned_16(self, rows: list[Value]) -> list[Value]:
+        """16 registers of 16 -> row i's lane j is row j's lane i."""
+        for by in (1, 2, 4, 8):  # pairs of rows change places of so many lanes
+            low = [i if not i & by else 16 + i - by for i in range(16)]
+            rows = [
+                self.b.shuffle_vector(rows[i & ~by], rows[i | by], mask(low if not i & by else [k + by for k in low]))
+                for i in range(16)
+            ]
+        return rows
+
 
 # The lower halves of two registers of 8 lanes, and the upper ones.
 _QUARTERS = ([0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15])

@@ -8,8 +8,9 @@ What: `slots.py` says what an operation's numbers mean; `layers/decoding/tape.py
 operations are fp32; what a product reads is there twice, in order in fp32, and in the kernels' order and type. Each
 thread has a share of an operation's items, neighbours in memory, before it takes another's; and while it waits it asks
 for the first bytes of its share of the next matrix.
-Source: products are in `codes_bf16.py`, `codes_int16.py`, `block_rows.py`, `dense.py` and `int8_head.py`, attention in
-`attend.py`, recurrent layers in `recurrent.py`; the rest are the formulas of `norm.py` and `gate.py`.
+Source: products are in `codes_amx.py`, `codes_bf16.py`, `codes_int16.py`, `block_rows.py`, `dense.py` and
+`int8_head.py`, attention in `attend.py`, recurrent layers in `recurrent.py`; the rest are the formulas of `norm.py` and
+`gate.py`.
 Cost: about 0.2 microseconds between two operations on two threads.
 """
 
@@ -17,13 +18,14 @@ import math
 from functools import partial
 
 import numpy as np
-from numba import carray, types
-from numba.extending import overload
+from numba import carray
 
+from halfbyte.layers.kernels.cpu import tiles
 from halfbyte.layers.kernels.cpu.decoding import (
     attend,
     block_rows,
     block_vectors,
+    code_items,
     code_tables,
     codes_bf16,
     codes_int16,
@@ -34,12 +36,13 @@ from halfbyte.layers.kernels.cpu.decoding import (
 )
 from halfbyte.layers.kernels.cpu.decoding.emit import ask
 from halfbyte.layers.kernels.cpu.parallel import SLOTS, array, kernel, per_dtype
-from halfbyte.layers.kernels.cpu.scalar import FASTMATH, SILU, give, inlined, load, pause, read, sigmoid, store, take
+from halfbyte.layers.kernels.cpu.scalar import SILU, give, inlined, load, pause, read, sigmoid, store, take
 from halfbyte.quant.kernels import gguf_cpu
 
 LINE = 8  # int64 of a cache line: each counter has its own
 GATE_ELEMENTS = 1024  # of an item
 BLOCK, CHUNK, GROUP = code_tables.BLOCK, codes_bf16.CHUNK, code_tables.GROUP
+AMX = tiles.amx()  # CODES in bf16 are multiplied by it
 _SPINS = 2000  # looks at a counter before the core is offered to others
 _ASKED_BYTES = 32 * 1024  # of the next matrix, by each thread while it waits
 
@@ -138,105 +141,6 @@ def _norm(op, number, like, m, blocks):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _finish_int16(op, like, sums, vectors, r, n):  # type: ignore[no-untyped-def]
-    """Sums (vectors, 8) of n rows from r on, in fp32, with LoRA's and the bias, to or onto where they go."""
-    bias = array(op[slots.BIAS], (op[slots.O],), np.float32)
-    if op[slots.CODES_UP] != 0:
-        codes_int16.add_lora(
-            like, vectors, sums.ctypes.data, op[slots.CODES_UP] + 4 * r, op[slots.CODES_UP_ROW],
-            op[slots.CODES_H], op[slots.CODES_H_ROW], op[slots.CODES_PIECES],
-        )  # fmt: skip
-    for m in range(vectors):
-        out = array(op[slots.OUT] + (m * op[slots.OUT_ROW] + r) * 4, (n,), np.float32)
-        for k in range(n):
-            total = sums[m, k] + (bias[r + k] if op[slots.BIAS] != 0 else np.float32(0.0))
-            out[k] = total + out[k] if op[slots.ADD] != 0 else total
-
-
-def _codes_int16(op, number, like, lookups, scratch, item):  # type: ignore[no-untyped-def]
-    """CODES in fp32, eight rows at a time."""
-    d, vectors, nested = op[slots.D], op[slots.VECTORS], op[slots.CODES_TABLE] != 0
-    blocks, rows = d // BLOCK, codes_int16.ROWS
-    begin, end = item * op[slots.ITEM_ROWS], min(op[slots.O], (item + 1) * op[slots.ITEM_ROWS])
-    group = begin * blocks // GROUP
-    if nested:
-        count, offset = (end * blocks - 1) // GROUP - group + 1, np.float32(number[slots.CODES_OFFSET])
-        code_tables.lookups(
-            like, op[slots.CODES_TABLE], op[slots.CODES_OUTER], offset, group, count, lookups.ctypes.data
-        )
-    levels = (scratch.ctypes.data + 63) // 64 * 64
-    sums = array(levels + codes_int16.LEVELS_BYTES, (vectors, rows), np.float32)
-    scales = array(levels + codes_int16.LEVELS_BYTES + 32 * (vectors + 16), (blocks, rows), np.float32)
-    width = op[slots.X_ROW] // 2
-    pairs, pair_steps, steps = codes_int16.ordered_parts(op[slots.X], vectors, width)
-    for r in range(begin, end, rows):
-        n, at = min(rows, end - r), op[slots.CODES_SCALES] + r * blocks * (1 if nested else 4)
-        table, first = (np.int64(lookups.ctypes.data), r * blocks - group * GROUP) if nested else (0, 0)
-        code_tables.scales_of_8_rows(like, at, table, first, blocks, n, scales.ctypes.data)
-        codes_int16.rows_times_vectors(
-            like, op[slots.W] + r * (d // 2), d // 2, n, vectors, op[slots.X], steps, pairs, pair_steps, width,
-            scales.ctypes.data, blocks, op[slots.CODES_LEVELS], levels, sums.ctypes.data,
-        )  # fmt: skip
-        _finish_int16(op, like, sums, vectors, r, n)
-
-
-@inlined
-def _scales(op, number, like, looked_up, begin, end):  # type: ignore[no-untyped-def]
-    """The scales of rows begin .. end, which are codes of 8 bits -> `looked_up`, from a block that is a multiple of
-    64."""
-    blocks, codes_at, offset = op[slots.D] // BLOCK, op[slots.CODES_SCALES], np.float32(number[slots.CODES_OFFSET])
-    first, last = begin * blocks, end * blocks
-    for at in range(last, min(op[slots.O], end + op[slots.ITEM_ROWS]) * blocks, 64):  # those of the next item
-        ask(codes_at + at)
-    if op[slots.CODES_IN_PLANES] != 0:
-        code_tables.scales_of_planes(
-            like, codes_at, op[slots.CODES_TABLE], op[slots.CODES_OUTER], offset, first, last, looked_up
-        )
-        return
-    codes, table = array(codes_at, (last,), np.uint8), array(op[slots.CODES_TABLE], (GROUP,), np.float32)
-    outer = array(op[slots.CODES_OUTER], (last // GROUP + 1,), np.float32)
-    scales, start = array(looked_up, (last - first + 64,), np.float32), first // 64 * 64
-    for n in range(first, last):
-        scales[n - start] = table[codes[n]] * outer[n // GROUP] + offset
-
-
-def _codes_bf16(op, number, like, lookups, scratch, item):  # type: ignore[no-untyped-def]
-    """CODES in bf16, 16 rows at a time."""
-    begin, end = item * op[slots.ITEM_ROWS], min(op[slots.O], (item + 1) * op[slots.ITEM_ROWS])
-    sums, looked_up = (np.int64(scratch.ctypes.data) + 63) // 64 * 64, np.int64(lookups.ctypes.data)
-    d, all_scales = op[slots.D], op[slots.CODES_SCALES]
-    blocks = d // BLOCK
-    if op[slots.CODES_TABLE] != 0:
-        _scales(op, number, like, looked_up, begin, end)
-        all_scales = looked_up - 4 * (begin * blocks // 64 * 64)
-    for r in range(begin, end, codes_bf16.ROWS):
-        n, w, scales = min(codes_bf16.ROWS, end - r), op[slots.W] + r * (d // 2), all_scales + 4 * r * blocks
-        up, bias = op[slots.CODES_UP] + r * op[slots.CODES_UP_ROW], op[slots.BIAS] + 4 * r if op[slots.BIAS] != 0 else 0
-        if op[slots.VECTORS] == 1:
-            codes_bf16.rows_times_one(
-                like, w, n, blocks, op[slots.X], op[slots.X] + op[slots.X_ROW], scales, op[slots.CODES_LEVELS], up,
-                op[slots.CODES_UP_ROW], op[slots.CODES_H], op[slots.CODES_PIECES], sums, bias, op[slots.ADD],
-                op[slots.OUT] + 4 * r,
-            )  # fmt: skip
-        else:
-            codes_bf16.rows_times_vectors(
-                like, w, n, blocks, op[slots.USED], op[slots.X], op[slots.X_ROW], scales, op[slots.CODES_LEVELS], up,
-                op[slots.CODES_UP_ROW], op[slots.CODES_H], op[slots.CODES_H_ROW], op[slots.CODES_PIECES], sums, bias,
-                op[slots.ADD], op[slots.OUT] + 4 * r, 4 * op[slots.OUT_ROW],
-            )  # fmt: skip
-
-
-def _codes(op, number, like, lookups, scratch, item) -> None:  # type: ignore[no-untyped-def]
-    raise NotImplementedError
-
-
-@overload(_codes, jit_options={"forceinline": True, "fastmath": FASTMATH, "error_model": "numpy"})
-def _codes_of_type(op, number, like, lookups, scratch, item):  # type: ignore[no-untyped-def]
-    """The other one is not compiled."""
-    return _codes_bf16 if like.dtype == types.uint16 else _codes_int16
-
-
-@inlined
 def _blocks(op, like, scratch, item):  # type: ignore[no-untyped-def]
     """BLOCKS: 16 rows at a time in bf16, eight in fp32."""
     at, at_once = (np.int64(scratch.ctypes.data) + 63) // 64 * 64, 16 if like.itemsize == 2 else codes_int16.ROWS
@@ -256,7 +160,7 @@ def _blocks(op, like, scratch, item):  # type: ignore[no-untyped-def]
                 4 * op[slots.OUT_ROW],
             )  # fmt: skip
         else:
-            _finish_int16(op, like, sums, op[slots.USED], r, n)
+            code_items.finish_int16(op, like, sums, op[slots.USED], r, n)
 
 
 @inlined
@@ -376,10 +280,16 @@ def _do_recurrent(op, number, like, scratch, item, blocks):  # type: ignore[no-u
 
 
 @inlined
-def _do(op, number, like, lookups, s, sums, scratch, item, blocks, states):  # type: ignore[no-untyped-def]
+def _do(op, number, like, lookups, s, sums, scratch, item, amx, blocks, states):  # type: ignore[no-untyped-def]
     kind = op[slots.KIND]
     if kind == slots.CODES:
-        _codes(op, number, like, lookups, scratch, item)
+        if amx is not None:
+            code_items.codes_by_amx(op, number, like, lookups, scratch, item)
+        else:
+            code_items.codes(op, number, like, lookups, scratch, item)
+    elif kind == slots.PAIRS:
+        if amx is not None:
+            code_items.pairs(op, like, item)
     elif kind == slots.DENSE:
         _dense(op, number, like, sums, scratch, item, blocks)
     elif kind == slots.BLOCKS:
@@ -396,7 +306,7 @@ def _do(op, number, like, lookups, s, sums, scratch, item, blocks, states):  # t
         int8_head.rough(op, like, sums, scratch, item)
     elif kind == slots.HEAD_EXACT:
         int8_head.exact(op, like, sums, item)
-    elif kind >= slots.CONV:
+    elif slots.CONV <= kind <= slots.GATED:
         if states is not None:
             _do_recurrent(op, number, like, scratch, item, blocks)
     else:
@@ -406,6 +316,7 @@ def _do(op, number, like, lookups, s, sums, scratch, item, blocks, states):  # t
 def _make(element: type, blocks: int | None = None, states: int | None = None) -> object:
     """None leaves out what is compiled for few models: `blocks`, what reads a GGUF file's blocks, half of all;
     `states`, recurrent layers."""
+    amx = 1 if AMX and element == np.uint16 else None
 
     @kernel
     def token(address):  # type: ignore[no-untyped-def]
@@ -421,6 +332,11 @@ def _make(element: type, blocks: int | None = None, states: int | None = None) -
         s = np.empty(attend.AT_ONCE * run[slots.TAPE_MAX_TOKENS], np.float32)
         scratch = np.empty(run[slots.TAPE_SCRATCH_BYTES], np.uint8)
         sums, asked = np.empty(64, np.float32), np.zeros(2, np.int64)
+        if amx is not None:
+            if run[slots.TAPE_VECTORS] == 1:
+                tiles.amx_begin_for_one(np.zeros(64, np.uint8))
+            else:
+                tiles.amx_begin(np.zeros(64, np.uint8))
         for i in range(run[slots.TAPE_FIRST], run[slots.TAPE_LAST]):
             op, number = ops[i * width : (i + 1) * width], numbers[i * width : (i + 1) * width]
             _wait(counters, lines, op, ops, me, threads, asked, run[slots.TAPE_YIELD])
@@ -433,10 +349,12 @@ def _make(element: type, blocks: int | None = None, states: int | None = None) -
                 if item >= end:
                     turn += 1
                     continue
-                _do(op, number, like, lookups, s, sums, scratch, item, blocks, states)
+                _do(op, number, like, lookups, s, sums, scratch, item, amx, blocks, states)
                 count += 1
             if count > 0:
                 give(counters[((i + 1) * lines - 1) * LINE :], count)
+        if amx is not None:
+            tiles.amx_end()
 
     return token
 

@@ -18,7 +18,7 @@ of a head, T max_tokens, R rotary width.
 
 WIDTH = 32
 # What an operation does.
-NORM, CODES, DENSE, ROTATE, ATTEND, GATE, HEAD_ROUGH, HEAD_EXACT, BLOCKS, CONV, DELTA, SCAN, GATED = range(13)
+NORM, CODES, DENSE, ROTATE, ATTEND, GATE, HEAD_ROUGH, HEAD_EXACT, BLOCKS, CONV, DELTA, SCAN, GATED, PAIRS = range(14)
 
 # Every operation.
 KIND = 0
@@ -28,7 +28,7 @@ USED = 27  # how many of the M vectors there are now
 NEXT_W = 28  # the next matrix from this operation on, itself included
 NEXT_ITEMS, NEXT_ITEM_BYTES = 29, 30
 
-# Products with a matrix: CODES, BLOCKS, DENSE, HEAD_*.
+# Products with a matrix: CODES, BLOCKS, DENSE, HEAD_*. PAIRS: X, (M, D') in fp32, to OUT, as CODES read it by AMX.
 W = 4  # (O, D): 4-bit codes, numbers of the tape's type, or 8-bit numbers
 D, O = 5, 6  # noqa: E741
 X = 7  # (M, ..): CODES and BLOCKS one of `Vectors.orders`, else fp32
@@ -151,3 +151,4 @@ TAPE_MAX_TOKENS = 6  # T
 TAPE_SCRATCH_BYTES = 7
 TAPE_YIELD = 8  # the function that offers the core to other threads, or 0
 TAPE_THREADS, TAPE_ARRIVED = 9, 10
+TAPE_VECTORS = 11  # M
