@@ -99,6 +99,12 @@ def _shrunk(full: Any) -> dict[str, Any]:
     return small
 
 
+# One of each kind of recurrent layer: short convolutions, the delta rule, state spaces after attention and beside it.
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "lfm2": {}, "qwen3_5_text": {}, "granitemoehybrid": {"num_local_experts": 0}, "falcon_h1": {},
+}  # fmt: skip
+
+
 def build(kind: str, **changes: Any) -> Any:
     """The model, in fp32. An error of any kind says why a type cannot be built."""
     return _built(AutoModelForCausalLM, config(kind, **changes))

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from halfbyte.recipe.file import load_recipe
 from halfbyte.recipe.schema import Loaded
-from tests import tiny
+from tests import small_models, tiny
 
 VOCAB = 320
 CHATML = (
@@ -51,6 +51,16 @@ def tokenizer(special: tuple[str, ...] = _SPECIAL, eos: str = "<|im_end|>", chat
 def checkpoint(folder: Path, name: str = "llama", dtype: torch.dtype = torch.float32, *, seed: int = 0) -> Path:
     """A checkpoint folder with config, weights and tokenizer; returns it."""
     tiny.save(folder, name, dtype, seed=seed, vocab_size=VOCAB)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def hybrid(folder: Path, kind: str) -> Path:
+    """The same of a small model with recurrent layers, one of `small_models.HYBRIDS`; rows are whole blocks, since what
+    bitsandbytes itself dequantises is wrong in others."""
+    torch.manual_seed(0)
+    model = small_models.build(kind, vocab_size=VOCAB, intermediate_size=128, **small_models.HYBRIDS[kind])
+    model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
 

@@ -9,8 +9,8 @@ Half of the moments are times, drawn evenly from the length of the uninterrupted
 for writing, renaming, removing, making a folder: between two of them lie the states that a disk can be left in) or
 calls of what computes (a micro-batch, a token that is written, a reward), drawn evenly from those that the
 uninterrupted run makes. A third of the resumed runs is killed again. Runs have dropout, evaluations and checkpoints,
-and in turn LoRA+, an 8-bit optimiser, blocks of plain text, a streamed base, pairs (DPO), rewards (GRPO); each second
-one builds its base's store.
+and in turn LoRA+, an 8-bit optimiser, blocks of plain text, a streamed base (of recurrent layers too), pairs (DPO),
+rewards (GRPO); each second one builds its base's store.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from halfbyte.runs.folder import RunFolder
 from halfbyte.scoring.rewards import RewardFunction
 from halfbyte.training.trainer import StepTrainer
 from halfbyte.writing.writer import Writer
-from tests import letters, pairs, tiny_run
+from tests import letters, pairs, small_models, tiny_run
 
 LIMIT_S = 900.0
 COMMON: dict[str, Any] = {
@@ -66,6 +66,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "train__eval_steps": None,
     },
     "streamed base": {"quant__placement": "streamed", "train__gradient_checkpointing": True},
+    **{kind: {"quant__placement": "streamed", "train__gradient_checkpointing": True} for kind in small_models.HYBRIDS},
     "pairs": {"train__method": "dpo", "train__learning_rate": 1e-2, "train__max_steps": 6},
     "rewards": {
         "train__method": "grpo", "train__rewards": f"{letters.__file__}:score", "train__num_generations": 4,
@@ -116,6 +117,8 @@ def recipe(folder: Path, kind: str) -> Path:
         values = values | {"data__train": folder / "texts.jsonl"}
     else:
         values = values | {"data__eval": folder / "held.jsonl"}
+    if kind in small_models.HYBRIDS:
+        tiny_run.hybrid(folder / "model", kind)
     tiny_run.recipe(folder, **values)
     return folder / "recipe.yaml"
 

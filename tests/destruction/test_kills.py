@@ -9,10 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from tests import small_models
+
 ROOT = Path(__file__).parents[2]
 
 
-SLOW = [["--count", "10"], ["--count", "10", "--signals"], ["--count", "20", "--kinds", "rewards", "pairs"]]
+SLOW = [
+    ["--count", "10"], ["--count", "10", "--signals"], ["--count", "20", "--kinds", "rewards", "pairs"],
+    ["--count", "20", "--kinds", *small_models.HYBRIDS],
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def check_scales(model: Model, name: str) -> None:
 
 def big_unquantised(model: Model, quant: Quant) -> list[tuple[str, nn.Parameter]]:
     """Weight matrices that are neither quantised, nor an embedding or head, nor exempted by the recipe. Small ones
-    (routers, convolutions: under 1/1000 of the model's parameters each) are not meant."""
+    (routers: under 1/1000 of the model's parameters each) and convolutions of one channel each are not meant."""
     exempt = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     exempt |= {id(m.weight) for _, m in codec.quantised_linears(model) if m.weight.is_meta}  # still to be filled
     exempt.add(id(getattr(model.get_output_embeddings(), "weight", None)))
@@ -76,6 +76,7 @@ def big_unquantised(model: Model, quant: Quant) -> list[tuple[str, nn.Parameter]
         if p.ndim >= 2
         and p.is_floating_point()
         and id(p) not in exempt
+        and not (p.ndim == 3 and p.shape[1] == 1)
         and p.numel() * 1000 > total
         and not name.endswith("_bias")  # one row for each expert
         and not matches(name, (*quant.exempt, *skipped, *in_fp32))
