@@ -3,12 +3,14 @@
     python benchmarks/studio_path.py plan       # from the drop of 10,000 rows to the plan, and to the rows in colour
     python benchmarks/studio_path.py curves     # from a row of the metrics to the chart
     python benchmarks/studio_path.py cost       # steps with the page open beside steps with it closed, in turns
+    python benchmarks/studio_path.py pictures ~/work/orders     # those of docs/images, in a folder that is made for it
 
 plan: before each drop are three seconds, in which a person looks for the file. curves: a run that has a
 step a second; then two, without anybody who asks, for the CPU seconds of server and browser.
 cost: one training, twenty steps with the page and twenty without. CPU seconds of server and browser with it, less those
 without, over the training's own in the same turns, with the bootstrap's 95% interval over turns; it holds beside others
-too. And the ratio of the medians of a step's wall time, which does not. Needs playwright and a browser.
+too. And the ratio of the medians of a step's wall time, which does not. pictures: examples/orders on the base, with
+real commands. Needs playwright and a browser.
 """
 
 from __future__ import annotations
@@ -40,9 +42,9 @@ TURN, FIRST, SETTLED_S = 20, 5, 3  # steps with the page, and without; steps bef
 
 
 @contextmanager
-def studio() -> Iterator[tuple[Server, Any]]:
+def studio(place: str = "") -> Iterator[tuple[Server, Any]]:
     with tempfile.TemporaryDirectory() as folder, browser(CHROMIUM) as opened:
-        server = Server(Path(folder))
+        server = Server(Path(place or folder))
         try:
             page = page_of(opened, server)
             page.wait_for_selector("#state.ready")
@@ -150,13 +152,41 @@ def cost(base: str, turns: int) -> None:
           f"{statistics.median(seconds[False]):.2f} s takes {ratio:.3f} of its wall time")  # fmt: skip
 
 
+def pictures(base: str, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    with studio(str(folder)) as (_, page):
+
+        def shot(name: str, width: int = 1200, scheme: str = "light") -> None:
+            page.emulate_media(color_scheme=scheme)
+            page.set_viewport_size({"width": width, "height": 900})
+            page.wait_for_timeout(500)
+            page.screenshot(path=ROOT / "docs" / "images" / f"studio-{name}.png", full_page=True)
+            page.set_viewport_size({"width": 1200, "height": 900})
+
+        page.fill("#base", base)
+        page.select_option("#kind", "json")
+        page.set_input_files("#file", ROOT / "examples" / "orders" / "train.jsonl")
+        page.wait_for_selector("#plan dd[data-of=memory]", timeout=MINUTE)
+        page.wait_for_selector("#examples .piece.on", timeout=MINUTE)
+        page.locator(":focus").evaluate("(element) => element.blur()")
+        shot("light")
+        shot("phone", width=390)
+        page.click("#start")
+        page.wait_for_selector("#run-name .finished", timeout=20 * MINUTE)
+        page.wait_for_selector("#job:not(:has(.note:has-text('running')))", timeout=MINUTE)
+        shot("dark", scheme="dark")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("plan", "curves", "cost"))
+    parser.add_argument("what", choices=("plan", "curves", "cost", "pictures"))
+    parser.add_argument("folder", nargs="?", type=Path, help="of pictures: what the page says that it is in")
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--times", type=int, default=3, help="drops; tens of steps; turns with the page")
     given = parser.parse_args()
-    {"plan": plan, "curves": curves, "cost": cost}[given.what](given.base, given.times)
+    if given.what == "pictures":
+        return pictures(given.base, given.folder) if given.folder else parser.error("pictures need a folder")
+    return {"plan": plan, "curves": curves, "cost": cost}[given.what](given.base, given.times)
 
 
 if __name__ == "__main__":

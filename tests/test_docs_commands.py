@@ -144,7 +144,7 @@ def test_the_check_sees_a_fault(words: str, said: str) -> None:
 
 
 # --------------------------------------------------------------------------------------- the blocks' lines, run
-NAMES = {"smollm2-135m": "model", "RUN": "runs/a", "30m": "20s", "runs/orders-2026-11-26": "runs/b"}
+NAMES = {"smollm2-135m": "model", "RUN": "runs/a", "30m": "100s"}
 ELSEWHERE = {
     "torchrun": "tests/distributed/test_launch.py", "pip": "tests/test_wheel.py", "make": "tests/test_wheel.py",
     "curl": "tests/serving/http/test_adapters.py", "python": "tests/test_docs.py", "bash": "tests/test_docs.py",
@@ -156,10 +156,10 @@ RUN_PAGES = [page for page in PAGES if page.parent.name == "docs" or page == ROO
 
 def runnable() -> list[Any]:
     commands = {
-        " ".join(shlex.quote(NAMES.get(word, word)) for word in shlex.split(line, comments=True))
+        " ".join(shlex.quote(NAMES.get(word, word)) for word in words)
         for page in RUN_PAGES
         for line in blocks(page.read_text(encoding="utf-8"))
-        if not any(line.startswith(name) or f" {name} " in line for name in ELSEWHERE)
+        if not {*(words := shlex.split(line, comments=True))} & {*ELSEWHERE}
     }
     return sorted(commands)
 
@@ -202,7 +202,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with contextlib.chdir(here):
         for name in ("tickets", "questions", "recipe"):
             assert halfbyte("train", f"{name}.yaml", "-q") == 0
-    for name in ("gsm8k", "quickstart", "letters", "a", "b"):
+    for name in ("gsm8k", "quickstart", "letters", "orders-2026-11-26", "a", "b"):
         shutil.copytree(here / "runs" / "orders", here / "runs" / name)
     return here
 
@@ -232,6 +232,29 @@ def test_a_line_of_a_block_runs(
         shutil.rmtree(here / "runs" / "quickstart" / name, ignore_errors=True)
     code = halfbyte(*words)
     assert code == 0, "".join(capsys.readouterr())
+
+
+SHORT = {
+    "train": ("--set", "train.max_steps=1"), "eval": ("--limit", "2"),
+    "rewards": ("--set", "train.per_device_train_batch_size=8", "--set", "train.max_completion_length=8"),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", ["orders", "tickets"])
+def test_the_lines_of_an_examples_page_run_one_after_another(
+    example: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the packaged base; trainings of one step, scores of two rows."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    for line in blocks((tmp_path / "examples" / example / "README.md").read_text(encoding="utf-8")):
+        program, *words = shlex.split(line.replace("/tmp/", f"{tmp_path}/"), comments=True)
+        if program == "python":
+            subprocess.run([sys.executable, *words], check=True, env=ENVIRONMENT)
+            continue
+        more = [*SHORT.get(words[0], ()), *(SHORT["rewards"] if words[-1].endswith("rewards.yaml") else ())]
+        assert program == "halfbyte" and halfbyte(*words, *more) == 0, (line, "".join(capsys.readouterr()))
 
 
 def test_what_is_run_elsewhere_is() -> None:

@@ -47,9 +47,9 @@ def config(app: ASGIApp, settings: Settings, lifespan: Literal["on", "off"] = "o
 
 
 def run(server: uvicorn.Server, sock: socket.socket, ready: Callable[[], None]) -> None:
-    """Serve until a signal. `ready` is called when connections are taken."""
-    # uvicorn raises a signal again when it has ended
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Serve until a signal, or one that came before uvicorn listens. `ready` is called when connections are taken."""
+    numbers = signal.SIGINT, signal.SIGTERM  # uvicorn raises them again when it has ended
+    before = {number: signal.signal(number, lambda *_: setattr(server, "should_exit", True)) for number in numbers}
     sock.listen(512)
     ready()
     try:
