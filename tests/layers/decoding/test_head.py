@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.layers.decoding import head
-from halfbyte.layers.decoding.tape import Int8Head, Tape, isa
+from halfbyte.layers.decoding.operands import Int8Head
+from halfbyte.layers.decoding.tape import Tape, isa
 
 pytestmark = pytest.mark.skipif(isa(torch.float32) is None, reason="no kernels for this processor")
 DTYPES = [d for d in (torch.bfloat16, torch.float32) if isa(d)]

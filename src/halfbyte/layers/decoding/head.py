@@ -17,7 +17,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from halfbyte.layers.decoding.tape import Int8Head, Tape, largest_int16
+from halfbyte.layers.decoding.operands import Int8Head, largest_int16
+from halfbyte.layers.decoding.tape import Tape
 from halfbyte.system import pages
 
 _log = logging.getLogger(__name__)

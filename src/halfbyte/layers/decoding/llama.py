@@ -20,7 +20,8 @@ from halfbyte.layers.decoding import linears
 from halfbyte.layers.decoding.decoder import Decoder
 from halfbyte.layers.decoding.layer import LayerWriter, formula_of
 from halfbyte.layers.decoding.linears import Unsupported
-from halfbyte.layers.decoding.tape import Int8Head, Tape, TextAdapters
+from halfbyte.layers.decoding.operands import Int8Head
+from halfbyte.layers.decoding.tape import Tape, TextAdapters
 from halfbyte.models import structure
 from halfbyte.quant import bnb, policy
 from halfbyte.types import Config, Model

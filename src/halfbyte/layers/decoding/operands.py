@@ -42,3 +42,28 @@ class CachedAttention:
     together: bool = False  # each head's query, key and value lie together in `qkv`
     neighbours: bool = False  # rotary turns neighbours, not halves
     gated: bool = False  # a gate of d numbers lies behind each query: (M, (2 H + 2 K) d)
+
+
+@dataclass(frozen=True)
+class Int8Head:
+    """Rows in 8 bits: integers (O, D) int8, scales (O,), bounds (O,) of the error for a vector of length 1."""
+
+    rows: Tensor
+    scales: Tensor
+    bounds: Tensor
+
+
+@dataclass(frozen=True)
+class Int16Vectors:
+    """What the head in 8 bits reads of M vectors: lengths (M,), and integers (M, D..) int16 up to `largest` with a step
+    for each vector (M,)."""
+
+    lengths: Tensor
+    steps: Tensor
+    largest: int
+    numbers: Tensor
+
+
+def largest_int16(d: int) -> int:
+    """Integers of x (D,) up to this times 8 bits: sums of D / 8 products are below 2^31."""
+    return min(2**14, (2**31 - 1) // (127 * -(-d // 8)))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.layers.decoding.decoder import TapeRun
-from halfbyte.layers.decoding.operands import CachedAttention, NormFormula
+from halfbyte.layers.decoding.operands import CachedAttention, Int8Head, Int16Vectors, NormFormula, largest_int16
 from halfbyte.layers.kernels import cpu
 from halfbyte.layers.kernels.cpu.decoding import slots as s
 from halfbyte.quant.number_format import BlockRows
@@ -51,31 +51,6 @@ class Vectors:
     width: int
     orders: dict[int, Tensor] = field(default_factory=dict)
     pairs: list[Tensor] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Int8Head:
-    """Rows in 8 bits: integers (O, D) int8, scales (O,), bounds (O,) of the error for a vector of length 1."""
-
-    rows: Tensor
-    scales: Tensor
-    bounds: Tensor
-
-
-@dataclass(frozen=True)
-class Int16Vectors:
-    """What the head in 8 bits reads of M vectors: lengths (M,), and integers (M, D..) int16 up to `largest` with a step
-    for each vector (M,)."""
-
-    lengths: Tensor
-    steps: Tensor
-    largest: int
-    numbers: Tensor
-
-
-def largest_int16(d: int) -> int:
-    """Integers of x (D,) up to this times 8 bits: sums of D / 8 products are below 2^31."""
-    return min(2**14, (2**31 - 1) // (127 * -(-d // 8)))
 
 
 @dataclass(frozen=True)
@@ -280,7 +255,7 @@ class Tape:
 
     def largest(self, w: Tensor, head: Int8Head, x: Tensor, integers: Int16Vectors, out: Tensor) -> None:
         """x (M, D fp32) times w (O, D) -> out (M, O): exact where it may be the largest, elsewhere less and within
-        `head.bounds` times the lengths of x. In two groups."""
+        `head.bounds` times the lengths of x. In two groups, or three."""
         o, d = w.shape
         rows = -(-_ITEMS_OF_INT8_HEAD * self._item_rows(o, d) // self.bf16.ROWS) * self.bf16.ROWS
         items = -(-o // rows)
@@ -290,6 +265,11 @@ class Tape:
             s.HEAD_INTS_ROW: 2 * integers.numbers.stride(0), s.HEAD_STEPS: integers.steps.data_ptr(),
             s.HEAD_ITEMS: items,
         }  # fmt: skip
+        if self.amx is not None and 1 < self.m <= self.amx.MOST_VECTORS:
+            numbers[s.HEAD_QUADS] = self.buffer(32 * integers.numbers.shape[1], dtype=torch.uint8).data_ptr()
+            x_numbers = {s.X: integers.numbers.data_ptr(), s.X_ROW: numbers[s.HEAD_INTS_ROW], s.D: d}
+            self.add(s.QUADS, 1, x_numbers | {s.OUT: numbers[s.HEAD_QUADS], s.VECTORS: self.m})
+            self.then()
         self.add(s.HEAD_ROUGH, items, {**numbers, s.W: self.keep(head.rows), s.HEAD_SCALES: self.keep(head.scales)})
         self.then()
         self.add(s.HEAD_EXACT, items, numbers)

@@ -10,6 +10,7 @@ from halfbyte.layers.decoding.tape import isa
 
 if isa(torch.float32) is None:
     pytest.skip("no kernels for this processor", allow_module_level=True)
+from halfbyte.layers.kernels.cpu import tiles
 from halfbyte.layers.kernels.cpu.decoding import codes_bf16, int8_head
 
 LIKE = np.zeros(1, np.uint16)
@@ -93,3 +94,38 @@ def test_a_row_times_vectors_in_fp32(m: int) -> None:
     wanted = x[:, :192].astype(np.float64) @ w.astype(np.float64)
     size = np.linalg.norm(x[:, :192].astype(np.float64), axis=1) * np.linalg.norm(w.astype(np.float64))
     assert (np.abs(out - wanted) < 2e-6 * size).all()
+
+
+@pytest.mark.skipif(not tiles.amx(), reason="no AMX")
+@pytest.mark.parametrize("m", [2, 5, 16])
+def test_by_amx_rows_times_vectors_are_the_same_numbers(m: int) -> None:
+    from numba import njit
+
+    from halfbyte.layers.kernels.cpu.decoding import int8_head_amx
+
+    @njit
+    def run(like, w, pieces, vectors, x, row, ordered, steps, scales, bounds, lengths, sums, out, out_row, ends):  # type: ignore[no-untyped-def]
+        tiles.amx_begin(np.zeros(64, np.uint8))
+        int8_head_amx.order_integers(like, x, row, vectors, pieces, ordered)
+        int8_head_amx.rows_times_vectors(
+            like, w, pieces, vectors, ordered, steps, scales, bounds, lengths, sums, out, out_row, ends
+        )
+        tiles.amx_end()
+
+    generator = np.random.default_rng(m)
+    w = generator.integers(-127, 128, (16, 192), np.int8)
+    x = generator.integers(-(2**14), 2**14 + 1, (m, 256), np.int16)
+    x[0, :192] = np.where(w[3] > 0, 2**14, -(2**14))  # the largest sum there is
+    steps, scales, bounds, lengths = (generator.random(n).astype(np.float32) for n in (m, 16, 16, m))
+    out, ends = np.full((m, 20), 7.0, np.float32), np.full((m, 2, 16), -np.inf, np.float32)
+    room, ordered = np.zeros(2048, np.uint8), np.zeros(3 * int8_head_amx.PIECE_BYTES, np.uint8)
+    run(
+        LIKE, w.ctypes.data, 3, m, x.ctypes.data, x.strides[0], ordered.ctypes.data, steps.ctypes.data,
+        scales.ctypes.data, bounds.ctypes.data, lengths.ctypes.data, room.ctypes.data, out.ctypes.data, out.strides[0],
+        ends.ctypes.data,
+    )  # fmt: skip
+    sums = (x[:, :192].astype(np.int64) @ w.astype(np.int64).T).astype(np.float32)
+    wanted = sums * steps[:, None] * scales
+    assert np.array_equal(out[:, :16], wanted) and (out[:, 16:] == 7.0).all()
+    off = lengths[:, None] * bounds
+    assert np.array_equal(ends, np.stack([wanted - off, wanted + off], 1))

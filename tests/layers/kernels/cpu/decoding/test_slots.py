@@ -49,7 +49,7 @@ def named(*prefixes: str) -> dict[str, int]:
 
 KINDS = (
     "NORM", "CODES", "DENSE", "ROTATE", "ATTEND", "GATE", "HEAD_ROUGH", "HEAD_EXACT", "BLOCKS", "CONV", "DELTA", "SCAN",
-    "GATED", "PAIRS",
+    "GATED", "PAIRS", "QUADS",
 )  # fmt: skip
 OF_ONE_KIND = ("NORM_", "CODES_", "DENSE_", "ATTEND_", "GATE_", "HEAD_", "BLOCKS_", "CONV_", "SCAN_", "GATED_")
 # Those without the name of a kind: of every operation, and of every product with a matrix.

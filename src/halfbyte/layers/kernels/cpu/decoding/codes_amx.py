@@ -185,14 +185,14 @@ def _products(code: Code, args: Value, group: Value) -> list[Callable[[], None]]
     first = code.b.mul(group, I64(AT_ONCE * BLOCK // 2))
     for n in (0, 1):
         for q in range(AT_ONCE):
-            left = partial(_move, code, "tileloadd64", AMX_LEFT, code.at(half, _TILE * (2 * q + n)), I64(_LINE))
+            left = partial(move, code, "tileloadd64", AMX_LEFT, code.at(half, _TILE * (2 * q + n)), I64(_LINE))
             pairs = code.at(args.x, (code.at(first, BLOCK // 2 * q + 16 * n), args.pair_bytes))
-            right = partial(_move, code, "tileloadd64", _RIGHT, pairs, args.pair_bytes)
+            right = partial(move, code, "tileloadd64", _RIGHT, pairs, args.pair_bytes)
             if n == 0:
                 steps.append(partial(amx_call, code.b, "tilezero", q))
             steps += [left, right, partial(amx_call, code.b, "tdpbf16ps", q, AMX_LEFT, _RIGHT)]
     to = [code.at(args.scratch, _SUMS + _TILE * q) for q in range(AT_ONCE)]
-    return steps + [partial(_move, code, "tilestored64", q, at, args.sums_row) for q, at in enumerate(to)]
+    return steps + [partial(move, code, "tilestored64", q, at, args.sums_row) for q, at in enumerate(to)]
 
 
 def _lora(code: Code, args: Value) -> None:
@@ -200,12 +200,12 @@ def _lora(code: Code, args: Value) -> None:
     left, right = AMX_HALF
     amx_call(code.b, "tilezero", 0)
     with code.rolled(args.pieces) as n:
-        _move(code, "tileloadd64", left, code.at(args.up, (n, 4 * PIECE_PAIRS)), args.up_row)
+        move(code, "tileloadd64", left, code.at(args.up, (n, 4 * PIECE_PAIRS)), args.up_row)
         pairs = code.at(args.h, (code.b.mul(n, I64(PIECE_PAIRS)), args.pair_bytes))
-        _move(code, "tileloadd64", right, pairs, args.pair_bytes)
+        move(code, "tileloadd64", right, pairs, args.pair_bytes)
         amx_call(code.b, "tdpbf16ps", 0, left, right)
-    _move(code, "tilestored64", 0, code.at(args.scratch, _SUMS), args.sums_row)
+    move(code, "tilestored64", 0, code.at(args.scratch, _SUMS), args.sums_row)
 
 
-def _move(code: Code, name: str, register: int, at: Value, row: Value) -> None:
+def move(code: Code, name: str, register: int, at: Value, row: Value) -> None:
     amx_call(code.b, name, register, code.b.inttoptr(at, ir.IntType(8).as_pointer()), row)

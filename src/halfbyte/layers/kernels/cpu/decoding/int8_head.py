@@ -7,18 +7,15 @@ Source: VPMADDWD in Intel's SDM volume 2.
 Letters: M vectors (texts at once), D in, O out.
 """
 
-import numpy as np
 from llvmlite import ir
 
-from halfbyte.layers.kernels.cpu.decoding import dense, slots
 from halfbyte.layers.kernels.cpu.decoding.codes_bf16 import ROWS, SUMS
 from halfbyte.layers.kernels.cpu.decoding.codes_int16 import int16_dot
 
 from halfbyte.layers.kernels.cpu.decoding.emit import (  # isort: skip
     AHEAD_BYTES, BF16, F32, F32X8, F32X16, FP32, I8, I8X32, I16X16, I16X32, I32X8, I32X16, I64, Code, emitted,
 )  # fmt: skip
-from halfbyte.layers.kernels.cpu.parallel import array
-from halfbyte.layers.kernels.cpu.scalar import Value, inlined
+from halfbyte.layers.kernels.cpu.scalar import Value
 
 PIECE = 64  # numbers that a row is a multiple of
 
@@ -88,14 +85,20 @@ def rows_times_vectors(code: Code, args: Value) -> None:
         for m in range(size):
             at, m_th = code.at(args.sums, SUMS * m), code.at(first, m)
             sums = code.sums_of_16([code.load(code.at(at, 64 * r), I32X16) for r in range(ROWS)])
-            step, length = (code.load(code.at(at, (m_th, 4)), F32) for at in (args.steps, args.lengths))
-            about = b.fmul(b.fmul(b.sitofp(sums, F32X16), code.every(step, ROWS)), scales)
-            code.masked_store(about, code.at(args.out, (args.out_row, m_th)), there)
-            off = b.fmul(bounds, code.every(length, ROWS))
-            for k, end in enumerate((b.fsub(about, off), b.fadd(about, off))):
-                at = code.at(args.ends, (m_th, 128), 64 * k)
-                before = code.load(at, F32X16)
-                code.store(b.select(there, code.call("llvm.maxnum.v16f32", F32X16, end, before), before), at)
+            finish(code, args, sums, m_th, scales, bounds, there)
+
+
+def finish(code: Code, args: Value, sums: Value, m: Value, scales: Value, bounds: Value, there: Value) -> None:
+    """Vector m's whole numbers (16,) -> its logits, and what they are at least and at most."""
+    b = code.b
+    step, length = (code.load(code.at(at, (m, 4)), F32) for at in (args.steps, args.lengths))
+    about = b.fmul(b.fmul(b.sitofp(sums, F32X16), code.every(step, ROWS)), scales)
+    code.masked_store(about, code.at(args.out, (args.out_row, m)), there)
+    off = b.fmul(bounds, code.every(length, ROWS))
+    for k, end in enumerate((b.fsub(about, off), b.fadd(about, off))):
+        at = code.at(args.ends, (m, 128), 64 * k)
+        before = code.load(at, F32X16)
+        code.store(b.select(there, code.call("llvm.maxnum.v16f32", F32X16, end, before), before), at)
 
 
 def _two_rows(code: Code, args: Value, two: Value, x: Value, vectors: int) -> None:
@@ -117,81 +120,3 @@ def _two_rows(code: Code, args: Value, two: Value, x: Value, vectors: int) -> No
     for row, row_totals in zip((first, second), totals, strict=True):
         for m, total in enumerate(row_totals):
             code.store(b.load(total), code.at(args.sums, (row, 64), SUMS * m))
-
-
-@inlined
-def _rows_of_16(op, like, scratch, item):  # type: ignore[no-untyped-def]
-    """An item's rows, 16 at a time, in bf16; what they are at least and at most."""
-    sums, vectors, d = (np.int64(scratch.ctypes.data) + 63) // 64 * 64, op[slots.VECTORS], op[slots.D]
-    first, last = item * op[slots.ITEM_ROWS], min(op[slots.O], (item + 1) * op[slots.ITEM_ROWS])
-    highest = array(sums + 8 * SUMS, (vectors, 2, ROWS), np.float32)
-    highest[:] = np.float32(-np.inf)
-    length = array(op[slots.HEAD_LENGTHS], (1,), np.float32)[0]
-    step = array(op[slots.HEAD_STEPS], (1,), np.float32)[0]
-    while first < last:
-        w, out = op[slots.W] + first * d, op[slots.OUT] + 4 * first
-        scales, bounds = op[slots.HEAD_SCALES] + 4 * first, op[slots.HEAD_BOUNDS] + 4 * first
-        if vectors == 1 and first + ROWS <= last:
-            rows_times_one(
-                like, w, d // PIECE, op[slots.HEAD_INTS], step, scales, bounds, length, sums, out, highest.ctypes.data
-            )
-        else:
-            rows_times_vectors(
-                like, w, min(ROWS, last - first), d // PIECE, vectors, op[slots.HEAD_INTS], op[slots.HEAD_INTS_ROW],
-                op[slots.HEAD_STEPS], scales, bounds, op[slots.HEAD_LENGTHS], sums, out, 4 * op[slots.OUT_ROW],
-                highest.ctypes.data,
-            )  # fmt: skip
-        first += ROWS
-    ends = array(op[slots.HEAD_ENDS], (2, op[slots.ITEMS], vectors), np.float32)
-    for m in range(vectors):
-        for k in range(2):
-            for j in range(ROWS):
-                ends[k, item, m] = max(ends[k, item, m], highest[m, k, j])
-
-
-@inlined
-def rough(op, like, sums, scratch, item):  # type: ignore[no-untyped-def]
-    """HEAD_ROUGH: logits by the rows of 8 bits, and what the largest of the item's is at least, and at most."""
-    vectors, d = op[slots.VECTORS], op[slots.D]
-    scales = array(op[slots.HEAD_SCALES], (op[slots.O],), np.float32)
-    bounds = array(op[slots.HEAD_BOUNDS], (op[slots.O],), np.float32)
-    lengths = array(op[slots.HEAD_LENGTHS], (vectors,), np.float32)
-    steps = array(op[slots.HEAD_STEPS], (vectors,), np.float32)
-    ends = array(op[slots.HEAD_ENDS], (2, op[slots.ITEMS], vectors), np.float32)
-    for m in range(vectors):
-        ends[0, item, m] = ends[1, item, m] = np.float32(-np.inf)
-    if like.itemsize == 2:
-        _rows_of_16(op, like, scratch, item)
-        return
-    for r in range(item * op[slots.ITEM_ROWS], min(op[slots.O], (item + 1) * op[slots.ITEM_ROWS])):
-        int8_dots(
-            like, vectors, op[slots.W] + r * d, op[slots.HEAD_INTS], op[slots.HEAD_INTS_ROW], d // PIECE,
-            sums.ctypes.data,
-        )  # fmt: skip
-        for m in range(vectors):
-            sums[m] *= steps[m]
-        for m in range(vectors):
-            about, off = sums[m] * scales[r], bounds[r] * lengths[m]
-            array(op[slots.OUT] + (m * op[slots.OUT_ROW] + r) * 4, (1,), np.float32)[0] = about
-            ends[0, item, m], ends[1, item, m] = max(ends[0, item, m], about - off), max(ends[1, item, m], about + off)
-
-
-@inlined
-def exact(op, like, sums, item):  # type: ignore[no-untyped-def]
-    """HEAD_EXACT: rows that may be the largest, multiplied as they are."""
-    d, vectors = op[slots.D], op[slots.VECTORS]
-    lanes = dense.LANES_BF16 if like.itemsize == 2 else dense.LANES_FP32
-    bounds = array(op[slots.HEAD_BOUNDS], (op[slots.O],), np.float32)
-    lengths = array(op[slots.HEAD_LENGTHS], (vectors,), np.float32)
-    ends = array(op[slots.HEAD_ENDS], (2, op[slots.HEAD_ITEMS], vectors), np.float32)
-    for m in range(vectors):
-        least, out = np.float32(-np.inf), array(op[slots.OUT] + m * op[slots.OUT_ROW] * 4, (op[slots.O],), np.float32)
-        for i in range(op[slots.HEAD_ITEMS]):
-            least = max(least, ends[0, i, m])
-        if ends[1, item, m] < least:
-            continue
-        for r in range(item * op[slots.ITEM_ROWS], min(op[slots.O], (item + 1) * op[slots.ITEM_ROWS])):
-            if not out[r] + bounds[r] * lengths[m] < least:  # NaN too
-                w, x = op[slots.W] + r * d * like.itemsize, op[slots.X] + m * op[slots.X_ROW]
-                dense.row_dot(like, w, x, d // lanes, sums.ctypes.data)
-                out[r] = sums[0]

@@ -30,7 +30,7 @@ from halfbyte.layers.kernels.cpu.decoding import (
     codes_bf16,
     codes_int16,
     dense,
-    int8_head,
+    head_items,
     recurrent,
     slots,
 )
@@ -287,9 +287,12 @@ def _do(op, number, like, lookups, s, sums, scratch, item, amx, blocks, states):
             code_items.codes_by_amx(op, number, like, lookups, scratch, item)
         else:
             code_items.codes(op, number, like, lookups, scratch, item)
-    elif kind == slots.PAIRS:
+    elif kind == slots.PAIRS or kind == slots.QUADS:
         if amx is not None:
-            code_items.pairs(op, like, item)
+            if kind == slots.PAIRS:
+                code_items.pairs(op, like, item)
+            else:
+                head_items.quads(op, like)
     elif kind == slots.DENSE:
         _dense(op, number, like, sums, scratch, item, blocks)
     elif kind == slots.BLOCKS:
@@ -303,9 +306,9 @@ def _do(op, number, like, lookups, s, sums, scratch, item, amx, blocks, states):
         if kind == slots.ATTEND:
             attend.attend(op, number, like, s, scratch, item)
     elif kind == slots.HEAD_ROUGH:
-        int8_head.rough(op, like, sums, scratch, item)
+        head_items.rough(op, like, sums, scratch, item, amx)
     elif kind == slots.HEAD_EXACT:
-        int8_head.exact(op, like, sums, item)
+        head_items.exact(op, like, sums, item)
     elif slots.CONV <= kind <= slots.GATED:
         if states is not None:
             _do_recurrent(op, number, like, scratch, item, blocks)

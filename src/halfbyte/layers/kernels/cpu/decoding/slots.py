@@ -18,7 +18,9 @@ of a head, T max_tokens, R rotary width.
 
 WIDTH = 32
 # What an operation does.
-NORM, CODES, DENSE, ROTATE, ATTEND, GATE, HEAD_ROUGH, HEAD_EXACT, BLOCKS, CONV, DELTA, SCAN, GATED, PAIRS = range(14)
+NORM, CODES, DENSE, ROTATE, ATTEND, GATE, HEAD_ROUGH, HEAD_EXACT, BLOCKS, CONV, DELTA, SCAN, GATED, PAIRS, QUADS = (
+    range(15)
+)
 
 # Every operation.
 KIND = 0
@@ -28,7 +30,8 @@ USED = 27  # how many of the M vectors there are now
 NEXT_W = 28  # the next matrix from this operation on, itself included
 NEXT_ITEMS, NEXT_ITEM_BYTES = 29, 30
 
-# Products with a matrix: CODES, BLOCKS, DENSE, HEAD_*. PAIRS: X, (M, D') in fp32, to OUT, as CODES read it by AMX.
+# Products with a matrix: CODES, BLOCKS, DENSE, HEAD_*. PAIRS: X, (M, D') in fp32, to OUT, as CODES read it by
+# AMX. QUADS: X, (M, D') in whole numbers of 16 bits, to OUT, as HEAD_ROUGH reads it by AMX.
 W = 4  # (O, D): 4-bit codes, numbers of the tape's type, or 8-bit numbers
 D, O = 5, 6  # noqa: E741
 X = 7  # (M, ..): CODES and BLOCKS one of `Vectors.orders`, else fp32
@@ -65,6 +68,7 @@ HEAD_ENDS = 18  # (2, items, M) fp32: what the largest logit of an item's rows i
 HEAD_INTS, HEAD_INTS_ROW = 19, 20  # x in 16-bit integers (M, D'); bytes
 HEAD_STEPS = 21  # (M,) fp32, of those
 HEAD_ITEMS = 22  # items of HEAD_ROUGH
+HEAD_QUADS = 23  # HEAD_INTS as AMX reads them, or 0
 
 NORM_X, NORM_X_ROW = 4, 5  # (M, D..) fp32
 NORM_WEIGHT = 6  # (D,) of the tape's type; 0: no norm, only the order
