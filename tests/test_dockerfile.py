@@ -95,6 +95,7 @@ def test_its_steps_run_in_a_fresh_folder(tmp_path: Path) -> None:
     without rights: a recipe for the packaged base, and its rows checked. Users are not made, and this Python stands for
     the image's."""
     image, environment = tmp_path / "image", {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    environment |= {name: value for name, value in os.environ.items() if name.startswith("PIP_")}  # mirrors, wheels
     (image / "bin").mkdir(parents=True)
     (image / "bin" / "python").symlink_to(sys.executable)
     environment["PATH"] = f"{image / 'bin'}:{environment['PATH']}"

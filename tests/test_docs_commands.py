@@ -230,6 +230,9 @@ def test_a_line_of_a_block_runs(
     for name in ("merged", "gguf", "peft"):
         shutil.rmtree(here / "runs" / "a" / name, ignore_errors=True)
         shutil.rmtree(here / "runs" / "quickstart" / name, ignore_errors=True)
+    if "--within" in words:  # a time counts from the process's begin
+        subprocess.run([sys.executable, "-m", "halfbyte", *words], cwd=here, env=ENVIRONMENT, check=True)
+        return
     code = halfbyte(*words)
     assert code == 0, "".join(capsys.readouterr())
 
@@ -254,6 +257,8 @@ def test_the_lines_of_an_examples_page_run_one_after_another(
             subprocess.run([sys.executable, *words], check=True, env=ENVIRONMENT)
             continue
         more = [*SHORT.get(words[0], ()), *(SHORT["rewards"] if words[-1].endswith("rewards.yaml") else ())]
+        if words[:2] == ["eval", "runs/orders-preferences"]:  # what a reference gives is known of all its rows
+            more = []
         assert program == "halfbyte" and halfbyte(*words, *more) == 0, (line, "".join(capsys.readouterr()))
 
 

@@ -141,6 +141,9 @@ def test_runs_are_compared_and_deleted_when_that_is_confirmed(server: Server, pa
     for name in ("left", "right"):
         page.check(f"#run-rows input[value={name}]", timeout=MINUTE)
     look(page, axe, "runs")
+    page.set_viewport_size({"width": 390, "height": 900})  # a short name is on one line
+    assert page.evaluate("[...document.querySelectorAll('#run-rows a')].every((a) => a.getClientRects().length === 1)")
+    page.set_viewport_size({"width": 1200, "height": 900})
     page.click("#compare")
     page.wait_for_selector("#report svg.chart", timeout=MINUTE)
     assert page.inner_text("#report pre").startswith("halfbyte compare runs/")
