@@ -5,11 +5,15 @@ cache of its own, where stores are built, with the conversions of packaged model
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -24,6 +28,38 @@ for _kept in ("gguf", "packaged"):
 os.environ["HALFBYTE_CACHE"] = str(_cache)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _short_base_text() -> Iterator[None]:
+    """Each run reads the text of the base's kind, as do its base and its source: a quarter of it will do, but in tests
+    that ask for `whole_base_text`."""
+    from halfbyte.data import base_text
+
+    short = _cache / base_text.FILE.name
+    short.write_text("\n\n".join(base_text.FILE.read_text("utf-8").split("\n\n")[:8]), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base_text, "FILE", short)
+        yield
+
+
+@pytest.fixture
+def whole_base_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    from halfbyte.data import base_text
+
+    monkeypatch.setattr(base_text, "FILE", resources.files(base_text.__package__).joinpath(base_text.FILE.name))
+
+
+@pytest.fixture
+def forked_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Children of ours, which convert a GGUF file or look at what was exported, are forked: it saves their imports.
+    `tests/models/sources` and `tests/proofs/test_export.py` start them as a user does."""
+    from halfbyte.models.sources import gguf_file
+    from halfbyte.system import children
+    from tests import forked
+
+    monkeypatch.setattr(children, "subprocess", SimpleNamespace(run=forked.run))
+    monkeypatch.setattr(gguf_file, "subprocess", SimpleNamespace(Popen=forked.Popen, PIPE=-1))
+
+
 _SLOW = [line for line in (Path(__file__).parent / "slow.txt").read_text().splitlines() if not line.startswith("#")]
 _is_slow = re.compile("|".join(re.escape(line).replace(r"\*", ".*") for line in _SLOW)).fullmatch
 
@@ -35,9 +71,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Fake cards are registered before the first backward of the process: autograd counts devices then, and once."""
+    """Fake cards are registered before the first backward of the process: autograd counts devices then, and once. What
+    is there by now stays: the collector, which each run of the trainer asks for, need not go through it again."""
     modules = {item.module.__name__: item.module for item in session.items if isinstance(item, pytest.Function)}
     for module in modules.values():
         if (fake_card := getattr(module, "fake_card", None)) is not None:
             fake_card.device()
             break
+    gc.collect()
+    gc.freeze()

@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from halfbyte.cli import main
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a command ended; the folder it ran in reads TMP in `err`."""
-
-    code: int
-    out: str
-    err: str
-
+from tests.forked import Ended
 
 Cli = Callable[..., Ended]
 
 
 def runner(here: Path, capsys: pytest.CaptureFixture[str]) -> Cli:
-    """`run("train", "recipe.yaml")` as `halfbyte train recipe.yaml` in the current folder, which is `here`."""
+    """`run("train", "recipe.yaml")` as `halfbyte train recipe.yaml` in the current folder, which is `here` and reads
+    TMP in what it printed on stderr."""
 
     def run(*args: str) -> Ended:
         capsys.readouterr()

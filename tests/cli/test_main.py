@@ -11,8 +11,6 @@ import re
 import select
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -39,9 +37,9 @@ from halfbyte.runs import points
 from halfbyte.runs.folder import RunFolder
 from halfbyte.system import files
 from tests import tiny_run
+from tests.forked import Forked
 from tests.in_process import Cli, Ended, runner
 
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 ADAPTER = "adapter/adapter_model.safetensors"
 LEAF = {"value", "from", "why"}
 
@@ -370,11 +368,9 @@ class Terminal:
     """A command on a pseudo-terminal of its own."""
 
     def __init__(self, *args: str, columns: int = 100) -> None:
-        self.pid, self.descriptor = pty.fork()
-        if self.pid == 0:
-            env = {**ENV, "COLUMNS": str(columns), "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
-            os.execvpe(sys.executable, [sys.executable, "-m", "halfbyte", *args], env)
-
+        self.descriptor, self.other_end = pty.openpty()
+        env = {"COLUMNS": str(columns), "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
+        self.command = Forked("halfbyte", *args, terminal=os.ttyname(self.other_end), **env)
         self.raw, self.seen = b"", 0
 
     def read(self, until: str, seconds: float = 240) -> str:
@@ -389,6 +385,9 @@ class Terminal:
                 chunk = b""
             assert chunk, plain(self.raw)
             self.raw += chunk
+            if self.other_end is not None:  # the command has it
+                os.close(self.other_end)
+                self.other_end = None
         text = plain(self.raw)
         start, self.seen = self.seen, text.index(until, self.seen) + len(until)
         return text[start : self.seen]
@@ -397,7 +396,7 @@ class Terminal:
         os.write(self.descriptor, line.encode() + b"\n")
 
     def wait(self) -> int:
-        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        code = self.command.end().code
         os.close(self.descriptor)
         return code
 
@@ -460,15 +459,14 @@ def stopped(number: signal.Signals, after: int) -> tuple[int, str, str]:
     """Start the long run and send it a signal once it has made `after` steps."""
     metrics = Path("run/metrics.jsonl")
     changes = [part for value in LONG for part in ("--set", value)]
-    command = [sys.executable, "-m", "halfbyte", "train", "recipe.yaml", *changes]
-    process = subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = Forked("halfbyte", "train", "recipe.yaml", *changes)
     end = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= after):
-        assert time.monotonic() < end and process.poll() is None
+        assert time.monotonic() < end and command.running
         time.sleep(0.005)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=120)
-    return process.returncode, out, err
+    command.send(number)
+    ended = command.end()
+    return ended.code, ended.out, ended.err
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -498,13 +496,9 @@ def test_a_signal_saves_and_resume_ends_in_the_same_bytes(
         "  fix: halfbyte train run --resume; or use its checkpoint, as generate, chat and serve can too: "
         f"halfbyte eval run/checkpoints/step-{step:06d} --data ROWS.jsonl\n"
     )
-    if number == signal.SIGINT:
-        command = [sys.executable, "-m", "halfbyte", "train", "run", "--resume", "--quiet"]
-        resumed = subprocess.run(command, env=ENV, capture_output=True, text=True)
-        assert (resumed.returncode, resumed.stderr) == (0, "")
-    else:
-        resumed_here = halfbyte("train", "run", "--resume", "--quiet")
-        assert (resumed_here.code, resumed_here.err) == (0, "")
+    words = ("train", "run", "--resume", "--quiet")
+    resumed = Forked("halfbyte", *words).end() if number == signal.SIGINT else halfbyte(*words)
+    assert (resumed.code, resumed.err) == (0, "")
     check_whole(run, uninterrupted)
 
 

@@ -30,16 +30,17 @@ class Ended:
 
 
 @cache
-def _server() -> Any:
+def server() -> Any:
+    """What forks them."""
     before, os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS"), "1"
-    server = mp.get_context("forkserver")
-    server.set_forkserver_preload(["halfbyte.finetune", "halfbyte.distributed.step", "tests.distributed.together"])
-    process = server.Process(target=int)
+    forks = mp.get_context("forkserver")
+    forks.set_forkserver_preload(["halfbyte.finetune", "halfbyte.distributed.step", "tests.distributed.together"])
+    process = forks.Process(target=int)
     process.start()
     process.join()
     if before is None:
         del os.environ["OMP_NUM_THREADS"]
-    return server
+    return forks
 
 
 def port() -> int:
@@ -79,13 +80,13 @@ class Processes:
     ) -> None:
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
-        server, address = _server(), {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port())}
+        forks, address = server(), {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port())}
         for rank in range(size):
-            here, there = server.Pipe(duplex=False)
+            here, there = forks.Pipe(duplex=False)
             own = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
             given = args if each is None else each(rank)
             variables = {name: str(value) for name, value in own.items()} | address | env
-            process = server.Process(target=_child, args=(there, variables, call, given))
+            process = forks.Process(target=_child, args=(there, variables, call, given))
             process.start()
             there.close()
             self._processes.append(process)

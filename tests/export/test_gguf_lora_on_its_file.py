@@ -20,6 +20,8 @@ from tests.base.test_gguf_file import CLOSE, run_of, written
 from tests.models.gguf import files
 from tests.models.gguf.test_architectures import CASES, logits
 
+pytestmark = pytest.mark.usefixtures("forked_children")
+
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

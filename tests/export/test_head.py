@@ -21,6 +21,7 @@ from halfbyte.inference.load import open_run
 from halfbyte.recipe.schema import Loaded
 from tests import encoders, tiny_run
 
+pytestmark = pytest.mark.usefixtures("forked_children")
 CLOSE = 1e-5
 TEXTS = ["red blue", "box", "round square round", "old road red"]
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ import pytest
 
 from halfbyte import finetune
 from halfbyte.errors import RecipeError, TrainError
+from halfbyte.inference import labels
+from halfbyte.inference.load import open_run
 from halfbyte.recipe.file import load_recipe
 from halfbyte.recipe.schema import Loaded
 from halfbyte.runs.folder import RunFolder
@@ -94,32 +95,28 @@ def test_what_does_not_go_with_a_head_is_refused(field: str, value: object, tmp_
         recipe(tmp_path, "classify", **{field: value})
 
 
-PREDICT = """
-import os, signal, sys
-from pathlib import Path
-from halfbyte.inference import labels
-from halfbyte.inference.load import open_run
-
-run, data, out = map(Path, sys.argv[1:4])
-labels.CHUNK_ROWS = 8
-labels.predict(open_run(run), data, out, lambda done: done == int(sys.argv[4]) and os.kill(os.getpid(), signal.SIGKILL))
-"""
+def predicted(run: Path, data: Path, out: Path, stop: int) -> None:
+    """Killed after so many rows."""
+    labels.CHUNK_ROWS = 8
+    labels.predict(open_run(run), data, out, lambda done: done == stop and os.kill(os.getpid(), signal.SIGKILL))
 
 
 @pytest.mark.parametrize("kind", ["jsonl", pytest.param("csv", marks=pytest.mark.slow)])
-def test_a_prediction_that_was_killed_has_each_row_once(kind: str, tmp_path: Path) -> None:
+def test_a_prediction_that_was_killed_has_each_row_once(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Killed twice, in processes of their own, at a chunk's end and with a line cut short; one row cannot be read."""
     where, out = test_head.run(tmp_path, "llama", "classify"), tmp_path / f"out.{kind}"
     lines = [f"{n},red box {n}" if n != 21 else "21," for n in range(45)]
     (tmp_path / "many.csv").write_text("\n".join(["id,text", *lines]) + "\n")
-    words = [sys.executable, "-c", PREDICT, str(where), str(tmp_path / "many.csv"), str(out)]
-    for stop in (16, 32, 0):
-        ended = subprocess.run([*words, str(stop)], check=False).returncode
-        assert ended == (-signal.SIGKILL if stop else 0)
-        if stop:
-            assert not out.exists()
-            with out.with_name(f"{out.name}.partial").open("ab") as file:
-                file.write(b'{"id": ')
+    for stop in (16, 32):
+        killed = together.Processes(1, predicted, where, tmp_path / "many.csv", out, stop)
+        assert killed.codes([0], 120) == [-signal.SIGKILL]
+        assert not out.exists()
+        with out.with_name(f"{out.name}.partial").open("ab") as file:
+            file.write(b'{"id": ')
+    monkeypatch.setattr(labels, "CHUNK_ROWS", 8)
+    assert labels.predict(open_run(where), tmp_path / "many.csv", out)["resumed"] == stop
     rows = list(csv.DictReader(out.open())) if kind == "csv" else [json.loads(line) for line in out.open()]
     assert [int(row["id"]) for row in rows] == [*range(45)]
     assert [bool(row.get("prediction")) for row in rows] == [n != 21 for n in range(45)]

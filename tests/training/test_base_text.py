@@ -50,7 +50,7 @@ def plain_loss(model: Path) -> float:
     return summed / count
 
 
-def test_the_text_is_whole_and_every_token_counts() -> None:
+def test_the_text_is_whole_and_every_token_counts(whole_base_text: None) -> None:
     rows = base_text.encode(tiny_run.tokenizer(), 100_000)
     text = base_text.FILE.read_text("utf-8")
     assert len(rows.examples) == len(text.strip().split("\n\n")) >= 25

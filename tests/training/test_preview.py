@@ -57,6 +57,10 @@ def loaded_by(*words: str) -> list[str]:
 
 def test_rows_alone_need_neither_peft_nor_a_trainer(here: Path) -> None:
     assert loaded_by("data", "check", "recipe.yaml") == ["0", "[]"]
+
+
+@pytest.mark.slow
+def test_arguments_that_need_a_trainer_are_tried_on_it(here: Path) -> None:
     code, heavy = loaded_by("data", "check", "recipe.yaml", "--set", "train.optim=sgd")
     assert code == "0" and "transformers.trainer" in heavy, "its arguments are tried on what takes them"
 

@@ -140,6 +140,7 @@ def test_a_run_goes_on_with_its_shares_and_not_with_others(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("whole_base_text")
 def test_replay_keeps_what_the_base_knew(tmp_path: Path) -> None:
     """A task of words backwards, at a rate that forgets: with a third of plain text in every step, the loss on the text
     of the base's kind, which is not among it, stays nearer to the base's."""

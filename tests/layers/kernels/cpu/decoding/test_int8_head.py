@@ -10,28 +10,46 @@ from halfbyte.layers.decoding.tape import isa
 
 if isa(torch.float32) is None:
     pytest.skip("no kernels for this processor", allow_module_level=True)
+<<<<<<< HEAD
 from halfbyte.layers.kernels.cpu import tiles
+=======
+from numba import njit
+
+>>>>>>> 2ca0325c753908b8b3cf14445fdd405854102ed3
 from halfbyte.layers.kernels.cpu.decoding import codes_bf16, int8_head
 
 LIKE = np.zeros(1, np.uint16)
 BF16 = pytest.mark.skipif(isa(torch.bfloat16) is None, reason="no kernels for bf16 here")
 
 
+@njit
+def rows_times_one(like, w, pieces, x, step, scales, bounds, length, sums, out, ends):  # type: ignore[no-untyped-def]
+    int8_head.rows_times_one(like, w, pieces, x, step, scales, bounds, length, sums, out, ends)
+
+
+@njit
+def rows_times_vectors(  # type: ignore[no-untyped-def]
+    like, w, n, pieces, vectors, x, row, steps, scales, bounds, lengths, sums, out, out_row, ends
+):
+    int8_head.rows_times_vectors(
+        like, w, n, pieces, vectors, x, row, steps, scales, bounds, lengths, sums, out, out_row, ends
+    )
+
+
+@njit
+def int8_dots(like, vectors, w, x, row, pieces, out):  # type: ignore[no-untyped-def]
+    int8_head.int8_dots(like, vectors, w, x, row, pieces, out)
+
+
 @BF16
 def test_16_rows_times_one_vector_and_what_they_are_at_least_and_at_most() -> None:
-    from numba import njit
-
-    @njit
-    def run(like, w, pieces, x, step, scales, bounds, length, sums, out, ends):  # type: ignore[no-untyped-def]
-        int8_head.rows_times_one(like, w, pieces, x, step, scales, bounds, length, sums, out, ends)
-
     generator = np.random.default_rng(1)
     w, x = generator.integers(-128, 128, (16, 192), np.int8), generator.integers(-(2**14), 2**14 + 1, 192, np.int16)
     scales, bounds = (generator.random(16).astype(np.float32) for _ in range(2))
     out, ends, sums = np.zeros(16, np.float32), np.zeros((2, 16), np.float32), np.zeros(codes_bf16.SUMS, np.uint8)
     ends[0, 3] = ends[1, 3] = 1e9  # seen before
     step, length = np.float32(1e-3), np.float32(50.0)
-    run(
+    rows_times_one(
         LIKE, w.ctypes.data, 3, x.ctypes.data, step, scales.ctypes.data, bounds.ctypes.data, length, sums.ctypes.data,
         out.ctypes.data, ends.ctypes.data,
     )  # fmt: skip
@@ -48,14 +66,6 @@ def test_16_rows_times_one_vector_and_what_they_are_at_least_and_at_most() -> No
 @pytest.mark.parametrize("m", [1, 2, 4, 8, 13])
 @pytest.mark.parametrize("rows", [16, 11, 2, 1])
 def test_rows_times_vectors_and_what_they_are_at_least_and_at_most(m: int, rows: int) -> None:
-    from numba import njit
-
-    @njit
-    def run(like, w, n, pieces, vectors, x, row, steps, scales, bounds, lengths, sums, out, out_row, ends):  # type: ignore[no-untyped-def]
-        int8_head.rows_times_vectors(
-            like, w, n, pieces, vectors, x, row, steps, scales, bounds, lengths, sums, out, out_row, ends
-        )
-
     generator = np.random.default_rng(m + rows)
     w, x = (
         generator.integers(-128, 128, (rows, 192), np.int8),
@@ -65,7 +75,7 @@ def test_rows_times_vectors_and_what_they_are_at_least_and_at_most(m: int, rows:
     out, ends = np.full((m, 20), 7.0, np.float32), np.full((m, 2, 16), -np.inf, np.float32)
     ends[0, :, 0] = 1e9  # seen before
     sums = np.zeros(min(m, 8) * codes_bf16.SUMS, np.uint8)
-    run(
+    rows_times_vectors(
         LIKE, w.ctypes.data, rows, 3, m, x.ctypes.data, x.strides[0], steps.ctypes.data, scales.ctypes.data,
         bounds.ctypes.data, lengths.ctypes.data, sums.ctypes.data, out.ctypes.data, out.strides[0], ends.ctypes.data,
     )  # fmt: skip
@@ -80,17 +90,11 @@ def test_rows_times_vectors_and_what_they_are_at_least_and_at_most(m: int, rows:
 
 @pytest.mark.parametrize("m", [1, 2, 4, 8, 11])
 def test_a_row_times_vectors_in_fp32(m: int) -> None:
-    from numba import njit
-
-    @njit
-    def run(like, vectors, w, x, row, pieces, out):  # type: ignore[no-untyped-def]
-        int8_head.int8_dots(like, vectors, w, x, row, pieces, out)
-
     generator = np.random.default_rng(m)
     w = generator.integers(-128, 128, 192, np.int8)
     x = generator.integers(-(2**14), 2**14 + 1, (m, 200), np.int16)
     out = np.zeros(m, np.float32)
-    run(np.zeros(1, np.float32), m, w.ctypes.data, x.ctypes.data, x.strides[0], 3, out.ctypes.data)
+    int8_dots(np.zeros(1, np.float32), m, w.ctypes.data, x.ctypes.data, x.strides[0], 3, out.ctypes.data)
     wanted = x[:, :192].astype(np.float64) @ w.astype(np.float64)
     size = np.linalg.norm(x[:, :192].astype(np.float64), axis=1) * np.linalg.norm(w.astype(np.float64))
     assert (np.abs(out - wanted) < 2e-6 * size).all()
