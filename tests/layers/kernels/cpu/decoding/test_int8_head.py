@@ -10,12 +10,9 @@ from halfbyte.layers.decoding.tape import isa
 
 if isa(torch.float32) is None:
     pytest.skip("no kernels for this processor", allow_module_level=True)
-<<<<<<< HEAD
-from halfbyte.layers.kernels.cpu import tiles
-=======
 from numba import njit
 
->>>>>>> 2ca0325c753908b8b3cf14445fdd405854102ed3
+from halfbyte.layers.kernels.cpu import tiles
 from halfbyte.layers.kernels.cpu.decoding import codes_bf16, int8_head
 
 LIKE = np.zeros(1, np.uint16)
@@ -103,8 +100,6 @@ def test_a_row_times_vectors_in_fp32(m: int) -> None:
 @pytest.mark.skipif(not tiles.amx(), reason="no AMX")
 @pytest.mark.parametrize("m", [2, 5, 16])
 def test_by_amx_rows_times_vectors_are_the_same_numbers(m: int) -> None:
-    from numba import njit
-
     from halfbyte.layers.kernels.cpu.decoding import int8_head_amx
 
     @njit
