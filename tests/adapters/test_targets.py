@@ -125,10 +125,12 @@ def llama() -> Any:
     return _meta("llama", num_hidden_layers=4)
 
 
-def test_every_causal_type_has_targets() -> None:
-    """All types that transformers knows: something is adapted, nothing forbidden; the table holds the rest."""
-    failures, not_built = [], {}
-    for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+@pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.slow)])
+def test_every_causal_type_has_targets(step: int) -> None:
+    """All types that transformers knows, or each so many: something is adapted, nothing forbidden; the table holds the
+    rest."""
+    failures, not_built, types = [], {}, list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)[::step]
+    for model_type in types:
         try:
             model = _meta(model_type)
         except SourceError as error:
@@ -150,7 +152,7 @@ def test_every_causal_type_has_targets() -> None:
             if lora_parameter_count(model, names, 2) <= 0:
                 failures.append(f"{model_type} {asked}: no parameters")
     assert not failures, "\n".join(failures)
-    assert set(not_built) == set(_CANNOT), not_built
+    assert set(not_built) == set(_CANNOT) & set(types), not_built
 
 
 @pytest.mark.parametrize("model_type", sorted(_EXPECTED))

@@ -38,6 +38,7 @@ from tests import tiny_run
 from tests.models.gguf import files
 from tests.models.gguf.test_architectures import CASES, QUICK, RULES, SIZES, TABLES, logits, sizes_of
 
+pytestmark = pytest.mark.usefixtures("forked_children")
 # fp32 sums of a few hundred products, in another order where experts are computed one by one
 CLOSE = 2.0**-24 * 256
 

@@ -22,6 +22,7 @@ from halfbyte.proofs import programs
 from tests import tiny_run
 from tests.export import runs
 
+pytestmark = pytest.mark.usefixtures("forked_children")
 COMMON: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.2, "vocab_size": tiny_run.VOCAB,

@@ -86,7 +86,8 @@ def plain_run(loaded: Loaded) -> list[tuple[float, float]]:
 def test_any_split_trains_as_plain_torch_does(name: str, tmp_path: Path) -> None:
     tiny_run.checkpoint(tmp_path / "model", name)
     micro_batches, expected = set(), plain_run(tiny_run.recipe(tmp_path, quant__type="none"))
-    for tokens in ("auto", 60, 1):
+    splits = ("auto", 60, 1) if name == "llama" else ("auto", 1)
+    for tokens in splits:
         output = tmp_path / f"run{tokens}"
         more = {"quant__type": "none", "train__max_tokens_per_micro_batch": tokens, "output": output}
         loaded = tiny_run.recipe(tmp_path, **more)
@@ -97,7 +98,7 @@ def test_any_split_trains_as_plain_torch_does(name: str, tmp_path: Path) -> None
             assert row["grad_norm"] == pytest.approx(norm, rel=1e-3)
         micro_batches.add(steps[0]["micro_batches"])
         assert outcome.exit_code == 0
-    assert len(micro_batches) == 3
+    assert len(micro_batches) == len(splits)
     other = tiny_run.recipe(tmp_path, quant__type="none", output=tmp_path / "other")
     finetune.train(other)
     assert abs(rows_of(other)[0]["loss"] - steps[0]["loss"]) > 1e-3, "the weights count"

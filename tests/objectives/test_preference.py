@@ -201,13 +201,13 @@ SPLITS: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("method", "more"), SPLITS, ids=[m for m, _ in SPLITS])
 def test_any_split_trains_the_same(method: str, more: dict[str, Any], tmp_path: Path) -> None:
-    runs = {}
-    for tokens in ("auto", 160 if method == "kto" else 100, 1):
+    runs: dict[Any, Any] = {}
+    for tokens in ("auto", 100, 1) if method == "dpo" else ("auto", 1):
         values = {"train__max_tokens_per_micro_batch": tokens, "output": tmp_path / f"run{tokens}"}
         loaded = recipe(tmp_path, method, quant__type="none", train__max_steps=2, **more, **values)
         finetune.train(loaded)
         runs[tokens] = steps_of(loaded)
-    assert len({rows[0]["micro_batches"] for rows in runs.values()}) == 3
+    assert len({rows[0]["micro_batches"] for rows in runs.values()}) == len(runs)
     for rows in runs.values():
         for row, wanted in zip(rows, runs["auto"], strict=True):
             for name in ("loss", "grad_norm", "accuracy", "chosen_reward"):

@@ -680,7 +680,7 @@ class Lab:
         try:
             with pytest.MonkeyPatch.context() as patch, show.out.capture() as captured:
                 patch.setattr(run, "training_arguments", spied)
-                finetune.train(loaded, listener=progress.PlainListener(quiet=False))
+                finetune.train(loaded, listener=progress.PlainListener(quiet=False), proofs="remembered")
         finally:
             hook.remove()
         ran.lines = captured.get().splitlines()
