@@ -57,8 +57,7 @@ class Kernel(torch.autograd.Function):
     def forward(ctx: FunctionCtx, name: str, options: Options, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors)
         ctx.name, ctx.options = name, options
-        y: Tensor = _kernel(name).forward(*tensors, **options)
-        return y
+        return _kernel(name).forward(*tensors, **options)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -138,8 +137,7 @@ def _taps(conv: nn.Conv1d) -> tuple[Tensor, Tensor]:
 
 def _conv_silu(x: Tensor, conv: nn.Conv1d, examples: PackPlaces) -> Tensor:
     """(T, W) -> (T, W)."""
-    y: Tensor = Kernel.apply("conv", {"silu": True}, x, *_taps(conv), examples.places)
-    return y
+    return Kernel.apply("conv", {"silu": True}, x, *_taps(conv), examples.places)
 
 
 def _gated_norm(y: Tensor, gate: Tensor, norm: nn.Module, groups: int, *, gate_first: bool) -> Tensor:
