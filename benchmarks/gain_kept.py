@@ -23,9 +23,8 @@ if __package__ in (None, ""):
 from halfbyte.data.encoding import encode
 from halfbyte.export import witness
 from halfbyte.export.export import add_tokenizer, to_gguf, to_gguf_lora
-from halfbyte.export.gain import HeldOut
 from halfbyte.export.gguf import write
-from halfbyte.export.job import ExportJob
+from halfbyte.export.job import ExportJob, HeldOut
 from halfbyte.export.weights import MergedModel
 from halfbyte.inference import target
 from halfbyte.inference.load import open_target, tokenizer_of

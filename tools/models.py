@@ -18,7 +18,7 @@ import torch
 from tests import plain_peft, small_models
 
 from halfbyte.adapters import targets
-from halfbyte.export import gguf, names
+from halfbyte.export import gguf, lora
 from halfbyte.layers import fuse, packing
 from halfbyte.models import structure
 from halfbyte.proofs.packing import prove_packing
@@ -74,7 +74,7 @@ def _decoded(model: Model) -> str:
 def exported(kind: str) -> str:
     """The programs that are named in halfbyte's own tables."""
     own = ["gguf"] if kind in gguf.ARCHITECTURES else []
-    beside = [program for program in ("vllm", "mlx") if kind in names._LEAVES or kind in names._WHOLE[program]]
+    beside = [program for program in ("vllm", "mlx") if kind in lora._LEAVES or kind in lora._WHOLE[program]]
     return ", ".join(own + beside)
 
 

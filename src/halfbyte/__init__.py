@@ -4,8 +4,6 @@ Drop-in: `from peft import X` becomes `from halfbyte import X`, and the classic 
 form of ours is PEFT's own. Everything is imported when it is first used, so `import halfbyte` costs nothing.
 """
 
-from __future__ import annotations
-
 import sys
 from importlib import import_module
 from importlib.util import find_spec

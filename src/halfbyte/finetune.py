@@ -50,10 +50,9 @@ from halfbyte.training.callback import RunCallback
 from halfbyte.training.comparison import Rows
 from halfbyte.training.deadline import Clock
 from halfbyte.training.events import Listener, stop_on_signals, without_a_terminal
-from halfbyte.training.model import open_model
 from halfbyte.training.preflight import RunStart
 from halfbyte.training.run import Ended, run_steps, sums_of
-from halfbyte.training.setup import Setup, equip
+from halfbyte.training.setup import Setup, equip, open_model
 from halfbyte.tuning import fits, results
 from halfbyte.tuning.budget import TimeBudget
 from halfbyte.types import Document

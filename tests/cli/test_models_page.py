@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tools import models
 
-from halfbyte.export import gguf, names
+from halfbyte.export import gguf, lora
 from tests import small_models
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -37,7 +37,7 @@ def test_every_type_is_there_and_counted() -> None:
 
 def test_exports_are_those_of_the_tables() -> None:
     assert models.exported("llama") == "gguf, vllm, mlx" and models.exported("smolvlm") == "vllm"
-    assert models.exported("mamba") == "" and "gemma3_text" in gguf.ARCHITECTURES and "lfm2" in names._LEAVES
+    assert models.exported("mamba") == "" and "gemma3_text" in gguf.ARCHITECTURES and "lfm2" in lora._LEAVES
 
 
 @pytest.mark.slow

@@ -11,9 +11,9 @@ import uvicorn
 from typer.testing import CliRunner
 
 from halfbyte.cli.main import app
-from halfbyte.serving.adapters import AdapterFolders
 from halfbyte.serving.engine import Ask, Engine
-from halfbyte.serving.http import server
+from halfbyte.serving.http import app as app_module
+from halfbyte.serving.models import AdapterFolders
 from halfbyte.serving.settings import Settings
 from halfbyte.writing.sampling import SamplingParams
 from tests import tiny_run
@@ -35,7 +35,7 @@ def started(base: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[E
         ready()
         sock.close()
 
-    monkeypatch.setattr(server, "serve", serve)
+    monkeypatch.setattr(app_module, "serve", serve)
     done = CliRunner().invoke(app, ["serve", str(base), "--port", "0", *words, "--set", "quant.type=none"])
     assert done.exit_code == 0, done.output + repr(done.exception)
     return seen[0], seen[1], done.output, seen[2]
@@ -65,7 +65,7 @@ def test_every_option_arrives(base: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_the_time_at_the_end_is_the_servers(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = [server.build(Engine(served.two()), Settings(grace_s=seconds)) for seconds in (3.0, 60.0)]
+    made = [app_module.build(Engine(served.two()), Settings(grace_s=seconds)) for seconds in (3.0, 60.0)]
     assert all(isinstance(each, uvicorn.Server) for each in made)
     assert [each.config.timeout_graceful_shutdown for each in made] == [3, 60]
 

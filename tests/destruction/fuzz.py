@@ -39,7 +39,7 @@ from benchmarks import fuzz_reader
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
-from halfbyte.base import gguf_file as base_in_file
+from halfbyte.base import load
 from halfbyte.base.tokenizer import open_tokenizer
 from halfbyte.data.reading import files
 from halfbyte.data.reading.read import Reader
@@ -158,7 +158,7 @@ def described(header: Any, config: Any) -> tuple[Any, Any]:
 def open_and_read(seed: Blocks, config: Any) -> None:
     """What opening a base does before `from_pretrained`, and every number of its matrices."""
     checkpoint = Checkpoint(seed.file.parent, "m", None, "gguf", blocks=(seed.file,))
-    opened = base_in_file.open_blocks(checkpoint, config, Quant(type="gguf"), torch.float32)
+    opened = load.open_blocks(checkpoint, config, Quant(type="gguf"), torch.float32)
     shapes = {name: spec.shape for name, spec in ((s.name, s) for s in tensors.read_checkpoint(seed.file.parent))}
     in_blocks = formats.FORMATS["gguf"]
     for name in [name for name in opened.state if len(shapes.get(name, ())) == 2 and f"{name}.layout" in opened.state]:

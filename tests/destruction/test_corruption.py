@@ -16,7 +16,7 @@ import pytest
 from halfbyte import finetune
 from halfbyte.adapters import passport
 from halfbyte.base.store import manifest, supply
-from halfbyte.data.encoding import token_cache
+from halfbyte.data.encoding import encode
 from halfbyte.errors import AdapterError, HalfbyteError, RunError
 from halfbyte.plan import calibrate
 from halfbyte.recipe import adapter
@@ -69,7 +69,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder, runs = tmp_path_factory.mktemp("world"), list[Path]()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HALFBYTE_CACHE", str(folder / "cache"))
-        patch.setattr(token_cache, "MIN_ROWS", 1)
+        patch.setattr(encode, "MIN_ROWS", 1)
         for seed in (0, 1):
             here = folder / str(seed)
             here.mkdir()
@@ -165,9 +165,9 @@ def test_stores(name: str, how: str, world: World, kept: Callable[[Path], None])
 def test_token_caches(ending: str, how: str, world: World, kept: Callable[[Path], None]) -> None:
     mine, other = world.caches
     kept(mine.with_suffix(ending))
-    assert token_cache.load(mine.stem) is not None
+    assert encode.load(mine.stem) is not None
     DAMAGES[how](mine.with_suffix(ending), other.with_suffix(ending))
-    assert token_cache.load(mine.stem) is None, "so rows are encoded again"
+    assert encode.load(mine.stem) is None, "so rows are encoded again"
 
 
 @pytest.mark.parametrize("how", DAMAGES)

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from halfbyte.errors import DataError, ExportError
-from halfbyte.export import gain, witness
-from halfbyte.export.gain import HeldOut
+from halfbyte.export import job, witness
+from halfbyte.export.job import HeldOut
 from halfbyte.proofs import programs
 from halfbyte.scoring.intervals import RowSums
 from halfbyte.system import children
@@ -76,7 +76,7 @@ def test_a_models_answers_are_read_back_as_sums_of_rows(tmp_path: Path) -> None:
         float(torch.nn.functional.cross_entropy(table[first].double()[:, :50], torch.tensor(after), reduction="sum"))
         for first, after in (([2, 3, 4], [3, 4, 5]), ([8], [9]))
     ]
-    sums = gain._sums(tmp_path / "losses.npy")
+    sums = job._sums(tmp_path / "losses.npy")
     assert sums.numerators == pytest.approx(expected, rel=1e-12) and list(sums.denominators) == [3, 1]
 
 

@@ -17,7 +17,7 @@ import pytest
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from halfbyte.errors import ExportError
-from halfbyte.export import names
+from halfbyte.export import lora
 from halfbyte.models import text_half
 
 
@@ -51,18 +51,18 @@ def lineage(name: str) -> list[str]:
 
 def test_vllm_holds_loras_of_each_type_where_the_table_says() -> None:
     _, architectures, classes = vllm()
-    for kind, place in names._WHOLE["vllm"].items():
+    for kind, place in lora._WHOLE["vllm"].items():
         cls = architectures[text_half.whole_class(CONFIG_MAPPING[kind]()).__name__]
         assert "SupportsLoRA" in lineage(cls), kind
         text = "".join(classes[each][0].read_text() for each in lineage(cls) if each in classes)
         mapped = '"model.language_model.": "language_model.model."' in text
-        if place == names._BESIDE:
+        if place == lora._BESIDE:
             assert mapped and "self.language_model" in text, kind
         else:
             assert "self.text_model = LlamaModel" in text and not mapped, kind
 
 
-@pytest.mark.parametrize("kind", sorted(names._LEAVES))
+@pytest.mark.parametrize("kind", sorted(lora._LEAVES))
 def test_vllm_has_the_layers_of_each_type(kind: str) -> None:
     _, architectures, classes = vllm()
     from transformers import AutoModelForCausalLM
@@ -74,34 +74,34 @@ def test_vllm_has_the_layers_of_each_type(kind: str) -> None:
     near = {vllm()[0] / f"{module}.py" for module in re.findall(r"from \.(\w+) import", text)}
     near |= {vllm()[0].parents[2] / f"{m.replace('.', '/')}.py" for m in re.findall(r"vllm[\w.]+mamba[\w.]+", text)}
     text += "".join(path.read_text() for path in near if path.is_file())
-    absent = [leaf for leaf in names._LEAVES[kind].split() if not re.search(rf'"{leaf}"|self\.{leaf}\b', text)]
+    absent = [leaf for leaf in lora._LEAVES[kind].split() if not re.search(rf'"{leaf}"|self\.{leaf}\b', text)]
     assert absent == []
 
 
 def test_mlx_has_the_layers_of_each_type() -> None:
     folder = source("HALFBYTE_MLX_LM", "mlx_lm") / "models"
     same = {"mistral": "llama", "qwen3_5_text": "qwen3_5", "lfm2_vl": "lfm2-vl"}
-    for kind, leaves in names._LEAVES.items():
+    for kind, leaves in lora._LEAVES.items():
         text = (folder / f"{same.get(kind, kind)}.py").read_text()
         if "llama" in re.findall(r"from \. import (\w+)", text):
             text += (folder / "llama.py").read_text()
         text += (folder / "qwen3_next.py").read_text() if kind == "qwen3_5_text" else ""
         assert [leaf for leaf in leaves.split() if f"self.{leaf} " not in text] == [], kind
-    for kind, place in names._WHOLE["mlx"].items():
+    for kind, place in lora._WHOLE["mlx"].items():
         text = (folder / f"{same.get(kind, kind)}.py").read_text()
-        assert "self.language_model = " in text and place == names._BESIDE, kind
+        assert "self.language_model = " in text and place == lora._BESIDE, kind
 
 
 def test_names_of_a_program() -> None:
     mine = ["model.language_model.layers.3.self_attn.q_proj"]
-    assert names.names_for("vllm", "gemma3_text", "gemma3", mine) == {
+    assert lora.names_for("vllm", "gemma3_text", "gemma3", mine) == {
         mine[0]: "language_model.model.layers.3.self_attn.q_proj"
     }
     conv = ["model.language_model.layers.0.conv.in_proj"]
-    assert names.names_for("vllm", "lfm2", "lfm2_vl", conv)[conv[0]].endswith("layers.0.short_conv.in_proj")
-    assert names.names_for("mlx", "lfm2", "lfm2_vl", conv)[conv[0]].endswith("layers.0.conv.in_proj")
+    assert lora.names_for("vllm", "lfm2", "lfm2_vl", conv)[conv[0]].endswith("layers.0.short_conv.in_proj")
+    assert lora.names_for("mlx", "lfm2", "lfm2_vl", conv)[conv[0]].endswith("layers.0.conv.in_proj")
     plain = ["model.layers.0.mlp.up_proj"]
-    assert names.names_for("vllm", "llama", None, plain) == {plain[0]: plain[0]}
+    assert lora.names_for("vllm", "llama", None, plain) == {plain[0]: plain[0]}
 
 
 @pytest.mark.parametrize(
@@ -115,4 +115,4 @@ def test_names_of_a_program() -> None:
 )
 def test_what_a_program_has_not_is_refused(kind: str, whole: str | None, module: str, said: str) -> None:
     with pytest.raises(ExportError, match=said):
-        names.names_for("vllm", kind, whole, [module])
+        lora.names_for("vllm", kind, whole, [module])

@@ -19,7 +19,7 @@ from halfbyte import finetune
 from halfbyte.errors import ExportError
 from halfbyte.export import export as exporting
 from halfbyte.export import folder, job, witness
-from halfbyte.export.gain import HeldOut
+from halfbyte.export.job import HeldOut
 from halfbyte.export.weights import BaseKind, MergedModel
 from halfbyte.inference import target
 from halfbyte.proofs import export as proof

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-from halfbyte.report import record, update_norms
+from halfbyte.report import record
 from halfbyte.system import pages, usage
 from tests.report import made
 
@@ -39,8 +39,8 @@ def test_pages_of_an_adapter_do_not_stay(tmp_path: Path, monkeypatch: pytest.Mon
         seen.append(usage.now().file)
         return 1.0
 
-    monkeypatch.setattr(update_norms, "product_norm", norm)
-    assert update_norms.read(folder) is not None
+    monkeypatch.setattr(record, "product_norm", norm)
+    assert record.read_norms(folder) is not None
     assert len(seen) == 16 and max(seen) - seen[0] < 3 * 4 * math.prod(shape), "134 MB of a file are read"
 
 
@@ -63,7 +63,7 @@ def test_the_norm_is_that_of_the_whole_update(
             name = f"{PREFIX}.{layer}.self_attn.{kind}"
             tensors[f"{name}.lora_A.weight"] = torch.randn(3, 17, generator=draw).to(dtype)
             tensors[f"{name}.lora_B.weight"] = torch.randn(5, 3, generator=draw).to(dtype)
-    found = update_norms.read(adapter(tmp_path / "a", config, tensors))
+    found = record.read_norms(adapter(tmp_path / "a", config, tensors))
     assert found is not None and (found.layers, found.kinds) == (("0", "1", "10"), ("q_proj", "v_proj"))
     for i, layer in enumerate(found.layers):
         for j, kind in enumerate(found.kinds):
@@ -80,7 +80,7 @@ def test_what_is_no_lora_is_named_and_a_layer_without_a_kind_is_empty(tmp_path: 
         f"{PREFIX}.1.mlp.down_proj.lora_B.weight": torch.zeros(4, 2),
         "base_model.model.lm_head.weight": torch.ones(7, 4),
     }
-    found = update_norms.read(adapter(tmp_path / "a", {"r": 2, "lora_alpha": 2}, tensors))
+    found = record.read_norms(adapter(tmp_path / "a", {"r": 2, "lora_alpha": 2}, tensors))
     assert found is not None
     assert math.isnan(found.norms[0][found.kinds.index("down_proj")])
     assert found.norms[1][found.kinds.index("down_proj")] == 0
@@ -89,7 +89,7 @@ def test_what_is_no_lora_is_named_and_a_layer_without_a_kind_is_empty(tmp_path: 
 
 
 def test_without_an_adapter_there_is_nothing(tmp_path: Path) -> None:
-    assert update_norms.read(tmp_path) is None
+    assert record.read_norms(tmp_path) is None
 
 
 @pytest.mark.parametrize("content", [b"", b"weights", b"\x02" + bytes(7) + b"{}", b"\xff" * 40])

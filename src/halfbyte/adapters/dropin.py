@@ -83,7 +83,8 @@ class _Ours:
             step = None
             if self not in first_step.SEEN:
                 _refuse_apples_gpu(next(self.parameters()), *kwargs.values())
-                step = first_step.prove(self, {} if args else kwargs, raised=_hold(self), compute=compute_of(self))
+                compute = _COMPUTE.get(structure.causal_lm(self), "exact")
+                step = first_step.prove(self, {} if args else kwargs, raised=_hold(self), compute=compute)
             unpad.attach(self)
             loss, why = None, "positional arguments" if args else ""
             if self.writes and not args:
@@ -154,13 +155,8 @@ class AutoPeftModelForCausalLM(peft.AutoPeftModelForCausalLM):
 
 # Of which a script has asked for no fp32 masters.
 _ROUNDED: WeakSet[torch.nn.Module] = WeakSet()
-# What the products of a base's layers are asked to be; of each base that was prepared here.
+# What the products of a base's layers are asked to be (exact, auto or int8); of each base that was prepared here.
 _COMPUTE: WeakKeyDictionary[torch.nn.Module, str] = WeakKeyDictionary()
-
-
-def compute_of(model: Model) -> str:
-    """What `prepare_model_for_kbit_training` was asked for: exact, auto or int8."""
-    return _COMPUTE.get(structure.causal_lm(model), "exact")
 
 
 def _beside(model: Model, inputs: dict[str, object]) -> dict[str, object]:

@@ -163,8 +163,7 @@ def loraplus_optimizer(adapted: Model, cls: type[Optimizer], ratio: float, decay
         raise AdapterError(
             f"train.loraplus_lr_ratio: {upstream.LORAPLUS.reason}.", fix="leave it out, or pip install -U peft"
         )
-    optimizer: Optimizer = upstream.loraplus()(adapted, cls, **kwargs)
-    return optimizer
+    return upstream.loraplus()(adapted, cls, **kwargs)
 
 
 def save(

@@ -2,19 +2,29 @@
 
 transformers leaves what it cannot quantise in 16 bits without a word, fills missing weights with random numbers under a
 warning, and loads a Linear4bit that an eval forward breaks (`residency.py`, `quant/bnb.py`).
+
+Of a GGUF file in its own blocks (`quant/gguf_blocks.py`) a state dict is opened, whose quantised weights are views of
+the mapped file, with a config that asks for our quantiser. Embeddings, heads, norms and what else is no matrix of a
+layer are made of their values, in the compute dtype; so is a matrix whose values a converter has changed, or whose file
+has it in 16 or 32 bits. Cost: the header, and the embeddings' values; no page of a block is read.
 """
 
+import copy
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from halfbyte.base import gguf_file, quantisation_error, residency
+from halfbyte.base import quantisation_error, residency
 from halfbyte.base.config import is_quantised_already, open_config
-from halfbyte.base.store import reading, shelf, supply
+from halfbyte.base.store import conversion, reading, shelf, supply
+from halfbyte.base.store.in_file import FileParameters
+from halfbyte.base.store.reading import SourceTensor
 from halfbyte.base.tokenizer import open_tokenizer
 from halfbyte.errors import BaseModelError, first_line
 from halfbyte.layers.experts import interface
@@ -23,12 +33,56 @@ from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.sources.lookup import resolve
 from halfbyte.models.structure import meta_model
 from halfbyte.quant import bnb as codec
-from halfbyte.quant import formats, loader, policy
+from halfbyte.quant import experts, formats, loader, policy
 from halfbyte.quant.experts import stacks
 from halfbyte.recipe import number_formats
 from halfbyte.recipe.schema import Quant
 from halfbyte.system import device as machine
 from halfbyte.types import Config, Document, Model
+
+
+@dataclass
+class InBlocks:
+    """What `from_pretrained` is given. `dense`: modules and stacks of experts that are made of their values."""
+
+    config: Config
+    state: dict[str, Tensor] = field(default_factory=dict)
+    dense: list[str] = field(default_factory=list)
+
+
+def open_blocks(checkpoint: Checkpoint, config: Config, quant: Quant, dtype: torch.dtype) -> InBlocks:
+    """The base of a checkpoint whose weights stay in its GGUF file. Raises SourceError: the file is not what it was
+    when its manifest was written."""
+    there, opened = FileParameters(checkpoint, config), InBlocks(copy.deepcopy(config))
+    modules = dict(there.model.named_modules())
+    stacks = {each.path: each for each in experts.expert_parameters(there.model, quant.exempt)}
+    linear = {name for name, module in modules.items() if type(module) in (nn.Linear, Conv1D)}
+    linear |= {name for name, _ in loader.plain_linears(there.model, ())}
+    of_stack: dict[str, list[conversion.Member]] = {}
+    for name, (target, rule) in conversion.renamed(there.model, there.sources, there.model.state_dict()).items():
+        home = target.rpartition(".")[0]
+        if target in stacks:
+            source = SourceTensor(name, "BF16", there.shapes[name], 0, Path(), 0)
+            of_stack.setdefault(target, []).append((source, rule))
+        elif home in linear and rule is None and policy.encoding(there.spec(name), quant) == "quantised":
+            opened.state |= {f"{name}{suffix}": part for suffix, part in there.matrix(there.sources[name]).items()}
+        else:
+            opened.state[name] = there.values(name, dtype)
+            opened.dense += [home] if home in linear and target.endswith(".weight") else []
+    for target, members in of_stack.items():
+        ordered = conversion.in_order(target, members)
+        parts = there.stack(there.sources[source.name] for source in ordered)
+        if parts is None:
+            opened.dense.append(target)
+            opened.state |= {source.name: there.values(source.name, dtype) for source in ordered}
+        else:
+            opened.state |= {f"{experts.stored_name(target)}{suffix}": part for suffix, part in parts.items()}
+    as_stored = quant.model_copy(update={"skip_modules": (*quant.skip_modules, *opened.dense)})
+    opened.config.quantization_config = loader.stored_config(
+        as_stored, dtype, residency.heads_to_skip(config, as_stored), marked=False
+    )
+    return opened
+
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Quantising at load holds the source's pages and the result: measured 18.3 GB for 13.5 (docs/log).
@@ -115,7 +169,7 @@ class _Opening:
     def model(self, **how: object) -> Model:
         """The model, whole and safe to train. `how` is handed on to `from_pretrained`."""
         if self.checkpoint.blocks:
-            opened = gguf_file.open_blocks(self.checkpoint, self.config, self.quant, self.dtype)
+            opened = open_blocks(self.checkpoint, self.config, self.quant, self.dtype)
             return self._settled(self._from_pretrained(config=opened.config, state_dict=opened.state, **how))
         from_store = self.folder != self.checkpoint.path
         opened = open_config(self.folder) if from_store else self.config

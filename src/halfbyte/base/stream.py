@@ -9,8 +9,6 @@ forward keeps the packed weight for backward outside `save_for_backward` (`bitsa
 Cost: memory of one layer, and of the head while it works; a base larger than RAM is read from disk up to twice a pass.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -83,8 +81,8 @@ class Placement:
     total_bytes: int
     mapped_bytes: int
     layers: int = 0
-    stream: LayerStream | None = None
-    experts: ExpertReader | None = None
+    stream: "LayerStream | None" = None
+    experts: "ExpertReader | None" = None
 
     def __str__(self) -> str:
         if self.placement == "streamed":
@@ -170,7 +168,7 @@ def place(model: Model, placement: str, *, mover: Mover | None = None) -> Placem
     return Placement("streamed", total, mapped, len(layers), LayerStream(layers, mover), experts)
 
 
-_STREAMS: WeakKeyDictionary[nn.Module, LayerStream] = WeakKeyDictionary()
+_STREAMS: "WeakKeyDictionary[nn.Module, LayerStream]" = WeakKeyDictionary()
 
 
 def before_layers(layer: nn.Module) -> Callable[[int], None] | None:

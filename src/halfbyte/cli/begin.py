@@ -5,8 +5,6 @@ the columns of the rows, the longest of them, and the machine's memory.
 Cost: one pass over the rows; no torch.
 """
 
-from __future__ import annotations
-
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -45,7 +43,7 @@ class Draft:
     """Values that somebody gave, or a preset; stronger than `START`."""
     values: dict[str, object] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
-    plan: Plan | None = None
+    plan: "Plan | None" = None
 
     def __post_init__(self) -> None:
         usual = {name: start.value for name, start in START.items() if not start.others & self.first.keys()}

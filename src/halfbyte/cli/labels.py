@@ -1,7 +1,5 @@
 """`halfbyte predict`, the tables of `halfbyte eval`, and the server of a run that labels texts or gives vectors."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -131,7 +129,7 @@ def _labels(one: Document, names: Sequence[str]) -> None:
     out.print(lines)
 
 
-def check_served(one: tuple[str, Target], options: Document) -> None:
+def check_served(one: "tuple[str, Target]", options: Document) -> None:
     """Raises RunError: options are given that a run that only reads does not have."""
     if unread := [name for name, given in options.items() if given]:
         what = f"{one[1].path} is of task {one[1].recipe.task}, and writes no texts: {', '.join(unread)}"
@@ -139,16 +137,16 @@ def check_served(one: tuple[str, Target], options: Document) -> None:
 
 
 def serve(
-    one: tuple[str, Target], where: tuple[Settings, socket, str], *, waiting: int, force: bool, quiet: bool
+    one: "tuple[str, Target]", where: "tuple[Settings, socket, str]", *, waiting: int, force: bool, quiet: bool
 ) -> None:
     """The server of one run, until a signal."""
     with progress.waiting("opening base and adapter", silent=quiet) as tell, libraries.loading():
         from halfbyte.inference import load
-        from halfbyte.serving.http import pages, server
+        from halfbyte.serving.http import app, pages
         from halfbyte.serving.reader import TextReader
 
         reader = TextReader(load.open_target(one[1], tell, force=force), one[0], waiting)
     ways = {"embed": "/v1/embeddings, /rerank", "classify": "/classify", "regress": "/rerank"}[one[1].recipe.task]
     lines = [f"serving {one[0]} at {where[2]}: {ways}", "  Ctrl-C ends it when what was asked is answered"]
     ready = partial(show.text, "\n".join(lines[: 1 if quiet else 2]))
-    pages.run(server.build_reader(reader, where[0]), where[1], ready)
+    pages.run(app.build_reader(reader, where[0]), where[1], ready)

@@ -3,8 +3,6 @@
 The only room that prints. A mistake of the user ends with one message and exit code 2, a failed run with 1.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -14,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from halfbyte.cli import begin, conversation, labels, progress, reports, scores, ship, show, show_plan, studio, train
+from halfbyte.cli import begin, conversation, labels, progress, reports, scores, ship, show, show_plan, train
 from halfbyte.cli import options as shared
 from halfbyte.cli.options import argument, flag, option
 from halfbyte.cli.store import stores
@@ -38,7 +36,7 @@ for command in (train.train, train.tune, ship.merge, ship.export, ship.push, shi
 for page in (reports.report, reports.compare, reports.runs):
     app.command()(page)
 app.command(name="eval")(scores.evaluate)
-app.command(name="studio")(studio.serve_studio)
+app.command(name="studio")(ship.serve_studio)
 app.command()(labels.predict)
 app.command()(begin.init)
 app.command(name="import")(begin.import_config)

@@ -1,7 +1,5 @@
 """Options that several commands take, and how a run is opened for those that use one."""
 
-from __future__ import annotations
-
 import re
 from functools import partial
 from pathlib import Path
@@ -51,8 +49,7 @@ def option(
     max: float | None = None,
 ) -> _Value:  # fmt: skip
     """An option of one command, as the default of its parameter."""
-    value: _Value = typer.Option(default, *names.split(), help=words, metavar=metavar, min=min, max=max)
-    return value
+    return typer.Option(default, *names.split(), help=words, metavar=metavar, min=min, max=max)
 
 
 def flag(name: str, words: str) -> bool:
@@ -61,8 +58,7 @@ def flag(name: str, words: str) -> bool:
 
 def argument(default: _Value, metavar: str | None, words: str) -> _Value:
     """The same of a word without a name."""
-    value: _Value = typer.Argument(default, metavar=metavar, help=words)
-    return value
+    return typer.Argument(default, metavar=metavar, help=words)
 
 
 class Commands(TyperGroup):
@@ -88,7 +84,7 @@ def speaker(
     run: Path, overrides: list[str], *, silent: bool, force: bool, prove: bool, base: bool = False,
     asks: tuple[list[list[dict[str, str]]], int] = ([], 0), tasks: tuple[str, ...] = ("causal_lm",),
     opened: bool = False,
-) -> Speaker:  # fmt: skip
+) -> "Speaker":  # fmt: skip
     """What answers of a run, an adapter or a base. That there is none is said before a library is loaded. `asks`:
     conversations, and the tokens of an answer; too long ones are refused before the base is opened. `opened`: it will
     be, whatever is remembered of its answers."""
@@ -97,7 +93,7 @@ def speaker(
     subject = target.find(run, overrides, tasks)
     from halfbyte.inference import speaker as speakers
 
-    def opens() -> Opened:
+    def opens() -> "Opened":
         if answers.changed:
             show.aside(f"proven again, since this has changed: {', '.join(answers.changed)}")
         with progress.waiting("opening base and adapter", silent=silent) as tell:
@@ -116,6 +112,6 @@ def speaker(
 def open_run(
     run: Path, overrides: list[str], *, silent: bool, force: bool, prove: bool = False,
     tasks: tuple[str, ...] = ("causal_lm",),
-) -> Opened:  # fmt: skip
+) -> "Opened":  # fmt: skip
     """A run, an adapter or a base, ready to be scored."""
     return speaker(run, overrides, silent=silent, force=force, prove=prove, tasks=tasks, opened=True).opened

@@ -1,7 +1,5 @@
 """`halfbyte report`, `compare` and `runs`, and serving a run's page while it trains."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,7 +82,7 @@ def live(run: Path, asked: bool) -> Iterator[None]:
         yield
 
 
-def _list(folder: Path, entries: list[RunSummary]) -> None:
+def _list(folder: Path, entries: "list[RunSummary]") -> None:
     if not entries:
         show.text(f"no runs in {folder}")
         return
@@ -100,7 +98,7 @@ def _list(folder: Path, entries: list[RunSummary]) -> None:
     show.out.print(table)
 
 
-def _side_by_side(value: RunComparison) -> None:
+def _side_by_side(value: "RunComparison") -> None:
     for title, rows in (("figures", value.figures), ("scores", value.scores), ("recipe, what differs", value.recipe)):
         if rows:
             names = tuple(map(show.escaped, value.names))

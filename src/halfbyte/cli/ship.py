@@ -1,20 +1,22 @@
 """`halfbyte merge`, `export` and `push`: a run for other programs; `serve`: a run behind OpenAI's interface."""
 
-from __future__ import annotations
-
+import os
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from halfbyte.cli import labels, progress, show
-from halfbyte.cli.options import AllowHost, Force, Host, Json, KeyFile, Port, Quiet, Set, flag, option
+from halfbyte.cli.options import AllowHost, Force, Host, Json, KeyFile, Port, Quiet, Set, argument, flag, option
 from halfbyte.errors import RecipeError
 from halfbyte.system import libraries
 
 if TYPE_CHECKING:
     from halfbyte.proofs.export import Exported
+
 
 Compared = Annotated[
     Path | None, typer.Option("--data", help="Rows to compare on; default: those held out.", metavar="ROWS")
@@ -158,9 +160,9 @@ def serve(
     with progress.waiting("opening base and adapters", silent=quiet) as tell:
         with libraries.loading():
             from halfbyte.serving import models
-            from halfbyte.serving.adapters import AdapterFolders
             from halfbyte.serving.engine import Engine
-            from halfbyte.serving.http import server
+            from halfbyte.serving.http import app
+            from halfbyte.serving.models import AdapterFolders
 
         folders = AdapterFolders.of(allow_adapters, set_)
         opened = models.open_all(named, tell, max_length=context, places=at_once, force=force)
@@ -171,11 +173,11 @@ def serve(
         f"  {engine.why}; {sizes}; {queue} may wait",
         "  Ctrl-C ends it when the answers that are being written are whole; twice: at once",
     ]
-    server.serve(engine, settings, sock, lambda: show.text("\n".join(lines[: 1 if quiet else 3])), folders)
+    app.serve(engine, settings, sock, lambda: show.text("\n".join(lines[: 1 if quiet else 3])), folders)
     return None
 
 
-def _show(result: Exported, *, json_: bool) -> None:
+def _show(result: "Exported", *, json_: bool) -> None:
     if json_:
         show.document(result.to_json())
         return
@@ -192,3 +194,43 @@ def _show(result: Exported, *, json_: bool) -> None:
     show.text("\n".join([*lines, *(f"  {note}" for note in result.notes)]))
     if result.held_out is not None and result.held_out["advice"]:
         show.warning(result.held_out["advice"])
+
+
+def serve_studio(
+    folder: Path = argument(Path(), "[FOLDER]", "Where files, recipes and runs are."),
+    host: Host = "127.0.0.1",
+    port: Port = 8765,
+    bases: list[Path] = option([], "--bases", "Another folder with bases; repeatable.", metavar="DIR"),
+    upload: float = option(2.0, "--upload", "GB of the largest file that is taken.", min=0.001),
+    key_file: KeyFile = None,
+    allow_host: AllowHost = [],  # noqa: B006
+    quiet: Quiet = False,
+) -> None:
+    """A page on which a file becomes an adapter: rows, plan, training, scores, answers, export. It starts the commands
+    that it shows, which go on without it."""
+    from halfbyte.runs.folder import check_writable
+    from halfbyte.serving import settings as where
+
+    where.check_installed(("starlette", "uvicorn", "sse_starlette"))
+    check_writable(folder, "halfbyte studio FOLDER, with one that can be written")
+    hosts = frozenset(map(str.lower, allow_host))
+    settings = where.Settings(host, port, hosts, where.key_of(key_file), grace_s=2.0, uploads="/api/data/")
+    sock = where.bind(settings)
+    import uvicorn
+
+    from halfbyte.serving.http import pages
+    from halfbyte.studio.app import Studio, application
+    from halfbyte.studio.jobs import Jobs
+    from halfbyte.studio.worker import Worker
+    from halfbyte.studio.workspace import Workspace
+
+    space = Workspace(folder.resolve(), tuple(path.resolve() for path in bases), int(upload * 1e9))
+    folders = space.begin()
+    key = os.environ[where.KEY] = settings.key or folders  # `serve` takes it from there
+    studio = Studio(space, Jobs(space), Worker(space.folder))
+    server = uvicorn.Server(pages.config(application(studio), replace(settings, key=key), "off"))
+    Thread(target=studio.worker.run, args=("version",), daemon=True).start()  # its libraries, before they are needed
+    address = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}/#key={key}"
+    note = "" if quiet else "\n  who has this address can start runs as you; Ctrl-C ends the page, and runs go on"
+    pages.run(server, sock, lambda: show.text(f"studio of {space.folder} at {address}{note}"))
+    studio.worker.end()

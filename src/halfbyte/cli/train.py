@@ -1,7 +1,5 @@
 """`halfbyte train` and `tune`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -119,7 +117,7 @@ def _run(
     return 0
 
 
-def _loaded(world: World, recipe: str, data: str | None, overrides: list[str], *, resume: bool) -> Loaded:
+def _loaded(world: "World", recipe: str, data: str | None, overrides: list[str], *, resume: bool) -> "Loaded":
     """The recipe that is trained. That of a run is read by the first process, since others may not have its folder."""
     from halfbyte.recipe import command
     from halfbyte.recipe.schema import Loaded, Recipe
@@ -134,7 +132,7 @@ def _loaded(world: World, recipe: str, data: str | None, overrides: list[str], *
 
 
 def _trained(
-    world: World, loaded: Loaded, *, resume: bool, force: bool, live: bool, json_: bool, quiet: bool, alone: bool,
+    world: "World", loaded: "Loaded", *, resume: bool, force: bool, live: bool, json_: bool, quiet: bool, alone: bool,
     prove: bool,
 ) -> int:  # fmt: skip
     """Train, and show how it ends, in the world's first process. Returns the exit code."""

@@ -3,25 +3,31 @@
 Why: half of all failed fine-tunes are data: no labels, no end token learned, one row a hundred times, held-out rows
 among the trained ones, tokens that the model has never seen. None of these raises an error by itself.
 Cost: the counts were taken with the tokens (`tally`); a sort of one number a row, under a second for two million rows.
+
+Of pairs: two same answers teach nothing; where the better answer is nearly always the longer one, a run learns to write
+long (arXiv:2310.03716, arXiv:2404.04475); a prompt that trains and is held out flatters its evaluation.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
-from halfbyte.data import pairs
 from halfbyte.data.encoding.chatml import is_reserved
 from halfbyte.data.encoding.encoder import EncodedRows
+from halfbyte.data.encoding.examples import Examples
 from halfbyte.data.reading.problems import some
 from halfbyte.errors import DataError
 from halfbyte.models.context import Context
 from halfbyte.recipe.data import Data
 from halfbyte.types import Tokenizer
 
-Level = pairs.Level
-Verdict = pairs.Verdict
+Level = Literal["ok", "warning", "refused"]
+Verdict = tuple[Level, str, str | None]  # level, what was found, fix
 LEAST_LABELLED_SHARE = 0.01
 
 
@@ -59,7 +65,7 @@ def check(
         "vocabulary": _vocabulary(train, held_out, tokenizer, embedding_rows),
     }
     if (first := train.examples.seconds()) is not None:
-        verdicts |= pairs.verdicts(train.examples, first, None if held_out is None else held_out.examples)
+        verdicts |= of_pairs(train.examples, first, None if held_out is None else held_out.examples)
     if thoughts := _thoughts(train):
         verdicts["thoughts"] = thoughts
     if data.format in ("labels", "tags", "vectors"):  # no answer is written
@@ -151,7 +157,7 @@ def _duplicates(train: EncodedRows) -> Verdict:
         text = f"{len(digests):,} rows of different text have all become the same {train.stats.max_length:,} tokens"
         return "refused", text, "check the model's tokenizer: it does not know this text"
     are = "row is" if len(again) == 1 else "rows are"
-    text = f"{len(again):,} {are} an earlier one again ({pairs.named(train.examples, again)})"
+    text = f"{len(again):,} {are} an earlier one again ({named(train.examples, again)})"
     return "warning", text, "take them out, unless they are meant to count twice"
 
 
@@ -188,7 +194,7 @@ def _overlap(train: EncodedRows, held_out: EncodedRows | None) -> Verdict:
     both = np.flatnonzero(np.isin(theirs, train.examples.digests()))
     if not len(both):
         return "ok", f"none of {len(theirs):,} held-out rows is trained on", None
-    text = f"{len(both):,} of {len(theirs):,} held-out rows are trained on ({pairs.named(held_out.examples, both)})"
+    text = f"{len(both):,} of {len(theirs):,} held-out rows are trained on ({named(held_out.examples, both)})"
     return "warning", text, "the eval loss will look better than it is"
 
 
@@ -217,3 +223,49 @@ def _vocabulary(train: EncodedRows, held_out: EncodedRows | None, tokenizer: Tok
         return "warning", f"{text}; no row uses a token beyond them", None
     shown = some([f"{tokenizer.convert_ids_to_tokens(i)} ({i})" for i in beyond[:3]], len(beyond))
     return "refused", f"{text}, and the rows use {shown}", "use the tokenizer that belongs to this checkpoint"
+
+
+BIASED = 0.6  # of the pairs; or 1 - it
+
+
+def of_pairs(train: Examples, first: NDArray[np.int64], held_out: Examples | None) -> dict[str, Verdict]:
+    """By name. `first`: tokens of the first text of each row."""
+    gates, desirable = {"prompts": _prompts(train, held_out)}, train.desirable()
+    second, rows = train.lengths() - first, len(train)
+    same, differ = np.flatnonzero((first == second) & (train.alike() == first)), first != second
+    if (desirable >= 0).all():
+        share, fix = float(desirable.mean()), "train.desirable_weight and train.undesirable_weight make up for it"
+        gates["verdicts"] = _within(share, 0.2, f"{share:.0%} of {rows:,} answers are good ones", fix)
+    else:
+        longer = float((first > second)[differ].mean()) if differ.any() else 0.5
+        text = (
+            f"of pairs of two lengths the chosen answer is the longer one in {longer:.0%}, so a rule of length alone "
+        )
+        text += f"is right in {max(longer, 1 - longer):.0%}"
+        fix = "train.ld_alpha, train.loss_type sigmoid_norm or train.method simpo"
+        gates["length bias"] = _within(longer, 1 - BIASED, text, fix)
+        text = f"{len(same):,} of {rows:,} pairs have the same answer twice ({named(train, same)})"
+        fix = "take them out: nothing is learned of them"
+        gates["same answers"] = ("warning", text, fix) if len(same) else ("ok", "none", None)
+    return gates
+
+
+def _within(share: float, least: float, text: str, fix: str) -> Verdict:
+    return ("ok", text, None) if least < share < 1 - least else ("warning", text, fix)
+
+
+def _prompts(train: Examples, held_out: Examples | None) -> Verdict:
+    trained = {_hash(train, i) for i in range(len(train))} if held_out is not None else set()
+    both = [i for i in range(len(held_out or ())) if held_out is not None and _hash(held_out, i) in trained]
+    if held_out is None or not both:
+        return "ok", "none of those that are held out is trained on", None
+    text = f"{len(both):,} of {len(held_out):,} held-out rows have one that is trained on"
+    return "warning", f"{text} ({named(held_out, np.array(both))})", "data.eval: a file of other prompts"
+
+
+def _hash(rows: Examples, index: int) -> bytes:
+    return hashlib.blake2b(rows.prompt(index).tobytes(), digest_size=16).digest()
+
+
+def named(rows: Examples, numbers: NDArray[np.int64]) -> str:
+    return some([rows.where(int(number)) for number in numbers[:3]], len(numbers))

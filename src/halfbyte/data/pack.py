@@ -148,8 +148,7 @@ class Steps:
     def rows(self, index: int) -> list[int]:
         """The rows of a step, in their order."""
         epoch, place = divmod(index, self.per_epoch)
-        rows: list[int] = self._order(epoch)[place * self.rows_per_step : (place + 1) * self.rows_per_step].tolist()
-        return rows
+        return self._order(epoch)[place * self.rows_per_step : (place + 1) * self.rows_per_step].tolist()
 
     def tree(self, index: int) -> Tree:
         """What the rows of a step have in common."""

@@ -11,8 +11,6 @@ Source: `torch.distributed.fsdp.fully_shard`; ZeRO-3, arXiv:1910.02054; `set_cus
 Cost: (N - 1) / N of the layers' bytes received in a forward, and again in a backward; two copies of one layer.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 
@@ -68,7 +66,7 @@ def check(recipe: Recipe, ranks: int) -> None:
         )
 
 
-def over(world: World, plan: Plan, model: Model, note: Callable[[str, str], None]) -> Shards | None:
+def over(world: World, plan: Plan, model: Model, note: Callable[[str, str], None]) -> "Shards | None":
     """Share a base out where the plan says so."""
     if plan.placement != PLACEMENT:
         return None
@@ -77,12 +75,12 @@ def over(world: World, plan: Plan, model: Model, note: Callable[[str, str], None
     return shards
 
 
-def settle(shards: Shards | None) -> None:
+def settle(shards: "Shards | None") -> None:
     if shards is not None:
         shards.settle()
 
 
-def first_layers_whole(shards: Shards | None) -> Callable[[], contextlib.AbstractContextManager[object]]:
+def first_layers_whole(shards: "Shards | None") -> Callable[[], contextlib.AbstractContextManager[object]]:
     """In which the first layers can be read without a forward."""
     return contextlib.nullcontext if shards is None else shards.first_layers_whole
 

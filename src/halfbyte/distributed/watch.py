@@ -9,8 +9,6 @@ Source: `torch.distributed.TCPStore`.
 Cost: a few small messages a second for each process; the first one reads one key for each.
 """
 
-from __future__ import annotations
-
 import ctypes
 import json
 import threading
@@ -48,7 +46,7 @@ class Fault:
         return json.dumps(vars(self))
 
     @classmethod
-    def of_json(cls, text: bytes) -> Fault:
+    def of_json(cls, text: bytes) -> "Fault":
         return cls(**json.loads(text))
 
 
@@ -62,7 +60,7 @@ class Heartbeat:
     """
 
     def __init__(
-        self, store: TCPStore, rank: int, names: list[str], on_fault: Callable[[], None],
+        self, store: "TCPStore", rank: int, names: list[str], on_fault: Callable[[], None],
         beside: Mapping[int, tuple[int, float]],
     ) -> None:  # fmt: skip
         self.fault: Fault | None = None
@@ -168,7 +166,7 @@ def is_closed(error: RuntimeError) -> bool:
 
 
 def wait_for(
-    store: TCPStore, key: str, fault: Callable[[], Fault | None], seconds: float | None = None, leave: bool = False
+    store: "TCPStore", key: str, fault: Callable[[], Fault | None], seconds: float | None = None, leave: bool = False
 ) -> bool:
     """Wait for a key of the store, as long as nobody has failed. False after so many seconds, or after a fault.
     `leave`: do not wait for the watch to say that the store is gone."""

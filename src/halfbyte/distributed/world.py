@@ -247,8 +247,7 @@ class Group(World):
                 self._keys.delete_key(f"{name}/{rank}")
             self._keys.set(name, f"[{', '.join(parts)}]")
         self._await(name)
-        values: list[T] = json.loads(self._keys.get(name))
-        return values
+        return json.loads(self._keys.get(name))
 
     def from_first(self, make: Callable[[], T]) -> T:
         self._calls += 1
@@ -256,8 +255,7 @@ class Group(World):
         if self.rank == 0:
             self._keys.set(name, json.dumps(make()))
         self._await(name)
-        value: T = json.loads(self._keys.get(name))
-        return value
+        return json.loads(self._keys.get(name))
 
     def _await(self, key: str) -> None:
         if not wait_for(self._keys, key, lambda: self.fault, None if self._heartbeat else MEET.total_seconds()):

@@ -17,7 +17,7 @@ from halfbyte.data.encoding.chatml import chat_template
 from halfbyte.errors import ExportError, HalfbyteError, RecipeError
 from halfbyte.export import folder, gguf, gguf_tokenizer, llama_cpp, lora, ollama
 from halfbyte.export.job import BaseChoice, DraftExport, ExportJob, bases, better, describe, notes
-from halfbyte.export.names import Program
+from halfbyte.export.lora import Program
 from halfbyte.export.weights import BaseKind, MergedModel
 from halfbyte.export.witness import training_rows
 from halfbyte.inference.load import tokenizer_of

@@ -17,11 +17,10 @@ from gguf.quants import quant_shape_to_byte_shape, quantize
 
 from halfbyte.errors import ExportError
 from halfbyte.export.weights import Item, MergedModel
-from halfbyte.models.gguf.architectures import NAMES, config_of
+from halfbyte.models.gguf.architectures import NAMES, config_of, llama3_factors
 from halfbyte.models.gguf.header import read_header
 from halfbyte.models.gguf.layouts import transform_of
 from halfbyte.models.gguf.reader import GgufError
-from halfbyte.models.gguf.rope import llama3_factors
 from halfbyte.types import Config, Document
 
 # transformers' model type -> the file's architecture.
@@ -220,8 +219,7 @@ def encode(values: np.ndarray, kind: str) -> np.ndarray:
         return values.astype(np.float32)
     if kind == "F16" and np.abs(values).max(initial=0) > np.finfo(np.float16).max:
         raise ExportError(f"a weight is {np.abs(values).max():.3g}, which F16 cannot hold.", fix="--gguf BF16")
-    blocks: np.ndarray = quantize(values, gguf.GGMLQuantizationType[kind])
-    return blocks
+    return quantize(values, gguf.GGMLQuantizationType[kind])
 
 
 def _type_of(name: str, item: Item, kind: str, head: str) -> str:

@@ -12,8 +12,6 @@ Cost: the merged model in memory; three forwards of the rows; for a matrix (O, D
 norms forward and backward of `STEPS` x `ROWS` rows, one at a time.
 """
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -156,7 +154,7 @@ class _File:
     matrices: dict[str, tuple[GgufTensor, ParameterSource]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, path: Path, model: Model) -> _File:
+    def of(cls, path: Path, model: Model) -> "_File":
         header, shapes = read_header(path), {name: tuple(p.shape) for name, p in model.named_parameters()}
         config, prefix = model.config.get_text_config(), model.base_model_prefix
         sources = parameter_sources(header, config.model_type, shapes, prefix, config.num_hidden_layers)
@@ -274,7 +272,7 @@ class _Wanted:
     choices: Tensor
 
     @classmethod
-    def of(cls, model: Model, row: Example) -> _Wanted:
+    def of(cls, model: Model, row: Example) -> "_Wanted":
         with torch.no_grad():
             top, choices = _logs(model, row).topk(min(TOP, model.config.get_text_config().vocab_size - 1))
         return cls(row, _with_others(top), choices)

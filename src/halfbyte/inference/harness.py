@@ -6,15 +6,13 @@ Source: `lm_eval.api.model.TemplateLM` (the documented base class: how texts are
 Cost: likelihoods in packed micro-batches of the plan, answers in one queue (`batch.py`). Import it where lm_eval is.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import lm_eval
+from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -25,15 +23,11 @@ from halfbyte.errors import RecipeError, first_line
 from halfbyte.inference import batch
 from halfbyte.inference.evaluate import Progress
 from halfbyte.inference.generate import eos_ids
+from halfbyte.inference.load import Opened
 from halfbyte.layers import loss, packing
 from halfbyte.models.context import context_of
 from halfbyte.proofs import sharing
-
-if TYPE_CHECKING:
-    from lm_eval.api.instance import Instance
-
-    from halfbyte.inference.load import Opened
-    from halfbyte.types import Document
+from halfbyte.types import Document
 
 Pair = tuple[tuple[str, str], list[int], list[int]]
 _NEW_TOKENS = 256  # where a task names none, as in HFLM

@@ -6,8 +6,6 @@ the last whole line, so no row is there twice and none is missing. At the end th
 Cost: one forward a text, texts of like length together; one chunk of rows in memory, each line written twice.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import tempfile
@@ -16,9 +14,9 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate, islice
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from torch import Tensor
 
 from halfbyte.data.encoding import texts as encoding
 from halfbyte.data.encoding.encoder import EncodedRows, Encoder
@@ -29,6 +27,7 @@ from halfbyte.data.reading.formats import Row, texts_of, words_of
 from halfbyte.data.reading.problems import BadRow
 from halfbyte.errors import DataError, typed
 from halfbyte.inference import choices, evaluate, vectors
+from halfbyte.inference.load import Opened
 from halfbyte.models import structure
 from halfbyte.models.context import context_of
 from halfbyte.objectives.labels import Labels, Tags, entities
@@ -42,11 +41,6 @@ from halfbyte.scoring import sheet
 from halfbyte.scoring.labels import Floats
 from halfbyte.system import files
 from halfbyte.types import Batch, Document, Model
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from halfbyte.inference.load import Opened
 
 CHUNK_ROWS = 1024
 MISTAKES = 10  # rows that are shown

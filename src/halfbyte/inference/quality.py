@@ -6,8 +6,6 @@ Cost: for each format its store is built (one that was not there is removed afte
 more, and the text goes through the base once; memory as for an evaluation, whatever the size of the model.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import math
@@ -60,7 +58,7 @@ class Error:
     whole: float = 0.0  # of source squared
     worst: float = 0.0  # the largest |source - held|
 
-    def __add__(self, other: Error) -> Error:
+    def __add__(self, other: "Error") -> "Error":
         return Error(self.lost + other.lost, self.whole + other.whole, max(self.worst, other.worst))
 
     @property

@@ -93,8 +93,7 @@ def attention(
         cos = sin = q.new_empty((q.shape[0], 0))
     rotary = cos.to(q.dtype).contiguous(), sin.to(q.dtype).contiguous()
     terms = ScoreTerms(slopes, p, seed)
-    out: Tensor = BlockAttention.apply(q, k, v, *rotary, blocks_of(lengths, levels), scale, terms, reach)
-    return out
+    return BlockAttention.apply(q, k, v, *rotary, blocks_of(lengths, levels), scale, terms, reach)
 
 
 class BlockAttention(torch.autograd.Function):

@@ -209,7 +209,8 @@ class _FastAttention(_Fast):
         tokens = hidden_states.shape[1]
         q, k, v = self._heads(hidden_states)
         cos, sin = (x[0] for x in kwargs["position_embeddings"])  # (T, R)
-        out = attention.attention(q, k, v, pack.lengths, self.scaling, cos, sin, pack.levels).view(1, tokens, -1)
+        scale = self.scaling * getattr(self, "key_multiplier", 1.0)  # Falcon-H1's
+        out = attention.attention(q, k, v, pack.lengths, scale, cos, sin, pack.levels).view(1, tokens, -1)
         project, some = self.o_proj if hasattr(self, "o_proj") else self.dense, last_layer.rows_for(self)
         if some is None:
             return project(out), None

@@ -11,8 +11,6 @@ Cost: labels x D numbers; the last layer makes the rows of last tokens alone.
 Letters: n texts, T tokens of a micro-batch, K of them that get scores, D hidden size, L labels.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass

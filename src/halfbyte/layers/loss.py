@@ -174,8 +174,7 @@ def _hidden(lm: Model, inputs: dict[str, Tensor], keep: Tensor) -> Tensor:
             return hidden[: len(keep)]
     else:
         hidden = body(**inputs)[0][0]  # (T, D)
-    picked: Tensor = last_layer.SelectRows.apply(hidden, keep.to(hidden.device), len(keep))
-    return picked
+    return last_layer.SelectRows.apply(hidden, keep.to(hidden.device), len(keep))
 
 
 def _last_layer(module: nn.Module) -> fuse.DecoderLayer | None:
@@ -317,8 +316,7 @@ def head_loss(
     where = head.weight.device  # over several cards, a tied head lies beside its embedding
     hidden, targets = hidden.to(where, head.dtype or head.weight.dtype), targets.to(where)
     counts = None if counts is None else counts.to(where)
-    loss: Tensor = _HeadLoss.apply(hidden, head.weight, head.bias, head.values, targets, head, smoothing, counts, each)
-    return loss
+    return _HeadLoss.apply(hidden, head.weight, head.bias, head.values, targets, head, smoothing, counts, each)
 
 
 class _HeadLoss(torch.autograd.Function):

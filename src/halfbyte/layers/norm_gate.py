@@ -178,8 +178,7 @@ def residual_sum(x: Tensor, y: Tensor) -> Tensor:
     """x + y, (..., D) each."""
     if not available(x, y) or x.dtype != y.dtype or x.shape != y.shape:
         return x + y
-    total: Tensor = ResidualSum.apply(x, y)
-    return total
+    return ResidualSum.apply(x, y)
 
 
 def norm_formula(x: Tensor, w: Tensor, eps: float, kind: NormKind, bias: Tensor | None = None) -> Tensor:
@@ -195,8 +194,7 @@ def norm_formula(x: Tensor, w: Tensor, eps: float, kind: NormKind, bias: Tensor 
 
 def activation(x: Tensor, kind: int) -> Tensor:
     """act(x), elementwise."""
-    y: Tensor = Activation.apply(x.contiguous(), kind)
-    return y
+    return Activation.apply(x.contiguous(), kind)
 
 
 def activation_formula(x: Tensor, kind: int) -> Tensor:
@@ -209,8 +207,7 @@ def glu(given: Sequence[Tensor], kind: int, scale: float = 1.0) -> Tensor:
     """act(scale g) * u of g and u (.., I), or of one tensor (.., 2 I) with both."""
     plain = all(x.is_contiguous() and x.dim() > 1 and x.dtype == given[0].dtype for x in given)
     if plain and available(*given):
-        h: Tensor = (GluOfOne if len(given) == 1 else Glu).apply(*given, kind, scale)
-        return h
+        return (GluOfOne if len(given) == 1 else Glu).apply(*given, kind, scale)
     g, u = given if len(given) == 2 else given[0].chunk(2, -1)
     g = g * scale if scale != 1.0 else g
     return (F.silu(g) if kind == SILU else F.gelu(g, approximate="tanh")) * u

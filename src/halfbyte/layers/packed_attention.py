@@ -78,8 +78,7 @@ def _mask(
     if marked is not None:
         return marked
     stock = upstream.attention_masks()()["sdpa"]
-    mask: Tensor | None = stock(q_length=q_length, mask_function=mask_function, device=device, **rest)
-    return mask
+    return stock(q_length=q_length, mask_function=mask_function, device=device, **rest)
 
 
 def no_mask(device: torch.device | str, pack: card.PackLengths | None = None) -> Tensor:

@@ -57,8 +57,7 @@ class Kernel(torch.autograd.Function):
     def forward(ctx: FunctionCtx, name: str, options: Options, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors)
         ctx.name, ctx.options = name, options
-        y: Tensor = _kernel(name).forward(*tensors, **options)
-        return y
+        return _kernel(name).forward(*tensors, **options)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -136,10 +135,10 @@ def _taps(conv: nn.Conv1d) -> tuple[Tensor, Tensor]:
     return w, w.new_zeros(w.shape[1]) if conv.bias is None else conv.bias.float()
 
 
-def _conv_silu(x: Tensor, conv: nn.Conv1d, examples: PackPlaces) -> Tensor:
-    """(T, W) -> (T, W)."""
-    y: Tensor = Kernel.apply("conv", {"silu": True}, x, *_taps(conv), examples.places)
-    return y
+def _conv_silu(x: Tensor, conv: nn.Conv1d, examples: PackPlaces, factors: Tensor | float = 1.0) -> Tensor:
+    """(T, W), times factors (W,) -> (T, W)."""
+    w, bias = _taps(conv)
+    return Kernel.apply("conv", {"silu": True}, x, w * factors, bias, examples.places)
 
 
 def _gated_norm(y: Tensor, gate: Tensor, norm: nn.Module, groups: int, *, gate_first: bool) -> Tensor:
@@ -204,19 +203,21 @@ class _StateSpaceMixer(_ChunkMixer):
     """Mamba-2 as Granite 4, Bamba, Nemotron-H, Zamba2 and Falcon-H1 have it."""
 
     def mix(self, x: Tensor, examples: PackPlaces) -> Tensor:
-        if hasattr(self, "mup_vector"):  # Falcon-H1's multipliers
-            mixed = self.in_proj(x * self.ssm_in_multiplier) * self.mup_vector
-        else:
-            mixed = self.in_proj(x)
-        gate, xbc, dt = mixed[0].split([self.intermediate_size, self.conv_dim, self.num_heads], 1)
-        xbc, gate = _conv_silu(xbc.contiguous(), self.conv1d, examples), gate.contiguous()
-        dt = F.softplus(dt.float() + self.dt_bias.float()).clamp(*self.time_step_limit)  # (T, H)
+        sizes = [self.intermediate_size, self.conv_dim, self.num_heads]
+        # Falcon-H1's multipliers, where they cost no pass over memory
+        before = getattr(self, "ssm_in_multiplier", 1.0)
+        behind = self.mup_vector.flatten().float() if hasattr(self, "mup_vector") else torch.ones(sum(sizes))
+        x, (of_gate, of_xbc, of_dt) = x if before == 1 else x * before, behind.split(sizes)
+        gate, xbc, dt = self.in_proj(x)[0].split(sizes, 1)
+        xbc, gate = _conv_silu(xbc.contiguous(), self.conv1d, examples, of_xbc), gate.contiguous()
+        dt = F.softplus(dt.float() * of_dt + self.dt_bias.float()).clamp(*self.time_step_limit)  # (T, H)
         options = {"groups": self.n_groups, "n": self.ssm_state_size}
         a, skip = -self.A_log.float().exp() * dt, self.D.float()
         y = Kernel.apply("state_space", options, xbc, a, dt, skip, examples.starts)
         if isinstance(self.norm, nn.Identity):
-            y = norm_gate.glu((gate, y), norm_gate.SILU)
+            y = norm_gate.glu((gate, y), norm_gate.SILU, float(of_gate[0]))
         else:
+            gate = gate if of_gate[0] == 1 else gate * of_gate[0]
             gate_first = not getattr(self.norm, "norm_before_gate", False)
             y = _gated_norm(y, gate, self.norm, self.n_groups, gate_first=gate_first)
         return self.out_proj(y[None])

@@ -196,8 +196,7 @@ def references() -> dict[str, Document]:
     for the numbers of its layers -> shape. Only what shapes follow from is kept. Source: the models' published
     `config.json`; the numbers of parameters that follow are compared with the published ones in a test."""
     text = resources.files(__package__).joinpath("references.json").read_text("utf-8")
-    shapes: dict[str, Document] = json.loads(text)
-    return shapes
+    return json.loads(text)
 
 
 def reference_tensors(name: str) -> list[tuple[str, tuple[int, ...]]] | None:

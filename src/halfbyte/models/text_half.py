@@ -9,8 +9,6 @@ Source: `transformers/models/*/modeling_*.py`; a test compares names and logits 
 Cost: none; torch and transformers are imported inside functions.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -63,7 +61,7 @@ def text_tensors(names: Iterable[str], config: ConfigFile) -> dict[str, str]:
 
 
 # ------------------------------------------------------------------ models
-def half_of(config: Config) -> Config | None:
+def half_of(config: Config) -> "Config | None":
     """The config of a checkpoint's language model, of a class that `AutoModelForCausalLM` opens under the checkpoint's
     own names; None where there is none."""
     from transformers import AutoModelForCausalLM

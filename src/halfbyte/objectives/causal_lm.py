@@ -3,12 +3,12 @@
 `layers.loss`, and PEFT with it, is imported where a loss is taken: `data check` takes none.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
+
+from torch import Tensor
 
 from halfbyte.data import collate, pack
 from halfbyte.data.encoding.encoder import EncodedRows
@@ -17,9 +17,6 @@ from halfbyte.objectives.objective import Objective, Sums
 from halfbyte.plan.job import ObjectiveCost
 from halfbyte.runs import points
 from halfbyte.types import Batch, Model
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True)

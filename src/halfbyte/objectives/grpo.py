@@ -10,8 +10,6 @@ names as in TRL 1.16 (`_compute_loss` and `_generate_and_score_completions` of G
 Letters: P prompts of a step, G answers to each, L labelled tokens of a micro-batch's rows, one row after another.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -88,7 +86,7 @@ class Grpo(CausalLM):
     was drawn."""
 
     @classmethod
-    def of(cls, train: Train) -> Grpo:
+    def of(cls, train: Train) -> "Grpo":
         low = train.epsilon or 0.0
         return cls(0.0, train.method, train.temperature or 1.0, (low, train.epsilon_high or low))
 

@@ -14,9 +14,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
+from torch import Tensor
 
 from halfbyte.data import collate, pack
 from halfbyte.data.encoding.encoder import EncodedRows
@@ -30,9 +31,6 @@ from halfbyte.recipe.schema import Recipe
 from halfbyte.recipe.task import CLASSIFY, REGRESS, TAG
 from halfbyte.system import limits
 from halfbyte.types import Batch, Document, Model
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _UNNAMED = {"0": "LABEL_0", "1": "LABEL_1"}  # what a config leaves out
 KINDS = ("regression", "single_label_classification", "multi_label_classification")

@@ -2,39 +2,91 @@
 
 What: a row is two texts behind one prompt, which is computed once: the better and the worse answer; of KTO its answer
 and another row's. A model gives each answer log p, the sum over its labels; what the reference gives it comes with the
-row. The loss is a formula of these (`pair_losses.py`). What it needs of a whole step is taken before the step's first
+row. The loss is a formula of these. What it needs of a whole step is taken before the step's first
 micro-batch, so that any split trains the same: how many tokens the better answers have, whose own loss may be added
 (ORPO, CPO, `rpo_alpha`); of KTO the mean log ratio of the mismatched answers, which TRL takes of a micro-batch.
 Cost: a pass over both answers; of KTO a pass over one, and a forward of the other.
+Source: TRL 1.16, DPOTrainer, KTOTrainer, and the experimental trainers of ORPO and CPO, whose names formulas have here.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from halfbyte.data import collate, pack
+from halfbyte.data.collate import Batches
 from halfbyte.data.encoding.encoder import EncodedRows
 from halfbyte.data.encoding.examples import IGNORED, Example
-from halfbyte.objectives import pair_losses
 from halfbyte.objectives.causal_lm import CausalLM
 from halfbyte.objectives.grpo import Grpo
 from halfbyte.objectives.objective import Objective, Sums
-from halfbyte.objectives.pair_losses import Answers
 from halfbyte.plan.job import ObjectiveCost
 from halfbyte.recipe.method import MethodFields
 from halfbyte.recipe.schema import Train
 from halfbyte.types import Batch, Model
 
-if TYPE_CHECKING:
-    from torch import Tensor
 
-    from halfbyte.data.collate import Batches
+@dataclass(frozen=True)
+class Answers:
+    """An answer of each of n pairs: (n,) each. `ratio`: its log p; of methods with a reference less the reference's."""
+
+    logp: Tensor
+    ratio: Tensor
+    tokens: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        return self.ratio / self.tokens
+
+
+def of_pairs(better: Answers, worse: Answers, asks: MethodFields) -> Tensor:
+    """(n,). `label_smoothing`: the share of pairs that are thought to be the wrong way round (conservative DPO)."""
+    beta, share = asks.beta or 0.0, torch.tensor(asks.label_smoothing or 0.0)
+    a, b = beta * better.ratio, beta * worse.ratio
+    gap, mean = a - b, better.mean - worse.mean
+
+    def smooth(z: Tensor) -> Tensor:
+        return -(1 - share) * logsigmoid(z) - share * logsigmoid(-z)
+
+    losses: dict[str, Callable[[], Tensor]] = {  # by loss_type, else by method
+        "sigmoid": lambda: smooth(gap),  # arXiv:2305.18290, equation 7; CPO: arXiv:2401.08417, equation 3
+        "sigmoid_norm": lambda: -logsigmoid(beta * mean),
+        "hinge": lambda: torch.relu(1 - gap),  # arXiv:2305.10425
+        "ipo": lambda: (mean - 1 / (2 * beta)) ** 2,  # arXiv:2310.12036, equation 17, of mean tokens
+        "robust": lambda: (  # arXiv:2403.00409, equation 9
+            (share * logsigmoid(-gap) - (1 - share) * logsigmoid(gap)) / (1 - 2 * share)
+        ),
+        "exo_pair": lambda: (  # arXiv:2402.00856, equation 16
+            torch.sigmoid(gap) * (logsigmoid(gap) - torch.log1p(-share))
+            + torch.sigmoid(-gap) * (logsigmoid(-gap) - torch.log(share))
+        ),
+        "nca_pair": lambda: -logsigmoid(a) - 0.5 * logsigmoid(-a) - 0.5 * logsigmoid(-b),  # arXiv:2402.05369
+        "bco_pair": lambda: -logsigmoid(a) - logsigmoid(-b),  # arXiv:2404.04656, without its shift
+        "sppo_hard": lambda: (better.ratio - 0.5 / beta) ** 2 + (worse.ratio + 0.5 / beta) ** 2,  # arXiv:2405.00675
+        "apo_zero": lambda: 1 - torch.sigmoid(a) + torch.sigmoid(b),  # arXiv:2408.06266, equation 7
+        "apo_down": lambda: torch.sigmoid(a) + 1 - torch.sigmoid(gap),  # equation 8
+        "discopop": lambda: torch.lerp(  # arXiv:2406.08414, equation 5
+            -logsigmoid(gap), torch.exp(-gap), torch.sigmoid(gap / (asks.discopop_tau or 1.0))
+        ),
+        "orpo": lambda: (  # arXiv:2403.07691, equations 4 and 7: the odds of mean tokens
+            -beta * logsigmoid(mean - torch.log(torch.expm1(better.mean) / torch.expm1(worse.mean)))
+        ),
+        "simpo": lambda: smooth(beta * mean - (asks.simpo_gamma or 0.0)),  # arXiv:2405.14734, equation 6
+    }
+    return losses[asks.loss_type or asks.method]()
+
+
+def of_answers(ratio: Tensor, good: Tensor, kl: float, asks: MethodFields) -> Tensor:
+    """KTO, arXiv:2402.01306, equation 7: of each answer, by whether it is a good one: (n,). `kl`: of model and
+    reference, 0 for `apo_zero_unpaired`."""
+    weights = torch.where(good, asks.desirable_weight or 0.0, asks.undesirable_weight or 0.0)
+    return weights * (1 - torch.sigmoid((asks.beta or 0.0) * torch.where(good, ratio - kl, kl - ratio)))
 
 
 def of(train: Train) -> Objective:
@@ -113,7 +165,7 @@ class Preference(Objective):
 
     def loss(self, model: Model, batch: Batch) -> Tensor:
         better, worse, whole = self._pairs(model, batch)
-        losses = pair_losses.of_pairs(better, worse, self.asks)
+        losses = of_pairs(better, worse, self.asks)
         if "watched" in batch:
             seen = self._figures(better, worse) | {"answer_tokens": (better.tokens + worse.tokens) / 2}
             batch["watched"].update({name: (float(values.sum()), len(values)) for name, values in seen.items()})
@@ -124,7 +176,7 @@ class Preference(Objective):
 
     def text_sums(self, model: Model, batch: Batch) -> list[Sums]:
         better, worse, whole = self._pairs(model, batch)
-        losses = pair_losses.of_pairs(better, worse, self.asks)
+        losses = of_pairs(better, worse, self.asks)
         losses = losses - self.own * whole.logp / whole.tokens  # the mean of each pair
         return self._by_text({"loss": losses, "pairs": torch.ones_like(losses), **self._figures(better, worse)})
 
@@ -229,7 +281,7 @@ class Unpaired(Preference):
     def _losses(self, side: Answers, batch: Batch, kl: float) -> tuple[Tensor, Tensor, Tensor]:
         """Of each answer its loss, whether it is good, and its log ratio: (n,)."""
         good = batch["desirable"].to(side.ratio.device)
-        return pair_losses.of_answers(side.ratio, good, kl, self.asks), good, side.ratio
+        return of_answers(side.ratio, good, kl, self.asks), good, side.ratio
 
     def text_sums(self, model: Model, batch: Batch) -> list[Sums]:
         losses, good, ratio = self._losses(self._side(_log_p(model, batch), batch), batch, 0.0)

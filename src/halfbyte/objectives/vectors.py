@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
+from torch import Tensor
 
 from halfbyte.data import collate, pack
 from halfbyte.data.encoding.encoder import EncodedRows
@@ -27,9 +28,6 @@ from halfbyte.plan.job import ObjectiveCost
 from halfbyte.recipe import task
 from halfbyte.scoring import retrieval
 from halfbyte.types import Batch, Model
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,7 @@ class TextVectors(Objective):
         """The loss of each row, and the gradient of the step's by its vectors."""
         import torch
 
-        numbers, every = list[int](), list["Tensor"]()
+        numbers, every = list[int](), list[Tensor]()
         scores = [torch.empty(0)]
         for rows, batch in parts:
             with torch.no_grad(), same(rows, batch):

@@ -7,8 +7,6 @@ Source: Linux `proc(5)` (`schedstat`: how long our threads waited for a core) an
 Cost: about three seconds once; reading the cache imports no torch.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os
@@ -181,7 +179,7 @@ class Tries:
             torch.get_device_module(self.where.partition(":")[0]).synchronize()
 
 
-def _main_rates(tries: Tries, kind: torch.dtype) -> tuple[float, float, float, float, float]:
+def _main_rates(tries: Tries, kind: "torch.dtype") -> tuple[float, float, float, float, float]:
     """What is done in a second, in the order of `Rates`; products are the engine's, not always torch's."""
     import torch
 
@@ -215,7 +213,7 @@ def _integer_rate(tries: Tries) -> float:
     return 2 * size**3 / tries.best(lambda: torch._int_mm(a, a, out=out))
 
 
-def _dropout_rate(tries: Tries, kind: torch.dtype) -> float:
+def _dropout_rate(tries: Tries, kind: "torch.dtype") -> float:
     """Numbers a second that LoRA's dropout passes over, by the engine's own function; 0 where it is another one's."""
     import torch
 
@@ -226,7 +224,7 @@ def _dropout_rate(tries: Tries, kind: torch.dtype) -> float:
     return DROPPED / tries.best(lambda: drop(x, 0.05, 1)) if available(x) else 0.0
 
 
-def _attention_rate(tries: Tries, kind: torch.dtype) -> float:
+def _attention_rate(tries: Tries, kind: "torch.dtype") -> float:
     """Forward and backward of 8 heads of 64 over 4 examples of 256 tokens, by the engine's own function; on a card of
     32 heads of 128 over 8 examples of 1024."""
     import torch

@@ -3,8 +3,6 @@
 Cost: one walk over the tensors; no torch.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -161,7 +159,7 @@ class Job:
 
     @classmethod
     def of_checkpoint(
-        cls, recipe: Recipe, checkpoint: Checkpoint, model: Model | None, rows: Rows, device: Device,
+        cls, recipe: Recipe, checkpoint: Checkpoint, model: "Model | None", rows: Rows, device: Device,
         targets: Sequence[str] | str | None = None,
     ) -> Self:  # fmt: skip
         """From the headers of a checkpoint; from `model` where it has none (pickled weights, or quantised ones)."""

@@ -7,27 +7,22 @@ does, and all else as products.
 Source: G. Amdahl, AFIPS 1967. Cost: a second for each number of threads. No torch but to measure.
 """
 
-from __future__ import annotations
-
 import math
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from halfbyte.plan.calibrate import MEMORY_BYTES, Tries, path_of, threads
+from halfbyte.plan.job import Job
+from halfbyte.plan.result import Plan
 from halfbyte.plan.timing import mean_micro_batches
 from halfbyte.runs.folder import read_json
 from halfbyte.system import files, openmp
 from halfbyte.system import topology as topologies
 from halfbyte.system.device import Device
 from halfbyte.system.topology import Topology
-
-if TYPE_CHECKING:
-    from halfbyte.plan.job import Job
-    from halfbyte.plan.result import Plan
 
 SUFFIX, ASKED = ".scaling.json", (1, 2, 4, 8, 16, 32, 64)
 SERIAL = frozenset({"overhead", "own dropout", "writing"})

@@ -175,7 +175,7 @@ def _loss(answers: Path) -> float:
 @dataclass(frozen=True)
 class Exported:
     """What was written, and what it says. `tried`: of each base what was measured, `base` the one taken. `held_out`:
-    losses, and the share of the run's gain that is kept (`export/gain.py`)."""
+    losses, and the share of the run's gain that is kept (`export/job.py`)."""
 
     path: Path
     kind: str

@@ -124,10 +124,8 @@ def logits(lm: Model, examples: Sequence[Tensor]) -> Tensor:
     model's head its hidden states: (T, D)."""
     inputs = forward_inputs(lm, pack(examples))
     if not has_logits(lm):
-        hidden: Tensor = structure.body(lm)(**inputs)[0][0].float()
-        return hidden
-    packed_logits: Tensor = lm(**inputs).logits[0].float()
-    return packed_logits
+        return structure.body(lm)(**inputs)[0][0].float()
+    return lm(**inputs).logits[0].float()
 
 
 def loss_and_gradients(

@@ -56,8 +56,7 @@ def _quantise(keys: object, values: Tensor, block_size: int, quant_type: str, st
                 return result
         except Exception:  # of any kind: a script that quantised before must quantise now, more slowly
             _held["failed"] = True
-    before: tuple[Tensor, Tensor] = _held[QUANTISE].call_boxed(keys, values, block_size, quant_type, storage)
-    return before
+    return _held[QUANTISE].call_boxed(keys, values, block_size, quant_type, storage)
 
 
 def _dequantise(
@@ -68,8 +67,7 @@ def _dequantise(
 
     whole = not shape[-1] % block_size and not dequantise.is_distrusted(quant_type, kind)
     if whole or quant_type not in ("nf4", "fp4"):
-        before: Tensor = _held[DEQUANTISE].call_boxed(keys, packed, absmax, block_size, quant_type, shape, kind)
-        return before
+        return _held[DEQUANTISE].call_boxed(keys, packed, absmax, block_size, quant_type, shape, kind)
     import torch
 
     out = torch.empty(shape, dtype=kind)

@@ -202,5 +202,4 @@ def frozen_product(x: Tensor, layer: nn.Module, number_format: NumberFormat) -> 
     def backward(layer: nn.Module, dy: Tensor, dtype: torch.dtype) -> Tensor:
         return dy @ number_format.weight(layer, dtype).to(dtype)
 
-    product: Tensor = FrozenLinear.apply(x, layer.bias, layer, forward, backward)
-    return product
+    return FrozenLinear.apply(x, layer.bias, layer, forward, backward)

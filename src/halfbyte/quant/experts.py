@@ -27,8 +27,7 @@ class ExpertParameter:
 
     @property
     def parameter(self) -> nn.Parameter:
-        parameter: nn.Parameter = getattr(self.module, self.name)
-        return parameter
+        return getattr(self.module, self.name)
 
 
 def stored_name(path: str) -> str:

@@ -1,7 +1,5 @@
 """The registry of number formats. A new one is a file with a subclass of `NumberFormat`, and a line here."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
@@ -26,12 +24,12 @@ def of(quant: Quant) -> NumberFormat:
     return FORMATS[quant.type]
 
 
-def of_module(module: nn.Module) -> NumberFormat:
+def of_module(module: "nn.Module") -> NumberFormat:
     """The format that a layer's weight is in."""
     return next((each for each in QUANTISING if each.holds(module)), NONE)
 
 
-def is_quantised(module: nn.Module) -> bool:
+def is_quantised(module: "nn.Module") -> bool:
     return of_module(module) is not NONE
 
 
@@ -42,14 +40,14 @@ def settings_of(config: Config) -> Document:
     return next((settings for settings in every if settings is not None), unknown)
 
 
-def settle(model: nn.Module) -> None:
+def settle(model: "nn.Module") -> None:
     """Make a model's quantised layers safe to train and evaluate in turns, whoever made them."""
     for each in {type(each): each for each in QUANTISING}.values():
         each.settle(model)
 
 
 @contextmanager
-def without_rounding(model: nn.Module) -> Iterator[None]:
+def without_rounding(model: "nn.Module") -> Iterator[None]:
     """A model whose layers round no inputs, for comparisons that a rounding the other way would drown."""
     with ExitStack() as stack:
         for each in {type(each): each for each in QUANTISING}.values():

@@ -151,8 +151,7 @@ class GgufBlocks(NumberFormat):
         rows = rows if layout.order is None else layout.order.numpy()[rows]
         columns = columns if layout.columns is None else layout.columns.numpy()[columns]
         there, places = np.unique(rows, return_inverse=True)
-        numbers: np.ndarray = _by_package(codes[there], layout.types[0])[places, columns].astype(np.float64)
-        return numbers
+        return _by_package(codes[there], layout.types[0])[places, columns].astype(np.float64)
 
     def kind_of(self, module: nn.Module) -> tuple[object, ...]:
         layout: MatrixLayout = module.weight.gguf

@@ -187,8 +187,7 @@ class RowEncoder:
             self._refuse(first, values.reshape(-1))
         self.scales[first // width : first // width + len(scales)] = scales.numpy()
         factors = (LARGEST / scales).nan_to_num_(posinf=0.0)  # a row of zeros has codes of zero
-        codes: np.ndarray = halves.float().mul_(factors[:, None]).round_().to(torch.int8).numpy()
-        return codes
+        return halves.float().mul_(factors[:, None]).round_().to(torch.int8).numpy()
 
     def decoded(self, codes: np.ndarray, first: int, out: Tensor) -> Tensor:
         import torch

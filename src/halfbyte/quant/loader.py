@@ -10,8 +10,6 @@ Source: `transformers/quantizers/auto.py`, `register_quantizer`, `register_quant
 `core_model_loading.py`, `WeightConverter`, `ConversionOps`.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable, Mapping
 
@@ -60,7 +58,7 @@ def stored_config(quant: Quant, dtype: torch.dtype, head_names: Iterable[str], *
     return {**values, MARK: sorted(set(quant.exempt))} if marked else values
 
 
-def opening_config(config: Config) -> Config | None:
+def opening_config(config: Config) -> "Config | None":
     """A copy of a store's config that sends `from_pretrained` to our quantiser; None where its own opens it."""
     values = getattr(config, "quantization_config", None)
     if not isinstance(values, dict) or not (MARK in values or values.get("quant_method") == METHOD):
@@ -198,8 +196,7 @@ def _parameter(quantiser: Model, model: Model, name: str, parts: Mapping[str, to
     layer = model.get_submodule(name.rpartition(".")[0])
     layer._is_hf_initialized = True
     shape = (layer.out_features, layer.in_features)
-    weight: torch.nn.Parameter = formats.of(quant).layer(parts, shape, quant, model.dtype).weight
-    return weight
+    return formats.of(quant).layer(parts, shape, quant, model.dtype).weight
 
 
 class _Operation(ConversionOps):

@@ -206,8 +206,7 @@ class NumberFormat:
         """The (out, in) matrix that a layer multiplies with. To be used at once: a dequantised one is in memory that
         the next call overwrites. `dtype`: what it will be multiplied in. A format whose layers have a dtype of their
         own returns that."""
-        weight: Tensor = module.weight
-        return weight
+        return module.weight
 
     def pieces(self, module: nn.Module, dtype: torch.dtype, rows: int) -> Iterator[Tensor]:
         """`weight`, perhaps `rows` of it at a time, in their order; each to be used before the next is asked for."""

@@ -4,8 +4,6 @@ Source: names and defaults of TRL 1.16: `DPOConfig`, `KTOConfig`, `ORPOConfig`, 
 is a method here, with the beta of its paper (arXiv:2405.14734).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Annotated
 

@@ -4,8 +4,6 @@ Source: names and defaults of TRL 1.16's `GRPOConfig` and `RLOOConfig`, but for 
 `mask_truncated_completions` (false there); `rewards` are its `reward_funcs` with their `reward_weights`.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator, Mapping

@@ -5,8 +5,6 @@ are reported at once.
 Source: names under `lora:` are those of peft.LoraConfig, under `train:` those of transformers.TrainingArguments.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -81,7 +79,7 @@ class Quant(Section):
         unset = {name: off for name, off in info.unread.items() if cls.model_fields[name].default != off}
         return {**unset, **value}
 
-    def in_type(self, name: str) -> Quant:
+    def in_type(self, name: str) -> "Quant":
         """The same in another number format, with that format's own defaults."""
         shared = {field: value for field, value in self if field not in ("type", *number_formats.UNSET)}
         return self if name == self.type else Quant(**shared, type=name)
@@ -308,7 +306,7 @@ class Recipe(tasks.FormatOfTask):
     _defaults_of_method = model_validator(mode="before")(method.with_defaults)
 
     @model_validator(mode="after")
-    def _together(self) -> Recipe:
+    def _together(self) -> "Recipe":
         problems = [*_in_source(self), *in_quant(self.quant), *_in_lora(self), *_in_train(self)]
         problems += [*self.data.problems(self.task, self.train.model_dump()), *method.problems(self.train, self.data)]
         problems += tasks.problems(self.model_dump(exclude_defaults=True))

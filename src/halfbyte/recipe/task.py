@@ -1,7 +1,5 @@
 """What a model is trained to be (`task:`), what each task reads of a recipe and refuses. No torch; pydantic."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self

@@ -20,9 +20,10 @@ from jinja2 import Environment, Undefined
 from markupsafe import Markup
 
 from halfbyte.recipe.fields import shown
-from halfbyte.report import curves, pictures, plots, record, series
+from halfbyte.report import curves, plots, record, series
 from halfbyte.report.current import is_current
 from halfbyte.report.record import Record
+from halfbyte.report.series import Series
 from halfbyte.runs.folder import RunFolder
 from halfbyte.scoring.intervals import CONFIDENCE
 from halfbyte.system import files
@@ -79,7 +80,7 @@ def html(run: Record, *, live: bool = False) -> str:
         live=live,
         run=run,
         heat=heat,
-        pictures=pictures.of_scores(run.scores),
+        pictures=of_scores(run.scores),
         facts=facts(run),
         summary=summary(run),
         most_rows=max((part["rows"] for part in run.started.get("histogram") or []), default=1),
@@ -194,3 +195,25 @@ def cut(text: object) -> str:
 
 def when(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+
+
+MOST = 30
+
+
+def of_scores(scores: Document) -> list[Markup]:
+    """Of a run's labels the confusion matrix, of at most `MOST` with the most rows, and how often it is right where it
+    is so sure; none where no labels were scored."""
+    side = (scores.get("sides") or {}).get("adapter") or {}
+    names, pictures = [str(name) for name in scores.get("labels") or ()], list[Markup]()
+    if confusion := side.get("confusion"):
+        counts = np.array(confusion, float)
+        some = np.sort(np.argsort(-counts.sum(1), kind="stable")[:MOST])
+        few = [names[i] for i in some]
+        cells = np.where(counts > 0, counts, np.nan)[np.ix_(some, some)]
+        pictures.append(plots.heat_map("Rows by label (down) and prediction (across)", few, few, cells.tolist()))
+    if bins := side.get("reliability"):
+        sure = np.array([one["sure"] for one in bins])
+        right = np.array([one["right"] for one in bins], float)
+        curves = [plots.Curve("right", Series(sure, right), "eval"), plots.Curve("sure", Series(sure, sure), "plan")]
+        pictures.append(plots.svg(plots.Chart("How often it is right", "share", "probability", curves, from_zero=True)))
+    return pictures

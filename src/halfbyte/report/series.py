@@ -4,8 +4,6 @@ Why: a run of 200,000 steps must still be a page of some kB, and its one spike m
 Cost: a few microseconds a row; no torch.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import math
@@ -36,7 +34,7 @@ class Series:
     y: Values
 
     @property
-    def known(self) -> Series:
+    def known(self) -> "Series":
         """Without the gaps."""
         keep = np.isfinite(self.y) & np.isfinite(self.x)
         return Series(self.x[keep], self.y[keep])

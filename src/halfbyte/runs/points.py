@@ -57,8 +57,7 @@ def trained_with(recipe: Recipe, objective: str, rows: Document, belongs: Docume
 
 def _values(recipe: Recipe) -> Document:
     """Every field by its dotted name, as JSON gives it back."""
-    values: Document = json.loads(json.dumps(dict(leaves(recipe)), default=str))
-    return values
+    return json.loads(json.dumps(dict(leaves(recipe)), default=str))
 
 
 def damage(path: Path, *, hashes: bool = False) -> str | None:

@@ -10,8 +10,6 @@ which two differ.
 Cost: some 10 ms a score of 1,000 rows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -38,7 +36,7 @@ class RowSums:
     bounded: bool = False
 
     @classmethod
-    def mean(cls, values: Sequence[float | None]) -> RowSums:
+    def mean(cls, values: Sequence[float | None]) -> "RowSums":
         """The mean of the rows that have a value."""
         known = np.array([value for value in values if value is not None], np.float64)
         return cls(known, np.ones_like(known), bounded=len(known) > 0 and bool(((known >= 0) & (known <= 1)).all()))

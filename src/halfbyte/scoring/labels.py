@@ -10,8 +10,6 @@ Cost: 0.6 s for 2,000 rows, 77 labels and 2,000 resamples: these are how often e
 Letters: n rows, L labels, k resamples at once; `taken`: how often each row is, (k, n).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -184,8 +182,7 @@ def _ranks(values: Floats, taken: Floats) -> Floats:
     order = np.argsort(values, kind="stable")
     upto = np.hstack([np.zeros((len(taken), 1)), taken[:, order].cumsum(1)])
     before, through = (np.searchsorted(values[order], values, side) for side in ("left", "right"))
-    ranks: Floats = (upto[:, before] + upto[:, through] + 1) / 2
-    return ranks
+    return (upto[:, before] + upto[:, through] + 1) / 2
 
 
 def _mean_of_known(values: Floats) -> Floats:

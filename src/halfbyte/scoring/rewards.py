@@ -7,8 +7,6 @@ Source: how parts are summed and functions called is TRL's (`GRPOTrainer._calcul
 (`think_format_reward`).
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import inspect
@@ -59,7 +57,7 @@ class Rewards:
     parts: Mapping[str, Part]
 
     @classmethod
-    def of(cls, train: Train, settings: Eval, expected: Sequence[str]) -> Rewards:
+    def of(cls, train: Train, settings: Eval, expected: Sequence[str]) -> "Rewards":
         """As a recipe has them, for rows with these expected answers. Raises DataError: a metric that has nothing to
         compare with in any of them."""
         weights, most = train.rewards or {}, train.max_completion_length or 1
@@ -113,8 +111,7 @@ class RewardFunction:
         if (folder := str(Path(file).parent)) not in sys.path:
             sys.path.append(folder)
         spec.loader.exec_module(module)
-        function: Callable[..., Sequence[object]] = getattr(module, name)
-        return function
+        return getattr(module, name)
 
     def __call__(self, attempts: Sequence[Attempt]) -> list[float | None]:
         """The rewards of some answers. Raises RewardError: it raises, takes too long, or returns something else than a

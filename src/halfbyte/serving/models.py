@@ -1,14 +1,24 @@
-"""A base with all adapters that are served on it, each with its own tokenizer and its own tokens that end an answer."""
+"""A base with all adapters that are served on it, each with its own tokenizer and its own tokens that end an answer.
 
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+Adapters are put on it and taken away again between answers, since a server lasts longer than their choice. Only folders
+below those that were allowed when it began are read, with links followed first: whatever is asked for, a folder outside
+of them is told apart from none at all by nothing. The adapter has to belong to the base, as at the start. A new writer,
+proven for each model, takes the place of the one before; if it cannot be, nothing changes.
+"""
+
+import re
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
 from halfbyte.adapters import lora
+from halfbyte.adapters.assembly import put_beside, take_away
 from halfbyte.base.store.supply import Tell
-from halfbyte.errors import RecipeError
-from halfbyte.inference import load
+from halfbyte.errors import AdapterError, RecipeError
+from halfbyte.inference import load, target
 from halfbyte.inference.generate import stop_ids
 from halfbyte.inference.target import Target
 from halfbyte.models import structure
@@ -16,7 +26,7 @@ from halfbyte.models.context import Context, context_of
 from halfbyte.models.sources.lookup import find_model
 from halfbyte.plan import choose
 from halfbyte.plan.memory import cache_bytes
-from halfbyte.serving.names import Names
+from halfbyte.serving.names import Names, check_same
 from halfbyte.system import device
 from halfbyte.types import Model, Tokenizer
 from halfbyte.writing.places import SIZES, FastPathUnavailable
@@ -90,8 +100,8 @@ def open_all(
     opened = load.open_target(names.first, tell, beside=beside, force=force, lasting=True)
     checkpoint = find_model(names.first.recipe)
     by_name = {}
-    for name, target in targets:
-        tokenizer = opened.tokenizer if target is names.first else load.tokenizer_of(target, checkpoint)
+    for name, one in targets:
+        tokenizer = opened.tokenizer if one is names.first else load.tokenizer_of(one, checkpoint)
         by_name[name] = served(opened.model, name, internal[name], tokenizer)
     by_name[names.base] = served(opened.model, names.base, None, opened.tokenizer)
     max_length, places, cache_bytes = _sized(opened, max_length, places)
@@ -164,3 +174,80 @@ def _prove(writer: TextWriter, models: Models, count: int) -> None:
             check(logits[None].float().cpu(), expected, layers, read=by_tape)
         for text in texts:
             writer.remove(text)
+
+
+_NAME = re.compile(r"[\w.:@+-]{1,64}")
+
+
+@dataclass(frozen=True)
+class AdapterFolders:
+    """Args: allowed: folders, with links followed, below which adapters may lie. overrides: of their recipes."""
+
+    allowed: tuple[Path, ...] = ()
+    overrides: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, folders: Sequence[Path], overrides: Sequence[str] = ()) -> "AdapterFolders":
+        """Raises AdapterError: one of them is no folder."""
+        if missing := [folder for folder in folders if not folder.is_dir()]:
+            raise AdapterError(f"--allow-adapters {missing[0]} is no folder.", fix="name one that has adapters in it")
+        return cls(tuple(folder.resolve() for folder in folders), tuple(overrides))
+
+    def find(self, name: str) -> Target | None:
+        """The run or adapter of a path, relative to an allowed folder or absolute; None: there is none below them, or
+        it reads what is not. Raises HalfbyteError: it is no run."""
+        for root in self.allowed:
+            with suppress(OSError, ValueError, RuntimeError):  # 5,000 characters, a zero among them, links in a ring
+                path = (root / name).resolve()
+                if path.is_relative_to(root) and path.is_dir() and self._stays_inside(path):
+                    found = target.find(path, self.overrides)
+                    template = found.recipe.data.chat_template or ""
+                    is_file = template and "{" not in template and Path(template).exists()
+                    return None if found.adapter is None or is_file else found
+        return None
+
+    def _stays_inside(self, path: Path) -> bool:
+        """Whether nothing of it is a link to elsewhere."""
+        return all(
+            any(file.resolve().is_relative_to(root) for root in self.allowed)
+            for folder in (path, path / "adapter")
+            for file in folder.glob("*")
+        )
+
+
+def put_adapter(models: Models, name: str, one: Target) -> tuple[Models, TextWriter, str]:
+    """One more adapter, and who writes from then on. Raises AdapterError: it belongs to another base, does not fit, or
+    would change its neighbours. Nothing has changed."""
+    opened, first = models.opened, models.first
+    assert one.adapter is not None and opened.base is not None
+    if not _NAME.fullmatch(name):
+        raise AdapterError(f"{name[:64]!r} is no name: letters, digits and .:@+-_ of at most 64 are.")
+    check_same(first, one)
+    if one.recipe.lora.bias != "none" or opened.own_biases:
+        raise AdapterError("an adapter that has trained the base's biases (lora.bias) has to be served alone.")
+    tokenizer = load.tokenizer_of(one, find_model(first.recipe))
+    load.check_belongs(one, opened.base, tokenizer)
+    numbers = [int(n.removeprefix("adapter")) for n in opened.model.peft_config if n.startswith("adapter")]
+    internal = f"adapter{max(numbers, default=0) + 1}"
+    with torch.enable_grad():  # for its proof
+        put_beside(opened.model, opened.recipe, one.adapter, internal, packed=opened.job.packed)
+    try:
+        by_name = {**models.by_name, name: served(opened.model, name, internal, tokenizer)}
+        return _with(replace(models, by_name=by_name))
+    except Exception:
+        take_away(opened.model, internal)
+        raise
+
+
+def take_adapter(models: Models, name: str) -> tuple[Models, TextWriter, str]:
+    """Without an adapter, and who writes from then on."""
+    gone = models.by_name[name].adapter
+    assert gone is not None
+    by_name = {other: one for other, one in models.by_name.items() if other != name}
+    changed = _with(replace(models, by_name=by_name))
+    take_away(models.opened.model, gone)
+    return changed
+
+
+def _with(models: Models) -> tuple[Models, TextWriter, str]:
+    return models, *writer_for(models)

@@ -4,8 +4,6 @@ Each turn takes what has come meanwhile, in that order and up to `AT_ONCE` texts
 asks during a turn waits for its end. A request that cannot be read fails alone: the others of its turn are read again.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from collections.abc import Sequence

@@ -6,8 +6,6 @@ the same ones first. The losses of the base and of its source are kept beside it
 Cost: a forward of these rows, three times in a base's first run.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from contextlib import suppress
@@ -70,7 +68,7 @@ class Comparison:
     ends: bool = False
     kept: Path | None = None
     context: str = ""
-    text: Comparison | str = "nobody asked"
+    text: "Comparison | str" = "nobody asked"
     base: Rows | None = None
     source: Rows | None = None
 

@@ -5,8 +5,6 @@ Why: a run, its dry run and `data check` must say the same.
 Cost: tokenising, and the shapes of the model; a calibration of this machine (seconds, once) before a run of minutes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial

@@ -5,8 +5,6 @@ adapter, so no model is built, and neither PEFT nor a Trainer is imported (a sec
 Cost: the headers of the checkpoint.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -51,7 +49,7 @@ def asks_theirs(train: Train) -> bool:
 
 
 def job_of(
-    prepared: Prepared, machine: Device, *, model: Model | None = None, targets: Sequence[str] | str | None = None,
+    prepared: Prepared, machine: Device, *, model: "Model | None" = None, targets: Sequence[str] | str | None = None,
     ranks: int = 1, done: int = 0,
 ) -> Job:  # fmt: skip
     """The job of rows that are prepared.

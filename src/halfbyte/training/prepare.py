@@ -4,8 +4,6 @@ Why: a missing file, a bad row or wrong labels must be reported in seconds, not 
 Cost: tokenising, about 3,000 rows of 200 tokens a second a core; once, then their pages.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -52,7 +50,7 @@ class Prepared:
     train: EncodedRows
     evaluation: EncodedRows | None
     findings: tuple[gates.Finding, ...]
-    chatml: chatml.ChatmlMarks | None = None
+    chatml: "chatml.ChatmlMarks | None" = None
     """Where the model has no chat template of its own; then `recipe` trains the rows of its new tokens."""
     held_out: Examples | None = None  # the rows (texts, not blocks of them) that were taken out of the training rows
     mixture: Mixture | None = None  # how the sources of `data.train` are mixed; None where they are not

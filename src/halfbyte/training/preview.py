@@ -4,8 +4,6 @@ Why: a mask that is wrong, or an end token that is never learned, shows at a gla
 Cost: tokenising, and the shapes of the model; no weight is read.
 """
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from itertools import groupby, islice
 from typing import TYPE_CHECKING
@@ -80,7 +78,7 @@ def estimate(loaded: Loaded, *, side_by_side: bool = False) -> Estimate:
     return Estimate(shape, recipe, run.machine, run.plan, notes, job, rates, methods)
 
 
-def resolve_fields(loaded: Loaded, job: PlannedRun) -> list[tuple[str, object, Origin]]:
+def resolve_fields(loaded: Loaded, job: "PlannedRun") -> list[tuple[str, object, Origin]]:
     """Every field with its value, no longer `auto`, and where that came from."""
     auto, values = auto_values(job), list[tuple[str, object, Origin]]()
     for field, value, origin in rows(loaded):
@@ -89,7 +87,7 @@ def resolve_fields(loaded: Loaded, job: PlannedRun) -> list[tuple[str, object, O
     return values
 
 
-def auto_values(job: PlannedRun) -> dict[str, tuple[object, str]]:
+def auto_values(job: "PlannedRun") -> dict[str, tuple[object, str]]:
     """The value of each field that may be `auto`, and why it is this one."""
     plan, recipe = job.plan, job.prepared.recipe
     tokens = "max_tokens_per_micro_batch"

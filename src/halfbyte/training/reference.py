@@ -7,8 +7,6 @@ what they depend on. A run that goes on reads them.
 Cost: a forward of all rows, once.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Mapping

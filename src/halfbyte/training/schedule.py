@@ -1,7 +1,5 @@
 """The steps of a run, counted and arranged: how many, which rows, when to save and when to evaluate."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -134,11 +132,11 @@ class StreamedRows:
 
     prepared: Prepared
     flow: Flow
-    world: World
-    tell: Listener
+    world: "World"
+    tell: "Listener"
     left_out: int = 0
 
-    def begin(self, step: pack.Step, pace: Pace, look: Callable[[int, int], None]) -> collate.StepItem:
+    def begin(self, step: pack.Step, pace: "Pace", look: Callable[[int, int], None]) -> collate.StepItem:
         count = self.prepared.recipe.train.rows_per_step
         rows = self.flow.rows(step.index * count, (step.index + 1) * count)
         if self.flow.left_out.count > self.left_out:

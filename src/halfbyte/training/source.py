@@ -7,8 +7,6 @@ Cost: its weights in memory, and a forward of the rows. Where they are more than
 reason; a base that is its source costs nothing.
 """
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import replace

@@ -10,8 +10,6 @@ only other settings of the adapters are put on anew.
 Cost: of other values under `train:` the weights of an adapter read from a file; of others under `lora:` the proofs.
 """
 
-from __future__ import annotations
-
 import gc
 import shutil
 import tempfile
@@ -34,10 +32,9 @@ from halfbyte.training.comparison import Rows, compare
 from halfbyte.training.deadline import Clock, Schedule
 from halfbyte.training.events import Listener, StopRequest
 from halfbyte.training.fit import PlannedRun
-from halfbyte.training.model import open_model
 from halfbyte.training.run import run_steps
 from halfbyte.training.schedule import count_steps, warmup_steps
-from halfbyte.training.setup import Setup, equip
+from halfbyte.training.setup import Setup, equip, open_model
 from halfbyte.tuning import fits, results
 from halfbyte.tuning.results import with_values
 from halfbyte.tuning.search import ACCUMULATION, BATCH, RANK, RATE, TARGETS, Result, Search, SearchState, of_all
@@ -140,7 +137,7 @@ class TimeBudget:
     fit: fits.Fit | None = None
 
     @classmethod
-    def of(cls, loaded: Loaded, clock: Clock, world: World, *, resume: bool, alone: bool) -> TimeBudget | None:
+    def of(cls, loaded: Loaded, clock: Clock, world: World, *, resume: bool, alone: bool) -> "TimeBudget | None":
         """What a recipe asks for; None where it gives no time."""
         run, within_s = loaded.recipe.output, loaded.recipe.train.within_s
         if within_s is None:

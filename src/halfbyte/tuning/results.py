@@ -5,8 +5,6 @@ the rows that a rate has fallen to 0 over, so that a line through finished runs 
 milliseconds; no torch.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path

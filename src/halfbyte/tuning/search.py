@@ -10,8 +10,6 @@ Source: successive halving, arXiv:1502.07943. Best rates over rows, arXiv:2602.0
 Cost: none of its own; no torch.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field

@@ -16,15 +16,13 @@ def convert_expert_names() -> Callable[..., None]:
     """What turns names of single experts in a LoraConfig, in place, into those of their stacks."""
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
-    convert: Callable[..., None] = convert_peft_config_for_transformers
-    return convert
+    return convert_peft_config_for_transformers
 
 
 def loraplus() -> Callable[..., Any]:
     from peft.optimizers import create_loraplus_optimizer
 
-    create: Callable[..., Any] = create_loraplus_optimizer
-    return create
+    return create_loraplus_optimizer
 
 
 def lora_fields() -> frozenset[str]:

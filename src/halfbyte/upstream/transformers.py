@@ -76,8 +76,7 @@ def gguf_splits() -> Mapping[str, str]:
     with a version whose reader of GGUF tokenizers does not go by the file's rule."""
     from transformers.integrations.gguf import gguf_tokenizer_mapping
 
-    splits: Mapping[str, str] = gguf_tokenizer_mapping.GGUF_PRE_TOKENIZER_SPLITS
-    return splits
+    return gguf_tokenizer_mapping.GGUF_PRE_TOKENIZER_SPLITS
 
 
 def training_fields() -> frozenset[str]:

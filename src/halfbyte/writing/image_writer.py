@@ -5,8 +5,6 @@ whether it gives the same logit. Of a conversation only what is new is read.
 Cost: keeping takes a few hundred milliseconds, with a proof on a longer prompt a second more.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -79,7 +77,7 @@ class ImageWriter:
         return self.image.decoders[0].step(embedded, [at], whole=not text.sampler.greedy)[0]
 
 
-def keep(writer: Writer, folder: Path, prompt: Sequence[int], most: int, threads: int, facts: Document) -> None:
+def keep(writer: "Writer", folder: Path, prompt: Sequence[int], most: int, threads: int, facts: Document) -> None:
     """An image of the tape of a writer, which has answered a prompt as its active adapter does, for texts of up to
     `most` tokens. Raises CannotKeep."""
     import torch

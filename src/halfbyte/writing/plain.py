@@ -7,8 +7,6 @@ it (`custom_generate`, a documented argument); the loop is that of `GenerationMi
 Cost: each token dequantises the base once a batch.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -42,8 +40,7 @@ def processors(lm: Model, text: Text) -> Processors | None:
     if all(value in (None, 0, 1, False, [], {}) for value in settings.values()):
         return None
     ids = torch.tensor([list(text.prompt)], device=lm.device)
-    prepared: Processors = _prepared(lm, ids, torch.ones_like(ids), text)["logits_processor"]
-    return prepared
+    return _prepared(lm, ids, torch.ones_like(ids), text)["logits_processor"]
 
 
 def _prepared(lm: Model, ids: Tensor, mask: Tensor, text: Text) -> Document:
@@ -74,7 +71,7 @@ class _PaddedBatch:
     logits: Tensor | None = None
 
     @classmethod
-    def read(cls, lm: Model, texts: Sequence[Text]) -> _PaddedBatch:
+    def read(cls, lm: Model, texts: Sequence[Text]) -> "_PaddedBatch":
         width = max(len(text.prompt) for text in texts)
         ids = torch.zeros((len(texts), width), dtype=torch.int64, device=lm.device)
         mask = torch.zeros_like(ids)
@@ -104,7 +101,7 @@ class _PaddedBatch:
         self.inputs = lm._update_model_kwargs_for_generation(outputs, self.inputs)
         self.logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
 
-    def copied(self, text: Text) -> _PaddedBatch:
+    def copied(self, text: Text) -> "_PaddedBatch":
         """For another text after the same prompt."""
         return _PaddedBatch(self.adapter, [text], self.ids, copy.deepcopy(self.inputs), self.logits)
 

@@ -3,8 +3,6 @@
 Source: `transformers/utils/chat_template_utils.py`. Cost: reading a tokenizer.json.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -37,7 +35,7 @@ class PlainTokenizer:
         self.chat, self.backend_tokenizer = chat, Backend.from_file(str(folder / FILE))
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, folder: Path, chat_ids: Callable[..., list[int]]) -> PlainTokenizer:
+    def of(cls, tokenizer: Tokenizer, folder: Path, chat_ids: Callable[..., list[int]]) -> "PlainTokenizer":
         """Of transformers' tokenizer, written into a folder. `chat_ids`: what it makes of a conversation. Raises
         CannotKeep: conversations or tokens would become others."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -70,7 +68,7 @@ class PlainTokenizer:
         return str(self.backend_tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     @cached_property
-    def _template(self) -> Template:
+    def _template(self) -> "Template":
         """In a sandbox, with what transformers gives a template."""
         from jinja2.exceptions import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from halfbyte.data.encoding import encode, token_cache
+from halfbyte.data.encoding import encode
 from halfbyte.data.reading import files, read
 from halfbyte.errors import DataError
 
@@ -22,7 +22,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(read, "CHUNK_ROWS", 32)
     monkeypatch.setattr(encode, "ALONE_CHUNKS", 2)
-    monkeypatch.setattr(token_cache, "MIN_ROWS", 100)
+    monkeypatch.setattr(encode, "MIN_ROWS", 100)
 
 
 def write(path: Path, lines: list[str]) -> str:
@@ -68,7 +68,7 @@ def test_two_processes_make_what_one_makes(
     monkeypatch.setattr(encode.Encoder, "encode_chunk", lambda *a, **k: pytest.fail("not by a helper"))
     together = encode.encode(names, tokenizer, data, cores=2)
     assert outcome(together) == alone and len(asked) == 10 + 2 + 3 + 2
-    assert sorted(p.suffix for p in token_cache.folder().iterdir()) == [".arrow", ".sha256"]
+    assert sorted(p.suffix for p in encode.folder().iterdir()) == [".arrow", ".sha256"]
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_the_same_errors(
             encode.encode(name, tokenizer, make_data(), cores=cores).tally.check_length(make_data())
         errors.append(str(error.value))
     assert errors[0] == errors[1]
-    kept = sorted(p.suffix for p in token_cache.folder().glob("*"))
+    kept = sorted(p.suffix for p in encode.folder().glob("*"))
     assert kept == [".arrow", ".sha256"] * ("longer" in said), (
         "nothing is left of what cannot be read; long rows can be looked at"
     )
@@ -151,10 +151,10 @@ def test_rows_without_a_name_are_mapped_and_leave_nothing(
 ) -> None:
     name, tokenizer = write(tmp_path / "a.jsonl", [*map(json.dumps, ROWS)]), make_byte_level(templates.chatml)
     kept = outcome(encode.encode(name, tokenizer, make_data()))
-    monkeypatch.setattr(token_cache, "key", lambda *args: None)
+    monkeypatch.setattr(encode, "key", lambda *args: None)
     mapped: list[Path] = []
-    real = token_cache._map
-    monkeypatch.setattr(token_cache, "_map", lambda path: mapped.append(path) or real(path))
+    real = encode._map
+    monkeypatch.setattr(encode, "_map", lambda path: mapped.append(path) or real(path))
     assert outcome(encode.encode(name, tokenizer, make_data())) == kept
     assert len(mapped) == 1 and not mapped[0].exists()
-    assert len(list(token_cache.folder().glob("*.arrow"))) == 1
+    assert len(list(encode.folder().glob("*.arrow"))) == 1

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from halfbyte.data.encoding import token_cache
+from halfbyte.data.encoding import encode
 from halfbyte.errors import DataError
 from halfbyte.system import files
 
@@ -17,8 +17,8 @@ from halfbyte.system import files
 @pytest.fixture
 def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(token_cache, "LARGE_BYTES", 4)
-    monkeypatch.setattr(token_cache, "SETTLED_S", 0.0)
+    monkeypatch.setattr(encode, "LARGE_BYTES", 4)
+    monkeypatch.setattr(encode, "SETTLED_S", 0.0)
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"some rows")
     return path
@@ -30,7 +30,7 @@ def once(path: Path, monkeypatch: pytest.MonkeyPatch) -> bool:
         read: list[Path] = []
         real = files.sha256
         patch.setattr(files, "sha256", lambda p: (read.append(p), real(p))[1])
-        assert token_cache.digest(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert encode.digest(path) == hashlib.sha256(path.read_bytes()).hexdigest()
         return not read
 
 
@@ -50,20 +50,20 @@ def test_a_change_that_keeps_size_and_time_is_seen(large: Path, monkeypatch: pyt
 @pytest.mark.parametrize("harm", ["not json", "[]", '{"x": 1}'])
 def test_notes_that_are_damaged_are_not_read(harm: str, large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     once(large, monkeypatch)
-    token_cache._digests().write_text(harm)
+    encode._digests().write_text(harm)
     assert not once(large, monkeypatch) and once(large, monkeypatch)
 
 
 def test_a_file_that_has_just_changed_and_a_small_one_are_not_noted(
     large: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(token_cache, "SETTLED_S", 60.0)
+    monkeypatch.setattr(encode, "SETTLED_S", 60.0)
     assert [once(large, monkeypatch) for _ in range(2)] == [False, False]
-    monkeypatch.setattr(token_cache, "SETTLED_S", 0.0)
-    monkeypatch.setattr(token_cache, "LARGE_BYTES", 100)
+    monkeypatch.setattr(encode, "SETTLED_S", 0.0)
+    monkeypatch.setattr(encode, "LARGE_BYTES", 100)
     assert [once(large, monkeypatch) for _ in range(2)] == [False, False]
 
 
 def test_one_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nothing\.jsonl cannot be read: No such file or directory"):
-        token_cache.digest(tmp_path / "nothing.jsonl")
+        encode.digest(tmp_path / "nothing.jsonl")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from halfbyte.data.encoding import encode, token_cache
+from halfbyte.data.encoding import encode
 from halfbyte.data.encoding.chatml import is_needed
 from halfbyte.data.reading import files, read
 from halfbyte.errors import DataError
@@ -64,7 +64,7 @@ def test_an_entry_is_stronger_than_a_glob_and_keeps_its_place(entries: list[Any]
 def test_another_way_of_reading_is_another_file_in_the_cache(entries: list[Any], make_byte_level: Any) -> None:
     tokenizer, path, data = make_byte_level("{{ messages }}"), entries[0], Data(train="unread")
     ways = [{}, {"mask": "all"}, {"format": "text"}, {"chat_template": "chatml"}, {"chat_template": "qwen-tools"}]
-    keys = [token_cache.key([DataEntry(path=path, **way)], tokenizer, data) for way in ways]  # type: ignore[arg-type]
+    keys = [encode.key([DataEntry(path=path, **way)], tokenizer, data) for way in ways]  # type: ignore[arg-type]
     assert None not in keys and len(set(keys)) == len(ways)
 
 

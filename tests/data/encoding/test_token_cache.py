@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from halfbyte.data.encoding import encode, encoder, token_cache
+from halfbyte.data.encoding import encode, encoder
 
 ROWS = [{"prompt": f"what is {n}", "completion": f"a number, {n}"} for n in range(7)]
 
@@ -16,7 +16,7 @@ ROWS = [{"prompt": f"what is {n}", "completion": f"a number, {n}"} for n in rang
 @pytest.fixture
 def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(token_cache, "MIN_ROWS", 1)
+    monkeypatch.setattr(encode, "MIN_ROWS", 1)
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return path
@@ -43,18 +43,18 @@ def test_whatever_changes_a_token_is_another_file(
     own = tmp_path / "own.jinja"
     own.write_text(templates.chatml)
     keys = [
-        token_cache.key(rows, tokenizer, make_data()),
-        token_cache.key(rows, tokenizer, make_data(mask="all")),
-        token_cache.key(rows, tokenizer, make_data(max_length=17)),
-        token_cache.key(rows, tokenizer, make_data(chat_template=str(own))),
-        token_cache.key(rows, make_byte_level(templates.llama3), make_data()),
-        token_cache.key(rows, make_byte_level(templates.chatml, special=["<new>"]), make_data()),
+        encode.key(rows, tokenizer, make_data()),
+        encode.key(rows, tokenizer, make_data(mask="all")),
+        encode.key(rows, tokenizer, make_data(max_length=17)),
+        encode.key(rows, tokenizer, make_data(chat_template=str(own))),
+        encode.key(rows, make_byte_level(templates.llama3), make_data()),
+        encode.key(rows, make_byte_level(templates.chatml, special=["<new>"]), make_data()),
     ]
     own.write_text(templates.llama3)
-    keys.append(token_cache.key(rows, tokenizer, make_data(chat_template=str(own))))
-    assert token_cache.key(rows, tokenizer, make_data()) == keys[0]
+    keys.append(encode.key(rows, tokenizer, make_data(chat_template=str(own))))
+    assert encode.key(rows, tokenizer, make_data()) == keys[0]
     rows.write_text(rows.read_text().replace("what is 3", "what is 8"))
-    keys.append(token_cache.key(rows, tokenizer, make_data()))
+    keys.append(encode.key(rows, tokenizer, make_data()))
     assert None not in keys and len(set(keys)) == len(keys)
 
 
@@ -67,16 +67,16 @@ def test_a_damaged_file_is_not_used(
     tokenizer, data = make_byte_level(templates.chatml), make_data()
     first = encode.encode(rows, tokenizer, data)
     examples, schema = list(first.examples), first.examples.batches[0].schema
-    (path,) = token_cache.folder().glob("*.arrow")
+    (path,) = encode.folder().glob("*.arrow")
     whole = path.read_bytes()
     if harm == "no tally":
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             writer.write_batch(pa.record_batch([[]] * len(schema), schema=schema))
     else:
         path.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "not arrow": b"x" * len(whole)}[harm])
-    assert token_cache.load(path.stem) is None
+    assert encode.load(path.stem) is None
     assert list(encode.encode(rows, tokenizer, data).examples) == examples
-    assert token_cache.load(path.stem) is not None, "made again"
+    assert encode.load(path.stem) is not None, "made again"
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(
@@ -95,12 +95,12 @@ def test_few_rows_are_not_kept_and_the_oldest_go_first(
 
     def kept(**data: Any) -> list[str]:
         encode.encode(rows, tokenizer, make_data(**data))
-        return [f.stem for f in token_cache.folder().glob("*.arrow")]
+        return [f.stem for f in encode.folder().glob("*.arrow")]
 
     (first,) = kept()
-    size = next(token_cache.folder().glob("*.arrow")).stat().st_size
-    monkeypatch.setattr(token_cache, "MAX_BYTES", size + size // 2)
+    size = next(encode.folder().glob("*.arrow")).stat().st_size
+    monkeypatch.setattr(encode, "MAX_BYTES", size + size // 2)
     (second,) = kept(mask="all")
     assert first != second
-    monkeypatch.setattr(token_cache, "MIN_ROWS", 1000)
+    monkeypatch.setattr(encode, "MIN_ROWS", 1000)
     assert kept(max_length=99) == [second]

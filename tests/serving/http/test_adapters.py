@@ -14,8 +14,8 @@ import openai
 import pytest
 
 from halfbyte.errors import AdapterError
-from halfbyte.serving.adapters import AdapterFolders
 from halfbyte.serving.engine import Engine
+from halfbyte.serving.models import AdapterFolders
 from tests.serving import served
 from tests.serving.http.test_app import Running, asked, until
 

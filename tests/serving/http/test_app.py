@@ -16,9 +16,9 @@ import openai
 import pytest
 
 from halfbyte.inference.generate import generate
-from halfbyte.serving.adapters import AdapterFolders
 from halfbyte.serving.engine import Engine
-from halfbyte.serving.http import server
+from halfbyte.serving.http import app
+from halfbyte.serving.models import AdapterFolders
 from halfbyte.serving.reader import TextReader
 from halfbyte.serving.settings import Settings, bind
 from halfbyte.writing.sampling import SamplingParams
@@ -38,9 +38,9 @@ class Running:
         self.sock = bind(self.settings)
         self.sock.listen(64)
         if isinstance(engine, TextReader):
-            self.server = server.build_reader(engine, self.settings)
+            self.server = app.build_reader(engine, self.settings)
         else:
-            self.engine, self.server = engine, server.build(engine, self.settings, folders)
+            self.engine, self.server = engine, app.build(engine, self.settings, folders)
         self.url = f"http://127.0.0.1:{self.sock.getsockname()[1]}"
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.sock]})
         self.thread.start()

@@ -87,8 +87,7 @@ class ModuleSource(Source):
 
 
 def tensor_at(root: nn.Module, name: str) -> Tensor:
-    tensor: Tensor = getattr(root.get_submodule(owner_of(name)), name.rpartition(".")[2])
-    return tensor
+    return getattr(root.get_submodule(owner_of(name)), name.rpartition(".")[2])
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,6 @@ So what is held beside the result does not grow with a tensor, not even with an 
 at once. Reading, hashing, quantising and writing all run without Python's lock.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -34,7 +32,7 @@ class Memory:
         known = (slot for slot in slots if slot.nbytes is not None)
         self.tensors = {slot.name: torch.empty(slot.shape, dtype=kinds[slot.dtype]) for slot in known}
 
-    def put(self, name: str, data: Buffer, offset: int = 0) -> None:
+    def put(self, name: str, data: "Buffer", offset: int = 0) -> None:
         """Fill bytes of a tensor, `offset` bytes after its beginning."""
         given = torch.frombuffer(data, dtype=torch.uint8) if memoryview(data).nbytes else torch.empty(0)
         self.tensors[name].view(-1).view(torch.uint8)[offset : offset + given.numel()] = given

@@ -7,8 +7,6 @@ its holder removes, and who has waited for it looks again.
 Cost: the headers of the source's files are read to look it up; a hub model is known by its revision.
 """
 
-from __future__ import annotations
-
 import atexit
 import hashlib
 import json
@@ -24,8 +22,7 @@ from typing import IO, TYPE_CHECKING
 
 from halfbyte.base.store import manifest
 from halfbyte.errors import StoreError
-from halfbyte.models.sources.checkpoint import Checkpoint
-from halfbyte.models.sources.folder import PICKLE, PICKLE_INDEX
+from halfbyte.models.sources.checkpoint import PICKLE, PICKLE_INDEX, Checkpoint
 from halfbyte.models.sources.safetensors import indexed_files, weight_files
 from halfbyte.recipe import number_formats
 from halfbyte.recipe.schema import Quant
@@ -69,7 +66,7 @@ class StoreSpec:
     checkpoint: Checkpoint
     config: Config  # of the model, as transformers reads it
     quant: Quant
-    dtype: torch.dtype
+    dtype: "torch.dtype"
     head_names: tuple[str, ...] = ()  # as for `NumberFormat.load_config`
     cores: int = 1  # how many threads may compute at once
     check: Callable[[Model, Document], None] | None = None

@@ -6,8 +6,6 @@ spaces may fill up. The data begins on a page of its own, so that a file is one 
 the alignment that their length keeps: packed weights come first and lie on multiples of 64.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -59,11 +57,11 @@ class SafetensorsWriter:
         self.max_bytes = self.data_start + self.known_bytes + SPARE_BYTES * len(self.late)
         self.fd = -1
 
-    def __enter__(self) -> SafetensorsWriter:
+    def __enter__(self) -> "SafetensorsWriter":
         self.fd = os.open(self.partial, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | calls.BINARY, 0o644)
         return self
 
-    def put(self, name: str, data: Buffer, offset: int = 0) -> None:
+    def put(self, name: str, data: "Buffer", offset: int = 0) -> None:
         """Write bytes of a tensor, `offset` bytes after its beginning."""
         _write(self.fd, data, self.data_start + self.starts[name] + offset)
 
@@ -109,7 +107,7 @@ def _alignment(nbytes: int) -> int:
     return min(PAGE, nbytes & -nbytes) if nbytes else PAGE
 
 
-def _write(fd: int, data: Buffer, offset: int) -> None:
+def _write(fd: int, data: "Buffer", offset: int) -> None:
     """Write all of it: the system may take less at a time."""
     view = memoryview(data).cast("B")
     while len(view):

@@ -67,7 +67,7 @@ class Row:
     text: str | None = None
     tools: Tools = None
     rejected: "Row | None" = None
-    """The same with the worse answer, where this one has the better (`pairs.py`)."""
+    """The same with the worse answer, where this one has the better (`data/reading/pairs.py`)."""
     desirable: bool | None = None
     """Whether the answer is a good one; None where nobody says."""
 

@@ -6,8 +6,6 @@ Source: RFC 8259 (JSON), RFC 4180 (CSV), pyarrow for Parquet, `datasets` for the
 Cost: one pass; one record, or one batch of Parquet rows, in memory. JSON lines: about 150 MB a second.
 """
 
-from __future__ import annotations
-
 import codecs
 import contextlib
 import csv
@@ -424,7 +422,7 @@ def row_groups(source: RowSource) -> list[int]:
         raise DataError(f"{source.path} is not Parquet that can be read: {first_line(error)}.") from None
 
 
-def _rows_of(batch: pyarrow.RecordBatch) -> Iterator[Record]:
+def _rows_of(batch: "pyarrow.RecordBatch") -> Iterator[Record]:
     try:
         yield from batch.to_pylist()
     except (UnicodeDecodeError, ValueError):

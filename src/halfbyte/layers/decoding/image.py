@@ -6,8 +6,6 @@ between 2^32 and 2^47 in an operation is an address: all else is smaller, or the
 Cost: a hash of the image's own numbers when it is opened, 1 GB/s.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import mmap
@@ -56,7 +54,7 @@ class _Addresses:
         self.sizes[area] += -(-nbytes // _ALIGN) * _ALIGN
         return area, at
 
-    def of(self, tensor: Tensor) -> Where:
+    def of(self, tensor: "Tensor") -> Where:
         """Of a tensor that keeps its numbers."""
         start, nbytes = tensor.data_ptr(), tensor.nbytes
         if start not in self.spans:
@@ -107,7 +105,7 @@ class _Addresses:
         }
 
 
-def save(folder: Path, decoders: Sequence[Decoder], embedding: Tensor, facts: Document) -> None:
+def save(folder: Path, decoders: Sequence[Decoder], embedding: "Tensor", facts: Document) -> None:
     """Decoders whose caches are those of the first one. `facts`: what whoever opens it has to know. Raises
     CannotKeep."""
     addresses = _Addresses(decoders)

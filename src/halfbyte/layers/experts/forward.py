@@ -251,8 +251,7 @@ def experts(
     trained = [t for lora, n in zip(given, stacks_of(self), strict=True) for t in (lora.a, lora.b, bias_of(self, n))]
     groups = Groups.of(top_k_index, int(self.num_experts))
     scales = (given[0].scale, given[1].scale)
-    y: Tensor = Experts.apply(hidden_states, top_k_weights, *trained, self, groups, scales)
-    return y
+    return Experts.apply(hidden_states, top_k_weights, *trained, self, groups, scales)
 
 
 def _through_norm(

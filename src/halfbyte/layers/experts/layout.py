@@ -102,11 +102,9 @@ def bias_of(module: nn.Module, name: str) -> Tensor | None:
 
 def gate_of(module: nn.Module) -> Callable[[Tensor], Tensor]:
     """(n, W) -> (n, I): what stands between the two stacks."""
-    gate: Callable[[Tensor], Tensor] = module._apply_gate if module.has_gate else module.act_fn
-    return gate
+    return module._apply_gate if module.has_gate else module.act_fn
 
 
 def post_norm_of(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     has = getattr(module, "has_post_expert_norm", False)  # the first versions of transformers 5 know of none
-    norm: Callable[[Tensor], Tensor] | None = module.post_expert_norm if has else None
-    return norm
+    return module.post_expert_norm if has else None

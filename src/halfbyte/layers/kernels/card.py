@@ -102,8 +102,7 @@ def _torchs() -> _Kernel | None:
 
     def call(q: Tensor, k: Tensor, v: Tensor, lengths: PackLengths, scale: float, window: int | None) -> Tensor:
         pack, grouped = _arguments(lengths, q.device), q.shape[1] != k.shape[1]
-        out: Tensor = varlen_attn(q, k, v, *pack, scale=scale, window_size=_seen(window), enable_gqa=grouped)
-        return out
+        return varlen_attn(q, k, v, *pack, scale=scale, window_size=_seen(window), enable_gqa=grouped)
 
     return call
 
@@ -116,8 +115,7 @@ def _flash_attns() -> _Kernel | None:
 
     def call(q: Tensor, k: Tensor, v: Tensor, lengths: PackLengths, scale: float, window: int | None) -> Tensor:
         pack = _arguments(lengths, q.device)
-        out: Tensor = attend(q, k, v, *pack, softmax_scale=scale, causal=True, window_size=_seen(window))
-        return out
+        return attend(q, k, v, *pack, softmax_scale=scale, causal=True, window_size=_seen(window))
 
     return call
 

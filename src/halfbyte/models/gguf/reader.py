@@ -84,7 +84,7 @@ class GgufReader:
         self.used.add(key)
         value = self.header.metadata.get(f"{self.header.architecture}.{key}", default)
         if isinstance(value, float):
-            return _short(value)
+            return float(str(np.float32(value)))  # 1e-05, the shortest number that it stands for, not 9.99999974e-06
         return value[0] if isinstance(value, list) and len(set(value)) == 1 else value
 
     def every_layer(self, key: str) -> list[Any]:
@@ -161,11 +161,6 @@ class GgufReader:
         data = self._maps[tensor.file][tensor.start : tensor.start + tensor.nbytes]
         rows = tensor.numel if single else tensor.numel // tensor.shape[-1]
         return data.reshape(rows, -1)
-
-
-def _short(value: float) -> float:
-    """The shortest number that a float32 of the file stands for: 1e-05, not 9.999999747378752e-06."""
-    return float(str(np.float32(value)))
 
 
 def _dequantised(rows: np.ndarray, kind: str) -> np.ndarray:

@@ -5,8 +5,6 @@ transformers builds it from the file's vocabulary, but cuts text by GPT-2's rule
 are llama.cpp's (src/llama-vocab.cpp); a file with another one is refused.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -76,7 +74,7 @@ def tokenizer_of(folder: str, name: str, header: GgufHeader, config: Config) -> 
     return tokenizer
 
 
-def cutting(rule: str) -> PreTokenizer:
+def cutting(rule: str) -> "PreTokenizer":
     """What cuts a text by a rule of `SPLITS` or of transformers' own table."""
     from tokenizers import Regex, pre_tokenizers
 

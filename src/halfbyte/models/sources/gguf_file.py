@@ -17,8 +17,7 @@ from pathlib import Path
 
 from halfbyte.errors import SourceError
 from halfbyte.models.gguf.header import GgufHeader, parts_of, read_header
-from halfbyte.models.sources.checkpoint import locked, need_space
-from halfbyte.models.sources.folder import check_folder
+from halfbyte.models.sources.checkpoint import check_folder, locked, need_space
 from halfbyte.system import files
 from halfbyte.system.files import cache_dir
 from halfbyte.system.platforms import calls

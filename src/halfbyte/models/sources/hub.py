@@ -15,8 +15,14 @@ from pathlib import Path
 from typing import NoReturn, Self
 
 from halfbyte.errors import SourceError, first_line
-from halfbyte.models.sources.checkpoint import DESCRIPTIONS, Checkpoint
-from halfbyte.models.sources.folder import PICKLE, PICKLE_INDEX, check_folder, only_pickled
+from halfbyte.models.sources.checkpoint import (
+    DESCRIPTIONS,
+    PICKLE,
+    PICKLE_INDEX,
+    Checkpoint,
+    check_folder,
+    only_pickled,
+)
 from halfbyte.models.sources.safetensors import INDEX, SINGLE, indexed_files
 
 log = logging.getLogger("halfbyte")

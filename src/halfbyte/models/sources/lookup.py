@@ -10,8 +10,7 @@ from pathlib import Path
 from halfbyte.errors import SourceError, typed
 from halfbyte.models.gguf.header import parts_of
 from halfbyte.models.sources import gguf_file, hub, pypi
-from halfbyte.models.sources.checkpoint import Checkpoint
-from halfbyte.models.sources.folder import check_folder
+from halfbyte.models.sources.checkpoint import Checkpoint, check_folder
 from halfbyte.recipe.schema import Recipe
 
 # A file that someone might give for the folder it lies in.

@@ -7,8 +7,6 @@ Source: `gguf.quants`, whose operations are repeated one by one in fp32: no fuse
 Cost: a read of the blocks and a write of the weights (docs/log).
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -274,7 +272,7 @@ def _kernel(element: type) -> object:
     return dequantise
 
 
-def write(codes: Tensor, kind: str, out: Tensor, order: Tensor | None = None) -> None:
+def write(codes: "Tensor", kind: str, out: "Tensor", order: "Tensor | None" = None) -> None:
     """Dequantise into `out`.
 
     Args:

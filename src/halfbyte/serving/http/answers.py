@@ -1,7 +1,5 @@
 """What goes back: OpenAI's chat and completion objects, whole and in chunks."""
 
-from __future__ import annotations
-
 import secrets
 import time
 from collections.abc import Sequence

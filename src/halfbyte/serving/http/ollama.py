@@ -5,8 +5,6 @@ whole.
 Source: Ollama's docs/api.md; the `ollama` package, 0.6.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import time

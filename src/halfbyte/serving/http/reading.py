@@ -4,8 +4,6 @@ them. A run of task embed ranks by the cosine of its vectors, one of task regres
 Source: the `openai` package, 3.57, types/embedding; vLLM's pooling protocols; text-embeddings-inference's API.
 """
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import time

@@ -3,8 +3,6 @@
 Source: the `openai` package, 3.57: its client's handling of errors.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -37,7 +35,7 @@ class Json(Response):
         super().__init__(json.dumps(content).encode(), status_code, headers)
 
     @classmethod
-    def of(cls, refusal: Refusal, *, close: bool = False) -> Json:
+    def of(cls, refusal: Refusal, *, close: bool = False) -> "Json":
         headers = {**refusal.headers, **({"Connection": "close"} if close else {})}
         return cls(refusal.body, refusal.status, headers)
 

@@ -5,8 +5,6 @@ has its whole conversation.
 Source: the `openai` package, 3.57: types/responses.
 """
 
-from __future__ import annotations
-
 import secrets
 import time
 from copy import deepcopy

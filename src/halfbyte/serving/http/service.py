@@ -6,8 +6,6 @@ A client that hangs up frees its place at the next token. An answer that takes l
 stream its last event.
 """
 
-from __future__ import annotations
-
 import asyncio
 import inspect
 import json
@@ -20,6 +18,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from sse_starlette import EventSourceResponse
 from starlette.requests import Request as Http
 from starlette.responses import Response
@@ -30,13 +29,52 @@ from halfbyte.inference.generate import chat_ids
 from halfbyte.serving import grammar, tools
 from halfbyte.serving.engine import Ask, Engine, Full, Stopping, Unloaded
 from halfbyte.serving.http.answers import Reply
-from halfbyte.serving.http.gauges import Gauges
 from halfbyte.serving.http.refusal import Json, Refusal
 from halfbyte.serving.http.wire import ChatRequest, Request
 from halfbyte.serving.models import ServedModel
 from halfbyte.types import Document, Tokenizer
 from halfbyte.writing.sampling import SamplingParams
 from halfbyte.writing.text import TextChunk
+
+_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+
+class Gauges:
+    """Figures for Prometheus, in a registry of their own; no label holds what a client has written."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.registry = registry = CollectorRegistry()
+        self._answers = Counter("halfbyte_answers", "Requests answered whole", ["model"], registry=registry)
+        self._refused = Counter("halfbyte_refused", "Requests refused or failed", ["status"], registry=registry)
+        self._first = Histogram(
+            "halfbyte_first_token_seconds", "From asking to the first token", registry=registry, buckets=_SECONDS
+        )
+        self._whole = Histogram(
+            "halfbyte_answer_seconds", "From asking to the end", registry=registry, buckets=_SECONDS
+        )
+        for name, what, read in (
+            ("running", "Texts being written", lambda: engine.running),
+            ("waiting", "Texts that wait for a place", lambda: engine.waiting),
+            ("places", "Most texts at once", lambda: engine.models.places),
+            ("prompt_tokens_total", "Tokens of prompts read", lambda: engine.prompt_tokens),
+            ("written_tokens_total", "Tokens written", lambda: engine.written_tokens),
+            ("steps_total", "Steps of all texts together", lambda: engine.steps),
+        ):
+            Gauge(f"halfbyte_{name}", what, registry=registry).set_function(read)
+
+    def first(self, ask: Ask) -> None:
+        self._first.observe(time.monotonic() - ask.came)
+
+    def whole(self, asks: Sequence[Ask]) -> None:
+        self._answers.labels(asks[0].model.name).inc()
+        self._whole.observe(time.monotonic() - asks[0].came)
+
+    def refused(self, error: Refusal) -> None:
+        self._refused.labels(str(error.status)).inc()
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
+
 
 PING_S, SEND_S = 15, 60.0
 _Result = TypeVar("_Result")

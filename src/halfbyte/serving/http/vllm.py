@@ -14,15 +14,13 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from halfbyte.errors import HalfbyteError
-from halfbyte.serving import adapters
-from halfbyte.serving.adapters import AdapterFolders
 from halfbyte.serving.engine import Change, Stopping
 from halfbyte.serving.http import wire
 from halfbyte.serving.http.chat import token_ids
 from halfbyte.serving.http.refusal import Json, Refusal
 from halfbyte.serving.http.service import Service, failed
 from halfbyte.serving.http.wire import ChatRequest, Message, Tool
-from halfbyte.serving.models import Models
+from halfbyte.serving.models import AdapterFolders, Models, put_adapter, take_adapter
 from halfbyte.types import Document
 from halfbyte.writing.text import TextWriter
 
@@ -105,7 +103,7 @@ async def load(service: Service, folders: AdapterFolders, http: Http) -> Respons
 
     def work(models: Models) -> tuple[Models, TextWriter, str]:
         _check_new(models, name)
-        return adapters.put(models, name, folder)
+        return put_adapter(models, name, folder)
 
     await _changed(service, work)
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
@@ -119,7 +117,7 @@ async def unload(service: Service, http: Http) -> Response:
     def work(models: Models) -> tuple[Models, TextWriter, str]:
         if models.by_name.get(asked.lora_name, models.by_name[models.base]).adapter is None:
             raise Refusal(404, f"The lora adapter '{asked.lora_name[:64]}' cannot be found.", kind=NOT_FOUND)
-        return adapters.take(models, asked.lora_name)
+        return take_adapter(models, asked.lora_name)
 
     await _changed(service, work)
     return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")

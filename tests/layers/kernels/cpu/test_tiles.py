@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from llvmlite import binding
 from numba import njit
 
 from halfbyte.layers.kernels.cpu import tiles
@@ -63,19 +64,12 @@ def test_a_kernel_of_a_processor_with_amx_is_not_taken_where_linux_refuses_it(tm
 @amx
 @pytest.mark.slow
 def test_the_kernels_are_as_right_without_amx() -> None:
-    features = tiles.binding.get_host_cpu_features()
+    features = binding.get_host_cpu_features()
     without = {name: on and not name.startswith("amx") for name, on in features.items()}
     flags = ",".join(f"{'+' if on else '-'}{name}" for name, on in without.items())
-    env = {**os.environ, "NUMBA_CPU_NAME": tiles.binding.get_host_cpu_name(), "NUMBA_CPU_FEATURES": flags}
+    env = {**os.environ, "NUMBA_CPU_NAME": binding.get_host_cpu_name(), "NUMBA_CPU_FEATURES": flags}
     here = Path(__file__).parent
-    run = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        *(str(here / name) for name in ("attention", "lora", "decoding")),
-    ]
+    folders = [str(here / name) for name in ("attention", "lora", "decoding", "recurrent")]
+    run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *folders]
     done = subprocess.run(run, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]

@@ -4,8 +4,6 @@
 is the reference in the tests. numba compiles a kernel when it is first used and keeps it in its cache.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 from functools import cache
@@ -39,12 +37,12 @@ def enabled(threads: int | None = None) -> bool:
         return False
 
 
-def available(*tensors: torch.Tensor) -> bool:
+def available(*tensors: "torch.Tensor") -> bool:
     """Whether kernels take these tensors: on the CPU, bf16 or fp32, numba at hand."""
     return all(t.device.type == "cpu" and str(t.dtype) in DTYPES for t in tensors) and enabled()
 
 
-def whole_attention(x: torch.Tensor) -> bool:
+def whole_attention(x: "torch.Tensor") -> bool:
     """Whether attention of x's dtype runs as one kernel here: bf16 on a processor with AVX512-BF16, fp32 on one with
     AVX2 and FMA."""
     if not available(x):
@@ -58,7 +56,7 @@ def whole_attention(x: torch.Tensor) -> bool:
 LARGEST_RANK = 64
 
 
-def lora_products(x: torch.Tensor, a: torch.Tensor) -> bool:
+def lora_products(x: "torch.Tensor", a: "torch.Tensor") -> bool:
     """Whether LoRA's own products, dropout inside, run as kernels here: of rows x, and A (R, D), of one dtype."""
     rank, width = a.shape
     if width % 32 or not 0 < rank <= LARGEST_RANK or a.dtype != x.dtype or not x.is_contiguous():

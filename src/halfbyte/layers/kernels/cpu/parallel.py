@@ -10,8 +10,6 @@ macOS brings, exports it too. Intel's library on Windows does not: there Python'
 Cost: 5 microseconds a call; 50 by Python's threads.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -64,7 +62,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked process has none of its threads
 
 
-def run(compiled: Kernel, rows: int, block: int, *values: Tensor | int | float) -> None:
+def run(compiled: Kernel, rows: int, block: int, *values: "Tensor | int | float") -> None:
     """Call a kernel with `values` in slots 3, 4, ...; returns when every block is done. Tensors must be contiguous on
     the CPU and stay alive until then, which this frame sees to."""
     counter = np.zeros(8, dtype=np.int64)  # a cache line of its own
@@ -120,13 +118,13 @@ def block_rows(width: int) -> int:
     return max(1, BLOCK_ELEMENTS // max(1, width))
 
 
-def per_dtype(make: Callable[[type], object]) -> Callable[[torch.dtype], object]:
+def per_dtype(make: Callable[[type], object]) -> "Callable[[torch.dtype], object]":
     """A kernel for bf16 and fp32 from one source, `make(element type)`, compiled when first used. What `make` closes
     over must be the element type alone: numba looks its cache up by the values of a closure, and a compiled function
     among them would be another one in each process."""
 
     @cache
-    def get(dtype: torch.dtype) -> object:
+    def get(dtype: "torch.dtype") -> object:
         return make(np.uint16 if dtype.itemsize == 2 else np.float32)
 
     get.per_dtype = True  # type: ignore[attr-defined]  # `ahead.py` looks for it

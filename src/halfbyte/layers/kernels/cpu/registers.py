@@ -10,8 +10,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from halfbyte.layers.kernels.cpu.scalar import Value, call, instruction
-from halfbyte.layers.kernels.cpu.tiles import BFloat
+from halfbyte.layers.kernels.cpu.scalar import BFloat, Value, broadcast, call, instruction
 
 LANES = 16
 _F32, _I32 = ir.FloatType(), ir.IntType(32)
@@ -65,6 +64,38 @@ def reduced(b: Value, columns: Value, start: Value, step: Callable[[Value, Value
     with cgutils.for_range_slice(b, I64(0), columns, I64(LANES), intp=I64) as (column, _):
         b.store(step(column, b.load(total)), total)
     return b.load(total)
+
+
+@instruction(types.void, None, types.int64, None, types.int64)
+def turn_words(b: Value, x: Value, x_row: Value, out: Value, out_row: Value) -> None:
+    """Sixteen rows of as many words -> their transpose; from a row to the next so many words."""
+    rows = [b.load(_place(b, x, b.mul(x_row, I64(r)), WORDS), align=4) for r in range(LANES)]
+    for step in (1, 2, 4, 8):  # squares of this size beside the diagonal change places
+        for r in (r for r in range(LANES) if not r & step):
+            upper, lower = rows[r], rows[r + step]
+            first = [lane if not lane & step else LANES + lane - step for lane in range(LANES)]
+            second = [lane + step if not lane & step else LANES + lane for lane in range(LANES)]
+            rows[r], rows[r + step] = (b.shuffle_vector(upper, lower, ir.Constant(WORDS, m)) for m in (first, second))
+    for r, row in enumerate(rows):
+        b.store(row, _place(b, out, b.mul(out_row, I64(r)), WORDS), align=4)
+
+
+@instruction(types.void, None, types.int64, None, types.int64)
+def pair_rows(b: Value, x: Value, second: Value, out: Value, columns: Value) -> None:
+    """Of 16 bits: x, and what lies `second` behind it -> words with x in their lower half, of whole registers."""
+    with cgutils.for_range_slice(b, I64(0), columns, I64(LANES), intp=I64) as (column, _):
+        at = (column, b.add(second, column))
+        low, high = (b.zext(b.load(_place(b, x, i, HALVES), align=2), WORDS) for i in at)
+        put(b, b.or_(low, b.shl(high, ir.Constant(WORDS, [16] * LANES))), out, column)
+
+
+@instruction(types.void, types.float32, None, None, types.int64)
+def decay_row(b: Value, gamma: Value, gammas: Value, out: Value, columns: Value) -> None:
+    """out = e^(gamma - gammas), of whole registers; 0 below e^-104."""
+    here = broadcast(b, gamma, LANES)
+    with cgutils.for_range_slice(b, I64(0), columns, I64(LANES), intp=I64) as (column, _):
+        x = b.fsub(here, get(b, gammas, column))
+        put(b, exp(b, b.select(b.fcmp_ordered("<", x, each(-104.0)), each(-104.0), x)), out, column)
 
 
 @instruction(types.void, None, None, types.int64)

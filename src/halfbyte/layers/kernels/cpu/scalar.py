@@ -8,13 +8,14 @@ Cost: none of their own; each is inlined.
 
 import inspect
 from collections.abc import Callable
+from functools import cache
 from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import numpy as np
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import njit, types
-from numba.core import cgutils
+from numba.core import cgutils, config
 from numba.extending import intrinsic
 
 Value: TypeAlias = Any  # of LLVM's, a type of it, or a builder of them: llvmlite has no types
@@ -26,6 +27,28 @@ FASTMATH = {"contract", "reassoc", "nsz", "arcp"}
 # By force: a part that is compiled on its own as well is there twice, and a process that compiles uses another copy,
 # with other last bits, than one that takes the kernel from the cache.
 inlined: Any = njit(forceinline=True, fastmath=FASTMATH, error_model="numpy")
+
+
+class BFloat(ir.Type):
+    """LLVM's bfloat, which llvmlite has no name for."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BFloat)
+
+    def __hash__(self) -> int:
+        return hash(BFloat)
+
+
+@cache
+def has(feature: str) -> bool:
+    """Whether the processor that numba compiles for has instructions of this name of LLVM's."""
+    asked = config.CPU_FEATURES
+    if asked is not None:
+        return f"+{feature}" in asked.split(",")
+    return bool(binding.get_host_cpu_features().get(feature, False))
 
 
 def _i32(value: int) -> Value:
@@ -73,6 +96,8 @@ def broadcast(builder: Value, value: Value, lanes: int) -> Value:
 
 def _rounded(builder: Value, value: Value) -> Value:
     """bf16 bits of a float, to nearest even. NaN stays NaN for the quiet NaNs that arithmetic makes."""
+    if has("avx512bf16"):  # one instruction; what is below 2^-126 is 0
+        return builder.bitcast(builder.fptrunc(value, BFloat()), _I16)
     bits = builder.bitcast(value, _I32)
     odd = builder.and_(builder.lshr(bits, _i32(16)), _i32(1))
     rounded = builder.add(builder.add(bits, _i32(0x7FFF)), odd)
@@ -104,6 +129,12 @@ def store(typing_context, x, array):  # type: ignore[no-untyped-def]
         return args[0]
 
     return array.dtype(types.float32, array), bf16 if array.dtype == types.uint16 else fp32
+
+
+@instruction(types.void)
+def fill_registers(b: Value) -> None:
+    """Loops of the function that calls this fill whole registers; else LLVM fills half of one on Intel's processors."""
+    set.add(b.function.attributes, '"prefer-vector-width"="512"')
 
 
 @instruction(types.float32, types.float32)

@@ -14,42 +14,22 @@ import sys
 from collections.abc import Callable
 from functools import cache
 
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
-from numba.core import cgutils, config
+from numba.core import cgutils
 from numba.extending import intrinsic
 
+from halfbyte.layers.kernels.cpu import scalar
 from halfbyte.layers.kernels.cpu.scalar import Value, broadcast, call, inlined, instruction
 
+BFloat, has = scalar.BFloat, scalar.has
 ROWS, COLUMNS = 12, 32
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
-
-
-class BFloat(ir.Type):
-    """LLVM's bfloat, which llvmlite has no name for."""
-
-    def _to_string(self) -> str:
-        return "bfloat"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, BFloat)
-
-    def __hash__(self) -> int:
-        return hash(BFloat)
 
 
 def available() -> bool:
     """Whether the processor that numba compiles for multiplies pairs of bf16."""
     return has("avx512bf16")
-
-
-@cache
-def has(feature: str) -> bool:
-    """Whether the processor that numba compiles for has instructions of this name of LLVM's."""
-    asked = config.CPU_FEATURES
-    if asked is not None:
-        return f"+{feature}" in asked.split(",")
-    return bool(binding.get_host_cpu_features().get(feature, False))
 
 
 @inlined
@@ -224,6 +204,7 @@ def amx_tile(b, c, c_row, a, a_row, a_step, right, b_step, steps, add):  # type:
 LANES32 = 16 if has("avx512f") else 8
 ROWS32, COLUMNS32 = 12 if LANES32 == 16 else 6, 2 * LANES32
 tile32 = _tile(ROWS32, COLUMNS32, LANES32, pairs=False)
+row32 = _tile(1, COLUMNS32, LANES32, pairs=False)  # of one row
 
 
 def available32() -> bool:

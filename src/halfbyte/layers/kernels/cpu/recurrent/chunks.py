@@ -2,12 +2,15 @@
 
 import numpy as np
 
+from halfbyte.layers.kernels.cpu import tiles
 from halfbyte.layers.kernels.cpu.parallel import array, each_block
 from halfbyte.layers.kernels.cpu.scalar import flush_subnormals, inlined, set_float_mode, take
 from halfbyte.layers.kernels.cpu.tiles import COLUMNS32 as COLUMNS
 from halfbyte.layers.kernels.cpu.tiles import ROWS32 as ROWS
 
-CHUNK = 96  # tokens: whole tiles of rows, and of columns
+AMX = tiles.amx()
+CHUNK = 96  # tokens: whole tiles of rows, of columns, and of sums of pairs
+SPARE = 15  # rows behind a state's last: the most that a tile has there
 _PAGE, _LINE = 4096, 64
 
 
@@ -22,10 +25,14 @@ def memory_bytes(numbers: int) -> int:
 
 
 @inlined
-def each_task(slots, part, args):  # type: ignore[no-untyped-def]
-    """`each_block` for parts whose states and decays sink below 2^-126 within a chunk: those are 0."""
+def each_task(slots, part, args, amx):  # type: ignore[no-untyped-def]
+    """`each_block` for parts whose states and decays sink below 2^-126: those are 0. amx: what `AMX` is, for numba."""
     mode = flush_subnormals()
+    if AMX:
+        tiles.amx_begin(np.zeros(64, np.uint8))
     each_block(slots, part, args)
+    if AMX:
+        tiles.amx_end()
     set_float_mode(mode)
 
 
@@ -42,6 +49,7 @@ def numbers(at, count):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def matrices(at, count, size):  # type: ignore[no-untyped-def]
-    """So many matrices of `size` fp32 numbers each, one after the other, and the address behind them."""
-    return array(at, (count, size), np.float32), at + 4 * count * size
+def matrices(at, count, size, element):  # type: ignore[no-untyped-def]
+    """So many matrices of `size` numbers each, one after the other, and the address behind them."""
+    found = array(at, (count, size), element)
+    return found, at + found.itemsize * count * size

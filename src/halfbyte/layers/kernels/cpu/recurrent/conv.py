@@ -15,7 +15,7 @@ from torch import Tensor
 
 from halfbyte.layers.kernels import pool
 from halfbyte.layers.kernels.cpu.parallel import array, block_rows, each_block, kernel, per_dtype, run
-from halfbyte.layers.kernels.cpu.scalar import inlined, load, sigmoid, store
+from halfbyte.layers.kernels.cpu.scalar import fill_registers, inlined, load, sigmoid, store
 
 # What a pass makes of x: the convolution; SiLU of it; dy through SiLU; and the other way round, dy through the taps.
 PLAIN, SILU, SILU_BACK, TAPS_BACK = range(4)
@@ -48,6 +48,7 @@ def _behind(dy, row, w, places, t, here):  # type: ignore[no-untyped-def]
 
 @inlined
 def _rows(x, row, w, bias, places, dy, out, what, here, first, last):  # type: ignore[no-untyped-def]
+    fill_registers()
     one = np.float32(1.0)
     for t in range(first, last):
         if what == TAPS_BACK:

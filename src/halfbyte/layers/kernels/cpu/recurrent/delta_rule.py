@@ -19,25 +19,34 @@ from torch import Tensor
 from halfbyte.layers.kernels import pool
 from halfbyte.layers.kernels.cpu.parallel import array, kernel, per_dtype, run
 from halfbyte.layers.kernels.cpu.recurrent import chunks
-from halfbyte.layers.kernels.cpu.recurrent.chunks import CHUNK, matrices, numbers, up_to
-from halfbyte.layers.kernels.cpu.recurrent.products import decayed, lower, multiply, scores, turned, upper
-from halfbyte.layers.kernels.cpu.recurrent.rows import dot, next_state, read_rows, scaled, summed, write_rows
-from halfbyte.layers.kernels.cpu.scalar import inlined, load, store, up
+from halfbyte.layers.kernels.cpu.recurrent.chunks import CHUNK, SPARE, matrices, numbers, up_to
+
+from halfbyte.layers.kernels.cpu.recurrent.products import (  # isort: skip
+    decayed, decays, left_turned, lower, multiply, multiply_turned, operands_of, padded, right, right_turned, rounded,
+    scores, triangle_left, upper,
+)  # fmt: skip
+from halfbyte.layers.kernels.cpu.recurrent.rows import copy_rows, dot, next_state, scaled, summed
+from halfbyte.layers.kernels.cpu.scalar import fill_registers, inlined, load, store, up
 from halfbyte.layers.kernels.cpu.tiles import COLUMNS32 as COLUMNS
 from halfbyte.layers.kernels.cpu.tiles import ROWS32 as ROWS
-from halfbyte.layers.kernels.cpu.tiles import tile32
+from halfbyte.layers.kernels.cpu.tiles import row32, tile32
 
-# A thread's matrices, all of one size: of a chunk of q, k, k turned, -L / beta and the triangle of q k; x = u / beta,
-# u, the state; and in backward gradients and what their products read.
-Q, K, KT, N, P, X, U, S, T, Y, DU, DX, Z, UT, ST, DP, DN, DQ, DK, DK_ADDED, MATRICES = range(21)
-# Numbers of each token: the sum of g in the chunk, its e^; e^ of what is left of it; beta; and gradients.
-SUM, GROWN, LEFT, BETA, DSUM, DBETA, VECTORS = range(7)
+# A thread's matrices in fp32, all of one size: of a chunk -L / beta, scores, decays; x = u / beta, u, the state; and
+# in backward gradients.
+N, SCORES, E, X, U, S, Y, DU, DX, DQ, DK, DK_ADDED, MATRICES = range(13)
+# Its operands of products, in rows: q, k, the triangle of q k, u, a state; what else is read once; and in backward.
+Q, K, P, UR, SR, T, Z, YR, DXR, DPR, DNR = range(11)
+# The same as tiles read them: k as a right operand, that turned, and k turned to it; q; and what else is read once.
+KT, KB, KL, QB, QL, SB, TB, ZB, UB, UT, TRIANGLE, TURNED, OPERANDS = range(11, 24)
+# Numbers of each token: the sum of g in the chunk, its e^, that negative; e^ of what is left of it; beta; gradients.
+SUM, GROWN, TAKEN, LEFT, BETA, DSUM, DBETA, VECTORS = range(8)
 _EPS = np.float32(1e-6)
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
 
 @inlined
 def _inverse_norm(x):  # type: ignore[no-untyped-def]
+    fill_registers()
     total = _EPS
     for c in range(len(x)):
         total += load(x[c]) * load(x[c])
@@ -46,11 +55,13 @@ def _inverse_norm(x):  # type: ignore[no-untyped-def]
 
 @inlined
 def _unit_rows(x, row, rows, d, scale, out, wide):  # type: ignore[no-untyped-def]
+    fill_registers()
     for i in range(rows):
         a, to = x[i * row : i * row + d], out[i * wide : i * wide + d]
         r = _inverse_norm(a) * scale
         for c in range(d):
-            to[c] = load(a[c]) * r
+            to[c] = store(load(a[c]) * r, to)
+    padded(out, wide, rows, d)
 
 
 @inlined
@@ -67,17 +78,14 @@ def _unit_gradient(x, dx, scale, out):  # type: ignore[no-untyped-def]
 
 @inlined
 def _solve(n, x, u, beta, rows, wide):  # type: ignore[no-untyped-def]
-    """x_i += sum_{j < i} n_ij u_j with u_i = beta_i x_i, rows in their order."""
+    """x_i += sum_{j < i} n_ij u_j with u_i = beta_i x_i, rows in their order; in fp32."""
     for i in range(0, rows, ROWS):
-        if i:
-            for j in range(0, wide, COLUMNS):
-                tile32(x[i * wide + j :], wide, n[i * CHUNK :], CHUNK, 1, u[j:], wide, i, 1)
+        for j in range(0, wide if i else 0, COLUMNS):
+            tile32(x[i * wide + j :], wide, n[i * CHUNK :], CHUNK, 1, u[j:], wide, i, 1)
         for r in range(i, min(rows, i + ROWS)):
             a, to = x[r * wide : (r + 1) * wide], u[r * wide : (r + 1) * wide]
-            for s in range(i, r):
-                f, b = n[r * CHUNK + s], u[s * wide : (s + 1) * wide]
-                for c in range(wide):
-                    a[c] += f * b[c]
+            for j in range(0, wide, COLUMNS):
+                row32(a[j:], wide, n[r * CHUNK + i :], CHUNK, 1, u[i * wide + j :], wide, r - i, 1)
             f = beta[r]
             for c in range(wide):
                 to[c] = f * a[c]
@@ -87,64 +95,77 @@ def _solve(n, x, u, beta, rows, wide):  # type: ignore[no-untyped-def]
 def _solve_back(n, du, dx, beta, rows, wide):  # type: ignore[no-untyped-def]
     """The gradients of u and x in `_solve`: du_i += sum_{j > i} n_ji dx_j with dx_i = beta_i du_i."""
     for i in range(up(rows, ROWS) - ROWS, -1, -ROWS):
-        below = i + ROWS
-        if below < rows:
-            for j in range(0, wide, COLUMNS):
-                a, b = n[below * CHUNK + i :], dx[below * wide + j :]
-                tile32(du[i * wide + j :], wide, a, 1, CHUNK, b, wide, rows - below, 1)
-        for r in range(min(rows, below) - 1, i - 1, -1):
+        below = min(rows, i + ROWS)
+        for j in range(0, wide if below < rows else 0, COLUMNS):
+            a, b = n[below * CHUNK + i :], dx[below * wide + j :]
+            tile32(du[i * wide + j :], wide, a, 1, CHUNK, b, wide, rows - below, 1)
+        for r in range(below - 1, i - 1, -1):
             a, to = du[r * wide : (r + 1) * wide], dx[r * wide : (r + 1) * wide]
-            for s in range(r + 1, min(rows, below)):
-                f, b = n[s * CHUNK + r], dx[s * wide : (s + 1) * wide]
-                for c in range(wide):
-                    a[c] += f * b[c]
+            for j in range(0, wide, COLUMNS):
+                b = dx[(r + 1) * wide + j :]
+                row32(a[j:], wide, n[(r + 1) * CHUNK + r :], 1, CHUNK, b, wide, below - 1 - r, 1)
             f = beta[r]
             for c in range(wide):
                 to[c] = f * a[c]
 
 
 @inlined
-def _chunk(given, sizes, place, work, each):  # type: ignore[no-untyped-def]
-    """Of a chunk: unit q and k, decays, beta, and both triangles."""
+def _chunk(given, sizes, place, work, op, each):  # type: ignore[no-untyped-def]
+    """Of a chunk: unit k, decays, beta, and what is solved; returns k turned, as a right operand."""
     qkv, g, betas = given
     keys, heads, d, _, wd, _, row = sizes
     at, rows, key_head, head = place
-    x = qkv[at * row + key_head * d :]
-    _unit_rows(x, row, rows, d, _ONE / np.sqrt(np.float32(d)), work[Q], wd)
-    _unit_rows(x[keys * d :], row, rows, d, _ONE, work[K], wd)
-    turned(work[K], wd, rows, d, work[KT], CHUNK)
+    _unit_rows(qkv[at * row + (keys + key_head) * d :], row, rows, d, _ONE, op[K], wd)
+    kt = right_turned(op[K], wd, rows, d, op[KT], CHUNK)
     summed(g, heads, head, at, rows, each[SUM], each[GROWN], each[LEFT])
     for i in range(rows):
-        each[BETA, i] = betas[(at + i) * heads + head]
-    scores(work[N], work[K], wd, work[KT], rows, d)
-    decayed(work[N], each[SUM], rows, 1, -_ONE, work[N])
-    scores(work[P], work[Q], wd, work[KT], rows, d)
-    decayed(work[P], each[SUM], rows, 0, _ONE, work[P])
+        each[BETA, i], each[TAKEN, i] = betas[(at + i) * heads + head], -each[GROWN, i]
+    decays(each[SUM], rows, work[E])
+    scores(work[N], op[K], wd, kt, rows, d)
+    decayed(work[N], work[E], rows, 1, -_ONE, work[N])
+    return kt
 
 
 @inlined
-def _updates(qkv, sizes, place, work, each, state, more, x):  # type: ignore[no-untyped-def]
-    """x = u / beta and u of a chunk, from its values and the state before it, if there is one (`more`)."""
+def _queries(given, sizes, place, work, op, kt):  # type: ignore[no-untyped-def]
+    """Of a chunk: unit q, and the triangle of q k."""
+    _, _, d, _, wd, _, row = sizes
+    at, rows, key_head, _ = place
+    _unit_rows(given[0][at * row + key_head * d :], row, rows, d, _ONE / np.sqrt(np.float32(d)), op[Q], wd)
+    scores(work[SCORES], op[Q], wd, kt, rows, d)
+    decayed(work[SCORES], work[E], rows, 0, _ONE, op[P])
+
+
+@inlined
+def _updates(qkv, sizes, place, work, op, each, state, more, x):  # type: ignore[no-untyped-def]
+    """x = u / beta and u of a chunk, from its values and the state before it, as a right operand, if there is one
+    (`more`)."""
     keys, _, d, o, wd, wo, row = sizes
     at, rows, _, head = place
     v = qkv[at * row + 2 * keys * d + head * o :]
     if more:
-        multiply(x, wo, work[K], wd, 1, state, wo, rows, wo, d, 0)
+        multiply(x, wo, op[K], wd, state, wo, rows, wo, d, 0)
         for i in range(rows):
             a, to = v[i * row : i * row + o], x[i * wo : i * wo + o]
             for c in range(o):
                 to[c] = load(a[c]) - each[GROWN, i] * to[c]
     else:
-        read_rows(v, row, rows, o, x, wo)
+        copy_rows(v, row, rows, o, x, wo)
     _solve(work[N], x, work[U], each[BETA], rows, wo)
 
 
 @inlined
-def _next_state(sizes, rows, work, each, before, more, state):  # type: ignore[no-untyped-def]
+def _state_right(state, sizes, op):  # type: ignore[no-untyped-def]
+    _, _, d, o, _, wo, _ = sizes
+    return right(rounded(state, wo, d, o, op[SR]), wo, d, op[SB])
+
+
+@inlined
+def _next_state(sizes, rows, work, op, each, before, more, state):  # type: ignore[no-untyped-def]
     """e^G_last before + sum_i k_i (e^(G_last - G_i) u_i)^T."""
-    d, o = sizes[2], sizes[3]
-    wd, wo = sizes[4], sizes[5]
-    next_state(work[K], wd, d, work[U], wo, o, work[T], rows, each[GROWN], each[LEFT], before, more, state)
+    _, _, d, o, wd, wo, _ = sizes
+    k = left_turned(right(op[K], wd, rows, op[KB]), wd, rows, d, op[KL])
+    next_state(k, wd, d, work[U], wo, o, (op[T], op[TB]), rows, each[GROWN], each[LEFT], before, more, state)
 
 
 @inlined
@@ -154,7 +175,7 @@ def _place(task, starts, keys):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _forward_task(given, starts, out, sizes, work, each, task, _):  # type: ignore[no-untyped-def]
+def _forward_task(given, starts, out, sizes, work, op, each, task, _):  # type: ignore[no-untyped-def]
     keys, heads, d, o, wd, wo, _ = sizes
     start, end, key_head = _place(task, starts, keys)
     state, y = work[S], work[Y]
@@ -162,116 +183,125 @@ def _forward_task(given, starts, out, sizes, work, each, task, _):  # type: igno
         for at in range(start, end, CHUNK):
             rows, more = min(CHUNK, end - at), 1 if at > start else 0
             place = (at, rows, key_head, head)
-            _chunk(given, sizes, place, work, each)
-            _updates(given[0], sizes, place, work, each, state, more, work[X])
+            _queries(given, sizes, place, work, op, _chunk(given, sizes, place, work, op, each))
+            before = _state_right(state, sizes, op) if more else op[SB]
+            _updates(given[0], sizes, place, work, op, each, before, more, work[X])
             if more:
-                multiply(y, wo, work[Q], wd, 1, state, wo, rows, wo, d, 0)
+                multiply(y, wo, op[Q], wd, before, wo, rows, wo, d, 0)
                 scaled(y, wo, rows, o, each[GROWN], y)
-            lower(y, wo, work[P], work[U], rows, wo, more)
-            write_rows(y, wo, rows, o, out[(at * heads + head) * o :], heads * o)
+            u = right(rounded(work[U], wo, rows, o, op[UR]), wo, rows, op[UB])
+            lower(y, wo, op[P], u, rows, wo, more)
+            copy_rows(y, wo, rows, o, out[(at * heads + head) * o :], heads * o)
             if at + rows < end:
-                _next_state(sizes, rows, work, each, state, more, state)
+                _next_state(sizes, rows, work, op, each, state, more, state)
 
 
 @inlined
-def _states_again(given, start, end, key_head, head, sizes, work, each, states, xs):  # type: ignore[no-untyped-def]
+def _states_again(given, start, end, key_head, head, sizes, work, op, each, states, xs):  # type: ignore[no-untyped-def]
     """The state before each chunk but the first, and x of each."""
-    size = up(sizes[2], ROWS) * sizes[5]
+    size = (sizes[2] + SPARE) * sizes[5]
     for at in range(start, end, CHUNK):
         rows, more = min(CHUNK, end - at), 1 if at > start else 0
         before, place = states[(at - start) // CHUNK * size :], (at, rows, key_head, head)
-        _chunk(given, sizes, place, work, each)
-        _updates(given[0], sizes, place, work, each, before, more, xs[(at - start) * sizes[5] :])
+        _chunk(given, sizes, place, work, op, each)
+        turned = _state_right(before, sizes, op) if more else op[SB]
+        _updates(given[0], sizes, place, work, op, each, turned, more, xs[(at - start) * sizes[5] :])
         if at + rows < end:
-            _next_state(sizes, rows, work, each, before, more, before[size:])
+            _next_state(sizes, rows, work, op, each, before, more, before[size:])
 
 
 @inlined
-def _values_back(sizes, rows, work, each, x, later):  # type: ignore[no-untyped-def]
+def _values_back(sizes, rows, work, op, each, x, behind, later):  # type: ignore[no-untyped-def]
     """Of a chunk's output and of the state behind it (S, if `later`): the gradients of u, v, beta and both triangles;
-    and the part of k's that is taken off g's."""
-    d, o = sizes[2], sizes[3]
-    wd, wo = sizes[4], sizes[5]
-    du, u = work[DU], work[U]
+    the part of k's that is taken off g's, and what of the state behind is added to these. Returns q and k as right
+    operands."""
+    _, _, d, o, wd, wo, _ = sizes
+    du, dk = work[DU], work[DK]
+    u = work[U]
     scaled(x, wo, rows, o, each[BETA], u)
     if later:
-        multiply(du, wo, work[K], wd, 1, work[S], wo, rows, wo, d, 0)
+        ds = rounded(work[S], wo, d, o, op[SR])
+        multiply(du, wo, op[K], wd, right(ds, wo, d, op[SB]), wo, rows, wo, d, 0)
         scaled(du, wo, rows, o, each[LEFT], du)
-    upper(du, wo, work[P], work[Y], rows, wo, later)
+        for i in range(d):  # rounded as in the product that is taken off it
+            each[DSUM, rows - 1] += dot(ds[i * wo : i * wo + o], behind[i * wo : i * wo + o])
+        scaled(u, wo, rows, o, each[LEFT], op[T])
+        padded(op[T], wo, rows, o)
+        multiply(dk, wd, op[T], wo, right_turned(ds, wo, d, o, op[TURNED], wd), wd, rows, wd, o, 0)
+    upper(
+        du, wo, triangle_left(op[P], rows, op[TRIANGLE], op[TURNED]), right(op[YR], wo, rows, op[TB]), rows, wo, later
+    )
     _solve_back(work[N], du, work[DX], each[BETA], rows, wo)
     for i in range(rows):
         each[DBETA, i] = dot(du[i * wo : i * wo + o], x[i * wo : i * wo + o])
-    turned(u, wo, rows, o, work[UT], CHUNK)
-    scores(work[DP], work[Y], wo, work[UT], rows, o)
-    decayed(work[DP], each[SUM], rows, 0, _ONE, work[DP])
-    scores(work[DN], work[DX], wo, work[UT], rows, o)
-    decayed(work[DN], each[SUM], rows, 1, -_ONE, work[DN])
-    upper(work[DK], wd, work[DP], work[Q], rows, wd, 0)
-    upper(work[DK], wd, work[DN], work[K], rows, wd, 1)
-    if later:
-        turned(work[S], wo, d, o, work[ST], wd)
-        scaled(u, wo, rows, o, each[LEFT], work[T])
-        multiply(work[DK], wd, work[T], wo, 1, work[ST], wd, rows, wd, o, 1)
+    ut = right_turned(rounded(u, wo, rows, o, op[UR]), wo, rows, o, op[UT], CHUNK)
+    scores(work[SCORES], op[YR], wo, ut, rows, o)
+    decayed(work[SCORES], work[E], rows, 0, _ONE, op[DPR])
+    scores(work[SCORES], rounded(work[DX], wo, rows, o, op[DXR]), wo, ut, rows, o)
+    decayed(work[SCORES], work[E], rows, 1, -_ONE, op[DNR])
+    q, k = right(op[Q], wd, rows, op[QB]), right(op[K], wd, rows, op[KB])
+    upper(dk, wd, triangle_left(op[DPR], rows, op[TRIANGLE], op[TURNED]), q, rows, wd, later)
+    upper(dk, wd, triangle_left(op[DNR], rows, op[TRIANGLE], op[TURNED]), k, rows, wd, 1)
+    return q, k
 
 
 @inlined
-def _keys_back(sizes, rows, work, each, state, more, later):  # type: ignore[no-untyped-def]
+def _keys_back(sizes, rows, work, op, each, q, k, state, more, later):  # type: ignore[no-untyped-def]
     """The gradients of q, of the other part of k, and of g's sums; and that of the state before, in place of that
     behind."""
-    d, o = sizes[2], sizes[3]
-    wd, wo = sizes[4], sizes[5]
-    ds = work[S]
-    t, z = work[T], work[Z]
+    _, _, d, o, wd, wo, _ = sizes
+    ds, t = work[S], op[T]
+    z, dq = op[Z], work[DQ]
+    dk = work[DK_ADDED]
     if more:
-        turned(state, wo, d, o, work[ST], wd)
-        scaled(work[Y], wo, rows, o, each[GROWN], t)
-        scaled(work[DX], wo, rows, o, each[GROWN], z)
-        for j in range(rows * wo):
-            z[j] = -z[j]
-        multiply(work[DQ], wd, t, wo, 1, work[ST], wd, rows, wd, o, 0)
-        multiply(work[DK_ADDED], wd, z, wo, 1, work[ST], wd, rows, wd, o, 0)
+        st = right_turned(rounded(state, wo, d, o, op[SR]), wo, d, o, op[TURNED], wd)
+        scaled(op[YR], wo, rows, o, each[GROWN], t)
+        scaled(work[DX], wo, rows, o, each[TAKEN], z)
+        padded(t, wo, rows, o)
+        padded(z, wo, rows, o)
+        multiply(dq, wd, t, wo, st, wd, rows, wd, o, 0)
+        multiply(dk, wd, z, wo, st, wd, rows, wd, o, 0)
         if later:
             f = each[GROWN, rows - 1]
             for j in range(d * wo):
                 ds[j] *= f
-        multiply(ds, wo, work[Q], 1, wd, t, wo, d, wo, rows, later)
-        multiply(ds, wo, work[K], 1, wd, z, wo, d, wo, rows, 1)
-    lower(work[DQ], wd, work[DP], work[K], rows, wd, more)
-    lower(work[DK_ADDED], wd, work[DN], work[K], rows, wd, more)
+        tb, zb = right(t, wo, rows, op[TB]), right(z, wo, rows, op[ZB])
+        multiply_turned(ds, wo, left_turned(q, wd, rows, d, op[QL]), wd, tb, wo, d, wo, rows, later)
+        multiply_turned(ds, wo, left_turned(k, wd, rows, d, op[KL]), wd, zb, wo, d, wo, rows, 1)
+    lower(dq, wd, op[DPR], k, rows, wd, more)
+    lower(dk, wd, op[DNR], k, rows, wd, more)
     for i in range(rows):
         first, last = i * wd, i * wd + d
-        k, added = work[K, first:last], work[DK_ADDED, first:last]
+        k_row, added = op[K, first:last], dk[first:last]
         off = work[DK, first:last]
-        each[DSUM, i] += dot(work[DQ, first:last], work[Q, first:last]) + dot(added, k) - dot(off, k)
+        each[DSUM, i] += dot(dq[first:last], op[Q, first:last]) + dot(added, k_row) - dot(off, k_row)
         for c in range(d):
             off[c] += added[c]
 
 
 @inlined
-def _backward_task(given, starts, grads, sizes, work, each, memory, task, _):  # type: ignore[no-untyped-def]
+def _backward_task(given, starts, grads, sizes, work, op, each, memory, task, _):  # type: ignore[no-untyped-def]
     dout, dqkv, dg, dbetas = grads
     keys, heads, d, o, wd, wo, row = sizes
     states, xs, dqs, dks = memory
     start, end, key_head = _place(task, starts, keys)
-    size = up(d, ROWS) * wo
+    size = (d + SPARE) * wo
     dqs[: (end - start) * wd] = _ZERO
     dks[: (end - start) * wd] = _ZERO
     for head in range(key_head * (heads // keys), (key_head + 1) * (heads // keys)):
-        _states_again(given, start, end, key_head, head, sizes, work, each, states, xs)
+        _states_again(given, start, end, key_head, head, sizes, work, op, each, states, xs)
         for chunk in range((end - start - 1) // CHUNK, -1, -1):
             at = start + chunk * CHUNK
             rows, more = min(CHUNK, end - at), 1 if chunk else 0
             later, before = 1 if at + rows < end else 0, states[chunk * size :]
-            _chunk(given, sizes, (at, rows, key_head, head), work, each)
-            read_rows(dout[(at * heads + head) * o :], heads * o, rows, o, work[Y], wo)
+            place = (at, rows, key_head, head)
+            _queries(given, sizes, place, work, op, _chunk(given, sizes, place, work, op, each))
+            copy_rows(dout[(at * heads + head) * o :], heads * o, rows, o, op[YR], wo)
+            padded(op[YR], wo, rows, o)
             each[DSUM, :rows] = _ZERO
-            if later:
-                for i in range(d):
-                    behind = before[size + i * wo : size + i * wo + o]
-                    each[DSUM, rows - 1] += dot(work[S, i * wo : i * wo + o], behind)
-            _values_back(sizes, rows, work, each, xs[chunk * CHUNK * wo :], later)
-            _keys_back(sizes, rows, work, each, before, more, later)
-            write_rows(work[DX], wo, rows, o, dqkv[at * row + 2 * keys * d + head * o :], row)
+            q, k = _values_back(sizes, rows, work, op, each, xs[chunk * CHUNK * wo :], before[size:], later)
+            _keys_back(sizes, rows, work, op, each, q, k, before, more, later)
+            copy_rows(work[DX], wo, rows, o, dqkv[at * row + 2 * keys * d + head * o :], row)
             total = _ZERO
             for i in range(rows - 1, -1, -1):
                 total += each[DSUM, i]
@@ -301,20 +331,32 @@ def _given(s, element):  # type: ignore[no-untyped-def]
     return sizes, (qkv, g, beta), starts, array(s[7], (count * o,), element)
 
 
+@inlined
+def _thread_matrices(s, operand):  # type: ignore[no-untyped-def]
+    """Its matrices, its operands, numbers of each token, and the address behind them."""
+    work, at = matrices(chunks.thread_memory(s, s[8], s[13]), MATRICES, s[16], np.float32)
+    op, at = matrices(at, OPERANDS, s[16], operand)
+    return work, op, np.empty((VECTORS, CHUNK), np.float32), at
+
+
 @per_dtype
 def _forward_kernel(element: type) -> object:
+    operand, amx = operands_of(element), chunks.AMX
+
     @kernel
     def delta_rule(pointer):  # type: ignore[no-untyped-def]
         s = carray(pointer, (32,), np.int64)
         sizes, given, starts, out = _given(s, element)
-        work, _ = matrices(chunks.thread_memory(s, s[8], s[13]), MATRICES, s[16])
-        chunks.each_task(s, _forward_task, (given, starts, out, sizes, work, np.empty((VECTORS, CHUNK), np.float32)))
+        work, op, each, _ = _thread_matrices(s, operand)
+        chunks.each_task(s, _forward_task, (given, starts, out, sizes, work, op, each), amx)
 
     return delta_rule
 
 
 @per_dtype
 def _backward_kernel(element: type) -> object:
+    operand, amx = operands_of(element), chunks.AMX
+
     @kernel
     def delta_rule_backward(pointer):  # type: ignore[no-untyped-def]
         s = carray(pointer, (32,), np.int64)
@@ -322,27 +364,26 @@ def _backward_kernel(element: type) -> object:
         longest = up(s[17], CHUNK)
         dqkv, dg = array(s[18], (len(given[0]),), element), array(s[19], (len(given[1]),), np.float32)
         grads = (dout, dqkv, dg, array(s[20], (len(given[1]),), np.float32))
-        work, at = matrices(chunks.thread_memory(s, s[8], s[13]), MATRICES, s[16])
-        states, at = numbers(at, longest // CHUNK * up(sizes[2], ROWS) * sizes[5])
+        work, op, each, at = _thread_matrices(s, operand)
+        states, at = numbers(at, longest // CHUNK * (sizes[2] + SPARE) * sizes[5])
         xs, at = numbers(at, longest * sizes[5])
         dqs, at = numbers(at, longest * sizes[4])
         dks, at = numbers(at, longest * sizes[4])
-        each = np.empty((VECTORS, CHUNK), np.float32)
-        chunks.each_task(s, _backward_task, (given, starts, grads, sizes, work, each, (states, xs, dqs, dks)))
+        chunks.each_task(s, _backward_task, (given, starts, grads, sizes, work, op, each, (states, xs, dqs, dks)), amx)
 
     return delta_rule_backward
 
 
 def matrix_numbers(d: int, o: int) -> int:
     """Of each of a thread's matrices."""
-    return max(CHUNK, up_to(d, ROWS), o) * max(CHUNK, up_to(d, COLUMNS), up_to(o, COLUMNS)) + COLUMNS
+    return (max(CHUNK, d, o) + SPARE) * max(CHUNK, up_to(d, COLUMNS), up_to(o, COLUMNS)) + COLUMNS
 
 
 def thread_bytes(d: int, o: int, longest: int) -> int:
     """A thread's memory in backward, where the longest example has so many tokens."""
     wd, wo = up_to(d, COLUMNS), up_to(o, COLUMNS)
-    behind = -(-longest // CHUNK) * (up_to(d, ROWS) * wo + CHUNK * (wo + 2 * wd))
-    return chunks.memory_bytes(MATRICES * matrix_numbers(d, o) + behind)
+    behind = -(-longest // CHUNK) * ((d + SPARE) * wo + CHUNK * (wo + 2 * wd))
+    return chunks.memory_bytes((MATRICES + OPERANDS) * matrix_numbers(d, o) + behind)
 
 
 def forward(qkv: Tensor, g: Tensor, beta: Tensor, starts: Tensor, keys: int, d: int) -> Tensor:

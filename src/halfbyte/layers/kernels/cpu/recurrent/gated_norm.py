@@ -13,7 +13,7 @@ from torch import Tensor
 
 from halfbyte.layers.kernels import pool
 from halfbyte.layers.kernels.cpu.parallel import array, block_rows, each_block, kernel, per_dtype, run
-from halfbyte.layers.kernels.cpu.scalar import inlined, load, sigmoid, store
+from halfbyte.layers.kernels.cpu.scalar import fill_registers, inlined, load, sigmoid, store
 
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
@@ -34,6 +34,7 @@ def _normal(x, z, eps, gate_first, h):  # type: ignore[no-untyped-def]
 
 @inlined
 def _forward_rows(x, z, w, out, eps, gate_first, h, first, last):  # type: ignore[no-untyped-def]
+    fill_registers()
     for i in range(first, last):
         r = _normal(x[i], z[i], eps, gate_first, h)
         to, gate = out[i], z[i]
@@ -48,6 +49,7 @@ def _forward_rows(x, z, w, out, eps, gate_first, h, first, last):  # type: ignor
 
 @inlined
 def _backward_rows(dy, x, z, w, dx, dz, eps, gate_first, h, dh, first, last):  # type: ignore[no-untyped-def]
+    fill_registers()
     for i in range(first, last):
         r, along = _normal(x[i], z[i], eps, gate_first, h), _ZERO
         a, gate = x[i], z[i]

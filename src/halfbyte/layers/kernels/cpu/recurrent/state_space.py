@@ -17,17 +17,23 @@ from torch import Tensor
 from halfbyte.layers.kernels import pool
 from halfbyte.layers.kernels.cpu.parallel import array, kernel, per_dtype, run
 from halfbyte.layers.kernels.cpu.recurrent import chunks
-from halfbyte.layers.kernels.cpu.recurrent.chunks import CHUNK, matrices, numbers, up_to
-from halfbyte.layers.kernels.cpu.recurrent.products import decayed, lower, multiply, scores, turned, upper
-from halfbyte.layers.kernels.cpu.recurrent.rows import dot, next_state, read_rows, scaled, summed, write_rows
-from halfbyte.layers.kernels.cpu.scalar import exp_f32, inlined, store, up
+from halfbyte.layers.kernels.cpu.recurrent.chunks import CHUNK, SPARE, matrices, numbers, up_to
+
+from halfbyte.layers.kernels.cpu.recurrent.products import (  # isort: skip
+    decayed, decays, left_turned, lower, multiply, multiply_turned, operands_of, padded, right, right_turned, rounded,
+    scores, triangle_left, upper,
+)  # fmt: skip
+from halfbyte.layers.kernels.cpu.recurrent.rows import copy_rows, dot, next_state, scaled, summed
+from halfbyte.layers.kernels.cpu.scalar import fill_registers, inlined, load, store, up
 from halfbyte.layers.kernels.cpu.tiles import COLUMNS32 as COLUMNS
-from halfbyte.layers.kernels.cpu.tiles import ROWS32 as ROWS
 
 MOST_HEADS = 8  # of a task: their states lie in a thread's memory, one for each chunk
-# A thread's matrices, all of one size: of a chunk of b, c, b turned and products c b; x, dt x, products with their
-# decays, the output; and in backward gradients and what their products read.
-B, C, BT, CB, X, XD, M, T, Y, DXD, XT, ST, DM, DCB, DB, DC, DH, MATRICES = range(18)
+# A thread's matrices in fp32, all of one size: of a chunk products c b, decays; x, dt x, the output; and gradients.
+CB, E, X, XD, Y, DXD, DM, DCB, DB, DC, DH, MATRICES = range(12)
+# Its operands, in rows: b, c, products with their decays, dt x, a state, what is read once, the output's gradient.
+B, C, M, XDR, SR, T, YR = range(7)
+# The same as tiles read them: b turned, as a right operand, that turned; c; and what else is read once.
+BT, BB, BL, CR, CL, XB, XT, SB, TB, ST, TRIANGLE, TURNED, OPERANDS = range(7, 20)
 # Numbers of each token: the sum of a in the chunk, its e^; e^ of what is left of it; dt; and a gradient.
 SUM, GROWN, LEFT, DT, DSUM, VECTORS = range(6)
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
@@ -45,14 +51,16 @@ def _place(task, starts, sizes):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _group(xbc, sizes, at, rows, group, work):  # type: ignore[no-untyped-def]
-    """b and c of a chunk, and their products."""
+def _group(xbc, sizes, at, rows, group, work, op):  # type: ignore[no-untyped-def]
+    """b and c of a chunk, and their products; returns b turned, as a left operand."""
     heads, groups, _, n, p, wn, _, row = sizes
     x = xbc[at * row + heads * p + group * n :]
-    read_rows(x, row, rows, n, work[B], wn)
-    read_rows(x[groups * n :], row, rows, n, work[C], wn)
-    turned(work[B], wn, rows, n, work[BT], CHUNK)
-    scores(work[CB], work[C], wn, work[BT], rows, n)
+    copy_rows(x, row, rows, n, op[B], wn)
+    padded(op[B], wn, rows, n)
+    copy_rows(x[groups * n :], row, rows, n, op[C], wn)
+    padded(op[C], wn, rows, n)
+    scores(work[CB], op[C], wn, right_turned(op[B], wn, rows, n, op[BT], CHUNK), rows, n)
+    return left_turned(right(op[B], wn, rows, op[BB]), wn, rows, n, op[BL])
 
 
 @inlined
@@ -64,33 +72,35 @@ def _head(given, sizes, at, rows, head, work, each):  # type: ignore[no-untyped-
     summed(a, heads, head, at, rows, each[SUM], each[GROWN], each[LEFT])
     for i in range(rows):
         each[DT, i] = dts[(at + i) * heads + head]
-    read_rows(xbc[at * row + head * p :], row, rows, p, work[X], wp)
+    copy_rows(xbc[at * row + head * p :], row, rows, p, work[X], wp)
     scaled(work[X], wp, rows, p, each[DT], work[XD])
 
 
 @inlined
-def _next_state(sizes, rows, work, each, before, more, state):  # type: ignore[no-untyped-def]
-    n, p = sizes[3], sizes[4]
-    wn, wp = sizes[5], sizes[6]
-    next_state(work[B], wn, n, work[XD], wp, p, work[T], rows, each[GROWN], each[LEFT], before, more, state)
+def _next_state(sizes, rows, work, op, each, b, before, more, state):  # type: ignore[no-untyped-def]
+    _, _, _, n, p, wn, wp, _ = sizes
+    next_state(b, wn, n, work[XD], wp, p, (op[T], op[TB]), rows, each[GROWN], each[LEFT], before, more, state)
 
 
 @inlined
-def _forward_task(given, starts, out, sizes, work, each, states, task, _):  # type: ignore[no-untyped-def]
+def _forward_task(given, starts, out, sizes, work, op, each, states, task, _):  # type: ignore[no-untyped-def]
     heads, _, _, n, p, wn, wp, _ = sizes
     y = work[Y]
     start, end, group, _, first, last = _place(task, starts, sizes)
     for at in range(start, end, CHUNK):
         rows, more = min(CHUNK, end - at), 1 if at > start else 0
-        _group(given[0], sizes, at, rows, group, work)
+        b = _group(given[0], sizes, at, rows, group, work, op)
         for head in range(first, last):
-            state, skip = states[(head - first) * up(n, ROWS) * wp :], given[3][head]
+            state, skip = states[(head - first) * (n + SPARE) * wp :], given[3][head]
             _head(given, sizes, at, rows, head, work, each)
-            decayed(work[CB], each[SUM], rows, 0, _ONE, work[M])
+            decays(each[SUM], rows, work[E])
+            decayed(work[CB], work[E], rows, 0, _ONE, op[M])
             if more:
-                multiply(y, wp, work[C], wn, 1, state, wp, rows, wp, n, 0)
+                turned = right(rounded(state, wp, n, p, op[SR]), wp, n, op[SB])
+                multiply(y, wp, op[C], wn, turned, wp, rows, wp, n, 0)
                 scaled(y, wp, rows, p, each[GROWN], y)
-            lower(y, wp, work[M], work[XD], rows, wp, more)
+            x = right(rounded(work[XD], wp, rows, p, op[XDR]), wp, rows, op[XB])
+            lower(y, wp, op[M], x, rows, wp, more)
             for i in range(rows):
                 place = ((at + i) * heads + head) * p
                 v, u = y[i * wp : i * wp + p], work[X, i * wp : i * wp + p]
@@ -98,19 +108,21 @@ def _forward_task(given, starts, out, sizes, work, each, states, task, _):  # ty
                 for j in range(p):
                     to[j] = store(v[j] + skip * u[j], to)
             if at + rows < end:
-                _next_state(sizes, rows, work, each, state, more, state)
+                _next_state(sizes, rows, work, op, each, b, state, more, state)
 
 
 @inlined
 def _scores_back(rows, work, each):  # type: ignore[no-untyped-def]
     """Of the gradients of the decayed products: their part in those of the products, and of the decays' sums."""
-    sums, to_sums = each[SUM], each[DSUM]
+    fill_registers()
+    to_sums = each[DSUM]
     for i in range(rows):
         first, last = i * CHUNK, i * CHUNK + i + 1
         v, w = work[DM, first:last], work[CB, first:last]
-        to, total = work[DCB, first:last], _ZERO
+        to, decay = work[DCB, first:last], work[E, first:last]
+        total = _ZERO
         for j in range(i + 1):
-            e = v[j] * exp_f32(sums[i] - sums[j])
+            e = v[j] * decay[j]
             to[j] += e
             total += e * w[j]
             to_sums[j] -= e * w[j]
@@ -120,6 +132,7 @@ def _scores_back(rows, work, each):  # type: ignore[no-untyped-def]
 @inlined
 def _add_state_part(dh, x, wide, rows, n, total, sign, to_sums):  # type: ignore[no-untyped-def]
     """Rows of dh, to the total; and sign times their products with x, to the gradient of the decays' sums."""
+    fill_registers()
     for i in range(rows):
         here, to = dh[i * wide : i * wide + n], total[i * wide : i * wide + n]
         to_sums[i] += sign * dot(here, x[i * wide : i * wide + n])
@@ -128,42 +141,47 @@ def _add_state_part(dh, x, wide, rows, n, total, sign, to_sums):  # type: ignore
 
 
 @inlined
-def _head_back(sizes, rows, work, each, state, behind, ds, more, later):  # type: ignore[no-untyped-def]
+def _head_back(sizes, rows, work, op, each, c, state, behind, ds, more, later):  # type: ignore[no-untyped-def]
     """Gradients of a chunk of one head: of dt x, of the decays' sums, of the state before, in place of that behind;
-    those of b, c and their products are added."""
-    n, p = sizes[3], sizes[4]
-    wn, wp = sizes[5], sizes[6]
-    t, dxd = work[T], work[DXD]
+    those of b, c and their products are added. c: turned, as a left operand."""
+    _, _, _, n, p, wn, wp, _ = sizes
+    t, dxd = op[T], work[DXD]
+    dh = work[DH]
     sums = each[DSUM]
     sums[:rows] = _ZERO
-    decayed(work[CB], each[SUM], rows, 0, _ONE, work[M])
+    decays(each[SUM], rows, work[E])
+    decayed(work[CB], work[E], rows, 0, _ONE, op[M])
     if later:
-        multiply(dxd, wp, work[B], wn, 1, ds, wp, rows, wp, n, 0)
+        sr = rounded(ds, wp, n, p, op[SR])
+        multiply(dxd, wp, op[B], wn, right(sr, wp, n, op[SB]), wp, rows, wp, n, 0)
         scaled(dxd, wp, rows, p, each[LEFT], dxd)
         scaled(work[XD], wp, rows, p, each[LEFT], t)
-        turned(ds, wp, n, p, work[ST], wn)
-        multiply(work[DH], wn, t, wp, 1, work[ST], wn, rows, wn, p, 0)
-        _add_state_part(work[DH], work[B], wn, rows, n, work[DB], -_ONE, sums)
-        for i in range(n):
-            sums[rows - 1] += dot(ds[i * wp : i * wp + p], behind[i * wp : i * wp + p])
-    upper(dxd, wp, work[M], work[Y], rows, wp, later)
-    turned(work[XD], wp, rows, p, work[XT], CHUNK)
-    scores(work[DM], work[Y], wp, work[XT], rows, p)
+        padded(t, wp, rows, p)
+        multiply(dh, wn, t, wp, right_turned(sr, wp, n, p, op[ST], wn), wn, rows, wn, p, 0)
+        _add_state_part(dh, op[B], wn, rows, n, work[DB], -_ONE, sums)
+        for i in range(n):  # rounded as in the product that is taken off it
+            sums[rows - 1] += dot(sr[i * wp : i * wp + p], behind[i * wp : i * wp + p])
+    upper(
+        dxd, wp, triangle_left(op[M], rows, op[TRIANGLE], op[TURNED]), right(op[YR], wp, rows, op[TB]), rows, wp, later
+    )
+    xt = right_turned(rounded(work[XD], wp, rows, p, op[XDR]), wp, rows, p, op[XT], CHUNK)
+    scores(work[DM], op[YR], wp, xt, rows, p)
     _scores_back(rows, work, each)
     if more:
-        scaled(work[Y], wp, rows, p, each[GROWN], t)
-        turned(state, wp, n, p, work[ST], wn)
-        multiply(work[DH], wn, t, wp, 1, work[ST], wn, rows, wn, p, 0)
-        _add_state_part(work[DH], work[C], wn, rows, n, work[DC], _ONE, sums)
+        scaled(op[YR], wp, rows, p, each[GROWN], t)
+        padded(t, wp, rows, p)
+        st = right_turned(rounded(state, wp, n, p, op[SR]), wp, n, p, op[ST], wn)
+        multiply(dh, wn, t, wp, st, wn, rows, wn, p, 0)
+        _add_state_part(dh, op[C], wn, rows, n, work[DC], _ONE, sums)
         if later:
             f = each[GROWN, rows - 1]
             for j in range(n * wp):
                 ds[j] *= f
-        multiply(ds, wp, work[C], 1, wn, t, wp, n, wp, rows, later)
+        multiply_turned(ds, wp, c, wn, right(t, wp, rows, op[TB]), wp, n, wp, rows, later)
 
 
 @inlined
-def _write_head(grads, sizes, place, skip, work, each):  # type: ignore[no-untyped-def]
+def _write_head(grads, sizes, place, skip, work, op, each):  # type: ignore[no-untyped-def]
     """The gradients of x, dt and a of a chunk."""
     dxbc, da, ddts = grads
     heads, p = sizes[0], sizes[4]
@@ -172,44 +190,48 @@ def _write_head(grads, sizes, place, skip, work, each):  # type: ignore[no-untyp
     total = _ZERO
     for i in range(rows - 1, -1, -1):
         first, last = i * wp, i * wp + p
-        u, v = work[DXD, first:last], work[Y, first:last]
+        u, v = work[DXD, first:last], op[YR, first:last]
         to = dxbc[(at + i) * row + head * p :]
         total += each[DSUM, i]
         da[(at + i) * heads + head], ddts[(at + i) * heads + head] = total, dot(u, work[X, first:last])
         for j in range(p):
-            to[j] = store(each[DT, i] * u[j] + skip * v[j], to)
+            to[j] = store(each[DT, i] * u[j] + skip * load(v[j]), to)
 
 
 @inlined
-def _backward_task(given, starts, grads, sizes, work, each, states, dstates, task, _):  # type: ignore[no-untyped-def]
+def _backward_task(given, starts, grads, sizes, work, op, each, states, dstates, task, _):  # type: ignore[no-untyped-def]
     dout, dxbc, da, ddts, dbc = grads
     heads, groups, _, n, p, wn, wp, _ = sizes
     start, end, group, part, first, last = _place(task, starts, sizes)
-    size, many = up(n, ROWS) * wp, last - first
+    size, many = (n + SPARE) * wp, last - first
     for at in range(start, end - CHUNK, CHUNK):
-        _group(given[0], sizes, at, CHUNK, group, work)
+        b = _group(given[0], sizes, at, CHUNK, group, work, op)
         for head in range(first, last):
             before = states[((at - start) // CHUNK * many + head - first) * size :]
             _head(given, sizes, at, CHUNK, head, work, each)
-            _next_state(sizes, CHUNK, work, each, before, 1 if at > start else 0, before[many * size :])
+            _next_state(sizes, CHUNK, work, op, each, b, before, 1 if at > start else 0, before[many * size :])
     for chunk in range((end - start - 1) // CHUNK, -1, -1):
         at = start + chunk * CHUNK
         rows, more = min(CHUNK, end - at), 1 if chunk else 0
         later = 1 if at + rows < end else 0
-        _group(given[0], sizes, at, rows, group, work)
+        _group(given[0], sizes, at, rows, group, work, op)
+        turned = left_turned(right(op[C], wn, rows, op[CR]), wn, rows, n, op[CL])
         for i in range(DCB, DH):
             work[i] = _ZERO
         for head in range(first, last):
             before, ds = states[(chunk * many + head - first) * size :], dstates[(head - first) * size :]
             _head(given, sizes, at, rows, head, work, each)
-            read_rows(dout[(at * heads + head) * p :], heads * p, rows, p, work[Y], wp)
-            _head_back(sizes, rows, work, each, before, before[many * size :], ds, more, later)
-            _write_head((dxbc, da, ddts), sizes, (at, rows, head), given[3][head], work, each)
-        lower(work[DC], wn, work[DCB], work[B], rows, wn, 1)
-        upper(work[DB], wn, work[DCB], work[C], rows, wn, 1)
+            copy_rows(dout[(at * heads + head) * p :], heads * p, rows, p, op[YR], wp)
+            padded(op[YR], wp, rows, p)
+            _head_back(sizes, rows, work, op, each, turned, before, before[many * size :], ds, more, later)
+            _write_head((dxbc, da, ddts), sizes, (at, rows, head), given[3][head], work, op, each)
+        dcb = rounded(work[DCB], CHUNK, rows, CHUNK, op[M])
+        lower(work[DC], wn, dcb, right(op[B], wn, rows, op[BB]), rows, wn, 1)
+        c = right(op[C], wn, rows, op[CR])
+        upper(work[DB], wn, triangle_left(dcb, rows, op[TRIANGLE], op[TURNED]), c, rows, wn, 1)
         to = dbc[((part * (len(da) // heads) + at) * 2 * groups + group) * n :]
-        write_rows(work[DB], wn, rows, n, to, 2 * groups * n)
-        write_rows(work[DC], wn, rows, n, to[groups * n :], 2 * groups * n)
+        copy_rows(work[DB], wn, rows, n, to, 2 * groups * n)
+        copy_rows(work[DC], wn, rows, n, to[groups * n :], 2 * groups * n)
 
 
 @inlined
@@ -226,40 +248,45 @@ def _given(s, element):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _thread_matrices(s, sizes):  # type: ignore[no-untyped-def]
-    """Its matrices, the states of its heads, and the address behind them."""
-    work, at = matrices(chunks.thread_memory(s, s[9], s[17]), MATRICES, s[18])
-    count = (sizes[0] // (sizes[1] * sizes[2]) + 1) * up(sizes[3], ROWS) * sizes[6]
+def _thread_matrices(s, sizes, operand):  # type: ignore[no-untyped-def]
+    """Its matrices, its operands, the states of its heads, and the address behind them."""
+    work, at = matrices(chunks.thread_memory(s, s[9], s[17]), MATRICES, s[18], np.float32)
+    op, at = matrices(at, OPERANDS, s[18], operand)
+    count = (sizes[0] // (sizes[1] * sizes[2]) + 1) * (sizes[3] + SPARE) * sizes[6]
     states, at = numbers(at, count)
-    return work, states, at
+    return work, op, states, at
 
 
 @per_dtype
 def _forward_kernel(element: type) -> object:
+    operand, amx = operands_of(element), chunks.AMX
+
     @kernel
     def state_space(pointer):  # type: ignore[no-untyped-def]
         s = carray(pointer, (32,), np.int64)
         sizes, given, starts, out = _given(s, element)
-        work, states, _ = _thread_matrices(s, sizes)
+        work, op, states, _ = _thread_matrices(s, sizes, operand)
         each = np.empty((VECTORS, CHUNK), np.float32)
-        chunks.each_task(s, _forward_task, (given, starts, out, sizes, work, each, states))
+        chunks.each_task(s, _forward_task, (given, starts, out, sizes, work, op, each, states), amx)
 
     return state_space
 
 
 @per_dtype
 def _backward_kernel(element: type) -> object:
+    operand, amx = operands_of(element), chunks.AMX
+
     @kernel
     def state_space_backward(pointer):  # type: ignore[no-untyped-def]
         s = carray(pointer, (32,), np.int64)
         sizes, given, starts, dout = _given(s, element)
-        work, dstates, at = _thread_matrices(s, sizes)
+        work, op, dstates, at = _thread_matrices(s, sizes, operand)
         states, at = numbers(at, len(dstates) * (up(s[19], CHUNK) // CHUNK))
         dxbc, da = array(s[20], (len(given[0]),), element), array(s[21], (len(given[1]),), np.float32)
         ddt, width = array(s[22], (len(given[1]),), np.float32), 2 * sizes[1] * sizes[3]
         grads = (dout, dxbc, da, ddt, array(s[23], (sizes[2] * s[15] * width,), np.float32))
         each = np.empty((VECTORS, CHUNK), np.float32)
-        chunks.each_task(s, _backward_task, (given, starts, grads, sizes, work, each, states, dstates))
+        chunks.each_task(s, _backward_task, (given, starts, grads, sizes, work, op, each, states, dstates), amx)
 
     return state_space_backward
 
@@ -271,13 +298,15 @@ def parts_of(heads: int, groups: int) -> int:
 
 def matrix_numbers(n: int, p: int) -> int:
     """Of each of a thread's matrices."""
-    return max(CHUNK, n, p) * max(CHUNK, up_to(n, COLUMNS), up_to(p, COLUMNS)) + COLUMNS
+    return (max(CHUNK, n, p) + SPARE) * max(CHUNK, up_to(n, COLUMNS), up_to(p, COLUMNS)) + COLUMNS
 
 
 def thread_bytes(heads: int, groups: int, n: int, p: int, longest: int) -> int:
     """A thread's memory in backward, where the longest example has so many tokens."""
-    states = (heads // (groups * parts_of(heads, groups)) + 1) * up_to(n, ROWS) * up_to(p, COLUMNS)
-    return chunks.memory_bytes(MATRICES * matrix_numbers(n, p) + states * (1 + up_to(longest, CHUNK) // CHUNK))
+    states = (heads // (groups * parts_of(heads, groups)) + 1) * (n + SPARE) * up_to(p, COLUMNS)
+    return chunks.memory_bytes(
+        (MATRICES + OPERANDS) * matrix_numbers(n, p) + states * (1 + up_to(longest, CHUNK) // CHUNK)
+    )
 
 
 def forward(xbc: Tensor, a: Tensor, dt: Tensor, skip: Tensor, starts: Tensor, groups: int, n: int) -> Tensor:
