@@ -13,11 +13,12 @@ from starlette.applications import Starlette
 from halfbyte.serving.http import pages
 from halfbyte.serving.settings import Settings
 
+before = signal.getsignal(signal.{name})
 sock = socket.socket()
 sock.bind(("127.0.0.1", 0))
 server = uvicorn.Server(pages.config(Starlette(), Settings()))
 pages.run(server, sock, lambda: os.kill(os.getpid(), signal.{name}))
-print("ended", signal.getsignal(signal.{name}) in (signal.SIG_DFL, signal.default_int_handler))
+print("ended", signal.getsignal(signal.{name}) == before)
 """
 
 
