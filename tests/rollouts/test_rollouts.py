@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from halfbyte import finetune
-from halfbyte.errors import RecipeError, RewardError, RunError, RankLost, TrainError
+from halfbyte.errors import RankLost, RecipeError, RewardError, RunError, TrainError
 from halfbyte.inference import batch
 from halfbyte.layers.decoding.tape import isa
 from halfbyte.objectives import grpo
