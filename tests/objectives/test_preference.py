@@ -231,10 +231,11 @@ def test_any_number_of_processes_trains_the_same(method: str, size: int, tmp_pat
     finetune.train(one)
     several = recipe(tmp_path, method, output=tmp_path / "several", **values)
     together.run(size, train, several.path)
-    # without a reference beta times the rounding of log p itself counts: 0.1 x 2^-24 x some hundred nats, of SimPO 2 x
-    allowed = {"cpo": 5e-6, "simpo": 1e-5}.get(method, 1e-6)
     rows, wanted = (RunFolder(Path(x.recipe.output)).read_metrics() for x in (several, one))
     for row, other in zip(rows, wanted, strict=True):
+        # From the third step on the optimiser has twice divided gradients that differ by roundings by their own size;
+        # without a reference beta x 2^-24 x some hundred nats of log p are among these, of SimPO 2 x.
+        allowed = {"cpo": 5e-6, "simpo": 1e-5}.get(method, 1e-6) if row["step"] > 2 else 1e-6
         for name in ("loss", "grad_norm", "accuracy", "chosen_reward", "eval_loss", "eval_accuracy"):
             assert (name in row) == (name in other)
             assert row.get(name, 0.0) == pytest.approx(other.get(name, 0.0), rel=allowed, abs=allowed), name

@@ -48,13 +48,27 @@ def test_the_fault_of_bitsandbytes_is_caught_and_goes_round(double: bool, monkey
     def by_rows(codes: Any, scales: Any, out: Any, block: Any, rows: Any, columns: Any) -> None:
         native(codes, scales, out, block, ctypes.c_longlong(64), ctypes.c_longlong(96))
 
-    monkeypatch.setattr(dequantise, "c_dequantise", lambda kind, dtype: by_rows)
+    monkeypatch.setattr(dequantise, "c_dequantise", lambda kind, dtype: by_rows if kind else None)
     model = nn.Sequential(layer((64, 64), "nf4", double), made)
     proof = prove_dequantised(nn.Sequential(made))
     assert not proof.ok and "(64, 96)" in proof.reason and "slower" in proof.reason
     for module in model:
         assert_is(dequantise.dequantised(module), by_definition(module))
     assert dequantise.upstream_is_wrong(model[0].weight.quant_state)
+
+
+def test_a_wrong_scale_is_caught_and_goes_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = layer((64, 96), "nf4", True)
+    native = dequantise.c_dequantise("", "fp32")
+    assert native is not None
+
+    def nearly(table: Any, codes: Any, outer: Any, out: Any, *sizes: Any) -> None:
+        native(table, codes, outer, out, *sizes)
+        ctypes.c_float.from_address(out.value + 4 * 50).value += 0.1
+
+    monkeypatch.setattr(dequantise, "c_dequantise", lambda kind, dtype: None if kind else nearly)
+    assert not prove_dequantised(nn.Sequential(made)).ok
+    assert_is(dequantise.dequantised(made), by_definition(made))
 
 
 @pytest.mark.parametrize("place", [0, 64 * 96 // 2, 64 * 96 - 1])
@@ -68,7 +82,7 @@ def test_one_wrong_number_is_caught(place: int, monkeypatch: pytest.MonkeyPatch)
         number = ctypes.c_uint16.from_address(out.value + 2 * place)
         number.value += 2  # two units in the last place
 
-    monkeypatch.setattr(dequantise, "c_dequantise", lambda kind, dtype: nearly)
+    monkeypatch.setattr(dequantise, "c_dequantise", lambda kind, dtype: nearly if kind else None)
     assert not prove_dequantised(nn.Sequential(made)).ok
     assert_is(dequantise.dequantised(made), by_definition(made))
 

@@ -393,7 +393,7 @@ def _computes(layer: nn.Module, x: Tensor) -> bool:
     upstream dequantises rightly."""
     if not isinstance(x, Tensor):
         return False
-    few = not torch.is_grad_enabled() and x.numel() < 8 * x.shape[-1]
+    few = not _trains(layer) and x.numel() < 8 * x.shape[-1]
     number_format = formats.of_module(layer)
     if few and number_format.upstream_is_right(layer):
         return False

@@ -166,7 +166,7 @@ def _hidden(lm: Model, inputs: dict[str, Tensor], keep: Tensor) -> Tensor:
     count = len(keep) if tokens < packing.ALIGNED_FROM else packing.up_to(len(keep))
     last = _last_layer(body)
     # where its forward is done again it would not be asked again; a mask drawn for all rows is not that of some
-    able = torch.is_grad_enabled() and last is not None and not last.gradient_checkpointing
+    able = last is not None and fuse._trains(last) and not last.gradient_checkpointing
     if able and texts == 1 and 0 < count < tokens and (dropout.by_row() or not lm.training):
         with last_layer.only_rows(last_layer.LastLayerRows(last, keep, count)) as some:
             hidden: Tensor = body(**inputs)[0][0]  # (count, D), or (T, D)

@@ -55,6 +55,7 @@ def install(model: Model, layout: Layout | None = None) -> Layout:
     lm = structure.causal_lm(model)
     chosen: Layout = next(iter(layouts(lm)), "single") if layout is None else layout
     hooks = PaddedRows.attached(structure.body(lm))
+    structure.body(lm).__dict__.pop(_SET_UP, None)
     if chosen == "rows" and hooks is None:
         PaddedRows(structure.body(lm))
     elif chosen != "rows" and hooks is not None:
@@ -195,15 +196,27 @@ def packed_inputs(body: nn.Module, batch: Batch) -> dict[str, Tensor]:
     longest, device = known.longest, body.device
     positions = batch["position_ids"].to(device) + first_position(body)
     inputs = {"position_ids": positions, "attention_mask": no_mask(device, known)}
-    recurrent.complete(body)
-    if by_mask.is_on(body):
-        by_mask.install(body)  # on layers that a proof on the first ones did not meet
+    if _set_up(body):
         return {name: x for name, x in inputs.items() if name in inspect.signature(body.forward).parameters}
-    _keep_apart(body)  # those too that a proof on the first layers has not seen
     sight.look(body, longest)
     lengths: Document = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, LENGTHS: known}
     lengths |= {"max_length_q": longest, "max_length_k": longest}
     return inputs | lengths
+
+
+# On a body: the list of layers that are set up, and whether their attention is by a mask. A proof has another list.
+_SET_UP = "_halfbyte_set_up"
+
+
+def _set_up(body: nn.Module) -> bool:
+    """Set up those layers too that a proof on the first ones did not meet. Whether their attention is by a mask."""
+    layers = getattr(*structure.layers_of_body(body))
+    if body.__dict__.get(_SET_UP, (None,))[0] is not layers:
+        recurrent.complete(body)
+        masked = by_mask.is_on(body)
+        (by_mask.install if masked else _keep_apart)(body)
+        body.__dict__[_SET_UP] = layers, masked
+    return bool(body.__dict__[_SET_UP][1])
 
 
 # Other keyword arguments of a forward, and the way back for its hidden states.

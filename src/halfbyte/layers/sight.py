@@ -106,7 +106,7 @@ def look(body: nn.Module, length: int) -> None:
     """Find out what each decoder layer of a body sees of texts of up to `length` tokens, where that is not known yet.
     The model must be set to the attention of `packed_attention.py`. Nothing about it is changed afterwards."""
     length = max(length, 2)  # one token shows no direction
-    holder, name = structure.layer_list(body)
+    holder, name = structure.layers_of_body(body)
     layers = list(getattr(holder, name))
     if all(layer in _SIGHTS and _SIGHTS[layer].tokens >= length for layer in layers):
         return

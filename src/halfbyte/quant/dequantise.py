@@ -40,9 +40,9 @@ def dequantised(module: nn.Module) -> Tensor:
         import bitsandbytes.functional as bnb_f
 
         return bnb_f.dequantize_4bit(packed, state)
-    out = scratch(torch.Size((state.shape.numel(),)), dtype=state.dtype, device=packed.device)
+    out = scratch(state.shape, dtype=state.dtype, device=packed.device)
     write(packed, block_scales(state), out, state.blocksize, state.quant_type)
-    return out.view(state.shape)
+    return out
 
 
 def _codes_and_state(module: nn.Module) -> tuple[Tensor, Any]:
@@ -63,7 +63,7 @@ def in_pieces(module: nn.Module, rows: int) -> Iterator[Tensor]:
     for first in range(0, count, rows):
         out = scratch(torch.Size((min(rows, count - first), width)), dtype=state.dtype, device=packed.device)
         at = first * width
-        write(codes[at // 2 :], scales[at // state.blocksize :], out.view(-1), state.blocksize, state.quant_type)
+        write(codes[at // 2 :], scales[at // state.blocksize :], out, state.blocksize, state.quant_type)
         yield out
 
 
@@ -101,11 +101,13 @@ def is_distrusted(kind: str, dtype: torch.dtype) -> bool:
 def block_scales(state: Any) -> Tensor:
     """The scale of each block, (blocks,) fp32; with double quantisation they are dequantised."""
     scales: Tensor = state.absmax
-    if state.nested:
-        import bitsandbytes.functional as bnb_f
-
-        scales = bnb_f.dequantize_blockwise(scales, state.state2).add_(state.offset)
-    return scales.float()
+    native = c_dequantise("", "fp32") if state.nested and scales.device.type == "cpu" else None
+    if native is None or not scales.is_contiguous() or is_distrusted(state.quant_type, state.dtype):
+        return some_scales(state, 0, len(scales))
+    outer, out = state.state2, torch.empty(scales.shape, dtype=torch.float32)
+    places = (ctypes.c_void_p(x.data_ptr()) for x in (outer.code, scales, outer.absmax, out))
+    native(*places, ctypes.c_longlong(outer.blocksize), ctypes.c_longlong(scales.numel()))
+    return out.add_(state.offset)
 
 
 def some_scales(state: Any, first: int, last: int) -> Tensor:
@@ -126,19 +128,19 @@ def write(packed: Tensor, scales: Tensor, out: Tensor, block_size: int, kind: st
     Args:
         packed: two codes a byte, the earlier in its upper half; any shape and storage dtype.
         scales: (blocks,) fp32.
-        out: (n,) contiguous, in bf16, fp16 or fp32.
+        out: n numbers, contiguous, in bf16, fp16 or fp32.
         kind: nf4 or fp4.
     """
-    codes = packed.contiguous().view(-1).view(torch.uint8)
+    packed = packed.contiguous()
     native = c_dequantise(kind, _NATIVE[out.dtype]) if block_size < _NATIVE_BELOW and out.device.type == "cpu" else None
     done = 0
     if native is not None and not is_distrusted(kind, out.dtype):
         blocks = out.numel() // block_size
         sizes = (ctypes.c_longlong(n) for n in (block_size, blocks, block_size))  # (blocks, block): whole rows
-        native(*(ctypes.c_void_p(t.data_ptr()) for t in (codes, scales.contiguous(), out)), *sizes)
+        native(*(ctypes.c_void_p(t.data_ptr()) for t in (packed, scales.contiguous(), out)), *sizes)
         done = blocks * block_size
     for first in range(done, out.numel(), _TABLE_ELEMENTS):
-        part = out[first : first + _TABLE_ELEMENTS]
+        codes, part = packed.view(-1).view(torch.uint8), out.view(-1)[first : first + _TABLE_ELEMENTS]
         write_by_table(codes[first // 2 :], scales[first // block_size :], part, block_size, kind)
 
 

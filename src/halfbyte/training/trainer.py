@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import takewhile
 from operator import itemgetter
 from pathlib import Path
@@ -388,12 +389,17 @@ class StepTrainer(Trainer):
 
     def floating_point_ops(self, inputs: Document) -> float:
         """4 FLOP a base parameter and token: forward and the gradient of the input; a frozen weight needs no third."""
-        return 4.0 * self.model.get_nb_trainable_parameters()[1] * int(self.last["tokens"])
+        return 4.0 * self._numbers * int(self.last["tokens"])
+
+    @cached_property
+    def _numbers(self) -> int:
+        """Of all parameters."""
+        return int(self.model.get_nb_trainable_parameters()[1])
 
     def _loss_and_norm(self, total: torch.Tensor) -> tuple[float, float | None]:
         """The loss, and the norm of all gradients as the optimiser will see them; a card is waited for once. No norm
         where it is not finite and that is loss scaling's: it leaves the step out, and scales less."""
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         size = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
         value, norm = torch.stack([total, size.to(total.device, total.dtype)]).tolist()
         if self.scaler is None:

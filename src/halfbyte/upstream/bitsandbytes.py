@@ -10,10 +10,11 @@ from halfbyte.upstream.seam import Seam
 
 @cache
 def c_dequantise(kind: str, dtype: str) -> Callable[..., object] | None:
-    """The C function behind `dequantize_4bit` on a CPU (nf4 or fp4, to bf16, fp16 or fp32), or None."""
+    """The C function behind `dequantize_4bit` on a CPU (nf4 or fp4, to bf16, fp16 or fp32), or, of no kind, behind
+    `dequantize_blockwise`, which scales of scales go through; None where it is not there."""
     from bitsandbytes.cextension import lib
 
-    function = getattr(lib, f"cdequantize_blockwise_cpu_{kind}_{dtype}", None)
+    function = getattr(lib, "_".join(["cdequantize_blockwise_cpu", *filter(None, [kind]), dtype]), None)
     return function if hasattr(function, "argtypes") else None  # for what it lacks, `lib` gives a function that raises
 
 
