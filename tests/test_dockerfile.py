@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -89,13 +90,31 @@ def test_hadolint_says_nothing() -> None:
     assert done.returncode == 0, done.stdout
 
 
+def torch_index(url: str) -> str:
+    """The index that the image takes torch from; where it cannot be reached, the one that pip uses here."""
+    try:
+        urllib.request.urlopen(f"{url}/torch/", timeout=30).close()
+    except OSError:
+        asked = [sys.executable, "-m", "pip", "config", "list"]
+        said = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+        given = dict(re.findall(r"^(?:\w+|:env:)\.(\S+)='(.*)'$", said, re.MULTILINE))
+        return given.get("index-url", "https://pypi.org/simple")
+    return url
+
+
+def settings_of_pip() -> dict[str, str]:
+    """What of this machine pip goes by: mirrors, wheels, certificates, proxies; of a HOME of its own."""
+    ours = {n: v for n, v in os.environ.items() if n.startswith("PIP_") or n.lower().endswith("_proxy")}
+    return {"XDG_CONFIG_HOME": os.environ.get("XDG_CONFIG_HOME", str(Path.home() / ".config")), **ours}
+
+
 @pytest.mark.slow  # fetches torch and all else, more than 1 GB
 def test_its_steps_run_in_a_fresh_folder(tmp_path: Path) -> None:
     """RUN, COPY and ENV as they are, with the image's folders below a folder of here; then the entry point as a user
     without rights: a recipe for the packaged base, and its rows checked. Users are not made, and this Python stands for
     the image's."""
-    image, environment = tmp_path / "image", {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
-    environment |= {name: value for name, value in os.environ.items() if name.startswith("PIP_")}  # mirrors, wheels
+    image = tmp_path / "image"
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **settings_of_pip()}
     (image / "bin").mkdir(parents=True)
     (image / "bin" / "python").symlink_to(sys.executable)
     environment["PATH"] = f"{image / 'bin'}:{environment['PATH']}"
@@ -112,6 +131,9 @@ def test_its_steps_run_in_a_fresh_folder(tmp_path: Path) -> None:
             for source in sources:
                 whole = shutil.copytree if (ROOT / source).is_dir() else shutil.copy
                 whole(ROOT / source, place / (target if (ROOT / source).is_dir() else ""))
+        elif name == "ARG":
+            argument, _, value = rest.partition("=")
+            environment[argument] = torch_index(value) if argument == "TORCH_INDEX" else value
         elif name == "ENV":
             given = dict(pair.split("=", 1) for pair in shlex.split(inside(rest)))
             environment |= {key: value.replace("$PATH", environment["PATH"]) for key, value in given.items()}

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import uvicorn
+from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 from halfbyte.cli.main import app
 from halfbyte.serving.engine import Ask, Engine
 from halfbyte.serving.http import app as app_module
+from halfbyte.serving.http import pages
 from halfbyte.serving.models import AdapterFolders
-from halfbyte.serving.settings import Settings
+from halfbyte.serving.settings import KEY, Settings
+from halfbyte.studio.worker import Worker
 from halfbyte.writing.sampling import SamplingParams
 from tests import tiny_run
 from tests.serving import served
@@ -62,6 +66,28 @@ def test_every_option_arrives(base: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert (engine.models.max_length, engine.models.places) == (64, 2)
     assert settings == Settings("127.0.0.1", 0, frozenset({"my.host"}), "k" * 24, 7.0, 3.0)
     assert "Ctrl-C" not in said and folders == AdapterFolders((tmp_path.resolve(),), ("quant.type=none",))
+
+
+def test_a_studio_is_served_behind_its_key_and_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where nobody gave a key: the folder's own."""
+    servers: list[uvicorn.Server] = []
+    monkeypatch.setattr(pages, "run", lambda server, sock, ready: (servers.append(server), ready(), sock.close()))
+    monkeypatch.setattr(Worker, "run", lambda *words: {})  # no process
+    monkeypatch.setenv(KEY, "to be restored")  # the command sets it
+    monkeypatch.delenv(KEY)
+    words = ["--port", "0", "--upload", "0.001", "--allow-host", "My.Host"]
+    done = CliRunner().invoke(app, ["studio", str(tmp_path), *words])
+    assert done.exit_code == 0, done.output + repr(done.exception)
+    key = (tmp_path / ".studio" / "key").read_text()
+    assert f"/#key={key}" in done.output and os.environ[KEY] == key  # which `serve` of a run takes from there
+    served_app: Any = servers[0].config.app
+    client, mine = TestClient(served_app, base_url="http://127.0.0.1:8765"), {"Authorization": f"Bearer {key}"}
+    assert client.get("/api/recipes/a.yaml").status_code == 401
+    assert client.get("/api/recipes/a.yaml", headers=mine).status_code == 404
+    assert client.get("/api/recipes/a.yaml", headers={**mine, "Host": "my.host"}).status_code == 404
+    assert client.get("/api/recipes/a.yaml", headers={**mine, "Host": "evil.example"}).status_code == 421
+    assert client.put("/api/data/a.csv", content=b"x" * 1_000_001, headers=mine).status_code == 413
+    assert client.put("/api/data/a.csv", content=b"a,b\n", headers=mine).json() == {"name": "a.csv"}
 
 
 def test_the_time_at_the_end_is_the_servers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,6 +103,29 @@ def test_ticks_lie_inside_and_are_few(low: float, high: float, log: bool) -> Non
     assert all(low - 1e-9 <= t <= high * (1 + 1e-6) for t in ticks)
 
 
+NARROW = [
+    (2e-4, 1.995e-4),
+    (2e-4, 1.99999e-4),
+    (0.512341, 0.512345),
+    (2.30102, 2.30108),
+    (123_456.0, 123_450.0),
+    (-1.0, -1.00001),
+]
+
+
+@pytest.mark.parametrize("values", NARROW)
+def test_each_tick_has_a_label_of_its_own_which_is_its_value(values: tuple[float, ...]) -> None:
+    svg = parsed(plots.svg(chart(line(list(values)))))
+    ticks = [t for t in svg.iter(f"{SPACE}text") if t.get("class") == "tick end" and t.text != "step"]
+    labels = [str(t.text) for t in ticks]
+    assert len(labels) > 2 and len({*labels}) == len(labels) and max(map(len, labels)) <= 9
+    at = {k: float(svg.attrib[f"data-{k}"]) for k in ("yl", "yh", "ys", "ye")}
+    for tick, label in zip(ticks, labels, strict=True):
+        drawn = at["yl"] + (float(tick.attrib["y"]) - 3.5 - at["ys"]) / (at["ye"] - at["ys"]) * (at["yh"] - at["yl"])
+        value = float(label.replace("k", "e3").replace("M", "e6"))
+        assert value == pytest.approx(drawn, abs=(at["yh"] - at["yl"]) * 1e-3)  # a pixel has one decimal, of some 200
+
+
 @pytest.mark.parametrize(
     ("value", "said"),
     [

@@ -7,12 +7,14 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from halfbyte.errors import RunError, TrainError
 from halfbyte.runs.folder import RunFolder, write_json
+from halfbyte.system import files
 
 RECIPE = "model: smollm2-135m\n"
 
@@ -134,6 +136,16 @@ def test_a_run_is_written_by_one_process_and_a_killed_one_leaves_no_lock(folder:
         RunFolder.check_free(folder.path)
     with RunFolder.open(folder.path, need_adapter=False).lock():
         assert (folder.path / "lock").read_text() == str(os.getpid())
+
+
+def test_who_looks_whether_a_run_is_written_keeps_nobody_from_writing_it(folder: RunFolder) -> None:
+    with (folder.path / "lock").open("r+") as stream:
+        assert files.lock(stream, shared=True, wait=False)  # as `writer` has it, for some microseconds
+        end = threading.Timer(0.2, stream.close)
+        end.start()
+        with folder.lock():
+            assert folder.writer() == str(os.getpid())
+        end.join()
 
 
 def test_create_holds_the_lock(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -19,6 +20,7 @@ from halfbyte.runs.folder import RunFolder
 from halfbyte.serving.http.guard import Guard
 from halfbyte.serving.http.refusal import Refusal
 from halfbyte.serving.settings import Settings
+from halfbyte.studio import events as events_of
 from halfbyte.studio import jobs as jobs_of
 from halfbyte.studio.app import PAGE, Studio, application
 from halfbyte.studio.events import MetricsTail
@@ -192,6 +194,16 @@ def test_an_upload_is_whole_and_overwrites_nothing(client: TestClient, studio: S
     folder = studio.workspace.folder / "data"
     assert [(folder / name).read_bytes() for name in names] == [b"a,b\n1,2\n", b"a,b\n"]
     assert studio.state()["data"] == ["my rows-2.csv", "my rows.csv"]
+
+
+def test_an_upload_beside_a_link_to_nothing_has_another_name(client: TestClient, studio: Studio) -> None:
+    folder = studio.workspace.folder / "data"
+    (folder / "rows.csv").write_text("a,b\n")
+    (folder / "rows-2.csv").symlink_to(folder / "gone.csv")
+    assert client.put("/api/data/rows.csv", content=b"a,b\n1,2\n").json() == {"name": "rows-3.csv"}
+    answer = client.put("/api/data/rows-2.csv", content=b"a,b\n1,2\n")
+    assert answer.status_code == 400 and "is a link" in answer.json()["error"]["message"]
+    assert not (folder / "gone.csv").exists()
 
 
 @pytest.mark.parametrize("declared", [True, False])
@@ -410,6 +422,35 @@ def test_metrics_are_followed_row_by_row_and_anew_where_they_were_replaced(tmp_p
     assert follower.news() == {"rows": [{"step": 2, "eval_loss": 1.0}]}
     run.truncate_metrics(1)
     assert follower.news() == {"curves": {}, "rows": [{"step": 1, "loss": 2.0}]}
+
+
+def test_the_end_of_what_is_followed_is_told_at_the_next_look(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run, and of a command, whose exit code is written somewhat later."""
+    monkeypatch.setattr(events_of, "STATE_LOOKS", 1_000_000)  # at no other time
+    monkeypatch.setattr(events_of, "LOOK_S", 0.01)
+    run = made.run(studio.workspace.folder / "runs" / "a", made.metrics(3))
+    job = studio.jobs.start(["train", "recipes/rows.yaml"])["id"]
+
+    async def follow() -> None:
+        told = events_of.events(studio.state, run.path, lambda: studio.jobs.read(job), lambda: studio.jobs.goes_on(job))
+        seen = dict[str, Any]()
+
+        async def until_told(*states: str) -> None:
+            async for event in told:
+                seen.update(json.loads(event["data"]))
+                if (seen["state"]["runs"][0]["state"], seen["job"]["state"]) == states:
+                    return
+
+        async with asyncio.timeout(60):
+            with run.lock():
+                await until_told("running", "running")
+            await until_told("crashed", "running")
+            until(lambda: "words train" in studio.jobs.read(job)["log"])
+            studio.jobs.stop(job)
+            await until_told("crashed", "failed")
+        assert seen["job"]["code"] == 3
+
+    asyncio.run(follow())
 
 
 def test_the_key_is_its_owners_and_stays(studio: Studio) -> None:

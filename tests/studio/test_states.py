@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from tests.report import made
+from tests.report.test_plots import NARROW
 from tests.serving.http.test_page import CHROMIUM
 from tests.studio import driven, told
 from tests.studio.driven import MOVE, Server, look, of_a_kill, page_of
@@ -184,6 +186,19 @@ def test_a_preset_a_format_and_bases_that_are_stored(server: Server, page: Any, 
     for _ in range(4):  # by keyboard alone: everything that is offered can be reached, and is seen when it is
         page.keyboard.press("Tab")
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+
+
+def test_each_tick_of_a_chart_has_a_label_of_its_own(page: Any) -> None:
+    """Each label is its value: equally far from the next, as ticks are."""
+    ticks = """(ys) => {
+      const figure = chart("title", "", [["name", "raw", ys.map((_, n) => n), ys]]);
+      return [...figure.querySelectorAll(".tick.end")].map((tick) => tick.textContent);
+    }"""
+    for values in NARROW:
+        labels = page.evaluate(ticks, [*values])
+        steps = np.diff([float(label) for label in labels])
+        assert len(steps) > 1 and steps.min() > 0 and max(map(len, labels)) <= 9, (values, labels)
+        np.testing.assert_allclose(steps, steps[0], rtol=1e-6)
 
 
 @pytest.mark.slow

@@ -90,16 +90,16 @@ def nice(value: float) -> float:
     return next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= value * (1 - 1e-9))
 
 
-def short(value: float) -> str:
-    """A number of at most five characters or so: 0.0002, 1.5, 12k, 3.2M."""
+def short(value: float, span: float = 0.0) -> str:
+    """A number of at most five characters or so: 0.0002, 1.5, 12k, 3.2M. More of a tick on an axis as long as `span`,
+    where its neighbours would be called the same."""
     size = abs(value)
+    digits = max(4, math.floor(math.log10(size)) - math.floor(math.log10(span)) + 4) if size and span else 4
     for unit, name in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if size >= unit:
-            return f"{value / (1e3 if name == 'k' else unit):.4g}{name}"
-    if 0 < size < 1e-3:
-        mantissa, _, power = f"{value:.3g}".partition("e")
-        return f"{mantissa}e{int(power)}" if power else mantissa
-    return f"{value:.4g}"
+            return f"{value / (1e3 if name == 'k' else unit):.{digits}g}{name}"
+    mantissa, _, power = f"{value:.{digits - (0 < size < 1e-3)}g}".partition("e")
+    return f"{mantissa}e{int(power)}" if power else mantissa
 
 
 def ends(curve: Curve) -> str:
@@ -121,7 +121,7 @@ def axes(chart: Chart, width: int, height: int) -> tuple[Axis, Axis] | None:
     if log:
         low, high = low / 1.15, high * 1.15
     else:
-        edge = (high - low) * 0.06 or abs(high) * 0.05
+        edge = max((high - low) * 0.06, abs(high) * (0.05 if low == high else 0.005))
         low = 0.0 if chart.from_zero or 0 <= low < 0.15 * high or low == high == 0 else low - edge
         high = high + edge or 1.0
     left, right = float(xs.min()), float(xs.max())

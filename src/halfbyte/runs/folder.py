@@ -136,8 +136,9 @@ class RunFolder:
     def lock(self) -> Iterator[Self]:
         """Hold the run for writing, at most as long as this process lives. Raises RunError: names who holds it."""
         with (self.path / "lock").open("a+") as stream:
-            if not files.lock(stream, wait=False):
-                raise _busy(self.path) or _exists(self.path)
+            while not files.lock(stream, wait=False):  # for some microseconds also who looks whether it is held has it
+                if busy := _busy(self.path):
+                    raise busy
             stream.truncate(0)
             stream.write(str(os.getpid()))
             stream.flush()
@@ -147,17 +148,13 @@ class RunFolder:
 
     def writer(self) -> str | None:
         """The process that is writing the run now; None where no one is."""
-        if not (self.path / "lock").is_file():
-            return None
-        try:
-            with (self.path / "lock").open("r+") as stream:
-                if files.lock(stream, shared=True, wait=False):
-                    return None
-                with contextlib.suppress(OSError):  # Windows lets nobody read what is locked
-                    return stream.read().strip() or "unknown"
-                return "unknown"
-        except OSError:
-            return None
+        with contextlib.suppress(OSError), (self.path / "lock").open("r+") as stream:
+            if files.lock(stream, shared=True, wait=False):
+                return None
+            with contextlib.suppress(OSError):  # Windows lets nobody read what is locked
+                return stream.read().strip() or "unknown"
+            return "unknown"
+        return None
 
     # --- metrics.jsonl ------------------------------------------------------------------------------------------------
 

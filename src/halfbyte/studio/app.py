@@ -18,7 +18,6 @@ import yaml
 from sse_starlette import EventSourceResponse
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.exceptions import HTTPException
 from starlette.requests import Request as Http
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
@@ -29,7 +28,7 @@ from halfbyte.recipe.file import load_recipe
 from halfbyte.runs import listing
 from halfbyte.runs.folder import RunFolder
 from halfbyte.serving.http import pages
-from halfbyte.serving.http.refusal import Json, Refusal
+from halfbyte.serving.http.refusal import HANDLERS, Json, Refusal
 from halfbyte.studio.events import events
 from halfbyte.studio.jobs import Jobs
 from halfbyte.studio.worker import Worker
@@ -132,8 +131,9 @@ def application(studio: Studio) -> Starlette:
     async def listen(http: Http) -> Response:
         run, job = http.query_params.get("run"), http.query_params.get("job")
         followed = None if run is None else space.folder / space.path("runs", run)
-        logged = None if job is None else lambda: jobs.read(job)
-        return EventSourceResponse(events(studio.state, followed, logged), ping=15, send_timeout=60, sep="\n")
+        logged, goes_on = (None, lambda: None) if job is None else (lambda: jobs.read(job), lambda: jobs.goes_on(job))
+        told = events(studio.state, followed, logged, goes_on)
+        return EventSourceResponse(told, ping=15, send_timeout=60, sep="\n")
 
     async def show(http: Http) -> Response:
         run, runs = http.query_params.get("run"), space.folder / "runs"
@@ -163,18 +163,13 @@ def application(studio: Studio) -> Starlette:
         _route("/api/jobs/{name}/stop", "POST", lambda asked, name: jobs.stop(name)),
         _route("/api/{kind}/{name}", "DELETE", lambda asked, **what: space.delete(**what, said=asked.get("confirm"))),
     ]
-    kinds = (Refusal, HalfbyteError, HTTPException, OSError)
-    return Starlette(routes=routes, exception_handlers=dict.fromkeys(kinds, _failed))
+    return Starlette(routes=routes, exception_handlers={**HANDLERS, HalfbyteError: _failed, OSError: _failed})
 
 
 async def _failed(http: Http, error: Exception) -> Response:
     if isinstance(error, HalfbyteError):
-        error = Refusal(422, error.message, code=type(error).__name__, param=error.fix)
-    elif isinstance(error, HTTPException):
-        error = Refusal(error.status_code, f"{http.method} {http.url.path[:200]}: {error.detail}")
-    elif not isinstance(error, Refusal):
-        error = Refusal(507, f"the folder cannot be read or written: {error}.", code="disk")
-    return Json.of(error)
+        return Json.of(Refusal(422, error.message, code=type(error).__name__, param=error.fix))
+    return Json.of(Refusal(507, f"the folder cannot be read or written: {error}.", code="disk"))
 
 
 def _route(path: str, method: str, work: Callable[..., Document]) -> Route:

@@ -10,11 +10,11 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from halfbyte.runs.folder import json_rows
+from halfbyte.runs.folder import RunFolder, json_rows
 from halfbyte.system import files
 from halfbyte.types import Document
 
-LOOK_S, STATE_LOOKS = 0.7, 3  # the folder's state is looked at each third time; a step is seen within a second
+LOOK_S, STATE_LOOKS = 0.7, 3  # the folder's state is looked at each third time, and where what is followed ends
 MAX_BYTES = 4_000_000  # of metrics, at each look
 COLUMNS = frozenset({"step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "rss_bytes"})
 
@@ -47,16 +47,19 @@ class MetricsTail:
 
 
 async def events(
-    state: Callable[[], Document], run: Path | None, job: Callable[[], Document] | None
+    state: Callable[[], Document], run: Path | None, job: Callable[[], Document] | None, goes_on: Callable[[], object]
 ) -> AsyncIterator[dict[str, str]]:
-    """For a page, until it goes: an event a look. state: of the folder. run: whose curves. job: whose log is shown."""
+    """For a page, until it goes: an event a look. state: of the folder. run: whose curves. job: whose log is shown,
+    `goes_on` whether it runs, and whether its end is known."""
     follower = None if run is None else MetricsTail(run / "metrics.jsonl")
     last, since = Document(), STATE_LOOKS
 
     def look(since: int) -> tuple[Document, int]:
         news = Document() if follower is None else follower.news()
-        if since < STATE_LOOKS - bool(news):
+        running = (goes_on(), run and RunFolder(run).writer())
+        if since < STATE_LOOKS - bool(news) and running == last.get("running"):
             return news, since + 1
+        last["running"] = running
         now = {"state": state()} | ({} if job is None else {"job": job()})
         news |= {name: value for name, value in now.items() if value != last.get(name)}
         last.update(now)

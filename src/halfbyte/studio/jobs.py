@@ -48,7 +48,7 @@ class Jobs:
         write_json(folder / "job.json", {"words": list(words), "began": time.time()})
         plain = {**os.environ, "PYTHONUNBUFFERED": "1", "NO_COLOR": "1"}
         with (folder / "log").open("wb") as log, (folder / "lock").open("w") as lock:
-            files.lock(lock, wait=False)
+            files.lock(lock)  # for some microseconds who looks has it
             process = subprocess.Popen(
                 [*_PYTHON, *words], cwd=self.workspace.folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 env=plain, start_new_session=True, pass_fds=calls.handed_on(lock.fileno()),
@@ -72,6 +72,11 @@ class Jobs:
         command, port = command_line(job["words"]), address and int(address[1])
         return {**job, "id": name, "command": command, "state": state, "code": code, "port": port, "log": log}
 
+    def goes_on(self, name: str) -> tuple[bool, bool]:
+        """Whether a command runs, and whether its exit code is known."""
+        folder = self._folder(name)
+        return _runs(folder / "lock"), (folder / "code").is_file()
+
     def listing(self) -> list[Document]:
         """The newest ones, without their logs."""
         names = sorted((p.name for p in self.workspace.jobs.iterdir() if _ID.fullmatch(p.name)), reverse=True)
@@ -79,10 +84,9 @@ class Jobs:
 
     def stop(self, name: str) -> Document:
         """As Ctrl-C does: a run ends after its micro-batch, with a checkpoint; a second time at once."""
-        lock = self._folder(name) / "lock"
-        if not _runs(lock):
+        if not self.goes_on(name)[0]:
             raise Refusal(409, "it does not run any more.", code="ended")
-        os.kill(int(lock.read_text(encoding="ascii")), signal.SIGTERM)
+        os.kill(int((self._folder(name) / "lock").read_text(encoding="ascii")), signal.SIGTERM)
         return self.read(name)
 
     def _folder(self, name: str) -> Path:

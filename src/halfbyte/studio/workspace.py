@@ -119,7 +119,7 @@ class Workspace:
                 raise Refusal(400, f"{name} is empty.", code="empty")
             stem, dot, suffix = name.partition(".")
             names = (name, *(f"{stem}-{number}{dot}{suffix}" for number in range(2, 10_000)))
-            path = next(path for n in names if not (path := folder / n).exists())
+            path = next(path for n in names if not os.path.lexists(path := folder / n))  # a link, too
             os.link(temporary, path)  # refuses where another has appeared
         finally:
             temporary.unlink(missing_ok=True)

@@ -1,8 +1,9 @@
 "use strict";
 const tip = document.getElementById("tip");
 
-function number(v) {
-  return Math.abs(v) >= 1e5 || (v !== 0 && Math.abs(v) < 1e-3) ? v.toExponential(2) : String(+v.toPrecision(5));
+function number(v, digits = 0) { // at least so many of them
+  const far = Math.abs(v) >= 1e5 || (v !== 0 && Math.abs(v) < 1e-3);
+  return far ? v.toExponential(Math.max(2, digits - 1)) : String(+v.toPrecision(Math.max(5, digits)));
 }
 
 function scale(svg) {

@@ -558,7 +558,7 @@ function chart(title, unit, lines) {
   const range = (values) => values.reduce(([a, b], v) => [Math.min(a, v), Math.max(b, v)], [Infinity, -Infinity]);
   let [xl, xh] = range(xs), [yl, yh] = range(ys);
   if (xl === xh) xh = xl + 1;
-  const edge = (yh - yl) * 0.06 || Math.abs(yh) * 0.05 || 1;
+  const edge = Math.max((yh - yl) * 0.06, Math.abs(yh) * (yl === yh ? 0.05 : 0.005)) || 1; // so labels have room
   yl = yl >= 0 && yl < 0.15 * yh ? 0 : yl - edge;
   yh += edge;
   const x = (v) => L + ((v - xl) / (xh - xl)) * (W - L - R), y = (v) => H - B - ((v - yl) / (yh - yl)) * (H - B - T);
@@ -567,9 +567,10 @@ function chart(title, unit, lines) {
   add("text", { x: 4, y: 14, class: "title" }, title + (unit ? ", " + unit : ""));
   add("text", { x: 4, y: 32, class: "tick" }, last);
   const ticks = (low, high) => { const raw = (high - low) / 4, p = 10 ** Math.floor(Math.log10(raw)), s = [1, 2, 5, 10].find((m) => m * p >= raw) * p; return Array.from({ length: 6 }, (_, n) => (Math.ceil(low / s) + n) * s).filter((v) => v <= high); };
+  const power = (v) => Math.floor(Math.log10(Math.abs(v) || 1)), least = power((yh - yl) / 4); // ticks are multiples of 10 ** least
   for (const v of ticks(yl, yh)) {
     add("path", { class: "grid", d: `M${L} ${y(v)}H${W - R}` });
-    add("text", { x: L - 6, y: y(v) + 4, class: "tick end" }, number(v));
+    add("text", { x: L - 6, y: y(v) + 4, class: "tick end" }, number(v, 1 + power(v) - least));
   }
   for (const v of ticks(xl, xh)) if (v % 1 === 0) add("text", { x: x(v), y: H - 10, class: "tick mid" }, v);
   add("path", { class: "axis", d: `M${L} ${T}V${H - B}H${W - R}` });
