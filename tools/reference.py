@@ -67,7 +67,8 @@ _EXECUTED = """\
 - Threads of one operation wait for each other. On an idle machine they spin, which is faster; while other programs use
   the cores that they wait for, they sleep, so that each program gets its share. halfbyte looks four times a second
   (Linux; `system/openmp.py`); `doctor` and the first lines of a run say so.
-- `GOMP_SPINCOUNT` or `OMP_WAIT_POLICY` in the environment win. `OMP_NUM_THREADS` is the number of threads.
+- `GOMP_SPINCOUNT` or `OMP_WAIT_POLICY` in the environment win. `OMP_NUM_THREADS` is the number of threads;
+  no more are taken than may run at once.
 - Of a core with two threads one computes, since both share its multipliers; of a processor with fast and slow cores as
   many of the fastest as compute most where all wait for the slowest (`system/topology.py`, from Linux's `/sys`). Tested
   on described machines only; no such machine was here.

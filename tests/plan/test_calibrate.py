@@ -160,7 +160,7 @@ def test_they_are_measured_once_for_each_machine_dtype_and_number_of_threads(mon
     assert (calls, len(said)) == (["bf16"], 1)
     calibrate.ensure(here, "fp32")
     calibrate.ensure(replace(here, cpu="another"), "bf16")
-    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setattr(calibrate, "asked_threads", lambda: (7, "OMP_NUM_THREADS"))
     calibrate.ensure(here, "bf16")
     calibrate.ensure(here, "bf16", anew=True)
     assert calls == ["bf16", "fp32", "bf16", "bf16", "bf16"]

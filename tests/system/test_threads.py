@@ -31,10 +31,12 @@ def test_fewer_threads_are_left_alone(threads: int) -> None:
 
 
 @pytest.mark.parametrize("name", process.THREAD_VARIABLES)
-def test_threads_that_the_user_asked_for_stay(name: str, threads: int) -> None:
-    torch.set_num_threads(4)
-    settings = process.configure(1, env={name: "4"})
-    assert (settings.threads, settings.threads_why, torch.get_num_threads()) == (4, name, 4)
+def test_threads_that_the_user_asked_for_stay(name: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process.device, "core_share", lambda: 3.5)
+    for asked, taken in (("2", 2), ("4", 4), ("16", 4)):  # no more than may run at once
+        torch.set_num_threads(1)
+        settings = process.configure(1, env={name: asked})
+        assert (settings.threads, settings.threads_why, torch.get_num_threads()) == (taken, name, taken)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +49,10 @@ def test_threads_that_the_user_asked_for_stay(name: str, threads: int) -> None:
         ({"OMP_NUM_THREADS": "many", "MKL_NUM_THREADS": "0"}, None),
     ],
 )
-def test_what_counts_as_asked_for(env: dict[str, str], asked: tuple[int, str] | None) -> None:
+def test_what_counts_as_asked_for(
+    env: dict[str, str], asked: tuple[int, str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process.device, "core_share", lambda: 64.0)
     assert process.asked_threads(env) == asked
 
 

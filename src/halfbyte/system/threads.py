@@ -6,6 +6,7 @@ glibc's `glibc.malloc.hugetlb`) were measured and gained nothing (docs/log), so 
 have them; the report says how that is.
 """
 
+import math
 import os
 import platform
 from collections.abc import Mapping, MutableMapping
@@ -67,11 +68,12 @@ def configure(
 
 
 def asked_threads(env: Mapping[str, str] = os.environ) -> tuple[int, str] | None:
-    """The threads that the user's environment asks for, and the variable that does; None if none does."""
+    """The threads that the user's environment asks for, at most as many as may run at once, and the variable that does;
+    None if none does."""
     for name in THREAD_VARIABLES:
         first = env.get(name, "").partition(",")[0]
         if first.isdigit() and int(first) > 0:
-            return int(first), name
+            return min(int(first), max(1, math.ceil(device.core_share()))), name
     return None
 
 
@@ -82,8 +84,11 @@ def _threads(cores: int, env: Mapping[str, str], sharing: int | None = None) -> 
     if sharing is not None and asked is None:
         torch.set_num_threads(cores)
         return cores, f"{sharing} processes share this machine's cores"
-    if asked is not None or current <= cores:
-        return current, asked[1] if asked else "torch's own choice"
+    if asked is not None:
+        torch.set_num_threads(asked[0])  # OpenMP itself has as many as the variable says, which torch does not show
+        return asked
+    if current <= cores:
+        return current, "torch's own choice"
     torch.set_num_threads(cores)
     lies = topology.read()
     limit = lies.words if cores == len(lies.computing) else ""
