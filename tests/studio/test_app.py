@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http.client
+import http.server
 import json
+import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +25,8 @@ from halfbyte.serving.http.refusal import Refusal
 from halfbyte.serving.settings import Settings
 from halfbyte.studio import events as events_of
 from halfbyte.studio import jobs as jobs_of
+from halfbyte.studio import worker as worker_of
+from halfbyte.studio import workspace
 from halfbyte.studio.app import PAGE, Studio, application
 from halfbyte.studio.events import MetricsTail
 from halfbyte.studio.jobs import Jobs
@@ -35,9 +40,11 @@ TRAIN = {"words": ["train", "recipes/rows.yaml", "--output", "runs/rows"]}
 RECIPE = {"model": "smollm2-135m", "data": {"train": "data/rows.csv"}, "lora": {"r": 16}, "output": "runs/rows"}
 # A command that says its words, and waits for a signal where it is told to.
 SCRIPT = """
-import signal, sys, time
+import os, signal, sys, time
 print("words", *sys.argv[1:], flush=True)
-if sys.argv[1] == "train":
+if sys.argv[1] == "serve":
+    print(os.environ.get("SERVED", ""), flush=True)
+if sys.argv[1] == "train" or (sys.argv[1] == "serve" and "SERVED" in os.environ):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
     time.sleep(60)
 if sys.argv[1] == "verify":
@@ -126,7 +133,8 @@ def test_pages_need_no_key_and_load_nothing_from_elsewhere(client: TestClient) -
     for name in PAGE:
         answer = client.get(f"/{name}", headers={"Authorization": ""})
         assert answer.status_code == 200
-        assert "default-src 'none'" in answer.headers["content-security-policy"]
+        policy = dict(part.split(" ", 1) for part in answer.headers["content-security-policy"].split("; "))
+        assert (policy["default-src"], policy["script-src"], policy["connect-src"]) == ("'none'", "'self'", "'self'")
         assert answer.headers["x-frame-options"] == "DENY"
         assert "https://" not in answer.text and "<script>" not in answer.text
     assert client.get("/ask/x-1/", headers={"Authorization": ""}).status_code == 200
@@ -174,6 +182,30 @@ def test_a_base_is_packaged_of_the_hub_or_below_the_folders(client: TestClient, 
     assert studio.worker.asked == []  # type: ignore[attr-defined]
 
 
+def test_a_link_under_a_name_of_the_hub_is_no_base(client: TestClient, studio: Studio, tmp_path: Path) -> None:
+    folder = studio.workspace.folder
+    (folder / "data" / "rows.csv").write_text("a,b\n1,2\n")
+    (folder / "org").mkdir()
+    (tmp_path / "secret").mkdir()
+    (folder / "org" / "name").symlink_to(tmp_path / "secret")
+    assert client.post("/api/commands", json=init("org/name")).json()["error"]["code"] == "base"
+    assert studio.worker.asked == []  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["../../../secret", "../../runs/a", "20261130-120000-0000", "", "."])
+def test_no_log_is_read_but_of_commands_that_were_started(
+    client: TestClient, studio: Studio, tmp_path: Path, name: str
+) -> None:
+    for folder in (tmp_path / "secret", studio.workspace.folder / "runs" / "a", studio.workspace.jobs):
+        folder.mkdir(exist_ok=True)
+        for part, text in (("lock", "1"), ("log", "secret"), ("job.json", '{"words": ["train"]}')):
+            (folder / part).write_text(text)
+    answer = client.get("/api/events", params={"job": name})
+    assert answer.status_code == 404 and answer.json()["error"]["code"] == "missing"
+    with pytest.raises(Refusal):
+        studio.jobs.stop(name)
+
+
 def test_bases_that_may_be_named(studio: Studio, tmp_path: Path) -> None:
     (studio.workspace.folder / "mine").mkdir()
     (studio.workspace.folder / "mine" / "config.json").write_text("{}")
@@ -218,6 +250,14 @@ def test_an_upload_is_bounded_and_leaves_nothing(client: TestClient, studio: Stu
     headers = {"Content-Length": "2000000000"} if declared else {}
     assert client.put("/api/data/big.csv", content=parts(), headers=headers).status_code == 413
     assert list((studio.workspace.folder / "data").iterdir()) == []
+
+
+def test_an_upload_leaves_half_of_the_free_disk(
+    client: TestClient, studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workspace.files, "free_bytes", lambda folder: 2_000)
+    assert client.put("/api/data/a.csv", content=b"x" * 1_001).status_code == 413
+    assert client.put("/api/data/a.csv", content=b"x" * 1_000).status_code == 200
 
 
 @pytest.mark.parametrize("name", ["a.exe", "a", "a.yaml", "a.py", "a.csv.sh"])
@@ -283,6 +323,7 @@ BAD_WORDS: list[object] = [
     ["init", "recipes/x.yaml", "--data=/etc/passwd"], ["init", "recipes/x.yaml", "--set=model=/etc"],
     ["init", "recipes/x.yaml", "--set=data.chat_template=/etc/passwd"], ["init", "recipes/x.yaml", "--for=../x"],
     ["train", "recipes/rows.yaml", "--set=data.format=text"], ["store", "gc"], ["store", "list", "--unused-days=0"],
+    ["init", "recipes/x.yaml", "--data=hub:a/b/../../etc/passwd"], ["init", "recipes/x.yaml", "--for=json/../x"],
 ]  # fmt: skip
 
 
@@ -329,6 +370,8 @@ def test_a_recipe_that_somebody_broke_is_told_in_words(client: TestClient, studi
         ({"data.train": "/etc/passwd"}, "not set here"),
         ({"data.chat_template": "/etc/passwd"}, "not set here"),
         ({"data.eval": "/etc/passwd"}, "no name"),
+        ({"data.eval": "1/../../../etc/passwd"}, "no name"),
+        ({"data.eval": "hub:a/b/../../etc/passwd"}, "no name"),
         ({"lora.r": 0}, "lora.r"),
         ({"lora.r": "many"}, "lora.r"),
         ({"train.within": "soon"}, "train.within"),
@@ -368,6 +411,52 @@ def test_a_command_goes_on_without_the_server_and_is_found_and_stopped(client: T
     until(lambda: later.read(job["id"])["code"] == 3)
     assert later.read(job["id"])["state"] == "failed"
     assert client.post(f"/api/jobs/{job['id']}/stop").status_code == 409
+
+
+def test_commands_take_no_module_from_the_folder(tmp_path: Path) -> None:
+    """As `python -m` does of its working directory: a file of rows may not become code."""
+    for name in ("halfbyte", "typer", "json", "yaml"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit(77)")
+    for words in ([*jobs_of._PYTHON, "--version"], worker_of._WORKER):
+        done = subprocess.run(words, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+
+
+class Asked(http.server.BaseHTTPRequestHandler):
+    """A run's server: it says what it was asked."""
+
+    def do_GET(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"] or 0)).decode()
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps([self.command, self.path, self.headers["Authorization"], body]).encode())
+
+    do_POST = do_GET
+
+
+def test_of_a_served_run_its_models_and_answers_alone_are_passed_on(
+    client: TestClient, studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made.finished(studio.workspace.folder / "runs" / "a", made.metrics(3))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Asked) as server:
+        threading.Thread(target=server.serve_forever).start()
+        try:
+            monkeypatch.setenv("SERVED", f"at http://127.0.0.1:{server.server_port}/v1")
+            job = client.post("/api/jobs", json={"words": ["serve", "runs/a", "--port", "0"]}).json()["id"]
+            until(lambda: studio.jobs.read(job)["port"] == server.server_port)
+            address, key = f"/ask/{job}/v1", f"Bearer {KEY}"
+            assert client.get(f"{address}/models").json() == ["GET", "/v1/models", key, ""]
+            said = client.post(f"{address}/chat/completions", json={"a": 1}).json()
+            assert said == ["POST", "/v1/chat/completions", key, '{"a":1}']
+            for path in ("load_lora_adapter", "completions", "models/../load_lora_adapter", "%2e%2e/metrics", ""):
+                for method in ("GET", "POST"):
+                    assert client.request(method, f"{address}/{path}", json={}).status_code == 404, path
+            assert client.post(f"{address}/models", json={}).status_code == 404
+            assert client.get(f"{address}/models", headers={"Authorization": ""}).status_code == 401
+        finally:
+            server.shutdown()
+    other = client.post("/api/jobs", json=TRAIN | {"words": ["verify", "runs/a"]}).json()["id"]
+    assert client.get(f"/ask/{other}/v1/models").status_code == 404  # it does not serve
 
 
 def test_what_is_done_with_a_run_is_a_command(client: TestClient, studio: Studio) -> None:

@@ -132,6 +132,7 @@ def application(studio: Studio) -> Starlette:
         run, job = http.query_params.get("run"), http.query_params.get("job")
         followed = None if run is None else space.folder / space.path("runs", run)
         logged, goes_on = (None, lambda: None) if job is None else (lambda: jobs.read(job), lambda: jobs.goes_on(job))
+        goes_on()  # raises Refusal where there is none
         told = events(studio.state, followed, logged, goes_on)
         return EventSourceResponse(told, ping=15, send_timeout=60, sep="\n")
 
