@@ -1,9 +1,9 @@
-"""Classification beside the plain stack: transformers' class with PEFT on padded batches, 16-bit base, LoRA.
+"""Classification beside the plain stack: transformers' class with PEFT on padded batches, LoRA.
 
-Use: `python -m benchmarks.labels smollm2|modernbert`. Each side runs in a process of its own, on the same rows of 20 to
-300 tokens: training steps of `ROWS` rows, and predictions, whose plain batches are sorted by length as the pipeline
-takes them; the best of `ROUNDS` each, after one to warm up. Weights are random, of the shapes of SmolLM2-135M and
-ModernBERT-base.
+Use: `python -m benchmarks.labels smollm2|modernbert [nf4]`: of a base in 16 bits, or in 4 bits on both sides. Each
+side runs in a process of its own, on the same rows of 20 to 300 tokens: training steps of `ROWS` rows, and predictions,
+whose plain batches are sorted by length as the pipeline takes them; the best of `ROUNDS` each, after one to warm up.
+Weights are random, of the shapes of SmolLM2-135M and ModernBERT-base.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 
 ROWS, PREDICTED, BATCH, ROUNDS = 16, 48, 8, 4
 LABELS = ("a", "b", "c", "d")
+FOUR_BITS = "nf4" in sys.argv
 
 
 def model(kind: str, folder: Path) -> None:
@@ -51,7 +52,7 @@ def ours(folder: Path) -> tuple[Callable[[Any], float], Callable[[Any], Any]]:
     from halfbyte.base import load
     from halfbyte.data import collate
     from halfbyte.data.encoding.examples import Example
-    from halfbyte.layers import heads
+    from halfbyte.layers import fuse, heads
     from halfbyte.models.sources.lookup import resolve
     from halfbyte.objectives.labels import Labels
     from halfbyte.recipe.schema import Lora, Quant, Recipe
@@ -59,7 +60,8 @@ def ours(folder: Path) -> tuple[Callable[[Any], float], Callable[[Any], Any]]:
 
     machine = device.detect()
     threads.configure(machine.cores)
-    base, objective = load.open_base(resolve(str(folder)), Quant(type="none"), machine), Labels(LABELS)
+    quant = Quant(type="nf4" if FOUR_BITS else "none")
+    base, objective = load.open_base(resolve(str(folder)), quant, machine), Labels(LABELS)
     names = [spec.name for spec in base.specs]
     drawn = heads.attach(base.model, *heads.wanted(objective), seed=0, names=names)
     recipe = Recipe(model=str(folder), data={"train": "x"}, lora=Lora(r=16, lora_dropout=0.0, modules_to_save=drawn))
@@ -72,7 +74,7 @@ def ours(folder: Path) -> tuple[Callable[[Any], float], Callable[[Any], Any]]:
         examples = [
             Example(tuple(ids), (*(-100,) * (len(ids) - 1), ids[-1]), "", (), json.dumps(LABELS[y])) for ids, y in some
         ]
-        planned = collate.Batches.of_rows(examples, 2048, len(examples))
+        planned = collate.Batches.of_rows(examples, 4096, len(examples))  # a run's step is one micro-batch, too
         return [objective.collate([examples[n] for n in numbers]) for numbers in planned.micro_batches]
 
     def step(some: Any) -> float:
@@ -87,7 +89,7 @@ def ours(folder: Path) -> tuple[Callable[[Any], float], Callable[[Any], Any]]:
 
     def predict(some: Any) -> None:
         adapted.eval()
-        with torch.no_grad():
+        with torch.no_grad(), fuse.as_trained():
             for batch in batches(some):
                 heads.scores(adapted, batch)
 
@@ -97,9 +99,13 @@ def ours(folder: Path) -> tuple[Callable[[Any], float], Callable[[Any], Any]]:
 def plain(folder: Path) -> tuple[Callable[[Any], float], Callable[[Any], Any]]:
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
-    lm = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(LABELS), dtype=torch.bfloat16)
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                             bnb_4bit_compute_dtype=torch.bfloat16)  # fmt: skip
+    lm = AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=len(LABELS), dtype=torch.bfloat16, quantization_config=nf4 if FOUR_BITS else None
+    )
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"] if "Llama" in type(lm).__name__ else ["Wqkv", "attn.Wo"]
     adapted = get_peft_model(lm, LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="SEQ_CLS")).train()
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-4)
@@ -144,7 +150,7 @@ def side(name: str, folder: Path) -> None:
 
 
 def main() -> None:
-    if len(sys.argv) > 2:
+    if sys.argv[1] in ("ours", "plain"):
         side(sys.argv[1], Path(sys.argv[2]))
         return
     with tempfile.TemporaryDirectory() as made:
@@ -152,7 +158,7 @@ def main() -> None:
         model(sys.argv[1], folder)
         seen = {}
         for name in ("ours", "plain"):
-            command = [sys.executable, "-m", "benchmarks.labels", name, str(folder)]
+            command = [sys.executable, "-m", "benchmarks.labels", name, str(folder), *sys.argv[2:]]
             run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             seen[name] = json.loads(run.stdout.splitlines()[-1])
             print(name, seen[name], flush=True)

@@ -52,11 +52,13 @@ def read_each(
     """The same, where texts may have numbers of other shapes."""
     import torch
 
+    from halfbyte.layers import fuse
+
     done = 0
     most = max(1, len(rows) if opened.job.packed else 1)
     batches = collate.Batches.of_rows(rows, opened.plan.max_tokens_per_micro_batch, most)
     every: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(rows)
-    with torch.no_grad():
+    with torch.no_grad(), fuse.as_trained():
         for numbers in batches.micro_batches:
             values = of(opened.model, lay_out([rows[n] for n in numbers]))
             for number, value in zip(numbers, values, strict=True):

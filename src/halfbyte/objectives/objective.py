@@ -172,11 +172,13 @@ def evaluate(
 ) -> NDArray[np.float64]:
     """The sums of each text of an evaluation, (texts, names) in the order of `sum_names`; in eval mode, without
     gradients. The mode is put back. `of_all`: where each text's sums depend on those of other processes too."""
+    from halfbyte.layers import fuse
+
     was_training, names = model.training, objective.sum_names
     sums = list[Sums]()
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), fuse.as_trained():
             if objective.together:
                 parts = [(objective.row_vectors(model, batch), batch["targets"]) for batch in batches]
                 vectors, ours = [vector for part, _ in parts for vector in part], slice(None)
