@@ -1,6 +1,6 @@
 """Planned against measured: memory and seconds of whole runs of `halfbyte train`, each in its own process.
 
-    python benchmarks/plan_accuracy.py --folder F               # 40 runs; none again that F/results.jsonl has
+    python benchmarks/plan_accuracy.py --folder F               # 52 runs; none again that F/results.jsonl has
     python benchmarks/plan_accuracy.py --folder F --for 150     # begins none after so many seconds; again for the rest
     python benchmarks/plan_accuracy.py --folder F --memory-only # beside other work: seconds are not judged
     python benchmarks/plan_accuracy.py --folder F --only qwen3  # those whose name has one of the words
@@ -13,8 +13,8 @@ more than a third of the time (a run's own threads do, now and then), and before
 took as long as it did after the calibration, by 7%: other guests of a host do not show as load. What cannot be judged
 is run again by a later call. Stores of bases are built before, but in cold runs,
 which begin with empty folders of stores and of compiled kernels. Of a run that goes on the second process is judged.
-All 40 take about 16 minutes on two idle cores: four steps each, tiny random models of other architectures, verdicts of
-eight rows. A run that ends by itself with "worse than the base" (exit code 1) counts.
+Without the twelve of hybrids all take about 16 minutes on two idle cores: four steps each, tiny random models of other
+architectures, verdicts of eight rows. A run that ends by itself with "worse than the base" (exit code 1) counts.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ WIDTHS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {**_MIXED, "moe_intermediate_size": 384},
     "gpt_oss": {**_MIXED, "intermediate_size": 768},
 }
+HYBRIDS = ("lfm2", "qwen3_5_text", "granitemoehybrid", "falcon_h1")  # of the sizes of `architectures.py`
 EVERY = "all-linear"
 SMOLLM2 = "smollm2-135m"
 
@@ -144,6 +145,7 @@ CASES = (
     Case("mixtral", 256),
     Case("qwen3_moe", 256, recompute=True, ragged=True),
     Case("gpt_oss", 256, held_out=4),
+    *(Case(name, 450, 16, EVERY, False, ragged=True, batch=batch) for name in HYBRIDS for batch in (3, 6, 11)),
 )
 SEVEN_B = (
     Case("llama-2-7b-nf4", 128, 16, "qv", True, "mapped", batch=2, dropout=0.0, steps=3),
@@ -298,10 +300,12 @@ class Bench:
         if name == SMOLLM2:
             return name
         if name not in self.models:
-            from benchmarks import make_random
+            from benchmarks import architectures, make_random
 
             folder = self.folder / "models" / name
-            if not folder.exists():
+            if not folder.exists() and name in HYBRIDS:
+                architectures.small(folder, name)
+            elif not folder.exists():
                 make_random.small(folder, name, WIDTHS[name])
             self.models[name] = str(folder)
         return self.models[name]

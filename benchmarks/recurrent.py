@@ -24,11 +24,11 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.decoding import memory_rate
-from halfbyte.layers.kernels.cpu.recurrent import chunks, conv, delta_rule, gated_norm, state_space
+from halfbyte.layers.kernels.cpu.recurrent import conv, delta_rule, gated_norm, sizes, state_space
 from halfbyte.layers.recurrent import places_of
 
 LENGTHS = (338, 97, 620, 210, 451, 60, 502, 290)
-TOKENS, CHUNK = sum(LENGTHS), chunks.CHUNK
+TOKENS, CHUNK = sum(LENGTHS), sizes.CHUNK
 Call = Callable[[], object]
 
 

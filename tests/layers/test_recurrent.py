@@ -24,6 +24,19 @@ HYBRIDS = (
     "lfm2", "lfm2_moe", "qwen3_next", "qwen3_5_text", "olmo_hybrid", "granitemoehybrid", "bamba", "falcon_h1",
     "nemotron_h", "zamba2",
 )  # fmt: skip
+# Each another one, so that none stands for another: of both branches, the recurrence's projection and what leaves it,
+# keys, the MLP, the embedding; and of a layer's sums.
+FACTORS = {
+    "falcon_h1": {
+        "attention_in_multiplier": 0.8, "attention_out_multiplier": 1.3, "ssm_in_multiplier": 0.7,
+        "ssm_out_multiplier": 1.7, "key_multiplier": 0.6, "mlp_multipliers": [1.2, 0.9], "embedding_multiplier": 1.4,
+        "ssm_multipliers": [0.9, 1.1, 1.25, 0.75, 1.5],
+    },
+    "granitemoehybrid": {"num_local_experts": 0, "residual_multiplier": 0.3},
+}  # fmt: skip
+CASES = [(kind, {}) for kind in HYBRIDS] + [*FACTORS.items(), ("falcon_h1", FACTORS["falcon_h1"] | {
+    "mamba_rms_norm": True, "mamba_proj_bias": True, "mamba_n_groups": 2, "mamba_norm_before_gate": False,
+})]  # fmt: skip
 CHUNK = recurrent._ChunkMixer.chunk
 LENGTHS = (5, CHUNK + 1, 1, CHUNK - 1, CHUNK, 2 * CHUNK + 20)
 TOLERANCE = 1e-4
@@ -37,9 +50,11 @@ def mixers(model: Any) -> list[Any]:
     return [m for m in model.modules() if isinstance(m, recurrent._Mixer)]
 
 
-@pytest.mark.parametrize("kind", HYBRIDS)
-def test_rows_longer_than_chunks_learn_what_plain_peft_learns(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build(kind)
+@pytest.mark.parametrize(("kind", "changes"), CASES)
+def test_rows_longer_than_chunks_learn_what_plain_peft_learns(
+    kind: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(kind, **changes)
     names = targets.matched(model, targets.auto_targets(model))
     rows = plain_peft.texts(LENGTHS, small_models.VOCAB)
     wanted = plain_peft.learn(plain_peft.adapt(copy.deepcopy(model), names), rows)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,13 +16,16 @@ import torch
 from halfbyte.adapters import lora as adapters
 from halfbyte.adapters import targets
 from halfbyte.base import load
-from halfbyte.layers import fuse, packing
+from halfbyte.layers import fuse, packing, recurrent
+from halfbyte.layers.kernels import cpu, pool
+from halfbyte.layers.kernels.cpu import tiles
 from halfbyte.models import structure
 from halfbyte.models.families import FAMILIES
 from halfbyte.models.lora_sites import Site, sites
 from halfbyte.models.sources.lookup import resolve
 from halfbyte.models.tensors import Facts, facts_of, read_checkpoint, read_config, spec_of
 from halfbyte.plan.layer import Layer, layer_of, pairs_of
+from halfbyte.plan.memory import recurrent_lines
 from halfbyte.proofs.fusing import prove_fused
 from halfbyte.proofs.packing import prove_packing
 from halfbyte.recipe.schema import Lora, Quant
@@ -171,6 +175,35 @@ def test_a_hybrid_keeps_what_the_formula_says(name: str, tmp_path: Path) -> None
     layer = layer_of(facts, found, 2, kernels=True, dropout=True, longest=max(LENGTHS))
     planned = 2 * (TOKENS * layer.kept + 2 * sum(site.parameters for site in found) / facts.layers)
     assert kept[1] - kept[0] == pytest.approx(planned, rel=0.05), (kept[1] - kept[0], planned)
+
+
+@pytest.mark.skipif(not cpu.enabled() or not tiles.available32(), reason="these kernels do not run here")
+@pytest.mark.parametrize("longest", [40, 500])
+@pytest.mark.parametrize("name", ["granitemoehybrid", "falcon_h1", "qwen3_5_text"])
+def test_threads_of_a_recurrence_ask_for_what_is_planned(
+    name: str, longest: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small_models.build(name, **HYBRIDS[name]).requires_grad_(False)
+    model.save_pretrained(tmp_path)
+    facts = facts_of(read_config(tmp_path), read_checkpoint(tmp_path))
+    job: Any = SimpleNamespace(facts=facts, kernels=True, recurrent=True, rows=SimpleNamespace(longest=longest))
+    (planned,) = recurrent_lines(job, torch.get_num_threads())
+    asked: list[int] = []
+    real = pool.empty
+
+    def seen(shape: Any, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        asked.extend([shape[0]] if dtype is torch.uint8 else [])
+        return real(shape, like, dtype)
+
+    monkeypatch.setattr(pool, "empty", seen)
+    prove_packing(model)
+    starts = torch.tensor([0, longest], dtype=torch.int32)
+    x = torch.randn(1, longest, facts.hidden, requires_grad=True)
+    for mixer in (m for m in model.modules() if isinstance(m, recurrent._ChunkMixer)):
+        asked.clear()
+        mixer(x, cu_seq_lens_q=starts).sum().backward()
+        assert len(asked) == 2 and max(asked) <= planned.bytes
+        assert max(asked) == planned.bytes or tiles.LANES32 < 16  # it counts the largest tile
 
 
 @pytest.mark.parametrize("name", [*tiny.ARCHITECTURES, *MORE, "phi", "gptj"])

@@ -200,10 +200,11 @@ def test_no_log_is_read_but_of_commands_that_were_started(
         folder.mkdir(exist_ok=True)
         for part, text in (("lock", "1"), ("log", "secret"), ("job.json", '{"words": ["train"]}')):
             (folder / part).write_text(text)
+    for way in (studio.jobs.read, studio.jobs.goes_on, studio.jobs.stop):
+        with pytest.raises(Refusal, match="no such command"):
+            way(name)
     answer = client.get("/api/events", params={"job": name})
     assert answer.status_code == 404 and answer.json()["error"]["code"] == "missing"
-    with pytest.raises(Refusal):
-        studio.jobs.stop(name)
 
 
 def test_bases_that_may_be_named(studio: Studio, tmp_path: Path) -> None:
@@ -249,6 +250,7 @@ def test_an_upload_is_bounded_and_leaves_nothing(client: TestClient, studio: Stu
 
     headers = {"Content-Length": "2000000000"} if declared else {}
     assert client.put("/api/data/big.csv", content=parts(), headers=headers).status_code == 413
+    assert bool(sent) != declared  # what is said to be too large is not read at all
     assert list((studio.workspace.folder / "data").iterdir()) == []
 
 

@@ -9,7 +9,7 @@ A norm, an activation or an MLP is taken only after it was seen to compute what 
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,19 +19,17 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 
 from halfbyte.errors import AdapterError
-from halfbyte.layers import attention, formulas, instances, norm_gate, sight
+from halfbyte.layers import attention, formulas, instances, norm_gate
 from halfbyte.layers.experts import interface
 from halfbyte.layers.experts.layout import is_quantised
 from halfbyte.layers.instances import Instance
 from halfbyte.layers.kernels import dropout, last_layer
-from halfbyte.layers.kernels.card import PackLengths
-from halfbyte.layers.kernels.cpu import available, whole_attention
+from halfbyte.layers.kernels.cpu import available
 from halfbyte.layers.lora_linear import REMAKE, Remake, frozen_linear, lora_linear
-from halfbyte.layers.packed_attention import LENGTHS, lengths_on
+from halfbyte.layers.packed_attention import head_size, lengths_for
 from halfbyte.models import families
 from halfbyte.quant import formats
 from halfbyte.upstream.peft import LORA_LAYER
-from halfbyte.upstream.transformers import CACHE_ARGUMENTS
 
 ADAPTERS_DISABLED, NO_ADAPTER = "adapters disabled", "no active adapter"
 
@@ -169,12 +167,17 @@ class _FastGatedMlp(_Fast):
     def forward(self, x: Tensor) -> Tensor:
         if not available(x):
             return super().forward(x)
+        y, factor = self.unscaled(x)
+        return y if factor == 1.0 else y * factor
+
+    def unscaled(self, x: Tensor) -> tuple[Tensor, float]:
+        """What it returns, and what that has to be multiplied with; for what `available` says."""
         known = formulas.gated_mlp(self)
         assert known is not None
         given = [linear(x) for linear in known.inputs]
         inputs, how = [each.detach() for each in given], (known.activation, known.scale)
         y: Tensor = known.down(_cheap(self, norm_gate.glu(given, *how), lambda: norm_gate.glu(inputs, *how)))
-        return y if known.out_scale == 1.0 else y * known.out_scale
+        return y, known.out_scale
 
 
 class _FastActivation(_Fast):
@@ -203,7 +206,7 @@ class _FastAttention(_Fast):
     that differ in names, in a projection for all three, or in norms over all heads."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        pack = None if args else _pack_lengths(self, hidden_states, kwargs)
+        pack = None if args or not _trains(self) else lengths_for(self, hidden_states, kwargs)
         if pack is None:
             return super().forward(hidden_states, *args, **kwargs)
         tokens = hidden_states.shape[1]
@@ -219,10 +222,10 @@ class _FastAttention(_Fast):
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(1, T, D) -> queries, keys and values, (T, heads, d) each."""
-        d = _head_size(self)
+        d = head_size(self)
         if hasattr(self, "query_key_value"):  # head by head
-            return self.query_key_value(x)[0].unflatten(-1, (-1, 3, d)).unbind(2)
-        q, k, v = (p(x)[0] for p in (self.q_proj, self.k_proj, self.v_proj))
+            return self.query_key_value(x).squeeze(0).unflatten(-1, (-1, 3, d)).unbind(2)
+        q, k, v = (p(x).squeeze(0) for p in (self.q_proj, self.k_proj, self.v_proj))
         if hasattr(self, "q_norm") and len(self.q_norm.weight) == q.shape[1] != d:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (each.view(x.shape[1], -1, d) for each in (q, k, v))
@@ -231,33 +234,60 @@ class _FastAttention(_Fast):
         return q, k, v
 
 
+# Names of a layer's parts: of the norms, of a recurrence, of the MLP.
+_PARTS = (
+    ("input_layernorm", "operator_norm"), ("post_attention_layernorm", "pre_ff_layernorm", "ffn_norm"),
+    ("mamba", "linear_attn", "conv"), ("mlp", "feed_forward", "shared_mlp"),
+)  # fmt: skip
+_OF_ATTENTION = "attention_mask", "position_embeddings", "position_ids", "use_cache"  # a recurrence has its own mask
+
+
 class DecoderLayer(_Fast):
-    """A layer of two halves, each x + f(norm(x)): its sums in memory of the pool, the norms' gradients added with them,
-    and behind the attention only the rows that are needed."""
+    """A layer of two halves, each x + f(norm(x)), with factors: its sums in memory of the pool, the norms' gradients
+    added with them, and behind the attention only the rows that are needed. The first half is an attention, a
+    recurrence, or both (Falcon-H1's, which returns a tuple)."""
 
     def forward(self, hidden_states: Tensor, *args: object, **kwargs: Any) -> Any:
-        norms = self.input_layernorm, self.post_attention_layernorm
-        if args or not _trains(self) or not all(_runs_fused(norm, hidden_states) for norm in norms):
+        first, second, recurrence, mlp = (instances.part_of(self, names) for names in _PARTS)
+        fast = not args and _trains(self) and not getattr(self, "has_experts", False)
+        fast = fast and (recurrence is None or kwargs.get("cu_seq_lens_q") is not None)
+        if not fast or not all(_runs_fused(norm, hidden_states) for norm in (first, second)):
             return super().forward(hidden_states, *args, **kwargs)
         some = last_layer.rows_for(self)
         if some is not None:
             some.selected = True
-        residual, x = norms[0].beside(hidden_states)
-        x = self.self_attn(hidden_states=x, **kwargs)[0]
-        if some is None:
-            return self._second_half(residual, x)
-        with dropout.select_tokens(some.rows):
-            return self._second_half(some.select(residual), x if x.shape[1] == some.count else some.select(x))
-
-    def _second_half(self, residual: Tensor, x: Tensor) -> Tensor:
-        residual, x = self.post_attention_layernorm.beside(norm_gate.residual_sum(residual, x))
-        return norm_gate.residual_sum(residual, self.mlp(x))
+        residual, x = first.beside(hidden_states)
+        parts: list[tuple[Tensor, float]] = []
+        mask = kwargs.pop("mamba_attention_mask", kwargs.get("attention_mask"))
+        of_both = getattr(self, "residual_multiplier", 1.0)
+        if recurrence is not None:
+            more = {name: given for name, given in kwargs.items() if name not in _OF_ATTENTION}
+            y = recurrence(hidden_states=x, attention_mask=mask, **more)
+            parts.append((y, of_both * getattr(self, "ssm_out_multiplier", 1.0)))
+        if getattr(self, "self_attn", None) is not None:
+            factor = getattr(self, "attention_in_multiplier", 1.0)
+            y = self.self_attn(hidden_states=x if factor == 1.0 else x * factor, **kwargs)[0]
+            parts.append((y, of_both * getattr(self, "attn_out_multiplier", 1.0)))
+        with nullcontext() if some is None else dropout.select_tokens(some.rows):
+            if some is not None:
+                residual = some.select(residual)
+                parts = [(y if y.shape[1] == some.count else some.select(y), factor) for y, factor in parts]
+            (y, factor), *others = sorted(parts, key=lambda part: -abs(part[1]))
+            for other, its in others:
+                y = norm_gate.residual_sum(y, other, its / (factor or 1.0))
+            residual, x = second.beside(norm_gate.residual_sum(residual, y, factor))
+            y, factor = mlp.unscaled(x) if isinstance(mlp, _FastGatedMlp) and not _hooked(mlp) else (mlp(x), 1.0)
+            y = norm_gate.residual_sum(residual, y, factor * of_both)
+        return y if len(parts) == 1 else (y,)
 
 
 def _runs_fused(norm: nn.Module, x: Tensor) -> bool:
     """Whether this norm can be computed without its call, which hooks would see."""
-    hooked = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
-    return isinstance(norm, _FastNorm) and not hooked and norm.takes(x)
+    return isinstance(norm, _FastNorm) and not _hooked(norm) and norm.takes(x)
+
+
+def _hooked(m: nn.Module) -> bool:
+    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
 
 
 def install(model: nn.Module) -> Fused:
@@ -417,30 +447,3 @@ def _part(module: nn.Module) -> tuple[str, type[_Fast]] | None:
     if part is None:
         return None
     return ("attentions", _FastAttention) if part == "attention" else ("layers", DecoderLayer)
-
-
-def _head_size(module: nn.Module) -> int:
-    return int(module.head_dim if hasattr(module, "head_dim") else module.head_size)
-
-
-def _pack_lengths(module: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> PackLengths | None:
-    """The lengths of the examples in x (1, T, D) if the fused attention may take them; None if not."""
-    cu, pack = kwargs.get("cu_seq_lens_q"), kwargs.get(LENGTHS) or lengths_on(kwargs.get("attention_mask"))
-    if x.dim() != 3 or x.shape[0] != 1 or kwargs.get("position_embeddings") is None or not available(x):
-        return None
-    if any(kwargs.get(name) is not None for name in (*CACHE_ARGUMENTS, "layer_past")) or not _trains(module):
-        return None
-    if cu is not None and pack is None:
-        pack = PackLengths(tuple(cu.diff().tolist()))
-    if pack is None:
-        return None
-    if module.training and (module.attention_dropout or getattr(module, "residual_dropout", 0)):
-        return None
-    if getattr(module, "qk_layernorm", False) or getattr(module.config, "clip_qkv", None) is not None:
-        return None
-    sees = sight.of(module)
-    if sees is None or not sees.is_causal(pack.longest) or (pack.levels and not whole_attention(x)):
-        return None
-    if getattr(module, "attn_logit_softcapping", None) is not None or _head_size(module) % 2:
-        return None
-    return pack

@@ -40,6 +40,11 @@ def plain_class(cls: type) -> type:
     return cls
 
 
+def part_of(layer: nn.Module, names: tuple[str, ...]) -> nn.Module:
+    """The part that has one of these names; None where there is none."""
+    return next((part for name in names if (part := getattr(layer, name, None)) is not None), None)
+
+
 @cached
 def _subclass(mixin: type, cls: type) -> type:
     """Named alike, since PEFT and transformers look for words in class names."""

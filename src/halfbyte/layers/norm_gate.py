@@ -62,59 +62,41 @@ class Norm(torch.autograd.Function):
 
 
 class ResidualSum(torch.autograd.Function):
-    """x + y in memory of the pool. Both of one shape and dtype."""
+    """x + factor y in memory of the pool. Both of one shape and dtype."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, y: Tensor) -> Tensor:
-        return torch.add(x, y, out=pool.empty_like(x))
+    def forward(ctx: FunctionCtx, x: Tensor, y: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return torch.add(x, y, alpha=factor, out=pool.empty_like(x))
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        return grads[0], grads[0]
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        dy = grads[0] if ctx.factor == 1.0 else torch.mul(grads[0], ctx.factor, out=pool.empty_like(grads[0]))
+        return grads[0], dy, None
 
 
 class Glu(torch.autograd.Function):
-    """act(scale g) * u. g, u: (.., I) contiguous, of at least two axes."""
+    """act(scale g) * u of g and u (.., I), or of one with both side by side (.., 2 I): contiguous, of at least two
+    axes."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, g: Tensor, u: Tensor, kind: int, scale: float) -> Tensor:
+    def forward(ctx: FunctionCtx, kind: int, scale: float, *given: Tensor) -> Tensor:
         from halfbyte.layers.kernels.cpu import gate
 
-        ctx.save_for_backward(g, u)
+        ctx.save_for_backward(*given)
         ctx.kind, ctx.scale = kind, scale
+        g, u = given if len(given) == 2 else given[0].chunk(2, -1)
         return gate.glu(g, u, kind, scale)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         from halfbyte.layers.kernels.cpu import gate
 
-        g, u = ctx.saved_tensors
-        dg, du = pool.empty_like(g), pool.empty_like(u)
+        given = ctx.saved_tensors
+        out = [pool.empty_like(x) for x in given]
+        (g, u), (dg, du) = (xs if len(xs) == 2 else xs[0].chunk(2, -1) for xs in (given, out))
         gate.glu_backward(grads[0].contiguous(), g, u, ctx.kind, dg, du, ctx.scale)
-        return dg, du, None, None
-
-
-class GluOfOne(torch.autograd.Function):
-    """act(scale g) * u of both side by side: (.., 2 I) contiguous -> (.., I)."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, both: Tensor, kind: int, scale: float) -> Tensor:
-        from halfbyte.layers.kernels.cpu import gate
-
-        ctx.save_for_backward(both)
-        ctx.kind, ctx.scale = kind, scale
-        g, u = both.chunk(2, -1)
-        return gate.glu(g, u, kind, scale)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None, None]:
-        from halfbyte.layers.kernels.cpu import gate
-
-        (both,) = ctx.saved_tensors
-        out = pool.empty_like(both)
-        (g, u), (dg, du) = both.chunk(2, -1), out.chunk(2, -1)
-        gate.glu_backward(grads[0].contiguous(), g, u, ctx.kind, dg, du, ctx.scale)
-        return out, None, None
+        return None, None, *out
 
 
 class Activation(torch.autograd.Function):
@@ -174,11 +156,11 @@ def residual_and_norm(
     return residual.view(x.shape), y.view(x.shape)
 
 
-def residual_sum(x: Tensor, y: Tensor) -> Tensor:
-    """x + y, (..., D) each."""
+def residual_sum(x: Tensor, y: Tensor, factor: float = 1.0) -> Tensor:
+    """x + factor y, (..., D) each."""
     if not available(x, y) or x.dtype != y.dtype or x.shape != y.shape:
-        return x + y
-    return ResidualSum.apply(x, y)
+        return x + (y if factor == 1.0 else y * factor)
+    return ResidualSum.apply(x, y, factor)
 
 
 def norm_formula(x: Tensor, w: Tensor, eps: float, kind: NormKind, bias: Tensor | None = None) -> Tensor:
@@ -207,7 +189,7 @@ def glu(given: Sequence[Tensor], kind: int, scale: float = 1.0) -> Tensor:
     """act(scale g) * u of g and u (.., I), or of one tensor (.., 2 I) with both."""
     plain = all(x.is_contiguous() and x.dim() > 1 and x.dtype == given[0].dtype for x in given)
     if plain and available(*given):
-        return (GluOfOne if len(given) == 1 else Glu).apply(*given, kind, scale)
+        return Glu.apply(kind, scale, *given)
     g, u = given if len(given) == 2 else given[0].chunk(2, -1)
     g = g * scale if scale != 1.0 else g
     return (F.silu(g) if kind == SILU else F.gelu(g, approximate="tanh")) * u

@@ -30,8 +30,9 @@ from halfbyte.layers import attention as block_attention
 from halfbyte.layers import sight
 from halfbyte.layers.kernels import ALL_TOKENS, card
 from halfbyte.layers.kernels import dropout as masks
-from halfbyte.layers.kernels.cpu import whole_attention
+from halfbyte.layers.kernels.cpu import available, whole_attention
 from halfbyte.system import accelerator
+from halfbyte.types import Document
 from halfbyte.upstream import transformers as upstream
 
 NAME = "halfbyte_packed"
@@ -279,3 +280,30 @@ def _visible(
 def _repeat(kv: Tensor, query: Tensor) -> Tensor:
     """(n, K, L, D) -> (n, H, L, D): each key/value head under the query heads it serves."""
     return kv.repeat_interleave(query.shape[1] // kv.shape[1], dim=1)
+
+
+def head_size(module: nn.Module) -> int:
+    return int(module.head_dim if hasattr(module, "head_dim") else module.head_size)
+
+
+def lengths_for(module: nn.Module, x: Tensor, kwargs: Document) -> card.PackLengths | None:
+    """The lengths of the examples in x (1, T, D) if the fused attention may take them; None if not."""
+    cu, pack = kwargs.get("cu_seq_lens_q"), kwargs.get(LENGTHS) or lengths_on(kwargs.get("attention_mask"))
+    if x.dim() != 3 or x.shape[0] != 1 or kwargs.get("position_embeddings") is None or not available(x):
+        return None
+    if any(kwargs.get(name) is not None for name in (*upstream.CACHE_ARGUMENTS, "layer_past")):
+        return None
+    if cu is not None and pack is None:
+        pack = card.PackLengths(tuple(cu.diff().tolist()))
+    if pack is None:
+        return None
+    if module.training and (module.attention_dropout or getattr(module, "residual_dropout", 0)):
+        return None
+    if getattr(module, "qk_layernorm", False) or getattr(module.config, "clip_qkv", None) is not None:
+        return None
+    sees = sight.of(module)
+    if sees is None or not sees.is_causal(pack.longest) or (pack.levels and not whole_attention(x)):
+        return None
+    if getattr(module, "attn_logit_softcapping", None) is not None or head_size(module) % 2:
+        return None
+    return pack

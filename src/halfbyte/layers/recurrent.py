@@ -94,6 +94,57 @@ class GatedConv(torch.autograd.Function):
         return out, None, None, None
 
 
+class StateSpace(torch.autograd.Function):
+    """Mamba-2 between its projections, (T, W) -> (T, H P). Of W the gate, what the convolution reads, and dt lie side
+    by side, and so are their gradients written. Kept: W, what convolution and scan return, dt.
+
+    norm: weights (.., D) of the gated one and its options, where there is one. limits: of dt. fixed: the convolution's
+    taps and bias, A (H,), skip (H,), and of dt factor and bias (H,).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, given: Tensor, examples: PackPlaces, options: Options, gate_scale: float,
+        norm: tuple[Tensor, Options] | None, limits: tuple[float, float], *fixed: Tensor,
+    ) -> Tensor:  # fmt: skip
+        from halfbyte.layers.kernels.cpu import gate
+
+        w, bias, a, skip, factor, dt_bias = fixed
+        ctx.sizes = [given.shape[1] - w.shape[1] - len(a), w.shape[1], len(a)]
+        z, xbc, raw = given.split(ctx.sizes, 1)
+        xbc = _kernel("conv").forward(xbc, w, bias, examples.places, silu=True)
+        dt = F.softplus(raw.float() * factor + dt_bias).clamp(*limits)
+        y = _kernel("state_space").forward(xbc, dt * a, dt, skip, examples.starts, **options)
+        ctx.save_for_backward(given, xbc, dt, y, *fixed)
+        ctx.given = examples, options, gate_scale, norm, limits
+        if norm is None:
+            return gate.glu(z, y, norm_gate.SILU, gate_scale)
+        groups = y.view(-1, norm[0].shape[1])
+        out: Tensor = _kernel("gated_norm").forward(groups, z, norm[0], **norm[1], scale=gate_scale)
+        return out.view(y.shape)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        from halfbyte.layers.kernels.cpu import gate
+
+        given, xbc, dt, y, w, bias, a, skip, factor, dt_bias = ctx.saved_tensors
+        examples, options, gate_scale, norm, (low, high) = ctx.given
+        dout, out = grads[0].contiguous(), pool.empty_like(given)
+        (z, before, raw), (dz, dbefore, draw) = given.split(ctx.sizes, 1), out.split(ctx.sizes, 1)
+        if norm is None:
+            dy = pool.empty_like(y)
+            gate.glu_backward(dout, z, y, norm_gate.SILU, dz, dy, gate_scale)
+        else:
+            groups = (each.view(-1, norm[0].shape[1]) for each in (dout, y))
+            dy, _ = _kernel("gated_norm").backward(*groups, z, norm[0], **norm[1], scale=gate_scale, dz=dz)
+        scan = dy.view(y.shape), xbc, dt * a, dt, skip, examples.starts
+        dxbc, da, ddt = _kernel("state_space").backward(*scan, **options)
+        _kernel("conv").backward(dxbc, before, w, bias, examples.places, silu=True, out=dbefore)
+        slope = (raw.float() * factor + dt_bias).sigmoid_().mul_(factor).mul_((dt > low) & (dt < high))
+        draw.copy_(ddt.addcmul_(da, a).mul_(slope))
+        return out, *[None] * 11
+
+
 class _Mixer:
     """Marks an instance whose class was put here; its own class is the second base."""
 
@@ -135,21 +186,6 @@ def _taps(conv: nn.Conv1d) -> tuple[Tensor, Tensor]:
     return w, w.new_zeros(w.shape[1]) if conv.bias is None else conv.bias.float()
 
 
-def _conv_silu(x: Tensor, conv: nn.Conv1d, examples: PackPlaces, factors: Tensor | float = 1.0) -> Tensor:
-    """(T, W), times factors (W,) -> (T, W)."""
-    w, bias = _taps(conv)
-    return Kernel.apply("conv", {"silu": True}, x, w * factors, bias, examples.places)
-
-
-def _gated_norm(y: Tensor, gate: Tensor, norm: nn.Module, groups: int, *, gate_first: bool) -> Tensor:
-    """(T, W) of y, in groups of equal width; as many of these have weights of their own as the norm's weight holds."""
-    width = y.shape[1] // groups
-    w = norm.weight.float().view(-1, width)
-    options = {"eps": norm.variance_epsilon, "gate_first": gate_first}
-    out: Tensor = Kernel.apply("gated_norm", options, y.view(-1, width), gate.reshape(-1, width), w)
-    return out.view(y.shape)
-
-
 class _ShortConvMixer(_Mixer):
     """LFM2's: out(C conv(B x)), with B, C and x of one projection."""
 
@@ -157,7 +193,7 @@ class _ShortConvMixer(_Mixer):
         return isinstance(self.conv, nn.Conv1d)
 
     def mix(self, x: Tensor, examples: PackPlaces) -> Tensor:
-        y = GatedConv.apply(self.in_proj(x)[0], *_taps(self.conv), examples.places)
+        y = GatedConv.apply(self.in_proj(x).squeeze(0), *_taps(self.conv), examples.places)
         return self.out_proj(y[None])
 
 
@@ -177,25 +213,27 @@ class _DeltaMixer(_ChunkMixer):
 
     def mix(self, x: Tensor, examples: PackPlaces) -> Tensor:
         qkv, gate, b, a = self._projected(x)
-        qkv = _conv_silu(qkv, self.conv1d, examples)
+        qkv = Kernel.apply("conv", {"silu": True}, qkv, *_taps(self.conv1d), examples.places)
         g = -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias.float())  # (T, H)
         beta = b.float().sigmoid() * (2.0 if getattr(self, "allow_neg_eigval", False) else 1.0)
         options = {"keys": self.num_k_heads, "d": self.head_k_dim}
         y = Kernel.apply("delta_rule", options, qkv, g.contiguous(), beta.contiguous(), examples.starts)
         norm, out = (self.o_norm, self.o_proj) if hasattr(self, "o_proj") else (self.norm, self.out_proj)
-        y = _gated_norm(y, gate, norm, self.num_v_heads, gate_first=False)
-        return out(y[None])
+        width = y.shape[1] // self.num_v_heads
+        options = {"eps": norm.variance_epsilon, "gate_first": False}
+        z = Kernel.apply("gated_norm", options, y.view(-1, width), gate, norm.weight.float()[None])
+        return out(z.view(1, *y.shape))
 
     def _projected(self, x: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values side by side (T, W), the gate (T, H O), and what beta and g are made of (T, H)."""
         if hasattr(self, "in_proj_qkv"):
-            return tuple(p(x)[0] for p in (self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a))
+            return tuple(p(x).squeeze(0) for p in (self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a))
         if hasattr(self, "in_proj_qkvz"):
             mixed = self.fix_query_key_value_ordering(self.in_proj_qkvz(x), self.in_proj_ba(x))
-            q, k, v, gate, b, a = (part[0].flatten(1) for part in mixed)
+            q, k, v, gate, b, a = (part.squeeze(0).flatten(1) for part in mixed)
         else:
             projections = self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.b_proj, self.a_proj
-            q, k, v, gate, b, a = (p(x)[0] for p in projections)
+            q, k, v, gate, b, a = (p(x).squeeze(0) for p in projections)
         return torch.cat((q, k, v), 1), gate, b, a
 
 
@@ -203,24 +241,21 @@ class _StateSpaceMixer(_ChunkMixer):
     """Mamba-2 as Granite 4, Bamba, Nemotron-H, Zamba2 and Falcon-H1 have it."""
 
     def mix(self, x: Tensor, examples: PackPlaces) -> Tensor:
-        sizes = [self.intermediate_size, self.conv_dim, self.num_heads]
-        # Falcon-H1's multipliers, where they cost no pass over memory
-        before = getattr(self, "ssm_in_multiplier", 1.0)
-        behind = self.mup_vector.flatten().float() if hasattr(self, "mup_vector") else torch.ones(sum(sizes))
-        x, (of_gate, of_xbc, of_dt) = x if before == 1 else x * before, behind.split(sizes)
-        gate, xbc, dt = self.in_proj(x)[0].split(sizes, 1)
-        xbc, gate = _conv_silu(xbc.contiguous(), self.conv1d, examples, of_xbc), gate.contiguous()
-        dt = F.softplus(dt.float() * of_dt + self.dt_bias.float()).clamp(*self.time_step_limit)  # (T, H)
-        options = {"groups": self.n_groups, "n": self.ssm_state_size}
-        a, skip = -self.A_log.float().exp() * dt, self.D.float()
-        y = Kernel.apply("state_space", options, xbc, a, dt, skip, examples.starts)
-        if isinstance(self.norm, nn.Identity):
-            y = norm_gate.glu((gate, y), norm_gate.SILU, float(of_gate[0]))
-        else:
-            gate = gate if of_gate[0] == 1 else gate * of_gate[0]
+        # Falcon-H1's factors, where they cost no pass over memory
+        before, sizes = getattr(self, "ssm_in_multiplier", 1.0), [self.intermediate_size, self.conv_dim, self.num_heads]
+        if before != 1.0 and (self.in_proj.bias is not None or any(getattr(self.in_proj, "lora_bias", {}).values())):
+            x, before = x * before, 1.0
+        factors = self.mup_vector.flatten().float() if hasattr(self, "mup_vector") else torch.ones(sum(sizes))
+        of_gate, of_xbc, of_dt = (factors * before).split(sizes)
+        (w, bias), norm = _taps(self.conv1d), None
+        if not isinstance(self.norm, nn.Identity):
             gate_first = not getattr(self.norm, "norm_before_gate", False)
-            y = _gated_norm(y, gate, self.norm, self.n_groups, gate_first=gate_first)
-        return self.out_proj(y[None])
+            of_norm = {"eps": self.norm.variance_epsilon, "gate_first": gate_first}
+            norm = self.norm.weight.float().view(self.n_groups, -1), of_norm
+        options = {"groups": self.n_groups, "n": self.ssm_state_size}
+        fixed = w * of_xbc, bias, -self.A_log.float().exp(), self.D.float(), of_dt, self.dt_bias.float()
+        how = options, float(of_gate[0]), norm, self.time_step_limit
+        return self.out_proj(StateSpace.apply(self.in_proj(x).squeeze(0), examples, *how, *fixed)[None])
 
 
 def _kind(module: nn.Module) -> type[_Mixer] | None:

@@ -59,11 +59,11 @@ class Family:
             a layer's window is shorter than a row: that layer takes each example by torch's kernel, with a mask, and of
             a `fused_qkv` projection keeps all for its values.
         parallel: attention and MLP read one normed input.
-        own_sums: a layer is not x + f(norm(x)) twice. post_norms: it norms behind attention and MLP, not before.
+        own_attention: its attention is not Llama's. own_sums: a layer is not x + factor f(norm(x)) twice.
+        post_norms: it norms behind attention and MLP, not before.
         dropout_modules: what it drops of the residual stream goes through modules, which the engine's kernel takes.
         shared_gate: what shared experts give is multiplied by a gate of its own, which keeps it.
         gated_attention: what attention returns is multiplied by a gate, and both are kept.
-        scaled: what its branches read and return is multiplied by factors, which makes copies of it.
         stock_gate: what stands between an expert's two stacks is the model's own code.
         encoder: it sees to both sides, and has no head of a language model. pooler: a head of texts reads the body's.
             behind_padding: positions begin behind the number of the padding token.
@@ -78,12 +78,12 @@ class Family:
     attention: AttentionKind = "flash"
     fused_qkv: bool = False
     parallel: bool = False
+    own_attention: bool = False
     own_sums: bool = False
     post_norms: bool = False
     dropout_modules: bool = False
     shared_gate: bool = False
     gated_attention: bool = False
-    scaled: bool = False
     stock_gate: bool = False
     encoder: bool = False
     pooler: bool = False
@@ -91,10 +91,11 @@ class Family:
 
     def fused_classes(self) -> dict[str, FusedPart]:
         """Class -> which part of a layer it is, of those whose forward is: attention: project, (norm q and k,) rotate
-        both halves, attend, project; layer: x + attention(norm(x)), and of that x + mlp(norm(x))."""
+        both halves, attend, project; layer: x + f(norm(x)) of attention, recurrence or both, and of that of an MLP."""
         names: dict[str, FusedPart] = {}
         if self.classes and self.attention == "flash":
-            names[f"{self.classes}Attention"] = "attention"
+            if not self.own_attention:
+                names[f"{self.classes}Attention"] = "attention"
             if self.norms == 2 and not self.own_sums:
                 names[f"{self.classes}DecoderLayer"] = "layer"
         return names

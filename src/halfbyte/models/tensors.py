@@ -91,13 +91,16 @@ class TensorSpec:
 @dataclass(frozen=True)
 class Recurrence:
     """A layer's recurrent part: how many numbers of a token its convolution reads, the heads of its state (0: it is a
-    convolution alone), the numbers that its last projection reads; `alone`: the layer has no attention."""
+    convolution alone), the numbers that its last projection reads; `alone`: the layer has no attention; rows: of a
+    head's state, 0 where the config does not say; `scan`: it is Mamba-2, not the delta rule."""
 
     layer: int
     channels: int
     heads: int
     inner: int
     alone: bool
+    rows: int
+    scan: bool
 
 
 @dataclass(frozen=True)
@@ -243,7 +246,7 @@ def facts_of(config: ConfigFile, specs: Iterable[TensorSpec]) -> Facts:
     deepest = max((s.layer for s in specs if s.layer is not None), default=-1) + 1
     layers = _first(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers") or deepest
     of_expert = ["moe_intermediate_size"] if _experts(config) else []  # of one expert, where others are wider
-    recurrences = _recurrences(specs)
+    recurrences = _recurrences(specs, config)
     # of hybrids some say another width in their config than that of their MLP
     inner = (s.out_in[1] for s in specs if recurrences and _LAST_OF_MLP.search(s.name) and s.out_in[0] == hidden)
     shared = _first(config, "n_shared_experts") * _first(config, "moe_intermediate_size")
@@ -270,7 +273,7 @@ def facts_of(config: ConfigFile, specs: Iterable[TensorSpec]) -> Facts:
     )
 
 
-def _recurrences(specs: Iterable[TensorSpec]) -> tuple[Recurrence, ...]:
+def _recurrences(specs: Iterable[TensorSpec], config: ConfigFile) -> tuple[Recurrence, ...]:
     """Layers with a depthwise convolution, by the names and shapes beside it."""
     layers: dict[int, dict[str, TensorSpec]] = {}
     for spec in (spec for spec in specs if spec.layer is not None):
@@ -281,6 +284,8 @@ def _recurrences(specs: Iterable[TensorSpec]) -> tuple[Recurrence, ...]:
             next((there[n].shape[0] for n in (f"{home}.A_log",) if n in there), 0),
             next((there[n].out_in[1] for n in (f"{home}.out_proj.weight", f"{home}.o_proj.weight") if n in there), 0),
             not any("k_proj" in name or "qkv" in name for name in there if not name.startswith(f"{home}.")),
+            _first(config, "mamba_d_state", "ssm_state_size", "state_size", "linear_key_head_dim"),
+            f"{home}.D" in there,
         )
         for number, there in layers.items()
         for name, spec in there.items()

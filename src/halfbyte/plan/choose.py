@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from halfbyte.errors import RecipeError
 from halfbyte.plan import base_memory, memory
+from halfbyte.plan.calibrate import threads
 from halfbyte.plan.job import Job
 from halfbyte.plan.result import GB, POOL_RESERVE, Line, Placement, Plan, Recompute, Where
 from halfbyte.plan.timing import Rates, assumed, mean_micro_batches, step_time
@@ -53,6 +54,7 @@ def plan_with(
     if any(card.shares_ram for card in device.cards):  # one memory for both
         available = max(0, available - sum(line.bytes for line in host))
     trained = _on_one_card(memory.training_lines(job, where, recompute), cards)
+    trained = (*trained, *memory.recurrent_lines(job, threads(device)))
     several = job.step_tokens > largest.tokens
     during = _during(job, largest, recompute, where, cards, before=several)
     if several and where == "device" and job.packed:

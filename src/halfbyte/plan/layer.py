@@ -155,8 +155,6 @@ def _frozen_saved(
         # OLMo's are over all heads, and its rotary tables in fp32, so that each layer keeps its own
         more = 8 + 2 * c * facts.head_size if family.post_norms else 4 * (facts.heads + facts.key_heads)
         saved += attending * (number * (wide + narrow) + more)
-    if family.scaled:
-        saved += 2 * c * hidden
     if family.gated_attention:
         saved += attending * c * 2 * wide
     saved += sum(_recurrence_saved(r, c) for r in facts.recurrences) / max(1, facts.layers)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from halfbyte.layers.kernels.cpu.recurrent.sizes import thread_bytes
 from halfbyte.plan.job import Job, Sizes
 from halfbyte.plan.layer import NO_SCORES, PADDED, expert_products, pairs_of
 from halfbyte.plan.result import (
@@ -50,7 +51,9 @@ HOST_OF_CARD_BYTES = 2_500_000_000  # a CUDA build's libraries and pinned buffer
 # What the first micro-batches leave in the process beside tensors: compiled kernels, buffers of threads, the Trainer's
 # own.
 FIRST_MICRO_BATCH_BYTES = 50_000_000
-RECURRENT_BYTES = 45_000_000  # more of it where layers carry a state: their kernels, measured on three architectures
+# More of it where layers carry a state: their kernels. Measured on three architectures, 45 MB with two threads' memory
+# (`recurrent_lines`: 4 to 5 MB there).
+RECURRENT_BYTES = 40_000_000
 # The compiler (numba, LLVM), where kernels are not in its cache yet; the process keeps it to its end. Measured: a cold
 # run beside a warm one of the same recipe, private: 174 MB in fp32, 296 to 308 in bf16, whose kernels are more, and 379
 # where they multiply integers.
@@ -121,6 +124,18 @@ def process_lines(device: Device, job: Job) -> tuple[Line, ...]:
         data,
         Line(RESERVE, HEAP_TOP_BYTES, "what glibc keeps at the end of its heap: twice its largest threshold"),
     )
+
+
+def recurrent_lines(job: Job, threads: int) -> tuple[Line, ...]:
+    """What threads hold in backward of the layers that carry a state: of the longest row all chunks' states."""
+    if not (job.recurrent and job.kernels):
+        return ()
+    longest, most = job.rows.longest, 0
+    for r in (r for r in job.facts.recurrences if r.heads):
+        groups = max(1, (r.channels - r.inner) // max(1, 2 * r.rows))
+        most = max(most, thread_bytes(r.heads, groups, r.rows, r.inner // r.heads, longest, scan=r.scan))
+    words = f"{threads} threads x {most / 1e6:.1f} MB, a row of {longest} tokens"
+    return (Line("threads' states", threads * most, words, "cpu/recurrent/sizes.py"),)
 
 
 def _products_bytes(job: Job) -> int:

@@ -187,8 +187,9 @@ def test_each_fault_names_its_row(tokenizer: Any, make_data: Any) -> None:
     for broken in ("<think>\nhm\n\ncup", "<think>a</think>b</think>c"):
         level, text = judged(tokenizer, qwen, fine, [U1, ChatMessage("assistant", broken)])
         assert level == "refused" and "are no pair (t.jsonl:2, messages[1])" in text
-    level, text = judged(tokenizer, qwen, fine, [U1, ChatMessage("assistant", "<think>\n\n</think>\n\ncup")])
-    assert level == "warning" and "thoughts without a word (t.jsonl:2, messages[1])" in text
+    for empty in ("<think>\n\n</think>\n\ncup", "<think>\n \t\n</think>\n\ncup"):
+        level, text = judged(tokenizer, qwen, fine, [U1, ChatMessage("assistant", empty)])
+        assert level == "warning" and "thoughts without a word (t.jsonl:2, messages[1])" in text
     assert judged(tokenizer, qwen, fine, [U1, ChatMessage("assistant", "hm\n</think>\n\ncup")]) == ("", ""), "R1's text"
 
 

@@ -13,9 +13,9 @@ _K, _C = np.float32(0.7978845608028654), np.float32(0.044715)  # sqrt(2/pi)
 
 @inlined
 def _forward_rows(g, u, h, sizes, scale, first, last):  # type: ignore[no-untyped-def]
-    width, row, _, kind = sizes
+    width, row, u_row, kind = sizes
     for i in range(first, last):
-        x, y = g[i * row : i * row + width], u[i * row : i * row + width]
+        x, y = g[i * row : i * row + width], u[i * u_row : i * u_row + width]
         out = h[i * width : (i + 1) * width]
         if kind == SILU:
             for j in range(width):
@@ -31,11 +31,11 @@ def _forward_rows(g, u, h, sizes, scale, first, last):  # type: ignore[no-untype
 @inlined
 def _backward_rows(dh, g, u, dg, du, sizes, scale, first, last):  # type: ignore[no-untyped-def]
     one = np.float32(1.0)
-    width, row, out_row, kind = sizes
+    width, row, u_row, dg_row, du_row, kind = sizes
     for i in range(first, last):
-        x, y = g[i * row : i * row + width], u[i * row : i * row + width]
+        x, y = g[i * row : i * row + width], u[i * u_row : i * u_row + width]
         d_out = dh[i * width : (i + 1) * width]
-        dx, dy = dg[i * out_row : i * out_row + width], du[i * out_row : i * out_row + width]
+        dx, dy = dg[i * dg_row : i * dg_row + width], du[i * du_row : i * du_row + width]
         if kind == SILU:
             for j in range(width):
                 v, d = load(x[j]) * scale, load(d_out[j])
@@ -77,10 +77,10 @@ def _forward_kernel(element: type) -> object:
     def glu(p):  # type: ignore[no-untyped-def]
         s, f = carray(p, (32,), np.int64), carray(p, (32,), np.float64)
         n, width = s[1], s[6]
-        row = s[7]
-        g, u = array(s[3], ((n - 1) * row + width,), element), array(s[4], ((n - 1) * row + width,), element)
-        h, sizes = array(s[5], (n * width,), element), (width, row, width, s[8])
-        each_block(s, _forward_rows, (g, u, h, sizes, np.float32(f[9])))
+        row, u_row = s[7], s[8]
+        g, u = array(s[3], ((n - 1) * row + width,), element), array(s[4], ((n - 1) * u_row + width,), element)
+        h, sizes = array(s[5], (n * width,), element), (width, row, u_row, s[9])
+        each_block(s, _forward_rows, (g, u, h, sizes, np.float32(f[10])))
 
     return glu
 
@@ -91,11 +91,11 @@ def _backward_kernel(element: type) -> object:
     def glu_backward(p):  # type: ignore[no-untyped-def]
         s, f = carray(p, (32,), np.int64), carray(p, (32,), np.float64)
         n, width = s[1], s[8]
-        row, out_row = s[9], s[10]
-        g, u = array(s[4], ((n - 1) * row + width,), element), array(s[5], ((n - 1) * row + width,), element)
-        dg, du = array(s[6], ((n - 1) * out_row + width,), element), array(s[7], ((n - 1) * out_row + width,), element)
-        dh, sizes = array(s[3], (n * width,), element), (width, row, out_row, s[11])
-        each_block(s, _backward_rows, (dh, g, u, dg, du, sizes, np.float32(f[12])))
+        sizes = (width, s[9], s[10], s[11], s[12], s[13])
+        rows = n - 1
+        g, u = array(s[4], (rows * s[9] + width,), element), array(s[5], (rows * s[10] + width,), element)
+        dg, du = array(s[6], (rows * s[11] + width,), element), array(s[7], (rows * s[12] + width,), element)
+        each_block(s, _backward_rows, (array(s[3], (n * width,), element), g, u, dg, du, sizes, np.float32(f[14])))
 
     return glu_backward
 
@@ -130,17 +130,17 @@ def _mask_rows_kernel(element: type) -> object:
 
 
 def glu(g: Tensor, u: Tensor, kind: int, scale: float = 1.0) -> Tensor:
-    """act(scale g) * u, contiguous, for g and u (.., I): both contiguous, or each half of a contiguous (.., 2 I)."""
+    """act(scale g) * u, contiguous, for g and u (.., I), each contiguous or a part of each row of what is."""
     h, width = pool.empty(g.shape, g), g.shape[-1]
-    sizes = width, g.stride(-2), kind, float(scale)
+    sizes = width, g.stride(-2), u.stride(-2), kind, float(scale)
     run(_forward_kernel(g.dtype), g.numel() // width, block_rows(width), g, u, h, *sizes)
     return h
 
 
 def glu_backward(dh: Tensor, g: Tensor, u: Tensor, kind: int, dg: Tensor, du: Tensor, scale: float = 1.0) -> None:
-    """The gradients of g and u into dg and du, which lie as g and u may; dh: contiguous."""
+    """The gradients of g and u into dg and du; all four lie as in `glu`. dh: contiguous."""
     width = g.shape[-1]
-    sizes = width, g.stride(-2), dg.stride(-2), kind, float(scale)
+    sizes = width, *(x.stride(-2) for x in (g, u, dg, du)), kind, float(scale)
     run(_backward_kernel(g.dtype), g.numel() // width, block_rows(width), dh, g, u, dg, du, *sizes)
 
 

@@ -1,27 +1,13 @@
-"""How many tokens the kernels of this room take at once, and the memory of a thread in which they do it."""
+"""The memory of a thread in which the kernels of this room take a chunk of tokens (`sizes.py`), and its float mode."""
 
 import numpy as np
 
 from halfbyte.layers.kernels.cpu import tiles
 from halfbyte.layers.kernels.cpu.parallel import array, each_block
 from halfbyte.layers.kernels.cpu.scalar import flush_subnormals, inlined, set_float_mode, take
-from halfbyte.layers.kernels.cpu.tiles import COLUMNS32 as COLUMNS
-from halfbyte.layers.kernels.cpu.tiles import ROWS32 as ROWS
 
 AMX = tiles.amx()
-CHUNK = 96  # tokens: whole tiles of rows, of columns, and of sums of pairs
-SPARE = 15  # rows behind a state's last: the most that a tile has there
-_PAGE, _LINE = 4096, 64
-
-
-def up_to(n: int, step: int) -> int:
-    """The next multiple of `step`."""
-    return -(-n // step) * step
-
-
-def memory_bytes(numbers: int) -> int:
-    """Of a thread, for so many fp32 numbers: a line more than whole pages, so threads compete for no lines."""
-    return up_to(4 * (numbers + ROWS * COLUMNS), _PAGE) + _LINE
+TILE = tiles.ROWS32, tiles.COLUMNS32
 
 
 @inlined

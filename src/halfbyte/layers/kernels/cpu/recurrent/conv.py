@@ -47,7 +47,7 @@ def _behind(dy, row, w, places, t, here):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _rows(x, row, w, bias, places, dy, out, what, here, first, last):  # type: ignore[no-untyped-def]
+def _rows(x, row, w, bias, places, dy, out, out_row, what, here, first, last):  # type: ignore[no-untyped-def]
     fill_registers()
     one = np.float32(1.0)
     for t in range(first, last):
@@ -55,7 +55,7 @@ def _rows(x, row, w, bias, places, dy, out, what, here, first, last):  # type: i
             _behind(x, row, w, places, t, here)
         else:
             _before(x, row, w, bias, t, places[t], here)
-        a, to = dy[t], out[t]
+        a, to = dy[t], out[t * out_row : t * out_row + w.shape[1]]
         if what == SILU:
             for c in range(len(to)):
                 to[c] = store(here[c] * sigmoid(here[c]), to)
@@ -77,16 +77,16 @@ def _kernel(element: type) -> object:
         row, w = s[10], array(s[4], (s[11], width), np.float32)
         x, bias = array(s[3], ((tokens - 1) * row + width,), element), array(s[5], (width,), np.float32)
         places, dy = array(s[6], (tokens,), np.int64), array(s[7], (tokens, width), element)
-        out, here = array(s[8], (tokens, width), element), np.empty(width, np.float32)
-        each_block(s, _rows, (x, row, w, bias, places, dy, out, s[12], here))
+        out, here = array(s[8], ((tokens - 1) * s[13] + width,), element), np.empty(width, np.float32)
+        each_block(s, _rows, (x, row, w, bias, places, dy, out, s[13], s[12], here))
 
     return conv
 
 
-def _run(what: int, x: Tensor, w: Tensor, bias: Tensor, places: Tensor, dy: Tensor) -> Tensor:
-    (tokens, width), out = x.shape, pool.empty(x.shape, x)
-    sizes = width, x.stride(0), w.shape[0]
-    run(_kernel(x.dtype), tokens, block_rows(width), x, w, bias, places, dy, out, *sizes, what)
+def _run(what: int, x: Tensor, *given: Tensor, out: Tensor | None = None) -> Tensor:
+    (tokens, width), out = x.shape, pool.empty(x.shape, x) if out is None else out
+    sizes = width, x.stride(0), given[0].shape[0], what, out.stride(0)
+    run(_kernel(x.dtype), tokens, block_rows(width), x, *given, out, *sizes)
     return out
 
 
@@ -96,7 +96,9 @@ def forward(x: Tensor, w: Tensor, bias: Tensor, places: Tensor, *, silu: bool) -
     return _run(SILU if silu else PLAIN, x, w, bias, places, x)
 
 
-def backward(dy: Tensor, x: Tensor, w: Tensor, bias: Tensor, places: Tensor, *, silu: bool) -> tuple[Tensor]:
-    """The gradient of x, (T, W), from that of y, contiguous."""
+def backward(
+    dy: Tensor, x: Tensor, w: Tensor, bias: Tensor, places: Tensor, *, silu: bool, out: Tensor | None = None
+) -> tuple[Tensor]:
+    """The gradient of x, (T, W), from that of y, contiguous; `out`: where it goes, its rows any distance apart."""
     before = _run(SILU_BACK, x, w, bias, places, dy) if silu else dy
-    return (_run(TAPS_BACK, before, w, bias, places, before),)
+    return (_run(TAPS_BACK, before, w, bias, places, before, out=out),)

@@ -19,13 +19,14 @@ from torch import Tensor
 from halfbyte.layers.kernels import pool
 from halfbyte.layers.kernels.cpu.parallel import array, kernel, per_dtype, run
 from halfbyte.layers.kernels.cpu.recurrent import chunks
-from halfbyte.layers.kernels.cpu.recurrent.chunks import CHUNK, SPARE, matrices, numbers, up_to
+from halfbyte.layers.kernels.cpu.recurrent.chunks import matrices, numbers
 
 from halfbyte.layers.kernels.cpu.recurrent.products import (  # isort: skip
     decayed, decays, left_turned, lower, multiply, multiply_turned, operands_of, padded, right, right_turned, rounded,
     scores, triangle_left, upper,
 )  # fmt: skip
 from halfbyte.layers.kernels.cpu.recurrent.rows import copy_rows, dot, next_state, scaled, summed
+from halfbyte.layers.kernels.cpu.recurrent.sizes import CHUNK, SPARE, matrix_numbers, thread_bytes
 from halfbyte.layers.kernels.cpu.scalar import fill_registers, inlined, load, store, up
 from halfbyte.layers.kernels.cpu.tiles import COLUMNS32 as COLUMNS
 from halfbyte.layers.kernels.cpu.tiles import ROWS32 as ROWS
@@ -374,18 +375,6 @@ def _backward_kernel(element: type) -> object:
     return delta_rule_backward
 
 
-def matrix_numbers(d: int, o: int) -> int:
-    """Of each of a thread's matrices."""
-    return (max(CHUNK, d, o) + SPARE) * max(CHUNK, up_to(d, COLUMNS), up_to(o, COLUMNS)) + COLUMNS
-
-
-def thread_bytes(d: int, o: int, longest: int) -> int:
-    """A thread's memory in backward, where the longest example has so many tokens."""
-    wd, wo = up_to(d, COLUMNS), up_to(o, COLUMNS)
-    behind = -(-longest // CHUNK) * ((d + SPARE) * wo + CHUNK * (wo + 2 * wd))
-    return chunks.memory_bytes((MATRICES + OPERANDS) * matrix_numbers(d, o) + behind)
-
-
 def forward(qkv: Tensor, g: Tensor, beta: Tensor, starts: Tensor, keys: int, d: int) -> Tensor:
     """(T, H O). qkv: (T, 2 K D + H O) of bf16 or fp32, contiguous; g, beta: (T, H) fp32; starts: (examples + 1,)."""
     out = pool.empty((qkv.shape[0], qkv.shape[1] - 2 * keys * d), qkv)
@@ -406,7 +395,7 @@ def _run(compiled: object, given: tuple[Tensor, ...], keys: int, d: int, *grads:
     _, g, _, starts, out = given
     (tokens, heads), longest = g.shape, int(starts.diff().max())
     o, examples = out.shape[1] // heads, len(starts) - 1
-    size = thread_bytes(d, o, longest)
+    size = thread_bytes(heads, keys, d, o, longest, chunks.TILE, scan=False)
     memory = pool.empty((size * torch.get_num_threads(),), g, torch.uint8)
-    sizes = keys, heads, d, o, size, tokens, examples, matrix_numbers(d, o), longest
+    sizes = keys, heads, d, o, size, tokens, examples, matrix_numbers(d, o, chunks.TILE), longest
     run(compiled, examples * keys, 1, *given, memory, *sizes, *grads)

@@ -16,7 +16,8 @@ from numba import types
 from numba.extending import overload
 
 from halfbyte.layers.kernels.cpu import tiles
-from halfbyte.layers.kernels.cpu.recurrent.chunks import AMX, CHUNK
+from halfbyte.layers.kernels.cpu.recurrent.chunks import AMX
+from halfbyte.layers.kernels.cpu.recurrent.sizes import CHUNK
 from halfbyte.layers.kernels.cpu.registers import LANES, decay_row, pair_rows, round_row, turn_words
 from halfbyte.layers.kernels.cpu.scalar import FASTMATH, Value, exp_f32, fill_registers, inlined, store, up
 from halfbyte.layers.kernels.cpu.tiles import COLUMNS32 as COLUMNS

@@ -17,17 +17,17 @@ from torch import Tensor
 from halfbyte.layers.kernels import pool
 from halfbyte.layers.kernels.cpu.parallel import array, kernel, per_dtype, run
 from halfbyte.layers.kernels.cpu.recurrent import chunks
-from halfbyte.layers.kernels.cpu.recurrent.chunks import CHUNK, SPARE, matrices, numbers, up_to
+from halfbyte.layers.kernels.cpu.recurrent.chunks import matrices, numbers
 
 from halfbyte.layers.kernels.cpu.recurrent.products import (  # isort: skip
     decayed, decays, left_turned, lower, multiply, multiply_turned, operands_of, padded, right, right_turned, rounded,
     scores, triangle_left, upper,
 )  # fmt: skip
 from halfbyte.layers.kernels.cpu.recurrent.rows import copy_rows, dot, next_state, scaled, summed
+from halfbyte.layers.kernels.cpu.recurrent.sizes import CHUNK, SPARE, matrix_numbers, parts_of, thread_bytes
 from halfbyte.layers.kernels.cpu.scalar import fill_registers, inlined, load, store, up
 from halfbyte.layers.kernels.cpu.tiles import COLUMNS32 as COLUMNS
 
-MOST_HEADS = 8  # of a task: their states lie in a thread's memory, one for each chunk
 # A thread's matrices in fp32, all of one size: of a chunk products c b, decays; x, dt x, the output; and gradients.
 CB, E, X, XD, Y, DXD, DM, DCB, DB, DC, DH, MATRICES = range(12)
 # Its operands, in rows: b, c, products with their decays, dt x, a state, what is read once, the output's gradient.
@@ -291,24 +291,6 @@ def _backward_kernel(element: type) -> object:
     return state_space_backward
 
 
-def parts_of(heads: int, groups: int) -> int:
-    """Into how many tasks the heads of a group are split."""
-    return -(-heads // groups // MOST_HEADS)
-
-
-def matrix_numbers(n: int, p: int) -> int:
-    """Of each of a thread's matrices."""
-    return (max(CHUNK, n, p) + SPARE) * max(CHUNK, up_to(n, COLUMNS), up_to(p, COLUMNS)) + COLUMNS
-
-
-def thread_bytes(heads: int, groups: int, n: int, p: int, longest: int) -> int:
-    """A thread's memory in backward, where the longest example has so many tokens."""
-    states = (heads // (groups * parts_of(heads, groups)) + 1) * (n + SPARE) * up_to(p, COLUMNS)
-    return chunks.memory_bytes(
-        (MATRICES + OPERANDS) * matrix_numbers(n, p) + states * (1 + up_to(longest, CHUNK) // CHUNK)
-    )
-
-
 def forward(xbc: Tensor, a: Tensor, dt: Tensor, skip: Tensor, starts: Tensor, groups: int, n: int) -> Tensor:
     """(T, H P). xbc: (T, H P + 2 G N) of bf16 or fp32, contiguous; a, dt: (T, H), skip: (H,), fp32; starts:
     (examples + 1,)."""
@@ -325,7 +307,9 @@ def backward(
     da, ddt = torch.empty_like(a), torch.empty_like(dt)
     dbc = pool.empty((parts_of(a.shape[1], groups), len(xbc), 2 * groups * n), xbc, torch.float32)
     _run(_backward_kernel(xbc.dtype), (xbc, a, dt, skip, starts, dout), groups, n, dxbc, da, ddt, dbc)
-    dxbc[:, dout.shape[1] :] = dbc.sum(0)
+    for part in dbc[1:]:
+        dbc[0].add_(part)
+    dxbc[:, dout.shape[1] :] = dbc[0]
     return dxbc, da, ddt
 
 
@@ -333,7 +317,7 @@ def _run(compiled: object, given: tuple[Tensor, ...], groups: int, n: int, *grad
     _, a, _, _, starts, out = given
     (tokens, heads), longest = a.shape, int(starts.diff().max())
     p, examples = out.shape[1] // heads, len(starts) - 1
-    size, parts = thread_bytes(heads, groups, n, p, longest), parts_of(heads, groups)
+    size, parts = thread_bytes(heads, groups, n, p, longest, chunks.TILE, scan=True), parts_of(heads, groups)
     memory = pool.empty((size * torch.get_num_threads(),), a, torch.uint8)
-    sizes = heads, groups, parts, n, p, tokens, examples, size, matrix_numbers(n, p), longest
+    sizes = heads, groups, parts, n, p, tokens, examples, size, matrix_numbers(n, p, chunks.TILE), longest
     run(compiled, examples * groups * parts, 1, *given, memory, *sizes, *grads)
