@@ -7,6 +7,7 @@ import mmap
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -181,8 +182,10 @@ def test_this_machine_and_its_json(tmp_path: Path) -> None:
 def test_compiled_kernels_are_found_where_numba_keeps_them(tmp_path: Path) -> None:
     env = {"NUMBA_CACHE_DIR": str(tmp_path)}
 
-    def missing(dtype: str = "bf16", *, attention: bool = False, integers: bool = False) -> tuple[str, ...]:
-        return kernel_cache.uncompiled(dtype, attention=attention, integers=integers, env=env)
+    def missing(
+        dtype: str = "bf16", *, attention: bool = False, integers: bool = False, recurrent: Sequence[str] = ()
+    ) -> tuple[str, ...]:
+        return kernel_cache.uncompiled(dtype, attention=attention, integers=integers, recurrent=recurrent, env=env)
 
     def compile_(kernel: str, folder: Path) -> None:
         place = tmp_path / f"{folder.name}_{hashlib.sha1(str(folder).encode()).hexdigest()}"
@@ -202,6 +205,23 @@ def test_compiled_kernels_are_found_where_numba_keeps_them(tmp_path: Path) -> No
     compile_("bf16._backward-212", cpu / "attention")
     compile_("weights.decode_rows-156", cpu / "integer")
     assert missing(attention=True, integers=True) == ()
+    kinds = ("conv", "state_space")
+    compile_("conv._kernel.locals.conv-73", cpu / "recurrent")
+    assert missing("fp32", recurrent=kinds) == ("state_space",) and missing(recurrent=kinds) == kinds
+    for kernel in ("_forward_kernel.locals.state_space-264", "_backward_kernel.locals.state_space_backward-279"):
+        compile_(f"state_space.{kernel}", cpu / "recurrent")
+    assert missing("fp32", recurrent=kinds) == () and missing(recurrent=kinds) == kinds
+
+
+@pytest.mark.parametrize("kind", kernel_cache.RECURRENT)
+def test_recurrent_kernels_are_compiled_before_a_run(kind: str, tmp_path: Path) -> None:
+    """As many as a run looks for, by processes of their own."""
+    env = {"NUMBA_CACHE_DIR": str(tmp_path)}
+    asked = {"attention": False, "integers": False, "recurrent": [kind], "env": env}
+    assert kind in kernel_cache.uncompiled("fp32", **asked)
+    code = f"from halfbyte.layers.kernels.cpu import ahead; ahead.compile_kernels(['{kind}'], 2, 'fp32')"
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | env, timeout=300)
+    assert kind not in kernel_cache.uncompiled("fp32", **asked)
 
 
 def test_what_a_training_compiles_in_any_dtype_marks_the_machine(tmp_path: Path) -> None:

@@ -206,7 +206,7 @@ class _FastAttention(_Fast):
     that differ in names, in a projection for all three, or in norms over all heads."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        pack = None if args or not _trains(self) else lengths_for(self, hidden_states, kwargs)
+        pack = None if args or not computes_as_trained(self) else lengths_for(self, hidden_states, kwargs)
         if pack is None:
             return super().forward(hidden_states, *args, **kwargs)
         tokens = hidden_states.shape[1]
@@ -249,7 +249,7 @@ class DecoderLayer(_Fast):
 
     def forward(self, hidden_states: Tensor, *args: object, **kwargs: Any) -> Any:
         first, second, recurrence, mlp = (instances.part_of(self, names) for names in _PARTS)
-        fast = not args and _trains(self) and not getattr(self, "has_experts", False)
+        fast = not args and computes_as_trained(self) and not getattr(self, "has_experts", False)
         fast = fast and (recurrence is None or kwargs.get("cu_seq_lens_q") is not None)
         if not fast or not all(_runs_fused(norm, hidden_states) for norm in (first, second)):
             return super().forward(hidden_states, *args, **kwargs)
@@ -412,10 +412,10 @@ def as_trained() -> Iterator[None]:
         _as_trained = before
 
 
-def _trains(module: nn.Module) -> bool:
-    """Whether this forward is one of a training: also one without gradients, as of DPO's reference, whose numbers are
-    compared with the policy's."""
-    return torch.is_grad_enabled() or module.training or _as_trained
+def computes_as_trained(module: nn.Module | None = None) -> bool:
+    """Whether a forward now, of this module, is one of a training: also one without gradients, as of DPO's reference,
+    whose numbers are compared with the policy's, or of an evaluation."""
+    return torch.is_grad_enabled() or _as_trained or (module is not None and module.training)
 
 
 def _computes(layer: nn.Module, x: Tensor) -> bool:
@@ -423,7 +423,7 @@ def _computes(layer: nn.Module, x: Tensor) -> bool:
     upstream dequantises rightly."""
     if not isinstance(x, Tensor):
         return False
-    few = not _trains(layer) and x.numel() < 8 * x.shape[-1]
+    few = not computes_as_trained(layer) and x.numel() < 8 * x.shape[-1]
     number_format = formats.of_module(layer)
     if few and number_format.upstream_is_right(layer):
         return False

@@ -151,8 +151,8 @@ def every_hidden(model: Model, batch: Batch) -> Tensor:
 def _inputs(model: Model, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """What a forward takes of a micro-batch; its positions whose next token is labelled (K,), and the labels (K,)."""
     device = next(model.parameters()).device
-    several = len(batch["cu_seq_lens_q"]) > 2  # one example alone is plain input where no gradients are asked for
-    if (several or torch.is_grad_enabled()) and packing.installed(model) == "cu_seq_lens":
+    several = len(batch["cu_seq_lens_q"]) > 2  # one example alone is plain input, but in a training's forward
+    if (several or fuse.computes_as_trained()) and packing.installed(model) == "cu_seq_lens":
         batch = packing.aligned(batch)
     inputs = packing.forward_inputs(model, batch)
     inputs.pop("labels", None)
@@ -166,7 +166,7 @@ def _hidden(lm: Model, inputs: dict[str, Tensor], keep: Tensor) -> Tensor:
     count = len(keep) if tokens < packing.ALIGNED_FROM else packing.up_to(len(keep))
     last = _last_layer(body)
     # where its forward is done again it would not be asked again; a mask drawn for all rows is not that of some
-    able = last is not None and fuse._trains(last) and not last.gradient_checkpointing
+    able = last is not None and fuse.computes_as_trained(last) and not last.gradient_checkpointing
     if able and texts == 1 and 0 < count < tokens and (dropout.by_row() or not lm.training):
         with last_layer.only_rows(last_layer.LastLayerRows(last, keep, count)) as some:
             hidden: Tensor = body(**inputs)[0][0]  # (count, D), or (T, D)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.errors import BaseModelError
-from halfbyte.layers import by_mask, recurrent, sight
+from halfbyte.layers import by_mask, fuse, recurrent, sight
 from halfbyte.layers.kernels import card
 from halfbyte.layers.kernels.cpu import enabled
 from halfbyte.layers.packed_attention import LENGTHS, NAME, no_mask, register
@@ -130,7 +130,7 @@ def forward_inputs(model: Model, batch: Batch) -> dict[str, Tensor]:
     if "token_types" in batch and "token_type_ids" in inspect.signature(structure.body(lm).forward).parameters:
         inputs["token_type_ids"] = batch["token_types"].to(device)
     starts: Tensor = batch["cu_seq_lens_q"]
-    if len(starts) <= 2 and not (installed(lm) == "cu_seq_lens" and torch.is_grad_enabled()):
+    if len(starts) <= 2 and not (installed(lm) == "cu_seq_lens" and fuse.computes_as_trained()):
         return inputs  # in a training forward even one example brings its lengths: the fused attention asks for them
     layout = installed(lm)
     if layout == "cu_seq_lens":

@@ -182,7 +182,10 @@ class Job:
         uncompiled: tuple[str, ...] = ()
         if here and self.kernels:
             attention, integers = self.whole_attention and self.layer.pairs in NO_SCORES, self.recipe.quant.compute
-            uncompiled = kernel_cache.uncompiled(self.dtype, attention=attention, integers=integers != "exact")
+            kinds = {"state_space" if r.scan else "delta_rule" if r.heads else "conv" for r in self.facts.recurrences}
+            uncompiled = kernel_cache.uncompiled(
+                self.dtype, attention=attention, integers=integers != "exact", recurrent=sorted(kinds)
+            )
         return replace(self, beside_bytes=beside, uncompiled=uncompiled, tokenizer_json_bytes=tokenizer)
 
     @property

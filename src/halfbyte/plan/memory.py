@@ -35,7 +35,7 @@ from halfbyte.plan.result import (
     library_lines,
 )  # fmt: skip
 from halfbyte.quant import policy
-from halfbyte.system import pages
+from halfbyte.system import kernel_cache, pages
 from halfbyte.system.device import Device
 from halfbyte.system.threads import PRODUCTS_KEPT
 
@@ -51,8 +51,9 @@ HOST_OF_CARD_BYTES = 2_500_000_000  # a CUDA build's libraries and pinned buffer
 # What the first micro-batches leave in the process beside tensors: compiled kernels, buffers of threads, the Trainer's
 # own.
 FIRST_MICRO_BATCH_BYTES = 50_000_000
-# More of it where layers carry a state: their kernels. Measured on three architectures, 45 MB with two threads' memory
-# (`recurrent_lines`: 4 to 5 MB there).
+# More of it where layers have a convolution, and as much again where they carry a state: their kernels, and what proofs
+# by transformers' own recurrences leave. Measured on LFM2, Qwen3.5, Granite 4 and Falcon-H1, each with 3, 6 and 11 rows
+# of 450 tokens: 34 to 64 MB, and 56 to 97 MB.
 RECURRENT_BYTES = 40_000_000
 # The compiler (numba, LLVM), where kernels are not in its cache yet; the process keeps it to its end. Measured: a cold
 # run beside a warm one of the same recipe, private: 174 MB in fp32, 296 to 308 in bf16, whose kernels are more, and 379
@@ -85,9 +86,6 @@ INTEGER_ROWS, INTEGER_SUMS = 512, 3 << 19
 TOKENS_STEP = 64
 # Share of what is kept until backward: where it lies in the pool, and where torch's attention makes most of it.
 SLACK, HEAP_SLACK = 0.02, 0.08
-# Where layers carry a state: copies and products between their kernels are torch's, and leave holes in the heap.
-# Measured: 0.10 to 0.19 (Qwen3.5, Granite 4, Falcon-H1; 850 to 3,000 tokens).
-RECURRENT_SLACK = 0.15
 # More of it where sizes of micro-batches differ: free blocks, and fragmentation outside the pool. Measured: SmolLM2,
 # micro-batches of 740 to 890 tokens, 40 steps.
 MIXED, MIXED_SIZES = 0.15, 10
@@ -113,13 +111,15 @@ def process_lines(device: Device, job: Job) -> tuple[Line, ...]:
     if device.on_card:
         return Line("libraries", HOST_OF_CARD_BYTES, "a CUDA build; a round figure"), data
     source, step = "measured on a tiny run", "kernels, threads' buffers and the Trainer, from then on"
-    first, *more = job.uncompiled or ("",)
+    # recurrent layers' are compiled by processes of their own, before (`ahead.py`)
+    first, *more = [kernels for kernels in job.uncompiled if kernels not in kernel_cache.RECURRENT] or ("",)
     compiler = COMPILER_PRIVATE_BYTES * bool(first) + sum(COMPILER_MORE_BYTES[kernels] for kernels in more)
     code = STEP_CODE_BYTES if pages.supported() else LIBRARIES_FILE_BYTES
+    recurrent = RECURRENT_BYTES * (bool(job.facts.recurrences) + job.recurrent)
     return (
         *library_lines(LIBRARIES_PRIVATE_BYTES, "torch, transformers, peft, numba and their state", code),
         Line("compiler", compiler, "kernels are compiled in the first run on a machine", source),
-        Line("first micro-batch", FIRST_MICRO_BATCH_BYTES + RECURRENT_BYTES * job.recurrent, step, source),
+        Line("first micro-batch", FIRST_MICRO_BATCH_BYTES + recurrent, step, source),
         Line("compiled products", _products_bytes(job), "oneDNN's, of micro-batches of other sizes", source),
         data,
         Line(RESERVE, HEAP_TOP_BYTES, "what glibc keeps at the end of its heap: twice its largest threshold"),
@@ -338,7 +338,6 @@ def _in_pool(job: Job) -> bool:
 def _slack_share(job: Job, recompute: Recompute) -> float:
     """What the allocator holds beside activations, as a share of them."""
     share = SLACK if job.kernels and job.layer.pairs in NO_SCORES else HEAP_SLACK
-    share += RECURRENT_SLACK * job.recurrent
     return share + (MIXED * min(1.0, (job.micro_batch_sizes - 1) / MIXED_SIZES) if recompute != "full" else 0.0)
 
 

@@ -21,6 +21,7 @@ from halfbyte.errors import RunError
 from halfbyte.layers import heads, packing
 from halfbyte.layers.loss import keeps_some
 from halfbyte.models import structure
+from halfbyte.proofs.setting import small_chunks
 from halfbyte.system import files
 from halfbyte.types import Document, Model
 
@@ -115,7 +116,7 @@ def logits_at(model: Model, ids: Sequence[int], positions: Sequence[int]) -> tor
     at = torch.tensor(list(positions), device=model.device)
     options = {"use_cache": False} if packing.takes_use_cache(structure.causal_lm(model)) else {}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), small_chunks(model):
             if heads.has_head(model):
                 rows = (Example(tuple(ids[: p + 1]), (IGNORED,) * (p + 1), "", (), "") for p in positions)
                 return torch.cat([heads.scores(model, collate.collate_texts([row])) for row in rows])

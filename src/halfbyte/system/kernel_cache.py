@@ -16,7 +16,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping
 from functools import cache
 from pathlib import Path
 
@@ -94,12 +94,19 @@ def _files(env: Mapping[str, str], pattern: str) -> Iterator[Path]:
             yield from (beside if place == _KERNELS / "__pycache__" else place / name).glob(pattern)
 
 
-def uncompiled(dtype: str, *, attention: bool, integers: bool, env: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """Of `fp32` (in which the proofs run), `bf16` and `integers`: the kernels of a training in `dtype` that numba's
-    cache does not have. Older ones than the code are forgotten first.
+# Of recurrent layers: their files, and how many kernels each has in one dtype.
+RECURRENT = {"conv": 1, "delta_rule": 2, "state_space": 2}
+
+
+def uncompiled(
+    dtype: str, *, attention: bool, integers: bool, recurrent: Collection[str] = (), env: Mapping[str, str] = os.environ
+) -> tuple[str, ...]:
+    """Of `fp32` (in which the proofs run), `bf16`, `integers` and `recurrent`: the kernels of a training in `dtype`
+    that numba's cache does not have. Older ones than the code are forgotten first.
 
     Args:
         attention: it is a kernel in this dtype on this processor, of this model. integers: frozen products are too.
+        recurrent: kinds of its recurrent layers, of `RECURRENT`.
     """
     forget_older(env)
     # the loss has a kernel on each machine, the first of them in fp32
@@ -114,4 +121,6 @@ def uncompiled(dtype: str, *, attention: bool, integers: bool, env: Mapping[str,
         "bf16": dtype == "bf16" and lacks(2, "bf16"),
         "integers": integers and not any("weights.decode" in name for name in kernels),
     }
+    for kind in recurrent:
+        missing[kind] = sum(name.startswith(f"{kind}._") for name in kernels) < len({"fp32", dtype}) * RECURRENT[kind]
     return tuple(name for name, is_missing in missing.items() if is_missing)

@@ -14,6 +14,7 @@ import numpy as np
 from halfbyte.system import kernel_cache
 from halfbyte.system.children import child
 
+_BESIDE = ("recurrent.gated_norm", "recurrent.conv")
 _PASSES = ("entropy", "norm", "gate", "scores")
 # What needs them, as `kernel_cache.uncompiled` names it -> files of this folder, the longest first.
 FILES = {
@@ -21,6 +22,9 @@ FILES = {
     "fp32": ("attention.fp32", "lora.fp32", "product", *_PASSES),
     "integers": ("integer.rounding", "integer.sums", "integer.weights", "integer.block_weights"),
     "decoding": ("decoding.interpreter",),
+    "state_space": ("recurrent.state_space", *_BESIDE),
+    "delta_rule": ("recurrent.delta_rule", *_BESIDE),
+    "conv": ("recurrent.conv",),
 }
 # What most runs never use: GGUF files' own blocks, recurrent layers, attention that keeps its scores, masks of rows.
 _LEFT_OUT = {
@@ -34,11 +38,18 @@ def compile_kernels(needed: Collection[str], cores: int, dtype: str) -> None:
     What cannot be compiled so is compiled where it is used."""
     kinds = {name: files for name, files in FILES.items() if name in needed}
     ranked = sorted((at, name, file) for name, files in kinds.items() for at, file in enumerate(files))
-    tasks = [f"{file}:{name if name in ('bf16', 'fp32') else dtype}" for _, name, file in ranked]
+    tasks = [f"{file}:{of}" for _, name, file in ranked for of in _dtypes(name, file, dtype)]
     words = [[sys.executable, "-P", "-m", __name__, *tasks[i::cores]] for i in range(min(cores, len(tasks)))]
     with contextlib.suppress(OSError):
         for process in [subprocess.Popen(each, stderr=subprocess.DEVNULL) for each in words]:
             process.wait()
+
+
+def _dtypes(name: str, file: str, dtype: str) -> Collection[str]:
+    """Those that a file is compiled in; recurrent layers are proven in fp32 before they train."""
+    if file.startswith("recurrent."):
+        return sorted({"fp32", dtype})
+    return (name if name in ("bf16", "fp32") else dtype,)
 
 
 def _compile(file: str, dtype: str) -> None:
