@@ -159,11 +159,11 @@ def lost_gradient(patch: pytest.MonkeyPatch) -> None:
 
 
 def lost_sum(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(norm_gate, "residual_sum", lambda x, y: y)
+    patch.setattr(norm_gate, "residual_sum", lambda x, y, *factor: y)
 
 
 def gradient_of_a_sum_for_one(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(norm_gate.ResidualSum, "backward", lambda ctx, grad: (None, grad))
+    patch.setattr(norm_gate.ResidualSum, "backward", lambda ctx, grad: (None, grad, None))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

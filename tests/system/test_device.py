@@ -213,7 +213,9 @@ def test_compiled_kernels_are_found_where_numba_keeps_them(tmp_path: Path) -> No
     assert missing("fp32", recurrent=kinds) == () and missing(recurrent=kinds) == kinds
 
 
-@pytest.mark.parametrize("kind", kernel_cache.RECURRENT)
+@pytest.mark.parametrize(
+    "kind", ["conv", *(pytest.param(k, marks=pytest.mark.slow) for k in ("delta_rule", "state_space"))]
+)
 def test_recurrent_kernels_are_compiled_before_a_run(kind: str, tmp_path: Path) -> None:
     """As many as a run looks for, by processes of their own."""
     env = {"NUMBA_CACHE_DIR": str(tmp_path)}
