@@ -168,11 +168,16 @@ def test_cross_entropy(k: int, v: int, dtype: torch.dtype, smoothing: float) -> 
     assert float((given.double() - z.grad).norm()) < TOLERANCE[dtype] * max(float(z.grad.norm()), 1e-3)
 
 
-def test_a_loss_that_is_not_finite_shows() -> None:
-    logits = torch.zeros(3, 40)
-    logits[0, 3], logits[1, 5] = float("nan"), float("inf")
-    losses = entropy.cross_entropy_(logits, torch.tensor([1, 1, 1]), smoothing=0.0, gradient=True)
-    assert losses.isfinite().tolist() == [False, False, True]
+@DTYPES
+@pytest.mark.parametrize("place", [3, 2047, 2048, 4999])  # sums are made in parts of 2048
+def test_a_loss_that_is_not_finite_shows(place: int, dtype: torch.dtype) -> None:
+    logits = torch.full((5, 5000), -2.0, dtype=dtype)
+    for row, value in enumerate((math.nan, -math.nan, math.inf)):
+        logits[row, place] = value
+    logits[3, place] = -math.inf  # a logit that is none leaves the others
+    losses = entropy.cross_entropy_(logits, torch.ones(5, dtype=torch.int64), smoothing=0.0, gradient=True)
+    assert losses.isfinite().tolist() == [False, False, False, True, True]
+    assert losses[3:].tolist() == pytest.approx([math.log(4999), math.log(5000)], rel=1e-6)
 
 
 def blocks(x: Tensor, lengths: list[int]) -> Tensor:
