@@ -327,12 +327,8 @@ def test_disk_is_the_store_and_what_the_run_keeps() -> None:
 def test_the_first_run_on_a_machine_compiles_and_the_best_adapter_is_a_line_of_its_own() -> None:
     device = cpu(64)
     one = job(device, rows=Rows((200,) * 64, evaluated=(200,) * 8))
-    every = ("fp32", "bf16")
-    warm, cold = (plan_training(replace(one, uncompiled=missing), device) for missing in ((), every))
-    assert (warm.line("compiler"), cold.line("compiler")) == (0, cold.private_bytes - warm.private_bytes)
-    assert 0.296e9 < cold.line("compiler") < 0.308e9
-    for missing, least in ((("fp32",), 0.17e9), (("bf16",), 0.17e9), ((*every, "integers"), 0.37e9)):
-        assert least < plan_training(replace(one, uncompiled=missing), device).line("compiler") < least + 0.02e9
+    warm, cold = (plan_training(replace(one, uncompiled=missing), device) for missing in ((), ("fp32", "bf16")))
+    assert cold.lines == warm.lines and cold.time.around["compiling"] > 0, "by processes of their own, before"
     sizes = {line.name: line.bytes for line in warm.disk}
     assert sizes["adapter"] == sizes["best adapter"] == 4 * one.trainable
 

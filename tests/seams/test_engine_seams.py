@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import subprocess
+import sys
 
 import numpy as np
 import peft
@@ -98,3 +101,28 @@ def test_torchs_integer_product_sums_exactly_into_a_given_tensor() -> None:
     assert torch._int_mm(a, b.T, out=out) is out
     assert torch.equal(out.double(), a.double() @ b.double().T)
     assert torch.equal(torch._int_mm(a, b.T.contiguous()), out)
+
+
+GROWTH = """
+import torch
+from halfbyte.system import usage
+weight, rows, out = (torch.ones(512, n).bfloat16() for n in (1024, 512, 1024))
+for m in range(200, 240): torch.mm(rows[:m], weight, out=out[:m])
+before = usage.now().private
+for m in range(240, 440): torch.mm(rows[:m], weight, out=out[:m])
+print(usage.now().private - before)
+"""
+
+
+@pytest.mark.skipif(
+    not (sys.platform == "linux" and torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()),
+    reason="products in bf16 are oneDNN's where the processor has them",
+)
+def test_torch_keeps_products_a_second_time_unless_it_is_told_not_to() -> None:
+    """`system/threads.py`: 200 shapes, half a megabyte each, though oneDNN keeps sixteen."""
+
+    def grown(capacity: str) -> int:
+        asked = {**os.environ, "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16", "LRU_CACHE_CAPACITY": capacity}
+        return int(subprocess.run([sys.executable, "-c", GROWTH], env=asked, check=True, capture_output=True).stdout)
+
+    assert grown("1") < 30e6 < 50e6 < grown("1024")

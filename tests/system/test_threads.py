@@ -84,8 +84,8 @@ def test_huge_pages_are_said_as_the_system_has_them(
 
 
 def test_a_number_of_kept_products_is_the_users_where_there_is_one() -> None:
-    asked, none = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "7"}, {}
+    asked, none = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "7", "LRU_CACHE_CAPACITY": "9"}, {}
     process.keep_few_products(asked)
     process.keep_few_products(none)
-    assert asked == {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "7"}
-    assert none == {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(process.PRODUCTS_KEPT)}
+    assert asked == {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "7", "LRU_CACHE_CAPACITY": "9"}
+    assert none == {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(process.PRODUCTS_KEPT), "LRU_CACHE_CAPACITY": "1"}

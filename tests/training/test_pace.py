@@ -11,6 +11,8 @@ import torch
 
 from halfbyte import finetune
 from halfbyte.errors import TrainError
+from halfbyte.layers.kernels import pool
+from halfbyte.layers.kernels.pool import Pool
 from halfbyte.objectives.causal_lm import CausalLM
 from halfbyte.system.usage import Usage
 from halfbyte.training import fit
@@ -138,6 +140,18 @@ def test_a_run_that_comes_near_gives_back_first_and_then_steps_down(monkeypatch:
     assert applied == ["full"] and "1.00 GB were in use, 1.00 are planned at most" in said[0]
     way.between([(0, 1, 2)])
     assert way.tokens == 30 and [sum(LENGTHS[r] for r in rows) for rows in way.between([(0, 1, 2)])] == [30, 30]
+
+
+def test_blocks_go_before_a_micro_batch_that_is_larger_than_all_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = Pool()
+    monkeypatch.setattr(pool, "POOL", memory)
+    run, kept = pace([], []), []
+    for waiting in ([(2,)], [(2,)], [(0,), (2,)], [(0,)], [(1,)], [(0, 1)]):
+        block = memory.empty((1 << 20,), torch.float32)
+        del block
+        run.between(waiting)
+        kept.append(memory.total_bytes > 0)
+    assert kept == [False, True, False, True, True, False]
 
 
 def test_what_was_measured_before_the_first_step_is_no_micro_batchs_memory(monkeypatch: pytest.MonkeyPatch) -> None:

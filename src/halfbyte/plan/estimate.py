@@ -84,7 +84,7 @@ def plan_model(
     job = job_of(recipe, shape, rows, machine, here=device is None)
     notes = [*format_note(loaded), *notes]
     if job.uncompiled:
-        notes.append("the first run on this machine: it compiles kernels once, and the compiler takes memory too")
+        notes.append("the first run on this machine: it compiles kernels once, in processes of 0.5 GB")
     rates = calibrate.cached(machine, job.dtype) if device is None else None
     plan = plan_training(job, machine, rates)
     methods = compare(job, machine, rates) if side_by_side else ()

@@ -35,7 +35,7 @@ from halfbyte.plan.result import (
     library_lines,
 )  # fmt: skip
 from halfbyte.quant import policy
-from halfbyte.system import kernel_cache, pages
+from halfbyte.system import pages
 from halfbyte.system.device import Device
 from halfbyte.system.threads import PRODUCTS_KEPT
 
@@ -49,21 +49,13 @@ CARD_LINES = (  # what is taken on each card whatever runs there
 )
 HOST_OF_CARD_BYTES = 2_500_000_000  # a CUDA build's libraries and pinned buffers in RAM; a round figure, not measured
 # What the first micro-batches leave in the process beside tensors: compiled kernels, buffers of threads, the Trainer's
-# own.
-FIRST_MICRO_BATCH_BYTES = 50_000_000
-# More of it where layers have a convolution, and as much again where they carry a state: their kernels, and what proofs
-# by transformers' own recurrences leave. Measured on LFM2, Qwen3.5, Granite 4 and Falcon-H1, each with 3, 6 and 11 rows
-# of 450 tokens: 34 to 77 MB, and 56 to 143 MB; the most in a model's first run, which makes the proofs.
-RECURRENT_BYTES = 55_000_000
-# The compiler (numba, LLVM), where kernels are not in its cache yet; the process keeps it to its end. Measured: a cold
-# run beside a warm one of the same recipe, private: 174 MB in fp32, 296 to 308 in bf16, whose kernels are more, and 379
-# where they multiply integers.
-COMPILER_PRIVATE_BYTES = 180_000_000  # of the first of them, whichever it is
-COMPILER_MORE_BYTES = {"bf16": 120_000_000, "integers": 75_000_000}
+# own. And what recurrent layers leave more of it: those with a convolution, and where they carry a state too.
+FIRST_MICRO_BATCH_BYTES = 15_000_000
+CONVOLUTION_BYTES, STATE_BYTES = 35_000_000, 25_000_000
 # oneDNN's code of a matrix product of one shape, and how many shapes a size of micro-batches has: 54 MB more in use for
 # 6 sizes, 90 for 10 (docs/log). `system/threads.py` bounds how many are cached. The first micro-batch's are in its
-# own line.
-PRODUCT_BYTES = 500_000
+# own line. In fp32 they are MKL's, 20 to 30 kB each.
+PRODUCT_BYTES = {"bf16": 500_000, "fp32": 50_000}
 PRODUCTS_OF_A_SIZE, PRODUCTS_OF_AN_EVALUATION = 25, 8
 # Resident bytes per byte of tokenizer.json (7.7 at 262k entries, 4 at 49k). Without that file: per entry of the
 # vocabulary (985 and 290).
@@ -111,14 +103,10 @@ def process_lines(device: Device, job: Job) -> tuple[Line, ...]:
     if device.on_card:
         return Line("libraries", HOST_OF_CARD_BYTES, "a CUDA build; a round figure"), data
     source, step = "measured on a tiny run", "kernels, threads' buffers and the Trainer, from then on"
-    # recurrent layers' are compiled by processes of their own, before (`ahead.py`)
-    first, *more = [kernels for kernels in job.uncompiled if kernels not in kernel_cache.RECURRENT] or ("",)
-    compiler = COMPILER_PRIVATE_BYTES * bool(first) + sum(COMPILER_MORE_BYTES[kernels] for kernels in more)
     code = STEP_CODE_BYTES if pages.supported() else LIBRARIES_FILE_BYTES
-    recurrent = RECURRENT_BYTES * (bool(job.facts.recurrences) + job.recurrent)
+    recurrent = CONVOLUTION_BYTES * bool(job.facts.recurrences) + STATE_BYTES * job.recurrent
     return (
         *library_lines(LIBRARIES_PRIVATE_BYTES, "torch, transformers, peft, numba and their state", code),
-        Line("compiler", compiler, "kernels are compiled in the first run on a machine", source),
         Line("first micro-batch", FIRST_MICRO_BATCH_BYTES + recurrent, step, source),
         Line("compiled products", _products_bytes(job), "oneDNN's, of micro-batches of other sizes", source),
         data,
@@ -144,7 +132,7 @@ def _products_bytes(job: Job) -> int:
     if job.expert_numel:
         adapted = any(site.reads == "experts" for site in job.sites)
         products += expert_products(job.facts, job.step_tokens, adapted=adapted)
-    return PRODUCT_BYTES * (min(PRODUCTS_KEPT, products) - PRODUCTS_OF_A_SIZE)
+    return PRODUCT_BYTES[job.dtype] * (min(PRODUCTS_KEPT, products) - PRODUCTS_OF_A_SIZE)
 
 
 def optimizer_bytes(job: Job) -> int:
@@ -190,7 +178,7 @@ def gradient_lines(job: Job, where: Where, *, micro_batches: int, micro_batch_by
 
 def loading_bytes(job: Job, placement: Placement, lines: tuple[Line, ...]) -> int:
     """The peak while the base is opened and proven: what is in memory then, and one tensor more on its way."""
-    there = ("libraries", CODE, "CUDA context", "cuBLAS workspace", "compiler", "data", RESERVE)
+    there = ("libraries", CODE, "CUDA context", "cuBLAS workspace", "data", RESERVE)
     process = sum(line.bytes for line in lines if line.name in there)
     if any(line.name == "libraries" for line in lines):  # not on a card
         process += max(0, LIBRARIES_FILE_BYTES - sum(line.bytes for line in lines if line.name == CODE))

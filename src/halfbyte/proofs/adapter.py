@@ -18,9 +18,8 @@ import torch
 from halfbyte.data import collate
 from halfbyte.data.encoding.examples import IGNORED, Example
 from halfbyte.errors import RunError
-from halfbyte.layers import heads, packing
+from halfbyte.layers import fuse, heads, packing
 from halfbyte.layers.loss import keeps_some
-from halfbyte.models import structure
 from halfbyte.proofs.setting import small_chunks
 from halfbyte.system import files
 from halfbyte.types import Document, Model
@@ -114,16 +113,17 @@ def logits_at(model: Model, ids: Sequence[int], positions: Sequence[int]) -> tor
     was_training = model.training
     model.eval()
     at = torch.tensor(list(positions), device=model.device)
-    options = {"use_cache": False} if packing.takes_use_cache(structure.causal_lm(model)) else {}
     try:
-        with torch.no_grad(), small_chunks(model):
+        with torch.no_grad(), fuse.as_trained(), small_chunks(model):
             if heads.has_head(model):
                 rows = (Example(tuple(ids[: p + 1]), (IGNORED,) * (p + 1), "", (), "") for p in positions)
                 return torch.cat([heads.scores(model, collate.collate_texts([row])) for row in rows])
-            row = torch.tensor([list(ids)], device=model.device)
+            row = collate.collate_texts([Example(tuple(ids), (IGNORED,) * len(ids), "", (), "")])
+            inputs = packing.forward_inputs(model, row)
+            inputs.pop("labels", None)
             if keeps_some(model):
-                return model(input_ids=row, logits_to_keep=at, **options).logits[0].float()
-            logits = model(input_ids=row, **options).logits[0]
+                return model(**inputs, logits_to_keep=at).logits[0].float()
+            logits = model(**inputs).logits[0]
             return logits.index_select(0, at.to(logits.device)).float().to(at.device)
     finally:
         model.train(was_training)

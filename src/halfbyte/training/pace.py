@@ -60,6 +60,7 @@ class Pace:
     _near: bool = False
     _last_need: int = 0
     _last_private: int = 0
+    _largest: int = 0
 
     @property
     def margin(self) -> int:
@@ -84,6 +85,7 @@ class Pace:
         if self.on_card:
             return self.split(waiting)
         if waiting:
+            self._make_room_for_larger(waiting)
             self._keep_to_limit(waiting)
         free = ram_available() - self.margin
         if not waiting or free >= 0:
@@ -102,6 +104,12 @@ class Pace:
             self._tight = True
             self.tell(f"{reason}; there is no smaller way to run this step")
         return self.split(waiting)
+
+    def _make_room_for_larger(self, waiting: Sequence[pack.MicroBatch]) -> None:
+        """Before a micro-batch larger than all before, let go of their tensors' blocks: none holds one of its own."""
+        if (largest := self.largest(waiting)) > self._largest:
+            self._largest = largest
+            pool.POOL.give_back()
 
     def _keep_to_limit(self, waiting: Sequence[pack.MicroBatch]) -> None:
         """Give memory back where the next micro-batch may come near the plan's upper figure; step down where that is

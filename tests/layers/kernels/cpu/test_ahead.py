@@ -27,6 +27,9 @@ def test_each_core_has_a_share_of_what_is_needed(monkeypatch: pytest.MonkeyPatch
     wanted = [f"{file}:fp32" for file in ahead.FILES["fp32"]] + [f"{file}:bf16" for file in ahead.FILES["integers"]]
     assert sorted(begun[0] + begun[1]) == sorted(wanted)
     assert len(begun) == 2 and abs(len(begun[0]) - len(begun[1])) <= 1
+    monkeypatch.setattr(ahead, "ram_available", lambda: 2 * ahead.PROCESS_BYTES - 1)
+    ahead.compile_kernels(("integers", "fp32"), 2, "bf16")
+    assert sorted(begun[2]) == sorted(wanted) and len(begun) == 3, "memory for one"
 
 
 def test_a_files_kernels_are_made_in_the_dtype_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Kernels compiled before they are needed, several at once: numba compiles one after the other, on one core.
 
-Cost: a process for each core, of 0.3 GB; on two cores 33 s instead of 42 before the first step of a new machine.
+Cost: a process of 0.5 GB for each core, as far as memory reaches; on two cores 33 s instead of 42 before the first
+step of a new machine.
 """
 
 import contextlib
@@ -13,7 +14,9 @@ import numpy as np
 
 from halfbyte.system import kernel_cache
 from halfbyte.system.children import child
+from halfbyte.system.device import ram_available
 
+PROCESS_BYTES = 500_000_000
 _BESIDE = ("recurrent.gated_norm", "recurrent.conv")
 _PASSES = ("entropy", "norm", "gate", "scores")
 # What needs them, as `kernel_cache.uncompiled` names it -> files of this folder, the longest first.
@@ -39,7 +42,8 @@ def compile_kernels(needed: Collection[str], cores: int, dtype: str) -> None:
     kinds = {name: files for name, files in FILES.items() if name in needed}
     ranked = sorted((at, name, file) for name, files in kinds.items() for at, file in enumerate(files))
     tasks = [f"{file}:{of}" for _, name, file in ranked for of in _dtypes(name, file, dtype)]
-    words = [[sys.executable, "-P", "-m", __name__, *tasks[i::cores]] for i in range(min(cores, len(tasks)))]
+    at_once = max(1, min(cores, len(tasks), ram_available() // PROCESS_BYTES))
+    words = [[sys.executable, "-P", "-m", __name__, *tasks[i::at_once]] for i in range(at_once)]
     with contextlib.suppress(OSError):
         for process in [subprocess.Popen(each, stderr=subprocess.DEVNULL) for each in words]:
             process.wait()
