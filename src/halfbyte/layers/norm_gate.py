@@ -100,28 +100,36 @@ class Glu(torch.autograd.Function):
 
 
 class Activation(torch.autograd.Function):
-    """act(x) by torch's own kernels, in memory of the pool; keeps x. x: contiguous."""
+    """act(x) in memory of the pool; keeps x. x: contiguous. SILU and GELU by tanh by our kernels, others by torch's."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, kind: int) -> Tensor:
+        from halfbyte.layers.kernels.cpu import gate
+
         ctx.save_for_backward(x)
         ctx.kind = kind
         out = pool.empty_like(x)
-        if kind == SILU:
-            return aten.silu.out(x, out=out)
-        if kind == RELU2:
-            return torch.clamp_min(x, 0, out=out).square_()
-        return aten.gelu.out(x, approximate=_APPROXIMATE[kind], out=out)
+        if kind in ACTIVATIONS.values():
+            gate.activation(x, out, kind)
+        elif kind == RELU2:
+            torch.clamp_min(x, 0, out=out).square_()
+        else:
+            aten.gelu.out(x, out=out)
+        return out
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
+        from halfbyte.layers.kernels.cpu import gate
+
         (x,), dy = ctx.saved_tensors, grads[0].contiguous()
         dx = pool.empty_like(x)
-        if ctx.kind == SILU:
-            return aten.silu_backward.grad_input(dy, x, grad_input=dx), None
-        if ctx.kind == RELU2:
-            return torch.clamp_min(x, 0, out=dx).mul_(dy).mul_(2), None
-        return aten.gelu_backward.grad_input(dy, x, approximate=_APPROXIMATE[ctx.kind], grad_input=dx), None
+        if ctx.kind in ACTIVATIONS.values():
+            gate.activation_backward(dy, x, dx, ctx.kind)
+        elif ctx.kind == RELU2:
+            torch.clamp_min(x, 0, out=dx).mul_(dy).mul_(2)
+        else:
+            aten.gelu_backward.grad_input(dy, x, grad_input=dx)
+        return dx, None
 
 
 class Dropout(torch.autograd.Function):

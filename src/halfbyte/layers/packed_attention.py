@@ -177,7 +177,8 @@ def _packed(
     lengths, levels = pack.lengths, pack.levels
     slides = asked.sliding_window is not None and pack.longest > asked.sliding_window
     if asked.is_plain:
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
+        # (T, heads, D); of x[0] the gradient would be a copy into zeros
+        q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         on_card = query.device.type != "cpu" and asked.causal
         if on_card and not levels and not asked.dropout and card.takes(q, k, v, pack.kernel):
             return card.attention(q, k, v, pack, asked.scale(query), asked.sliding_window if slides else None)[None]
@@ -199,7 +200,7 @@ def _packed(
     runs = [(length, sum(1 for _ in same)) for length, same in groupby(lengths)]  # (L, how many)
     # split, not slices: its backward is one concatenation, where each slice would add a zero-filled (T, D) tensor
     sizes = [length * count for length, count in runs]
-    pieces = (x[0].transpose(0, 1).split(sizes) for x in (query, key, value))  # each (n L, heads, D)
+    pieces = (x.squeeze(0).transpose(0, 1).split(sizes) for x in (query, key, value))  # each (n L, heads, D)
     outputs = []
     for (length, count), q, k, v in zip(runs, *pieces, strict=True):
         q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))  # (n, heads, L, D)

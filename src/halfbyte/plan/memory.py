@@ -35,7 +35,7 @@ from halfbyte.plan.result import (
     library_lines,
 )  # fmt: skip
 from halfbyte.quant import policy
-from halfbyte.system import pages
+from halfbyte.system import kernel_cache, pages
 from halfbyte.system.device import Device
 from halfbyte.system.threads import PRODUCTS_KEPT
 
@@ -49,9 +49,12 @@ CARD_LINES = (  # what is taken on each card whatever runs there
 )
 HOST_OF_CARD_BYTES = 2_500_000_000  # a CUDA build's libraries and pinned buffers in RAM; a round figure, not measured
 # What the first micro-batches leave in the process beside tensors: compiled kernels, buffers of threads, the Trainer's
-# own. And what recurrent layers leave more of it: those with a convolution, and where they carry a state too.
-FIRST_MICRO_BATCH_BYTES = 15_000_000
-CONVOLUTION_BYTES, STATE_BYTES = 35_000_000, 25_000_000
+# own. And what layers that carry a state leave more of it.
+FIRST_MICRO_BATCH_BYTES = 50_000_000
+STATE_BYTES = 25_000_000
+# What the compiler (numba, LLVM) leaves in the process where kernels were not in its cache: most are compiled by other
+# processes before (`ahead.py`), some here. Measured, int8: 691 MB before the first step for 583.
+COMPILER_BYTES = 110_000_000
 # oneDNN's code of a matrix product of one shape, and how many shapes a size of micro-batches has: 54 MB more in use for
 # 6 sizes, 90 for 10 (docs/log). `system/threads.py` bounds how many are cached. The first micro-batch's are in its
 # own line. In fp32 they are MKL's, 20 to 30 kB each.
@@ -103,10 +106,12 @@ def process_lines(device: Device, job: Job) -> tuple[Line, ...]:
     if device.on_card:
         return Line("libraries", HOST_OF_CARD_BYTES, "a CUDA build; a round figure"), data
     source, step = "measured on a tiny run", "kernels, threads' buffers and the Trainer, from then on"
+    compiler = COMPILER_BYTES * any(kernels not in kernel_cache.RECURRENT for kernels in job.uncompiled)
     code = STEP_CODE_BYTES if pages.supported() else LIBRARIES_FILE_BYTES
-    recurrent = CONVOLUTION_BYTES * bool(job.facts.recurrences) + STATE_BYTES * job.recurrent
+    recurrent = STATE_BYTES * job.recurrent
     return (
         *library_lines(LIBRARIES_PRIVATE_BYTES, "torch, transformers, peft, numba and their state", code),
+        Line("compiler", compiler, "kernels are compiled in the first run on a machine", source),
         Line("first micro-batch", FIRST_MICRO_BATCH_BYTES + recurrent, step, source),
         Line("compiled products", _products_bytes(job), "oneDNN's, of micro-batches of other sizes", source),
         data,
@@ -178,7 +183,7 @@ def gradient_lines(job: Job, where: Where, *, micro_batches: int, micro_batch_by
 
 def loading_bytes(job: Job, placement: Placement, lines: tuple[Line, ...]) -> int:
     """The peak while the base is opened and proven: what is in memory then, and one tensor more on its way."""
-    there = ("libraries", CODE, "CUDA context", "cuBLAS workspace", "data", RESERVE)
+    there = ("libraries", CODE, "CUDA context", "cuBLAS workspace", "compiler", "data", RESERVE)
     process = sum(line.bytes for line in lines if line.name in there)
     if any(line.name == "libraries" for line in lines):  # not on a card
         process += max(0, LIBRARIES_FILE_BYTES - sum(line.bytes for line in lines if line.name == CODE))

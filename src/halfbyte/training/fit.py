@@ -200,7 +200,7 @@ def compare(
         lines.append(MeasuredLine("tensors on a card", plan.allocated_bytes, allocated))
         lines.append(MeasuredLine("held by torch on a card", plan.allocated_bytes + plan.line("allocator"), reserved))
     else:
-        before = ["libraries", "data", "adapters"] + ["base"] * (plan.placement == "resident")
+        before = ["libraries", "compiler", "data", "adapters"] + ["base"] * (plan.placement == "resident")
         others = (*before, "base", RESERVE, POOL_RESERVE)
         passing = (line.bytes for line in plan.lines if line.where != "file" and line.name not in others)
         lines += [

@@ -131,9 +131,11 @@ class Pace:
             # near again: if it grows as it did since the last look, will the next micro-batch be above the figure?
             grown = max(0, recent.private - self._last_private)
             over = self._near and recent.private + grown > self.limit.private
-            while (over or held + self.need(min(self.tokens, self.largest(waiting)), self.recompute) > room) and (
-                self.down(reason)
+            while (
+                over or held + self.need(min(self.tokens, self.largest(waiting)), self.recompute) > self.limit.private
             ):
+                if not self.down(reason):
+                    break
                 over = False
         self._near, self._last_private = near, recent.private
 

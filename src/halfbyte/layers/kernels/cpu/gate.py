@@ -1,4 +1,4 @@
-"""The gated activation of an MLP, act(gate) * up, forward and backward, and the elementwise half of LoRA's dropout."""
+"""An MLP's activation, act(x) or act(gate) * up, forward and backward, and the elementwise half of LoRA's dropout."""
 
 import numpy as np
 from numba import carray
@@ -54,6 +54,36 @@ def _backward_rows(dh, g, u, dg, du, sizes, scale, first, last):  # type: ignore
 
 
 @inlined
+def _activate(x, y, kind, first, last):  # type: ignore[no-untyped-def]
+    z, out = x[first:last], y[first:last]
+    if kind == SILU:
+        for j in range(len(z)):
+            v = load(z[j])
+            out[j] = store(v * sigmoid(v), y)
+    else:
+        for j in range(len(z)):
+            v = load(z[j])
+            out[j] = store(v * sigmoid(np.float32(2.0) * _K * (v + _C * v * v * v)), y)
+
+
+@inlined
+def _activate_backward(dy, x, dx, kind, first, last):  # type: ignore[no-untyped-def]
+    one = np.float32(1.0)
+    d_out, z, out = dy[first:last], x[first:last], dx[first:last]
+    if kind == SILU:
+        for j in range(len(z)):
+            v = load(z[j])
+            s = sigmoid(v)
+            out[j] = store(load(d_out[j]) * s * (one + v * (one - s)), dx)
+    else:
+        for j in range(len(z)):
+            v = load(z[j])
+            s = sigmoid(np.float32(2.0) * _K * (v + _C * v * v * v))
+            slope = np.float32(2.0) * _K * (one + np.float32(3.0) * _C * v * v)
+            out[j] = store(load(d_out[j]) * s * (one + v * (one - s) * slope), dx)
+
+
+@inlined
 def mask_words(x, out, low, start, seed):  # type: ignore[no-untyped-def]
     """Words of x -> out, those of their numbers 0 that the mask of `seed` drops; the first word is number `start`."""
     for j in range(x.shape[0]):
@@ -101,6 +131,27 @@ def _backward_kernel(element: type) -> object:
 
 
 @per_dtype
+def _activation_kernel(element: type) -> object:
+    @kernel
+    def activation(p):  # type: ignore[no-untyped-def]
+        s = carray(p, (32,), np.int64)
+        each_block(s, _activate, (array(s[3], (s[1],), element), array(s[4], (s[1],), element), s[5]))
+
+    return activation
+
+
+@per_dtype
+def _activation_backward_kernel(element: type) -> object:
+    @kernel
+    def activation_backward(p):  # type: ignore[no-untyped-def]
+        s = carray(p, (32,), np.int64)
+        dy, x, dx = (array(s[3], (s[1],), element), array(s[4], (s[1],), element), array(s[5], (s[1],), element))
+        each_block(s, _activate_backward, (dy, x, dx, s[6]))
+
+    return activation_backward
+
+
+@per_dtype
 def _mask_kernel(element: type) -> object:
     """A pair of elements, which is one word, has 2 x 16 random bits from one hash of its number."""
     word = np.uint32 if element is np.uint16 else np.uint64
@@ -142,6 +193,16 @@ def glu_backward(dh: Tensor, g: Tensor, u: Tensor, kind: int, dg: Tensor, du: Te
     width = g.shape[-1]
     sizes = width, *(x.stride(-2) for x in (g, u, dg, du)), kind, float(scale)
     run(_backward_kernel(g.dtype), g.numel() // width, block_rows(width), dh, g, u, dg, du, *sizes)
+
+
+def activation(x: Tensor, out: Tensor, kind: int) -> None:
+    """out = act(x), SILU or GELU by tanh; both contiguous, of one size."""
+    run(_activation_kernel(x.dtype), x.numel(), BLOCK_ELEMENTS, x, out, kind)
+
+
+def activation_backward(dy: Tensor, x: Tensor, dx: Tensor, kind: int) -> None:
+    """The gradient of x into dx; all contiguous, of one size."""
+    run(_activation_backward_kernel(x.dtype), x.numel(), BLOCK_ELEMENTS, dy, x, dx, kind)
 
 
 def drop(x: Tensor, out: Tensor, p: float, seed: int) -> None:

@@ -138,9 +138,9 @@ def _softmax_rows(s, p, o_sums, first, before, length, reach, begin, until, scal
         total = row_exp(a[begin:], q[begin:], until - begin, low - begin, end - begin, scale, m)
         if low < end:
             if terms[3] != 0:
-                seed = row_seed(terms, i)
-                for j in range(low, end):
-                    q[j] = q[j] if hash_u32(np.uint32(j) ^ seed) >= terms[3] else np.uint16(0)
+                seed, seen = row_seed(terms, i), q[low:end]
+                for j in range(len(seen)):
+                    seen[j] = seen[j] if hash_u32(np.uint32(low + j) ^ seed) >= terms[3] else np.uint16(0)
             o_sums[r] = total
             lse[i] = m + np.float32(math.log(total))
 
