@@ -26,7 +26,6 @@ from halfbyte.models.sources.lookup import resolve
 from halfbyte.models.tensors import Facts, facts_of, read_checkpoint, read_config, spec_of
 from halfbyte.plan.layer import Layer, layer_of, pairs_of
 from halfbyte.plan.memory import recurrent_lines
-from halfbyte.proofs.fusing import prove_fused
 from halfbyte.proofs.packing import prove_packing
 from halfbyte.recipe.schema import Lora, Quant
 from halfbyte.system import device as machine
@@ -94,7 +93,8 @@ def kept_bytes(
         specs = [spec_of(name, tuple(p.shape), "BF16", config) for name, p in opened.model.named_parameters()]
     resolved = targets.resolve_targets(opened.model, asked)
     model = adapters.add(opened.model, lora, resolved, seed=0)
-    prove_fused(model, packed=prove_packing(model).ok)
+    packing.install(structure.causal_lm(model))
+    fuse.install(model)
     fuse.recompute_cheap(model, on=cheap)
     model.train()
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
