@@ -36,7 +36,8 @@ def _short_base_text() -> Iterator[None]:
     from halfbyte.data import base_text
 
     short = _cache / base_text.FILE.name
-    short.write_text("\n\n".join(sorted(base_text.FILE.read_text("utf-8").split("\n\n"), key=len)[:3]), encoding="utf-8")
+    parts = sorted(base_text.FILE.read_text("utf-8").split("\n\n"), key=len)
+    short.write_text("\n\n".join(parts[:3]), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(base_text, "FILE", short)
         yield
@@ -46,10 +47,9 @@ def _short_base_text() -> Iterator[None]:
 def _code_stays() -> Iterator[None]:
     """A run lets the code of libraries go, twice, and reads it again: in a process of many tests that is time alone.
     `tests/system/test_pages.py` and every run in a process of its own do it."""
-    from halfbyte.training import pace
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pace, "pages", SimpleNamespace(release_code=lambda: None))
+        if pace := sys.modules.get("halfbyte.training.pace"):
+            patch.setattr(pace, "pages", SimpleNamespace(release_code=lambda: None))
         yield
 
 
