@@ -36,8 +36,7 @@ if __package__ in (None, ""):
 
 import psutil
 
-from halfbyte.base.config import open_config
-from halfbyte.base.tokenizer import open_tokenizer
+from halfbyte.base.config import open_config, open_tokenizer
 from halfbyte.models.sources.lookup import find_model, resolve
 from halfbyte.recipe.file import recipe_from
 from halfbyte.system import device

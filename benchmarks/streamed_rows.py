@@ -31,7 +31,7 @@ import numpy as np
 import psutil
 from tests import tiny_run
 
-from halfbyte.base.tokenizer import open_tokenizer
+from halfbyte.base.config import open_tokenizer
 from halfbyte.data.streaming import Flow
 from halfbyte.models.sources.lookup import find_model
 from halfbyte.recipe.file import recipe_from

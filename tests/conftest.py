@@ -9,6 +9,7 @@ import gc
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from importlib import resources
@@ -30,15 +31,33 @@ os.environ["HALFBYTE_CACHE"] = str(_cache)
 
 @pytest.fixture(scope="session", autouse=True)
 def _short_base_text() -> Iterator[None]:
-    """Each run reads the text of the base's kind, as do its base and its source: a quarter of it will do, but in tests
-    that ask for `whole_base_text`."""
+    """Each run reads the text of the base's kind, as do its base and its source: its three shortest parts will do, but
+    in tests that ask for `whole_base_text`."""
     from halfbyte.data import base_text
 
     short = _cache / base_text.FILE.name
-    short.write_text("\n\n".join(base_text.FILE.read_text("utf-8").split("\n\n")[:8]), encoding="utf-8")
+    parts = sorted(base_text.FILE.read_text("utf-8").split("\n\n"), key=len)
+    short.write_text("\n\n".join(parts[:3]), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(base_text, "FILE", short)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _code_stays() -> Iterator[None]:
+    """A run lets the code of libraries go, twice, and reads it again: in a process of many tests that is time alone.
+    `tests/system/test_pages.py` and every run in a process of its own do it."""
+    with pytest.MonkeyPatch.context() as patch:
+        if pace := sys.modules.get("halfbyte.training.pace"):
+            patch.setattr(pace, "pages", SimpleNamespace(release_code=lambda: None))
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imports_stay() -> None:
+    """As at the start: the collector need not go through what the last modules have imported."""
+    if len(sys.modules) > _frozen[0] + 50:
+        _freeze()
 
 
 @pytest.fixture
@@ -64,6 +83,15 @@ _SLOW = [line for line in (Path(__file__).parent / "slow.txt").read_text().split
 _is_slow = re.compile("|".join(re.escape(line).replace(r"\*", ".*") for line in _SLOW)).fullmatch
 
 
+_frozen = [0]
+
+
+def _freeze() -> None:
+    gc.collect()
+    gc.freeze()
+    _frozen[0] = len(sys.modules)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if _is_slow(item.nodeid):
@@ -78,5 +106,4 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         if (fake_card := getattr(module, "fake_card", None)) is not None:
             fake_card.device()
             break
-    gc.collect()
-    gc.freeze()
+    _freeze()

@@ -231,7 +231,7 @@ def test_with_two_visible_cards_a_16_bit_base_is_not_replicated(tmp_path: Path) 
         assert finetune.train(recipe, listener=Notes()).step == 4
 
 
-def test_a_run_whose_card_is_full_steps_down(tmp_path: Path) -> None:
+def test_a_run_whose_card_is_full_steps_down(whole_base_text: None, tmp_path: Path) -> None:
     """An allocation fails in the middle of a step; the step is made again, smaller, and learns the same."""
     options = {"quant__type": "nf4", "train__max_steps": 3, "train__gradient_checkpointing": "auto"}
     wanted = of_cpu(tmp_path / "cpu", **options)

@@ -23,6 +23,7 @@ from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.objectives.causal_lm import CausalLM
 from halfbyte.objectives.objective import mean_scores
 from halfbyte.proofs.packing import prove_packing
+from halfbyte.quant import bnb
 from halfbyte.recipe.schema import Quant
 from halfbyte.system import device, pages
 from halfbyte.training import run
@@ -87,7 +88,7 @@ class Poison:
     def __init__(self, model: Any) -> None:
         maps = pages.FileMaps.read()
         self.tensors = [
-            [t for t in stream._tensors(layer) if stream._is_mapped(t, maps)]
+            [t for t in bnb.held_tensors(layer) if stream._is_mapped(t, maps)]
             for layer in structure.decoder_layers(model)
             for layer in structure.decoder_layers(model)
         ]
@@ -221,7 +222,7 @@ def test_at_most_two_layers_are_in_memory_at_any_time(wide: Path, fused: bool, r
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     maps = pages.FileMaps.read()
     layers = [
-        pages.whole_pages(stream._areas(t for t in stream._tensors(layer) if stream._is_mapped(t, maps)))
+        pages.whole_pages(stream._areas(t for t in bnb.held_tensors(layer) if stream._is_mapped(t, maps)))
         for layer in structure.decoder_layers(model)
     ]
     sizes = [sum(span.bytes for span in spans) for spans in layers]
@@ -261,11 +262,11 @@ def test_a_bias_that_was_trained_in_the_mapping_is_not_lost(tmp_path: Path) -> N
 
 def test_resident_is_private_memory_and_keeps_the_numbers(llama: Path) -> None:
     model = mapped.open_model(llama)
-    before = [t.clone() for t in stream._tensors(model)]
+    before = [t.clone() for t in bnb.held_tensors(model)]
     mapped_bytes = stream.place(model, "mapped").mapped_bytes
     assert mapped_bytes > 0.9 * stream._bytes(before)
     placed = stream.place(model, "resident")
-    after = stream._tensors(model)
+    after = bnb.held_tensors(model)
     assert placed.mapped_bytes == 0 and placed.total_bytes == stream._bytes(after)
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
     maps = pages.FileMaps.read()

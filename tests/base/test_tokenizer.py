@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from halfbyte.base.tokenizer import open_tokenizer
+from halfbyte.base.config import open_tokenizer
 from halfbyte.errors import BaseModelError
 from halfbyte.models.sources.lookup import find_model
 from tests import tiny, tiny_run

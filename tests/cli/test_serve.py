@@ -18,7 +18,7 @@ from halfbyte.serving.http import app as app_module
 from halfbyte.serving.http import pages
 from halfbyte.serving.models import AdapterFolders
 from halfbyte.serving.settings import KEY, Settings
-from halfbyte.studio.worker import Worker
+from halfbyte.studio.jobs import Worker
 from halfbyte.writing.sampling import SamplingParams
 from tests import tiny_run
 from tests.serving import served

@@ -40,7 +40,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from halfbyte.base import load
-from halfbyte.base.tokenizer import open_tokenizer
+from halfbyte.base.config import open_tokenizer
 from halfbyte.data.reading import files
 from halfbyte.data.reading.read import Reader
 from halfbyte.errors import HalfbyteError, SourceError

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import small_models
+from tests import forked, small_models
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,10 +24,8 @@ SLOW = [
     "more", [["--count", "2", "--kinds", "rewards"], *(pytest.param(each, marks=pytest.mark.slow) for each in SLOW)]
 )
 def test_runs_that_are_killed_go_on(more: list[str]) -> None:
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    command = [sys.executable, "-m", "tests.destruction.kills", "--seed", "1000", *more]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    ended = forked.Forked("tests.destruction.kills", "--seed", "1000", *more).end(seconds=7200)
+    assert ended.code == 0, ended.out + ended.err[-2000:]
 
 
 @pytest.mark.slow
@@ -49,8 +47,6 @@ def test_strangers_files_are_read_or_refused() -> None:
 
 def test_an_input_of_the_fuzz_that_once_failed_is_refused() -> None:
     """Value heads of a Qwen3.5 file that are no multiple of its keys."""
-    command = [sys.executable, "-m", "tests.destruction.fuzz", "--only", "gguf blocks", "--count", "1"]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    command += ["--seed", "1003489"]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "1 refused" in done.stdout, done.stdout + done.stderr
+    words = ("--only", "gguf blocks", "--count", "1", "--seed", "1003489")
+    ended = forked.Forked("tests.destruction.fuzz", *words).end()
+    assert ended.code == 0 and "1 refused" in ended.out, ended.out + ended.err

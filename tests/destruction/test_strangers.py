@@ -12,8 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from halfbyte.base.config import open_config
-from halfbyte.base.tokenizer import open_tokenizer
+from halfbyte.base.config import open_config, open_tokenizer
 from halfbyte.data.reading import files
 from halfbyte.data.reading.read import Reader
 from halfbyte.errors import AdapterError, BaseModelError, DataError, HalfbyteError, RecipeError, SourceError

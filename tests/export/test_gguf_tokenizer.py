@@ -129,7 +129,7 @@ def test_a_sentencepiece_like_tokenizer(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_that_of_a_gguf_source_is_kept(tmp_path: Path) -> None:
-    from halfbyte.base.tokenizer import open_tokenizer
+    from halfbyte.base.config import open_tokenizer
     from halfbyte.models.sources.lookup import resolve
 
     checkpoint = resolve("smollm2-135m")

@@ -1,4 +1,4 @@
-"""`halfbyte push` against a stand-in of the hub, in a process of its own; the token is sent and never shown."""
+"""`halfbyte push` against a stand-in of the hub, once in a process of its own; the token is sent and never shown."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 
 from halfbyte import finetune
 from halfbyte.base.store.supply import Tell
@@ -24,6 +25,7 @@ from halfbyte.inference.target import Target, find
 from halfbyte.proofs.export import Exported, Proof
 from halfbyte.scoring.sheet import Score, Sheet, Value, adapter_of
 from tests import tiny_run
+from tests.in_process import Cli, runner
 
 TOKEN = "hf_stand_in_of_a_token_0123456789"
 
@@ -104,11 +106,21 @@ def hub() -> Iterator[Hub]:
     server.server_close()
 
 
-def pushed(hub: Hub, *args: str, token: str = TOKEN) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_TOKEN": token, "HF_HUB_OFFLINE": "0"}
+def pushed(hub: Hub, *args: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own."""
+    env = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
     return subprocess.run(
         [sys.executable, "-m", "halfbyte", "push", *args], env=env, capture_output=True, text=True, timeout=120
     )
+
+
+@pytest.fixture
+def push(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """The same in this process, which has read the hub's variables already."""
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{hub.server_port}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    return partial(runner(tmp_path, capsys), "push")
 
 
 @pytest.fixture
@@ -120,23 +132,23 @@ def export(tmp_path: Path) -> Path:
     return folder
 
 
-def test_private_by_default_and_the_token_is_never_shown(hub: Hub, export: Path) -> None:
+def test_private_by_default_and_the_token_is_never_shown(hub: Hub, export: Path, push: Cli) -> None:
     done = pushed(hub, str(export), "me/orders")
     assert done.returncode == 0, done.stderr
     assert hub.repos == {"me/orders": True} and set(hub.files) == {"config.json", "export.json", "model.safetensors"}
     assert hub.tokens == {f"Bearer {TOKEN}"} and TOKEN not in done.stdout + done.stderr
     assert "me/orders" in done.stdout
-    opened = pushed(hub, str(export), "me/open", "--public")
-    assert opened.returncode == 0 and hub.repos["me/open"] is False
-    refused = pushed(hub, str(export), "me/open")
-    assert refused.returncode == 1 and "is public; nothing was pushed" in refused.stderr
+    opened = push(str(export), "me/open", "--public")
+    assert opened.code == 0 and hub.repos["me/open"] is False
+    refused = push(str(export), "me/open")
+    assert refused.code == 1 and "is public; nothing was pushed" in refused.err
 
 
-def test_a_runs_adapter_has_a_card_and_none_of_this_machines_paths(hub: Hub, tmp_path: Path) -> None:
+def test_a_runs_adapter_has_a_card_and_none_of_this_machines_paths(hub: Hub, tmp_path: Path, push: Cli) -> None:
     finetune.train(tiny_run.recipe(tmp_path, output=tmp_path / "orders"))
     before = {path: path.read_bytes() for path in (tmp_path / "orders/adapter").iterdir()}
-    done = pushed(hub, str(tmp_path / "orders"), "me/orders")
-    assert done.returncode == 0, done.stderr
+    done = push(str(tmp_path / "orders"), "me/orders")
+    assert done.code == 0, done.err
     assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "halfbyte.json"} <= set(hub.files)
     card = hub.files["README.md"].decode()
     assert "library_name: peft" in card and "rows: train.jsonl" in card and "model: model" in card
@@ -151,10 +163,11 @@ def test_a_runs_adapter_has_a_card_and_none_of_this_machines_paths(hub: Hub, tmp
     check_passport(pulled, Tell(), force=False)
 
 
-def test_what_the_hub_refuses(hub: Hub, export: Path) -> None:
-    done = pushed(hub, str(export), "me/orders", token="hf_another_0123456789")
-    assert done.returncode == 1 and "the hub refused me/orders" in done.stderr and "hf auth login" in done.stderr
-    assert "Traceback" not in done.stderr and "hf_another_0123456789" not in done.stderr and not hub.repos
+def test_what_the_hub_refuses(hub: Hub, export: Path, push: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_another_0123456789")
+    done = push(str(export), "me/orders")
+    assert done.code == 1 and "the hub refused me/orders" in done.err and "hf auth login" in done.err
+    assert "Traceback" not in done.err and "hf_another_0123456789" not in done.err and not hub.repos
 
 
 def test_what_cannot_be_pushed(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_an_answer_goes_as_far_as_the_model_reads_and_no_row_further(world: Path
         scored(longer, data=world / "long.jsonl")
 
 
-def test_progress_counts_the_rows_of_both_sides(world: Path, opened: Opened) -> None:
+def test_progress_counts_the_rows_of_both_sides(whole_base_text: None, world: Path, opened: Opened) -> None:
     seen: list[tuple[str, int, int]] = []
     scored(
         opened, data=world / "eval.jsonl", with_base=True, max_new_tokens=1,

@@ -90,9 +90,10 @@ def test_a_fault_in_the_tokenizer(world: Path, tmp_path: Path) -> None:
 
 
 def test_a_fault_fails_the_export_and_nothing_is_left(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The command whole, its child processes included: once as it is, once with a delta forgotten."""
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
+    """The command whole, its child processes included: once as it is, once (these forked) with a delta forgotten."""
     cli = runner(tmp_path, capsys)
     trained = str(world / "trained")
     done = cli("merge", trained, "--base", "4bit", "--out", str(tmp_path / "good"), "--json")
@@ -112,6 +113,7 @@ def test_a_fault_fails_the_export_and_nothing_is_left(
         return written(self, item)
 
     monkeypatch.setattr(MergedModel, "pieces", forgets)
+    request.getfixturevalue("forked_children")
     failed = cli("merge", trained, "--base", "4bit", "--out", str(tmp_path / "bad"))
     assert failed.code == 1 and "does not say what the run says" in failed.err and "Nothing of it is left" in failed.err
     assert [path.name for path in tmp_path.iterdir()] == ["good"]

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from halfbyte.base import stream
 from halfbyte.models import structure
+from halfbyte.quant import bnb
 from halfbyte.system import pages
 from tests import mapped, tiny
 
@@ -64,6 +65,6 @@ def test_the_loader_maps_a_prequantised_checkpoint_without_a_copy(tmp_path: Path
     model = mapped.open_model(mapped.save(tmp_path, name))
     maps = pages.FileMaps.read()
     for layer in structure.decoder_layers(model):
-        tensors = [p for p in stream._tensors(layer) if p.numel() > 64]
+        tensors = [p for p in bnb.held_tensors(layer) if p.numel() > 64]
         copied = [tuple(t.shape) for t in tensors if not stream._is_mapped(t, maps)]
         assert tensors and not copied

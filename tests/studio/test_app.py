@@ -25,12 +25,10 @@ from halfbyte.serving.http.refusal import Refusal
 from halfbyte.serving.settings import Settings
 from halfbyte.studio import events as events_of
 from halfbyte.studio import jobs as jobs_of
-from halfbyte.studio import worker as worker_of
 from halfbyte.studio import workspace
 from halfbyte.studio.app import PAGE, Studio, application
 from halfbyte.studio.events import MetricsTail
-from halfbyte.studio.jobs import Jobs
-from halfbyte.studio.worker import Worker
+from halfbyte.studio.jobs import Jobs, Worker
 from halfbyte.studio.workspace import SETTABLE, Workspace
 from tests.report import made
 from tests.studio.driven import Server
@@ -419,7 +417,7 @@ def test_commands_take_no_module_from_the_folder(tmp_path: Path) -> None:
     """As `python -m` does of its working directory: a file of rows may not become code."""
     for name in ("halfbyte", "typer", "json", "yaml"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit(77)")
-    for words in ([*jobs_of._PYTHON, "--version"], worker_of._WORKER):
+    for words in ([*jobs_of._PYTHON, "--version"], jobs_of._WORKER):
         done = subprocess.run(words, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, timeout=300)
         assert done.returncode == 0, done.stderr
 

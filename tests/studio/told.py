@@ -24,7 +24,7 @@ import yaml  # noqa: E402
 
 from halfbyte.runs.folder import RunFolder, write_json  # noqa: E402
 from halfbyte.serving.http.refusal import Refusal  # noqa: E402
-from halfbyte.studio.worker import Worker  # noqa: E402
+from halfbyte.studio.jobs import Worker  # noqa: E402
 from tests.report import made  # noqa: E402
 
 COLUMNS = ["frage", "antwort", "quelle"]

@@ -58,7 +58,7 @@ def test_the_text_is_whole_and_every_token_counts(whole_base_text: None) -> None
     assert text.isascii() and max(base_text.encode(tiny_run.tokenizer(), 40).lengths) == 40
 
 
-def test_a_run_says_what_it_has_forgotten(tmp_path: Path) -> None:
+def test_a_run_says_what_it_has_forgotten(whole_base_text: None, tmp_path: Path) -> None:
     """The source's loss is plain transformers'; those of base and adapter are what an evaluation finds."""
     tell = Notes()
     loaded = tiny_run.recipe(tmp_path, **held_out(tmp_path), **WILD)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from halfbyte import finetune
+from halfbyte.recipe.schema import Loaded
 from halfbyte.runs.folder import RunFolder
 from tests import tiny_run
 from tests.training.test_trainer import Interrupt
@@ -38,30 +39,39 @@ def stops_after(found: list[float], patience: int, threshold: float) -> int:
     return len(found)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with model and rows, and with the run (`whole/`) that nothing stops."""
+    folder = tmp_path_factory.mktemp("stopping")
+    tiny_run.rows(folder / "eval.jsonl", 8, seed=5)
+    finetune.train(recipe(folder, "whole"))
+    return folder
+
+
+def recipe(folder: Path, output: str, **stopping: Any) -> Loaded:
+    return tiny_run.recipe(folder, **OVERSHOOTS, **stopping, data__eval=folder / "eval.jsonl", output=folder / output)
+
+
 @pytest.mark.parametrize(("patience", "threshold"), [(2, 0.0), (3, 0.0), (2, 0.3)])
-def test_a_run_stops_when_no_evaluation_is_better(patience: int, threshold: float, tmp_path: Path) -> None:
-    values = {**OVERSHOOTS, "data__eval": tiny_run.rows(tmp_path / "eval.jsonl", 8, seed=5)}
-    finetune.train(tiny_run.recipe(tmp_path, **values, output=tmp_path / "whole"))
-    stop = stops_after(losses(tmp_path / "whole"), patience, threshold)
-    assert patience < stop < 20, losses(tmp_path / "whole")
+def test_a_run_stops_when_no_evaluation_is_better(patience: int, threshold: float, whole: Path) -> None:
+    """Where it counts up to three, a run that is stopped in between goes on counting."""
+    stop = stops_after(losses(whole / "whole"), patience, threshold)
+    assert patience < stop < 20, losses(whole / "whole")
     stopping = {"train__early_stopping_patience": patience, "train__early_stopping_threshold": threshold}
-    loaded = tiny_run.recipe(tmp_path, **values, **stopping)
+    name = f"{patience}-{threshold}"
+    loaded = recipe(whole, name, **stopping)
     outcome = finetune.train(loaded)
-    assert losses(tmp_path / "run") == losses(tmp_path / "whole")[:stop]
+    assert losses(outcome.run) == losses(whole / "whole")[:stop]
     assert (outcome.step, outcome.report["steps"]) == (stop, stop)
     assert outcome.report["notices"][-1] == f"stopped early at step {stop} of 20: no better evaluation in {patience}"
     assert finetune.train(loaded, resume=True).report == outcome.report, "it is complete"
+    if patience == 3:
+        loaded = recipe(whole, f"{name}-resumed", **stopping)
+        finetune.train(loaded, listener=Interrupt(stop - 1, "signal"))
+        resumed = finetune.train(loaded, resume=True)
+        assert resumed.step == stop
+        assert adapter(resumed.run) == adapter(outcome.run)
 
 
-def test_a_resumed_run_goes_on_counting(tmp_path: Path) -> None:
-    values = {**OVERSHOOTS, "data__eval": tiny_run.rows(tmp_path / "eval.jsonl", 8, seed=5)}
-    values["train__early_stopping_patience"] = 3
-    finetune.train(tiny_run.recipe(tmp_path, **values, output=tmp_path / "whole"))
-    stop = len(losses(tmp_path / "whole"))
-    assert stop < 20
-    loaded = tiny_run.recipe(tmp_path, **values)
-    finetune.train(loaded, listener=Interrupt(stop - 1, "signal"))
-    outcome = finetune.train(loaded, resume=True)
-    assert outcome.step == stop
-    name = "adapter/adapter_model.safetensors"
-    assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+def adapter(run: Path) -> bytes:
+    return (run / "adapter/adapter_model.safetensors").read_bytes()

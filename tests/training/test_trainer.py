@@ -229,7 +229,7 @@ def test_any_split_of_a_step_gives_the_same_losses(name: str, tmp_path: Path) ->
             train__per_device_train_batch_size=batch,
             train__gradient_accumulation_steps=accumulation,
             train__max_tokens_per_micro_batch=tokens,
-            train__max_steps=5,
+            train__max_steps=4,
             output=tmp_path / f"run{number}",
         )
         found.append(losses(loaded))
@@ -341,17 +341,22 @@ class Interrupt(Listener):
 RESUMED: dict[str, dict[str, Any]] = {
     "plain": {},
     "bf16": {"quant__compute_dtype": "bf16", "train__gradient_checkpointing": True},
-    "best": {"train__eval_strategy": "steps", "train__eval_steps": 2, "train__load_best_model_at_end": True},
-    "loraplus": {"train__loraplus_lr_ratio": 8, "train__weight_decay": 0.1, "train__learning_rate": 1e-3},
-    "stream": {"data__packing": "stream"},
-    "cosine": {"train__lr_scheduler_type": "cosine", "train__warmup_steps": 2, "train__optim": "adafactor"},
-}
+    "best, LoRA+": {
+        "train__eval_strategy": "steps", "train__eval_steps": 2, "train__load_best_model_at_end": True,
+        "train__loraplus_lr_ratio": 8, "train__weight_decay": 0.1, "train__learning_rate": 1e-3,
+    },
+    "stream, cosine": {
+        "data__packing": "stream", "train__lr_scheduler_type": "cosine", "train__warmup_steps": 2,
+        "train__optim": "adafactor",
+    },
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("how", ["crash", "signal"])
-@pytest.mark.parametrize("kind", list(RESUMED))
-def test_an_interrupted_run_ends_in_the_same_bytes(kind: str, how: str, tmp_path: Path) -> None:
-    tiny_run.rows(tmp_path / "eval.jsonl", 6, seed=5)
+@pytest.fixture(scope="module", params=list(RESUMED))
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Loaded, dict[str, Any]]:
+    """A run that nothing interrupts, and its recipe's values."""
+    folder, kind = tmp_path_factory.mktemp("whole"), request.param
+    tiny_run.rows(folder / "eval.jsonl", 6, seed=5)
     values = {
         "lora__lora_dropout": 0.1,
         "train__max_steps": 7,
@@ -359,13 +364,20 @@ def test_an_interrupted_run_ends_in_the_same_bytes(kind: str, how: str, tmp_path
         "train__save_steps": 2,
         **RESUMED[kind],
     }
-    if kind == "stream":
-        values |= stream(tmp_path)
-    if kind == "best":
-        values["data__eval"] = tmp_path / "eval.jsonl"
-    whole = tiny_run.recipe(tmp_path, **values)
-    finetune.train(whole)
-    cut = tiny_run.recipe(tmp_path, **values, output=tmp_path / "cut")
+    if "stream" in kind:
+        values |= stream(folder)
+    if "best" in kind:
+        values["data__eval"] = folder / "eval.jsonl"
+    loaded = tiny_run.recipe(folder, **values)
+    finetune.train(loaded)
+    return loaded, values
+
+
+@pytest.mark.parametrize("how", ["crash", "signal"])
+def test_an_interrupted_run_ends_in_the_same_bytes(how: str, whole: tuple[Loaded, dict[str, Any]]) -> None:
+    uncut, values = whole
+    folder = Path(uncut.recipe.output).parent
+    cut = tiny_run.recipe(folder, **values, output=folder / f"cut by {how}")
     run = RunFolder(Path(cut.recipe.output))
     if how == "crash":
         with pytest.raises(TrainError, match="power cut"):
@@ -379,11 +391,11 @@ def test_an_interrupted_run_ends_in_the_same_bytes(kind: str, how: str, tmp_path
     assert not run.adapter.exists() and not run.report.exists()
     outcome = finetune.train(cut, resume=True)
     assert outcome.stopped_by is None and outcome.step == 7
-    got, wanted = metrics(cut), metrics(whole)
+    got, wanted = metrics(cut), metrics(uncut)
     keys = ("step", "loss", "learning_rate", "grad_norm", "tokens", "labelled_tokens", "micro_batches", "eval_loss")
     assert [[row.get(key) for key in keys] for row in got] == [[row.get(key) for key in keys] for row in wanted]
     assert [row["step"] for row in got if "loss" in row] == [1, 2, 3, 4, 5, 6, 7]
-    assert adapter_bytes(cut) == adapter_bytes(whole)
+    assert adapter_bytes(cut) == adapter_bytes(uncut)
     assert outcome.report["steps"] == 7
 
 

@@ -84,9 +84,15 @@ def adapter(folder: Path) -> bytes:
     return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-def test_it_probes_trains_and_ends_with_the_time(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[finetune.Outcome, Heard]:
+    """The recipe run in one go, and what it said; several tests look at it."""
     heard = Heard()
-    outcome = train(recipe(tmp_path), heard)
+    return train(recipe(tmp_path_factory.mktemp("whole")), heard), heard
+
+
+def test_it_probes_trains_and_ends_with_the_time(whole: tuple[finetune.Outcome, Heard]) -> None:
+    outcome, heard = whole
     run, report = RunFolder(outcome.run), outcome.report
     (fits,) = heard.of("within")
     assert fits.startswith("0:40 are about 120 rows (7.5 passes over 16), ")
@@ -139,9 +145,10 @@ class Crash(Heard):
         pytest.param([("step", 2, "signal"), ("step", 11, "signal")], marks=pytest.mark.slow),
     ],
 )
-def test_killed_twice_it_ends_in_the_same_bytes(kills: list[tuple[str, int, str]], tmp_path: Path) -> None:
-    wanted = train(recipe(tmp_path / "whole"))
-    loaded = recipe(tmp_path)
+def test_killed_twice_it_ends_in_the_same_bytes(
+    kills: list[tuple[str, int, str]], whole: tuple[finetune.Outcome, Heard], tmp_path: Path
+) -> None:
+    wanted, loaded = whole[0], recipe(tmp_path)
     for number, kill in enumerate(kills):
         if kill[2] == "signal":
             assert train(loaded, Crash(*kill), resume=number > 0).stopped_by is not None
@@ -151,11 +158,12 @@ def test_killed_twice_it_ends_in_the_same_bytes(kills: list[tuple[str, int, str]
     outcome = train(loaded, resume=True)
     assert outcome.report["steps"] == wanted.report["steps"]
     assert outcome.report["within"]["probes"] == wanted.report["within"]["probes"]
-    assert adapter(tmp_path / "run") == adapter(tmp_path / "whole" / "run")
+    assert adapter(tmp_path / "run") == adapter(wanted.run)
 
 
-def test_killed_inside_a_probe_only_that_one_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = train(recipe(tmp_path / "whole"))
+def test_killed_inside_a_probe_only_that_one_is_made_again(
+    whole: tuple[finetune.Outcome, Heard], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls, run_steps = list[str](), budget.run_steps
 
     def cut(setup: Any, folder: Any, *rest: Any) -> Any:
@@ -170,7 +178,7 @@ def test_killed_inside_a_probe_only_that_one_is_made_again(tmp_path: Path, monke
         train(loaded)
     outcome = train(loaded, resume=True)
     assert len(calls) == 1 + len(outcome.report["within"]["probes"]) and calls[1] == calls[2]
-    assert adapter(outcome.run) == adapter(wanted.run)
+    assert adapter(outcome.run) == adapter(whole[0].run)
 
 
 def first_step(run: Path) -> tuple[float, float]:
@@ -178,9 +186,9 @@ def first_step(run: Path) -> tuple[float, float]:
     return row["loss"], row["grad_norm"]
 
 
-def test_a_probe_leaves_nothing_in_the_run(tmp_path: Path) -> None:
+def test_a_probe_leaves_nothing_in_the_run(whole: tuple[finetune.Outcome, Heard], tmp_path: Path) -> None:
     """Adapters and dropout of the run begin as those of a run without probes."""
-    probed = train(recipe(tmp_path / "probed"))
+    probed = whole[0]
     rate = probed.report["within"]["winner"]["train.learning_rate"]
     plain = train(recipe(tmp_path, train__learning_rate=rate))
     assert plain.report["within"]["probes"] == []

@@ -168,6 +168,6 @@ def training_batch(model: Model, inputs: dict[str, Tensor]) -> tuple[Batch | Non
     if bool((labels[~real] != -100).any()):
         return None, "padding has labels"
     pairs = zip(ids.tolist(), labels.tolist(), lengths.tolist(), strict=True)
-    examples = [Example(tuple(row[:n]), tuple(of_row[:n]), "", (), "") for row, of_row, n in pairs]
+    examples = [Example(tuple(row[:n]), tuple(of_row[:n])) for row, of_row, n in pairs]
     are_ids = all(label in (-100, token) for e in examples for token, label in zip(e.input_ids, e.labels, strict=True))
     return (collate_tree if are_ids and sharing.shares(model, examples) else collate)(examples), ""

@@ -21,11 +21,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from halfbyte.base import quantisation_error, residency
-from halfbyte.base.config import is_quantised_already, open_config
+from halfbyte.base.config import is_quantised_already, open_config, open_tokenizer
 from halfbyte.base.store import conversion, reading, shelf, supply
 from halfbyte.base.store.in_file import FileParameters
 from halfbyte.base.store.reading import SourceTensor
-from halfbyte.base.tokenizer import open_tokenizer
 from halfbyte.errors import BaseModelError, first_line
 from halfbyte.layers.experts import interface
 from halfbyte.models import structure, tensors, text_half

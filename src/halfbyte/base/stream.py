@@ -132,13 +132,13 @@ def place(model: Model, placement: str, *, mover: Mover | None = None) -> Placem
         BaseModelError: `mapped` or `streamed` is asked of a base that lies in private memory, or of a system that
             cannot let pages go.
     """
-    tensors = _tensors(model)
+    tensors = bnb.held_tensors(model)
     total = _bytes(tensors)
     maps = pages.FileMaps.read()
     if placement == "resident":
         if is_mapped(model, maps):
             _into_memory(model, maps, pages.Arena(_bytes(tensors) + pages.PAGE * len(tensors)))
-        return Placement("resident", total, _bytes(t for t in _tensors(model) if _is_mapped(t, maps)))
+        return Placement("resident", total, _bytes(t for t in bnb.held_tensors(model) if _is_mapped(t, maps)))
     where = next(model.parameters()).device
     if mover is None and where.type != "cpu":
         raise BaseModelError(
@@ -256,20 +256,15 @@ def _groups(
 ) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
     """Mapped tensors of each layer and of the rest; and the same without an embedding that is not the head too, and
     without what comes when it is `chosen` (addresses)."""
-    groups = [[t for t in _tensors(layer) if _is_mapped(t, maps)] for layer in layers]
+    # also what trains: before an adapter is put on, everything says that it does, and what is written to stays private
+    groups = [[t for t in bnb.held_tensors(layer) if _is_mapped(t, maps)] for layer in layers]
     inside = {t.data_ptr() for group in groups for t in group}
-    rest = [t for t in _tensors(model) if _is_mapped(t, maps) and t.data_ptr() not in inside]
+    rest = [t for t in bnb.held_tensors(model) if _is_mapped(t, maps) and t.data_ptr() not in inside]
     head = model.get_output_embeddings()
     whole = {p.data_ptr() for p in head.parameters()} if head is not None else set()
     rows = {p.data_ptr() for p in model.get_input_embeddings().parameters()} - whole
     ahead = [[t for t in group if t.data_ptr() not in chosen] for group in groups]
     return [*groups, rest], [*ahead, [t for t in rest if t.data_ptr() not in rows]]
-
-
-def _tensors(module: nn.Module) -> list[Tensor]:
-    """What a module holds. Tensors that train are not left out: before an adapter is put on, everything says that it
-    does. What is written to is private memory from then on, and stays."""
-    return bnb.held_tensors(module)
 
 
 def _into_memory(model: nn.Module, maps: pages.FileMaps, arena: pages.Arena) -> None:

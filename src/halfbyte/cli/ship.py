@@ -220,8 +220,7 @@ def serve_studio(
 
     from halfbyte.serving.http import pages
     from halfbyte.studio.app import Studio, application
-    from halfbyte.studio.jobs import Jobs
-    from halfbyte.studio.worker import Worker
+    from halfbyte.studio.jobs import Jobs, Worker
     from halfbyte.studio.workspace import Workspace
 
     space = Workspace(folder.resolve(), tuple(path.resolve() for path in bases), int(upload * 1e9))

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
+from halfbyte.base.config import open_tokenizer
 from halfbyte.base.store.writer import SafetensorsWriter, Slot
-from halfbyte.base.tokenizer import open_tokenizer
 from halfbyte.data.encoding.chatml import chat_template
 from halfbyte.errors import ExportError
 from halfbyte.export.weights import Item, MergedModel

@@ -31,11 +31,8 @@ ARCHITECTURES = {
 }  # fmt: skip
 # What the gguf package encodes; the rest goes through llama.cpp's quantiser (`llama_cpp.py`).
 OWN_FORMATS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
-K_QUANTS = {
-    "Q2_K": 10, "Q3_K_S": 11, "Q3_K_M": 12, "Q3_K_L": 13, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17,
-    "Q6_K": 18,
-}  # fmt: skip
-FTYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "BF16": 32}
+K_QUANTS = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K")
+FTYPES = {kind.name.partition("_")[2]: kind.value for kind in gguf.LlamaFileType}
 _KEYS = (
     "context_length", "embedding_length", "feed_forward_length", "attention.head_count", "attention.head_count_kv",
     "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon",
@@ -189,7 +186,8 @@ def write(merged: MergedModel, path: Path, kind: str, add_tokenizer: Callable[[g
     writer.add_file_type(FTYPES[kind])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for key, value in metadata.values.items():
-        put(writer, f"{metadata.architecture}.{key}", value)
+        kind_of = gguf.GGUFValueType.UINT32 if type(value) is int else gguf.GGUFValueType.get_type(value)
+        writer.add_key_value(f"{metadata.architecture}.{key}", value, kind_of)
     add_tokenizer(writer)
     items = [item for item in merged.items if item.parameter in set(merged.plain.state_dict())]
     names = names_of(config, items, metadata)
@@ -241,20 +239,6 @@ def _announce(writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...], kind: 
     else:
         byte_shape = quant_shape_to_byte_shape(shape, ggml_kind)
         writer.add_tensor_info(name, byte_shape, np.dtype(np.uint8), total, raw_dtype=ggml_kind)
-
-
-def put(writer: gguf.GGUFWriter, key: str, value: object) -> None:
-    """One value of the metadata, by its type."""
-    if isinstance(value, bool):
-        writer.add_bool(key, value)
-    elif isinstance(value, int):
-        writer.add_uint32(key, value)
-    elif isinstance(value, float):
-        writer.add_float32(key, value)
-    elif isinstance(value, str):
-        writer.add_string(key, value)
-    elif isinstance(value, (list, tuple)):
-        writer.add_array(key, list(value))
 
 
 def check(path: Path, config: Config) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from halfbyte.errors import ExportError
 from halfbyte.export import folder
-from halfbyte.export.gguf import FTYPES, K_QUANTS
+from halfbyte.export.gguf import FTYPES
 from halfbyte.export.weights import MergedModel
 from halfbyte.models.gguf.header import read_header
 from halfbyte.proofs import programs
@@ -68,7 +68,7 @@ def quantise(source: Path, path: Path, kind: str) -> None:
 
     ffi, lib = get_ffi(), get_lib()
     settings = ffi.new("llama_model_quantize_params *", lib.llama_model_quantize_default_params())
-    settings.ftype, settings.nthread = (K_QUANTS | FTYPES)[kind], 2
+    settings.ftype, settings.nthread = FTYPES[kind], 2
     if lib.llama_model_quantize(str(source).encode(), str(path).encode(), settings):
         raise ExportError(f"llama.cpp could not quantise {source.name} to {kind}.")
 

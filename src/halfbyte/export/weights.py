@@ -191,9 +191,9 @@ class MergedModel:
         path = residual.beside(wanted, supply.ensure(wanted, tell=tell), lora, lambda name, text: tell.say(text, name))
         assert path is not None
         plain = merging.changes(self.shape, adapter, auto=self.auto)
-        names = [n.removesuffix(".weight") for n, change in plain.items() if change.layer is not None]
-        both = residual.read(path, names)
-        return {n: (b[:, : rank_of(plain, n)], a[: rank_of(plain, n)]) for n, (b, a) in both.items()}
+        layers = {name.removesuffix(".weight"): change.layer for name, change in plain.items() if change.layer}
+        rank_of = {name: int(next(iter(layer.r.values()))) for name, layer in layers.items()}
+        return {n: (b[:, : rank_of[n]], a[: rank_of[n]]) for n, (b, a) in residual.read(path, [*layers]).items()}
 
     def _store(self, tell: supply.Tell) -> Model:
         wanted = self._wanted()
@@ -306,12 +306,6 @@ class MergedModel:
         raw = np.empty(source.nbytes, np.uint8)
         self.source.read(source, 0, raw.data)
         return torch.from_numpy(raw).view(torch_dtypes()[source.dtype]).view(source.shape).to(torch.float32)
-
-
-def rank_of(changes: dict[str, merging.WeightChange], module: str) -> int:
-    layer = changes[f"{module}.weight"].layer
-    assert layer is not None
-    return int(next(iter(layer.r.values())))
 
 
 def starts_residual(adapter: Path) -> bool:

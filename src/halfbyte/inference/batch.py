@@ -11,9 +11,10 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import groupby, islice
 
 from halfbyte.data.encoding.examples import Example
-from halfbyte.inference.generate import evaluating, log_once, stop_ids
+from halfbyte.inference.generate import log_once, stop_ids
 from halfbyte.layers import loss
 from halfbyte.models import structure
+from halfbyte.models.structure import evaluating
 from halfbyte.types import Model, Tokenizer
 from halfbyte.writing.places import SIZES, FastPathUnavailable
 from halfbyte.writing.plain import PlainWriter

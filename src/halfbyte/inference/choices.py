@@ -13,8 +13,9 @@ from dataclasses import replace
 from halfbyte.data import collate
 from halfbyte.data.encoding.examples import IGNORED, Example
 from halfbyte.errors import DataError
-from halfbyte.inference.generate import evaluating, stop_ids
+from halfbyte.inference.generate import stop_ids
 from halfbyte.layers import loss, packing
+from halfbyte.models.structure import evaluating
 from halfbyte.proofs import sharing
 from halfbyte.recipe.evaluation import Eval
 from halfbyte.scoring.metrics import choices

@@ -12,7 +12,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +29,7 @@ from halfbyte.layers import loss
 from halfbyte.layers.kernels.pool import POOL
 from halfbyte.models.context import context_of
 from halfbyte.models.sources.lookup import find_model
+from halfbyte.models.structure import evaluating
 from halfbyte.objectives import objective as objectives
 from halfbyte.objectives import preference
 from halfbyte.objectives.causal_lm import CausalLM
@@ -165,10 +165,6 @@ def _rows_of_sources(encoded: EncodedRows, count: int) -> dict[str, list[int]]:
     return {name: some for name, rows in every.items() if (some := rows[rows < count].tolist())}
 
 
-def _tell_as(tell: Progress, what: str, _: str, done: int, of: int) -> None:
-    tell(what, done, of)
-
-
 def _on_base_text(
     opened: Opened, order: Sequence[str], tell: Progress
 ) -> tuple[Sequence[Example], dict[str, sheet.Side]]:
@@ -179,7 +175,7 @@ def _on_base_text(
     batches, _ = micro_batches(opened, text)
     for name in order:
         with opened.using(base=name == "base"):
-            losses = row_losses(opened.model, batches, partial(_tell_as, tell, f"{name}: base text"))
+            losses = row_losses(opened.model, batches, tell, f"{name}: base text")
         sides[name] = sheet.Side(tuple(losses), tuple(rows.labelled.tolist()), ())
     return text, sides
 
@@ -325,20 +321,16 @@ class Scoring:
         return answers
 
 
-def row_losses(model: Model, batches: collate.Batches, tell: Progress = lambda what, done, of: None) -> list[float]:
+def row_losses(model: Model, batches: collate.Batches, tell: Progress, what: str = "losses") -> list[float]:
     """Summed loss of the labelled tokens of each row, in the rows' order; eval mode, which is put back."""
-    was_training = model.training
     losses, done = [0.0] * len(batches.examples), 0
-    model.eval()
-    try:
+    with evaluating(model):
         for rows in batches.micro_batches:
             each = iter(loss.text_losses(model, batches.of(rows)))
             for row in rows:
                 losses[row] = sum(next(each) for _ in batches.examples[row].pieces)
             done += len(rows)
-            tell("losses", done, len(losses))
-    finally:
-        model.train(was_training)
+            tell(what, done, len(losses))
     return losses
 
 

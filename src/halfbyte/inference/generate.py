@@ -6,15 +6,13 @@ Cost: each new token reads the base once for up to 16 texts; by the model's own 
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-
-import torch
 
 from halfbyte.data.encoding.chatml import with_tools
 from halfbyte.errors import DataError, HalfbyteError, first_line
 from halfbyte.models.context import Context, context_of
+from halfbyte.models.structure import evaluating
 from halfbyte.system import limits
 from halfbyte.types import Document, Model, Tokenizer
 from halfbyte.writing.places import MAX_TEXTS, FastPathUnavailable
@@ -160,18 +158,6 @@ def _read(model: Model, texts: Sequence[Text], session: Session | None) -> Write
     for text in sorted(texts, key=lambda text: -len(text.prompt)):
         writer.insert([text])
     return writer  # type: ignore[return-value]
-
-
-@contextmanager
-def evaluating(model: Model) -> Iterator[None]:
-    """Without dropout and gradients."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
 
 
 def log_once(text: str) -> None:

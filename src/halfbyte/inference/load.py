@@ -13,9 +13,8 @@ from types import MappingProxyType
 from halfbyte.adapters import lora, passport
 from halfbyte.adapters.assembly import assemble, memory_of
 from halfbyte.base import load, stream
-from halfbyte.base.config import check_task, open_config
+from halfbyte.base.config import check_task, check_vocabulary, open_config, open_tokenizer
 from halfbyte.base.store import supply
-from halfbyte.base.tokenizer import check_vocabulary, open_tokenizer
 from halfbyte.data.encoding.chatml import chat_template
 from halfbyte.inference import target
 from halfbyte.layers import heads

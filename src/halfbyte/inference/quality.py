@@ -18,9 +18,8 @@ from pathlib import Path
 import torch
 
 from halfbyte.base import load, quantisation_error
-from halfbyte.base.config import open_config
+from halfbyte.base.config import open_config, open_tokenizer
 from halfbyte.base.store import shelf, supply
-from halfbyte.base.tokenizer import open_tokenizer
 from halfbyte.data import base_text
 from halfbyte.data.encoding import encode
 from halfbyte.data.encoding.examples import IGNORED, Example

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from halfbyte.data import collate
 from halfbyte.data.encoding import texts as encoding
@@ -29,8 +31,6 @@ from halfbyte.scoring import retrieval
 from halfbyte.types import Batch, Document, Model
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from halfbyte.inference.load import Opened
 
 WORST, NEAREST = 10, 3  # queries that are shown, and what is near
@@ -50,8 +50,6 @@ def read_each(
     tell: Tell = lambda done: None, lay_out: Callable[[Sequence[Example]], Batch] = collate.collate_texts,
 ) -> list[NDArray[np.float32]]:  # fmt: skip
     """The same, where texts may have numbers of other shapes."""
-    import torch
-
     from halfbyte.layers import fuse
 
     done = 0
@@ -96,7 +94,7 @@ def row(ids: Sequence[int], marks: Sequence[int] = ()) -> Example:
     labels = [IGNORED] * len(ids)
     for mark in marks:
         labels[mark] = ids[mark]
-    return Example(tuple(ids), tuple(labels), "", (), "")
+    return Example(tuple(ids), tuple(labels))
 
 
 def text_of_row(opened: Opened, record: Document) -> str:
@@ -130,8 +128,6 @@ def side(
 ) -> Document:
     """`scores` of what vectors find for the rows' queries among the passages of all rows and of a corpus; and the
     `neighbours` of the queries that find the least."""
-    import torch
-
     number = dict[tuple[int, ...], int]()  # of each text, by its tokens
     spans = ((one.input_ids, pairwise((0, *ends_of(one)))) for one in rows)
     texts = [[number.setdefault(ids[a:b], len(number)) for a, b in ends] for ids, ends in spans]

@@ -108,7 +108,7 @@ def fits(lm: nn.Module) -> bool:
 
 
 def is_on(lm: nn.Module) -> bool:
-    return any(isinstance(module, _ByMask) for module in lm.modules())
+    return bool(instances.of(lm, _ByMask))
 
 
 def install(lm: nn.Module) -> None:
@@ -119,9 +119,8 @@ def install(lm: nn.Module) -> None:
 
 def remove(lm: nn.Module) -> None:
     """Give them their own classes back."""
-    for module in lm.modules():
-        if isinstance(module, _ByMask):
-            instances.give_back(module)
+    for module in instances.of(lm, _ByMask):
+        instances.give_back(module)
 
 
 def _known(module: nn.Module) -> Iterator[nn.Module]:

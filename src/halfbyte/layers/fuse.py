@@ -251,7 +251,9 @@ class DecoderLayer(_Fast):
         first, second, recurrence, mlp = (instances.part_of(self, names) for names in _PARTS)
         fast = not args and computes_as_trained(self) and not getattr(self, "has_experts", False)
         fast = fast and (recurrence is None or kwargs.get("cu_seq_lens_q") is not None)
-        if not fast or not all(_runs_fused(norm, hidden_states) for norm in (first, second)):
+        if not fast or not all(
+            isinstance(norm, _FastNorm) and not _hooked(norm) and norm.takes(hidden_states) for norm in (first, second)
+        ):  # a norm is computed without its call, which hooks would see
             return super().forward(hidden_states, *args, **kwargs)
         some = last_layer.rows_for(self)
         if some is not None:
@@ -279,11 +281,6 @@ class DecoderLayer(_Fast):
             y, factor = mlp.unscaled(x) if isinstance(mlp, _FastGatedMlp) and not _hooked(mlp) else (mlp(x), 1.0)
             y = norm_gate.residual_sum(residual, y, factor * of_both)
         return y if len(parts) == 1 else (y,)
-
-
-def _runs_fused(norm: nn.Module, x: Tensor) -> bool:
-    """Whether this norm can be computed without its call, which hooks would see."""
-    return isinstance(norm, _FastNorm) and not _hooked(norm) and norm.takes(x)
 
 
 def _hooked(m: nn.Module) -> bool:
@@ -342,7 +339,7 @@ def install_quantised_experts(model: nn.Module) -> None:
 def remove(model: nn.Module) -> int:
     """Give every module its own class back, and experts their own code. Returns how many had another. LoRA on quantised
     experts keeps ours, as PEFT's has nothing to add to; it is computed by definition then."""
-    fast = [m for m in model.modules() if isinstance(m, _Fast)]
+    fast = instances.of(model, _Fast)
     fast = [m for m in fast if not (isinstance(m, _FastLoraExperts) and is_quantised(m.get_base_layer()))]
     for module in fast:
         instances.give_back(module)

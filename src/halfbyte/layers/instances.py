@@ -33,6 +33,11 @@ def give_back(module: nn.Module) -> None:
     module.__class__ = type(module).__bases__[1]
 
 
+def of(root: nn.Module, mixin: type) -> list[Any]:
+    """The modules whose class such a mixin is part of."""
+    return [module for module in root.modules() if isinstance(module, mixin)]
+
+
 def plain_class(cls: type) -> type:
     """The class of upstream's below those of ours."""
     while getattr(cls, "halfbyte_mixin", None) is cls.__bases__[0]:

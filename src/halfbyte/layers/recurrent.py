@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -145,16 +145,13 @@ class StateSpace(torch.autograd.Function):
         return out, *[None] * 11
 
 
-class _Mixer:
-    """Marks an instance whose class was put here; its own class is the second base."""
+class _Mixer(instances.Instance):
+    """Marks an instance whose class was put here."""
 
     chunk = 1  # tokens at once
-    if TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Any: ...
 
     def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
-        stock: Callable[..., Tensor] = super().forward  # type: ignore[misc]
+        stock: Callable[..., Tensor] = super().forward
         starts = kwargs.get("cu_seq_lens_q")
         on_cache = any(kwargs.get(name) is not None for name in CACHE_ARGUMENTS)
         if args or on_cache or not isinstance(starts, Tensor):
@@ -277,22 +274,16 @@ def install(body: nn.Module) -> None:
 
 def complete(body: nn.Module) -> None:
     """The same for layers that a proof on the first ones did not meet."""
-    if any(isinstance(module, _Mixer) for module in body.modules()):
+    if chunk_of(body):
         install(body)
 
 
 def remove(body: nn.Module) -> None:
     """Give every recurrent layer its own class back."""
-    for module in body.modules():
-        if isinstance(module, _Mixer):
-            instances.give_back(module)
-
-
-def installed(body: nn.Module) -> bool:
-    """Whether a layer of this body carries a state, by a mixer of ours."""
-    return any(isinstance(module, _Mixer) for module in body.modules())
+    for module in instances.of(body, _Mixer):
+        instances.give_back(module)
 
 
 def chunk_of(body: nn.Module) -> int:
-    """Tokens that the recurrent layers take at once; 0 where none is installed."""
-    return max((m.chunk for m in body.modules() if isinstance(m, _Mixer)), default=0)
+    """Tokens that the recurrent layers take at once; 0 where none is installed, and carries a state."""
+    return max((mixer.chunk for mixer in instances.of(body, _Mixer)), default=0)

@@ -123,6 +123,20 @@ def split_map(lm: Model, devices: Sequence[str]) -> dict[str, str]:
 
 
 @contextmanager
+def evaluating(model: Model) -> Iterator[None]:
+    """Without dropout and gradients; the mode is put back."""
+    import torch
+
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
 def shallow(model: Model) -> Iterator[int]:
     """The model with its first layers only: two, or as many as hold one of each kind and something that trains.
 

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from halfbyte.data import collate, pack
 from halfbyte.data.encoding.encoder import EncodedRows
@@ -152,8 +154,6 @@ class Labels(Objective):
     def targets(self, completions: Sequence[str]) -> Tensor:
         """What rows are labelled with: (n,) int64; (n, L) fp32 of several labels; (n,) fp32 of numbers. A row without,
         as proofs make them, has the first label, or 0."""
-        import torch
-
         values = [_texts(json.loads(text)) if text else [] for text in completions]
         if not self.names:
             return torch.tensor([_number(value[0]) if value else 0.0 for value in values])
@@ -168,9 +168,6 @@ class Labels(Objective):
         self, scores: Tensor, targets: Tensor, smoothing: float = 0.0, class_weight: Sequence[float] = ()
     ) -> Tensor:
         """The loss of each text, or tag: (n,)."""
-        import torch
-        from torch.nn import functional as F
-
         if not self.names:
             return (scores[:, 0] - targets).square()
         if self.several:
@@ -223,14 +220,10 @@ class Tags(Labels):
     @staticmethod
     def kept(examples: Sequence[Example]) -> Tensor:
         """The places of the tokens that get a tag, in rows laid end to end: (K,)."""
-        import torch
-
         marks = [label != IGNORED for example in examples for label in example.labels]
         return torch.tensor(marks).nonzero().squeeze(1)
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        import torch
-
         batch = collate.collate(examples)
         tags = [self._number_of[tag] for e in examples for tag in json.loads(e.completion or "[]")]
         keep = self.kept(examples)

@@ -26,6 +26,7 @@ from halfbyte.data.collate import Batches
 from halfbyte.data.encoding.encoder import EncodedRows
 from halfbyte.data.encoding.examples import Example
 from halfbyte.models import structure
+from halfbyte.models.structure import evaluating
 from halfbyte.plan.job import ObjectiveCost
 from halfbyte.types import Batch, Model
 
@@ -174,22 +175,17 @@ def evaluate(
     gradients. The mode is put back. `of_all`: where each text's sums depend on those of other processes too."""
     from halfbyte.layers import fuse
 
-    was_training, names = model.training, objective.sum_names
-    sums = list[Sums]()
-    model.eval()
-    try:
-        with torch.no_grad(), fuse.as_trained():
-            if objective.together:
-                parts = [(objective.row_vectors(model, batch), batch["targets"]) for batch in batches]
-                vectors, ours = [vector for part, _ in parts for vector in part], slice(None)
-                numbers = torch.cat([torch.empty(0), *(t for _, t in parts)])
-                if of_all is not None:
-                    vectors, numbers, ours = of_all(vectors, numbers)
-                sums = objective.all_sums(vectors, numbers)[ours] if vectors else []
-            else:
-                sums = [each for batch in batches for each in objective.text_sums(model, batch)]
-    finally:
-        model.train(was_training)
+    sums, names = list[Sums](), objective.sum_names
+    with evaluating(model), fuse.as_trained():
+        if objective.together:
+            parts = [(objective.row_vectors(model, batch), batch["targets"]) for batch in batches]
+            vectors, ours = [vector for part, _ in parts for vector in part], slice(None)
+            numbers = torch.cat([torch.empty(0), *(t for _, t in parts)])
+            if of_all is not None:
+                vectors, numbers, ours = of_all(vectors, numbers)
+            sums = objective.all_sums(vectors, numbers)[ours] if vectors else []
+        else:
+            sums = [each for batch in batches for each in objective.text_sums(model, batch)]
     return np.array([[each[name] for name in names] for each in sums], np.float64).reshape(-1, len(names))
 
 

@@ -17,7 +17,9 @@ from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from halfbyte.data import collate, pack
 from halfbyte.data.encoding.encoder import EncodedRows
@@ -72,8 +74,6 @@ class TextVectors(Objective):
         return np.ones(len(rows.examples), np.int64)
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        import torch
-
         ends = [ends_of(example) for example in examples]
         batch = collate.collate_texts([replace(e, starts=(0, *at[:-1])) for e, at in zip(examples, ends, strict=True)])
         scores = [self.number_of(e.completion) for e in examples]
@@ -101,8 +101,6 @@ class TextVectors(Objective):
         same: Callable[..., AbstractContextManager[None]], of_all: OfAll,
     ) -> dict[int, tuple[float, Tensor]]:  # fmt: skip
         """The loss of each row, and the gradient of the step's by its vectors."""
-        import torch
-
         numbers, every = list[int](), list[Tensor]()
         scores = [torch.empty(0)]
         for rows, batch in parts:
@@ -115,8 +113,6 @@ class TextVectors(Objective):
 
     def couple(self, step: Sequence[Tensor], scores: Tensor) -> list[tuple[float, Tensor]]:
         """The loss of each row of a step, and the gradient of all by the row's vectors."""
-        import torch
-
         with torch.enable_grad():
             leaves = [vectors.detach().requires_grad_() for vectors in step]
             losses = self.losses(leaves, scores)
@@ -125,8 +121,6 @@ class TextVectors(Objective):
 
     def loss(self, model: Model, batch: Batch) -> Tensor:
         """Of rows whose step is coupled (`batch["step"]`) their share of it; of others as if they were a step."""
-        import torch
-
         vectors, step = self.row_vectors(model, batch), batch.get("step")
         if step is None:
             return self.losses(vectors, batch["targets"]).sum()
@@ -138,9 +132,6 @@ class TextVectors(Objective):
         """The loss of each row of a step, whose mean is sentence-transformers' loss of the batch: (rows,). Each row is
         (k, D): what asks, what fits it, and what does not. With `matryoshka_dims` a weighted sum of those of the first
         numbers of each, as `MatryoshkaLoss`."""
-        import torch
-        from torch.nn import functional as F
-
         if not (dims := self.settings.matryoshka_dims):
             return self._losses(rows, scores)
         every, counts = torch.cat([*rows]), [len(row) for row in rows]
@@ -149,9 +140,6 @@ class TextVectors(Objective):
         return torch.stack([w * self._losses(part, scores) for w, part in zip(weights, cut, strict=True)]).sum(0)
 
     def _losses(self, rows: Sequence[Tensor], scores: Tensor) -> Tensor:
-        import torch
-        from torch.nn import functional as F
-
         first, second = torch.stack([row[0] for row in rows]), torch.stack([row[min(1, len(row) - 1)] for row in rows])
         if self.settings.loss == task.TRIPLET:
             apart = [F.pairwise_distance(row[:1], row[1:]) for row in rows]  # of a row of two the last: as if 0 away
@@ -175,9 +163,6 @@ class TextVectors(Objective):
     def all_sums(self, vectors: Sequence[Tensor], scores: Tensor) -> list[Sums]:
         """Of each row of an evaluation, among the passages of all: its loss, and how near its own passage is; of a
         text with a label, among the others, how near one with the same label is."""
-        import torch
-        from torch.nn import functional as F
-
         both = (torch.stack([row[at] for row in vectors]) for at in (0, int(not self.groups)))
         queries, passages = (F.normalize(texts, dim=-1).cpu().numpy() for texts in both)
         labels = scores.cpu().numpy()
@@ -200,8 +185,6 @@ def _triplets(vectors: Tensor, labels: Tensor, margin: float) -> Tensor:
     """The mean over all triplets that are not far enough apart, a scalar: `BatchAllTripletLoss`, Euclidean. One anchor
     at a time, and of all of them how often each distance counts: what is kept is quadratic in texts, not in triplets.
     """
-    import torch
-
     products = vectors @ vectors.T
     squares = (products.diag()[:, None] - 2 * products + products.diag()).clamp_min(0)
     apart = torch.where(squares > 0, (squares + (squares == 0) * 1e-16).sqrt(), 0.0)

@@ -186,7 +186,7 @@ def _sizes(names: Sources, data: Data, count: Count) -> tuple[list[int], list[in
     from halfbyte.data.reading.read import CHUNK_ROWS, Reader
 
     reader, sizes = Reader(sources := find(names), data), list[tuple[int, int]]()
-    every = ((_texts(row), source.read_as(data).mask) for source in sources for row in reader.rows_of(source))
+    every = ((_texts(row), data.of(source.entry).mask) for source in sources for row in reader.rows_of(source))
     rows = islice(every, STREAMED_ROWS if data.streaming else None)
     while some := list(islice(rows, CHUNK_ROWS)):
         counts = iter(count([text for texts, _ in some for text in texts]))

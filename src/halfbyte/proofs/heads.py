@@ -68,7 +68,7 @@ def _example(ids: list[int], *, pair: bool) -> Example:
     """A text as rows of labels have it: its last token is marked, and of a pair where the second one begins."""
     marked = {len(ids) - 1, _second(len(ids)) if pair else -1}
     labels = (token if place in marked else IGNORED for place, token in enumerate(ids))
-    return Example(tuple(ids), tuple(labels), "", (), "")
+    return Example(tuple(ids), tuple(labels))
 
 
 def _second(length: int) -> int:

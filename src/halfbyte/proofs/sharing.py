@@ -50,7 +50,7 @@ def prove_sharing(model: Model, rows: Sequence[Example], memory: RememberedProof
         return memory.recall(name) or memory.keep(name, prove_sharing(model, rows))
     if packing.installed(model) != "cu_seq_lens":
         return StartProof(False, "beginnings are not shared: this model takes no texts by their lengths", math.inf)
-    if recurrent.installed(structure.body(structure.causal_lm(model))):
+    if recurrent.chunk_of(structure.body(structure.causal_lm(model))):
         return StartProof(False, "beginnings are not shared: this model's recurrent layers carry a state", math.inf)
     within = structure.shallow(model), setting.as_given(model), random_b(model)
     problem, difference = setting.attempt(partial(_compare, model, rows), *within)
@@ -93,7 +93,8 @@ def _compare(model: Model, rows: Sequence[Example]) -> tuple[str, float]:
     difference = 0.0
     for exact in setting.precisions(model):
         with setting.few_tokens(model, exact=exact):
-            examples = [_labelled([token % setting.tokens_of(lm) for token in row.input_ids]) for row in rows]
+            texts = [tuple(token % setting.tokens_of(lm) for token in row.input_ids) for row in rows]
+            examples = [Example(ids, (IGNORED, *ids[1:])) for ids in texts]
             tree, alone = collate.collate_tree(examples), [collate.collate([each]) for each in examples]
             if "levels" not in tree:
                 return "these rows have nothing in common", math.inf
@@ -118,7 +119,3 @@ def _losses(model: Model, batches: Sequence[Batch]) -> torch.Tensor:
     """The loss of each row: (rows,), as an evaluation has it."""
     model.eval()
     return torch.tensor([each for batch in batches for each in loss.text_losses(model, batch)])
-
-
-def _labelled(ids: list[int]) -> Example:
-    return Example(tuple(ids), (IGNORED, *ids[1:]), "", (), "")

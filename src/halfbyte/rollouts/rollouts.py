@@ -30,10 +30,11 @@ from halfbyte.data.reading import read
 from halfbyte.distributed.world import World
 from halfbyte.errors import DataError, TrainError
 from halfbyte.inference import batch
-from halfbyte.inference.generate import evaluating, stop_ids
+from halfbyte.inference.generate import stop_ids
 from halfbyte.layers.kernels import dropout
 from halfbyte.layers.kernels.pool import POOL
 from halfbyte.models.context import context_of
+from halfbyte.models.structure import evaluating
 from halfbyte.objectives import grpo
 from halfbyte.objectives.grpo import Grpo, WrittenRow
 from halfbyte.plan import sequences_beside

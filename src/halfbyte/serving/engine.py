@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 import torch
 
 from halfbyte.errors import HalfbyteError
-from halfbyte.serving.grammar import Grammar
 from halfbyte.serving.models import Models, ServedModel, writer_for
+from halfbyte.serving.tools import Grammar
 from halfbyte.writing.places import FastPathUnavailable
 from halfbyte.writing.plain import PlainWriter
 from halfbyte.writing.sampling import SamplingParams

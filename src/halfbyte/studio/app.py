@@ -30,8 +30,7 @@ from halfbyte.runs.folder import RunFolder
 from halfbyte.serving.http import pages
 from halfbyte.serving.http.refusal import HANDLERS, Json, Refusal
 from halfbyte.studio.events import events
-from halfbyte.studio.jobs import Jobs
-from halfbyte.studio.worker import Worker
+from halfbyte.studio.jobs import Jobs, Worker
 from halfbyte.studio.workspace import SUFFIXES, Workspace
 from halfbyte.types import Document
 from halfbyte.web import files as web

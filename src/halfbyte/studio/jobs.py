@@ -1,10 +1,12 @@
-"""Commands that go on without the page and without the server: started, found again, stopped.
+"""Commands of a page. Long ones go on without it and without the server: started, found again, stopped; short ones are
+answered, one at a time, by a process that has its libraries in memory (`cli/worker.py`).
 
 What: a folder a command: `job.json` (its words, when it began), `log`, `code` (how it ended, if a server was there) and
 `lock`, which the process holds, however it ends: a server that comes later knows what still runs.
 Source: flock(2): a lock belongs to the open file, which the process inherits.
 """
 
+import json
 import os
 import re
 import secrets
@@ -14,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from halfbyte.errors import typed
@@ -29,11 +31,7 @@ LOG_BYTES, SHOWN = 20_000, 20
 _ID = re.compile(r"[\d-]{15}-[0-9a-f]{4}")
 _ADDRESS = re.compile(r"at http://127\.0\.0\.1:(\d+)/v1")
 _PYTHON = (sys.executable, "-P", "-m", "halfbyte")
-
-
-def command_line(words: Sequence[str]) -> str:
-    """A command as it is typed in the studio's folder."""
-    return " ".join(map(typed, ("halfbyte", *words)))
+_WORKER = (sys.executable, "-P", "-m", "halfbyte.cli.worker")  # a process for each would take three seconds to begin
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ class Jobs:
         failed = code or (code is None and re.search(r"^error: ", log, re.MULTILINE))
         state = "running" if runs else "failed" if failed else "ended" if code is None else "done"
         address = _ADDRESS.search(log) if runs and job["words"][0] == "serve" else None
-        command, port = command_line(job["words"]), address and int(address[1])
+        command, port = " ".join(map(typed, ("halfbyte", *job["words"]))), address and int(address[1])
         return {**job, "id": name, "command": command, "state": state, "code": code, "port": port, "log": log}
 
     def goes_on(self, name: str) -> tuple[bool, bool]:
@@ -99,3 +97,40 @@ class Jobs:
 def _runs(lock: Path) -> bool:
     with lock.open("r+") as file:
         return not files.lock(file, shared=True, wait=False)
+
+
+@dataclass
+class Worker:
+    """`folder`: where they run."""
+
+    folder: Path
+    _process: subprocess.Popen[str] | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def run(self, *words: str) -> Document:
+        """The JSON document of a command, a list as its `entries`; empty where it printed text. Raises Refusal: the
+        command's error."""
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                pipes = (subprocess.PIPE, subprocess.PIPE, subprocess.DEVNULL)
+                self._process = subprocess.Popen(_WORKER, -1, None, *pipes, cwd=self.folder, encoding="utf-8")
+            assert self._process.stdin is not None and self._process.stdout is not None
+            try:
+                self._process.stdin.write(json.dumps(words) + "\n")
+                self._process.stdin.flush()
+                answer = json.loads(self._process.stdout.readline())
+            except (OSError, ValueError):
+                raise Refusal(500, f"halfbyte {words[0]} was ended: by its time, or for want of memory.") from None
+        printed = json.loads(answer["out"]) if answer["out"].startswith(("{", "[")) else {}
+        document: Document = printed if isinstance(printed, dict) else {"entries": printed}
+        failure = {"message": answer["err"].strip()} if answer["code"] and not document else None
+        if error := document.get("error", failure):
+            raise Refusal(422, error["message"], code=error.get("kind"), param=error.get("fix"))
+        return document
+
+    def end(self) -> None:
+        """End the process, whose memory is wanted, unless a command runs."""
+        if self._process is not None and self._lock.acquire(blocking=False):
+            self._process.kill()
+            self._process.wait()
+            self._lock.release()

@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
+from halfbyte.system import topology
 from halfbyte.types import Document
 
 KINDS = ("cuda", "xpu")  # AMD's cards are "cuda" in torch
@@ -179,25 +180,18 @@ def _present(root: Path) -> list[tuple[str, str, str]]:
     Intel's on bus 0 are part of a processor and do not count."""
     by_vendor: dict[str, tuple[str, str, str]] = {}
     for folder in sorted((root / "sys/bus/pci/devices").glob("*")):
-        vendor, kind = (_line(folder / name) for name in ("vendor", "class"))
+        vendor, kind = (topology.text(folder / name).strip() for name in ("vendor", "class"))
         if vendor not in _VENDORS or not kind.startswith((_DISPLAY, _ACCELERATOR)):
             continue
         if vendor == "0x8086" and folder.name.startswith("0000:00:"):
             continue
-        told = _line(root / f"proc/driver/nvidia/gpus/{folder.name}/information")
+        told = topology.text(root / f"proc/driver/nvidia/gpus/{folder.name}/information")
         name = re.search(r"Model:\s*(\S.*)", told)
         by_vendor.setdefault(vendor, (*_VENDORS[vendor], name[1].strip() if name else ""))
-    jetson = _line(root / "proc/device-tree/model").strip("\0")
+    jetson = topology.text(root / "proc/device-tree/model").strip(" \n\0")
     if jetson.startswith("NVIDIA"):
         by_vendor.setdefault("0x10de", ("NVIDIA", "cuda", jetson))
     return list(by_vendor.values())
-
-
-def _line(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except (OSError, UnicodeDecodeError):
-        return ""
 
 
 if __name__ == "__main__":

@@ -14,8 +14,4 @@ TOLD = getattr(sys.modules.get(MODULE), "gemm_4bit_forward_kernel", "not looked 
 
 def silence() -> None:
     """From now on that word is not told."""
-    logging.getLogger(MODULE).addFilter(_is_another)
-
-
-def _is_another(record: logging.LogRecord) -> bool:
-    return "kernels-community" not in str(record.msg)
+    logging.getLogger(MODULE).addFilter(lambda record: "kernels-community" not in str(record.msg))

@@ -95,12 +95,12 @@ def _maps() -> Iterator[tuple[Span, list[str]]]:
         yield Span(int(start, 16), int(end, 16)), fields
 
 
-def whole_pages(areas: Iterable[tuple[int, int]], *, gap: int = PAGE) -> tuple[Span, ...]:
-    """The pages that lie wholly inside `areas` of (address, bytes). `gap`: areas nearer to each other than this are
-    joined first; what lies between two tensors of one layer in one file is a few bytes of alignment."""
+def whole_pages(areas: Iterable[tuple[int, int]]) -> tuple[Span, ...]:
+    """The pages that lie wholly inside `areas` of (address, bytes). Areas nearer to each other than a page are joined
+    first; what lies between two tensors of one layer in one file is a few bytes of alignment."""
     joined: list[Span] = []
     for start, size in sorted(areas):
-        if joined and start - joined[-1].end < gap:
+        if joined and start - joined[-1].end < PAGE:
             joined[-1] = Span(joined[-1].start, max(joined[-1].end, start + size))
         else:
             joined.append(Span(start, start + size))

@@ -11,8 +11,7 @@ from typing import Self
 
 import numpy as np
 
-from halfbyte.base.config import check_task, open_config
-from halfbyte.base.tokenizer import open_tokenizer
+from halfbyte.base.config import check_task, open_config, open_tokenizer
 from halfbyte.data import blocks, gates, prefixes, split
 from halfbyte.data.encoding import chatml, encode
 from halfbyte.data.encoding.encoder import EncodedRows

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from halfbyte.adapters import passport
 from halfbyte.adapters.assembly import AdaptedBase, assemble, memory_of, take_off
 from halfbyte.base import load, residual, stream
+from halfbyte.base.config import check_vocabulary
 from halfbyte.base.store import supply
-from halfbyte.base.tokenizer import check_vocabulary
 from halfbyte.data import collate, pack
 from halfbyte.data.encoding.chatml import chat_template
 from halfbyte.distributed import agree, shard

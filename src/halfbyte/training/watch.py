@@ -234,7 +234,8 @@ class Witness:
             model.eval()
             lm = structure.causal_lm(model)
             rows = setting.random_examples(lm, setting.short_lengths(packed=self.packed))
-            batch = collate.collate([_example(ids.tolist()) for ids in rows])
+            texts = [tuple(ids.tolist()) for ids in rows]
+            batch = collate.collate([Example(ids, (IGNORED, IGNORED, *ids[2:])[: len(ids)]) for ids in texts])
             # the names of a layer's A and B are long
             parameters = {f"{name}.{i}": p for name, pair in learning.pairs(model).items() for i, p in enumerate(pair)}
             with torch.no_grad():
@@ -244,11 +245,6 @@ class Witness:
 
 
 _LOGITS = ""
-
-
-def _example(ids: list[int]) -> Example:
-    """A row of these tokens, the first two without a label."""
-    return Example(tuple(ids), (IGNORED, IGNORED, *ids[2:])[: len(ids)], "", (), "")
 
 
 @contextmanager

@@ -87,7 +87,7 @@ def forward(
     T, d) of each layer, of what comes before the one prompt. `caches`: whether keys and values are asked for."""
     from transformers import DynamicCache
 
-    batch = collate.collate(rows or [Example(tuple(p), (IGNORED,) * len(p), "", (), "") for p in prompts])
+    batch = collate.collate(rows or [Example(tuple(p), (IGNORED,) * len(p)) for p in prompts])
     starts = batch["cu_seq_lens_q"].tolist()
     ends = torch.tensor([start + len(prompt) - 1 for start, prompt in zip(starts, prompts, strict=False)])
     cache, module = DynamicCache(), structure.body(lm) if rows else lm

@@ -54,7 +54,8 @@ def ensure(spec: shelf.StoreSpec, *, out: Path | None = None, tell: Tell | None 
             return whole
         if target.exists():
             shelf.set_aside(target)
-        _build(spec, key, target, tell)
+        source = open_source(spec)
+        build.build(build.BuildJob(spec, layout.lay_out(source.tensors, spec), key), source, target, tell.progress)
         if tell.built is not None:
             tell.built()
     shelf.touch(target)
@@ -96,11 +97,6 @@ def _complete_store(target: Path, key: str, tell: Tell | None = None) -> Path | 
         )
     shelf.touch(target)
     return target
-
-
-def _build(spec: shelf.StoreSpec, key: str, target: Path, tell: Tell) -> None:
-    source = open_source(spec)
-    build.build(build.BuildJob(spec, layout.lay_out(source.tensors, spec), key), source, target, tell.progress)
 
 
 def open_source(spec: shelf.StoreSpec) -> reading.Source:

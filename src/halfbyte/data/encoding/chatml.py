@@ -134,7 +134,7 @@ def is_needed(names: Sources, tokenizer: Tokenizer, data: Data) -> bool:
     that stand for nothing, sources that cannot be read."""
     if data.chat_template is not None or tokenizer.chat_template:
         return data.chat_template in CHATML
-    reader = Reader(sources := [s for s in files.find(names) if s.read_as(data).chat_template is None], data)
+    reader = Reader(sources := [s for s in files.find(names) if data.of(s.entry).chat_template is None], data)
     first = (next(iter(reader.rows_of(source)), None) for source in sources)
     return any(row is not None and row.messages is not None for row in first)
 

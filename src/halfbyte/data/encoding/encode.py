@@ -78,7 +78,7 @@ def key(names: Sources, tokenizer: Tokenizer, data: Data) -> str | None:
             "format": FORMAT,
             "versions": [version(name) for name in ("halfbyte", "transformers", "tokenizers", "jinja2")],
             "files": [
-                [str(source.path), source.label, digest(source.path), chat_template(tokenizer, source.read_as(data))]
+                [str(source.path), source.label, digest(source.path), chat_template(tokenizer, data.of(source.entry))]
                 for source in sources
             ],
             "read": [

@@ -46,9 +46,9 @@ class Example:
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
     """As long as `input_ids` and not shifted; -100 where no loss is taken, and always at the first token."""
-    where: str
-    prompt_ids: tuple[int, ...]  # what generation starts from to answer this row
-    completion: str  # the reference answer: the last assistant text; empty for plain text
+    where: str = ""
+    prompt_ids: tuple[int, ...] = ()  # what generation starts from to answer this row
+    completion: str = ""  # the reference answer: the last assistant text; empty for plain text
     starts: tuple[int, ...] = (0,)
     """Where each text begins; attention does not cross it. A block of several texts has more than one, and a pair of
     answers, each behind its prompt."""

@@ -15,7 +15,7 @@ from typing import Literal
 from urllib.parse import parse_qsl
 
 from halfbyte.errors import DataError
-from halfbyte.recipe.data import Data, DataEntry, Sources
+from halfbyte.recipe.data import DataEntry, Sources
 from halfbyte.system import files
 
 Kind = Literal["jsonl", "json", "csv", "parquet", "txt", "hub"]
@@ -40,10 +40,6 @@ class RowSource:
     entry: DataEntry | None = None  # that says how it is read; None: as the recipe's `data` says
     part: tuple[int, int] | None = None
     """Only what begins at bytes [start, stop) of JSON lines, or row groups of Parquet; None: all."""
-
-    def read_as(self, data: Data) -> Data:
-        """The recipe's `data` as it holds for this source."""
-        return data.of(self.entry)
 
     def where(self, number: int) -> str:
         """The name of a row: `train.jsonl:12` is a line; `rows.parquet row 12` counts rows; a text is its file."""

@@ -89,7 +89,7 @@ def unread(names: Sources, data: Data) -> list[str]:
     notes, reader = [], Reader(sources := _at_hand(names), data)
     for source in sources:
         known = next(reader.of(source)).known
-        if known is not None and (columns := unread_columns(known[0], source.read_as(data), known[1])):
+        if known is not None and (columns := unread_columns(known[0], data.of(source.entry), known[1])):
             listed = ", ".join(shorten(column) for column in columns)
             notes.append(f"{source.path.name} is read as {known[0]}; not read of it: {listed}")
     return notes
@@ -106,7 +106,7 @@ def columns(names: Sources) -> tuple[str, ...]:
 def questions(names: Sources, data: Data) -> Iterator[tuple[str, tuple[object, Document]]]:
     """Of each row its name; its question, a text or messages, and the row as it was read."""
     for source in find(names):
-        fields = source.read_as(data).fields
+        fields = data.of(source.entry).fields
         for number, record in _documents(records.records(source)):
             talk = record.get(fields.messages)
             if isinstance(talk, list) and talk[-1].get("role") == "assistant":
@@ -181,7 +181,7 @@ class Reader:
             raise DataError(self.problems.listing(f"{self.problems.count:,} of {self.rows:,} rows cannot be used"))
 
     def _known(self, source: RowSource, group: Group) -> Known | None:
-        data, documents = source.read_as(self._data), _documents(group)
+        data, documents = self._data.of(source.entry), _documents(group)
         number, first = next(documents, (0, None))
         if first is None:
             return None
@@ -218,7 +218,7 @@ class Reader:
 def understand(chunk: Chunk, data: Data) -> tuple[list[Row], Problems]:
     """The rows of a chunk, and what is wrong with the records that are none."""
     rows, problems = list[Row](), Problems()
-    data = chunk.source.read_as(data)
+    data = data.of(chunk.source.entry)
     parse = parser(chunk.known[0], data, chunk.known[1]) if chunk.known else None
     for number, raw in chunk.records:
         try:

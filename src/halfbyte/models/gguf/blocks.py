@@ -94,14 +94,11 @@ def describe(
             )
         if tensor.type in BLOCKS:
             _check_scales(file, tensor.name, tensor.type)
+    fp32 = {name for name, source in sources.items() if file.tensors[source.name].type == "F32"}
     return [
-        asdict(Parameter(name, shape, _dtype(sources[name], file), types_of(sources[name], file)))
+        asdict(Parameter(name, shape, "F32" if name in fp32 else "BF16", types_of(sources[name], file)))
         for name, shape in shapes.items()
     ]
-
-
-def _dtype(source: ParameterSource, file: GgufReader) -> str:
-    return "F32" if file.tensors[source.name].type == "F32" else "BF16"
 
 
 def _check_scales(file: GgufReader, name: str, kind: str) -> None:

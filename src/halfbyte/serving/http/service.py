@@ -26,7 +26,7 @@ from starlette.responses import Response
 from halfbyte.data.encoding.chatml import with_tools
 from halfbyte.errors import DataError
 from halfbyte.inference.generate import chat_ids
-from halfbyte.serving import grammar, tools
+from halfbyte.serving import tools
 from halfbyte.serving.engine import Ask, Engine, Full, Stopping, Unloaded
 from halfbyte.serving.http.answers import Reply
 from halfbyte.serving.http.refusal import Json, Refusal
@@ -114,7 +114,8 @@ class Service:
         constraint = None
         if rules.bound:
             text = tools.grammar(form or tools.MARKED, rules)
-            constraint = await self.aside(partial(grammar.of, model, self.engine.models.vocabulary, text))
+            of = partial(tools.table_of, model, self.engine.models.vocabulary)
+            constraint = await self.aside(lambda: tools.Grammar(of(), text))
         return Ask(model, prompt, params, asked.n or 1, constraint), form
 
     async def prompt(self, asked: ChatRequest, model: ServedModel) -> tuple[list[int], str]:
