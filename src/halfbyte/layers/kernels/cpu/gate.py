@@ -68,8 +68,8 @@ def _activate(x, y, kind, first, last):  # type: ignore[no-untyped-def]
 
 @inlined
 def _activate_backward(dy, x, dx, kind, first, last):  # type: ignore[no-untyped-def]
-    one = np.float32(1.0)
-    d_out, z, out = dy[first:last], x[first:last], dx[first:last]
+    one, out = np.float32(1.0), dx[first:last]
+    d_out, z = dy[first:last], x[first:last]
     if kind == SILU:
         for j in range(len(z)):
             v = load(z[j])
@@ -145,8 +145,8 @@ def _activation_backward_kernel(element: type) -> object:
     @kernel
     def activation_backward(p):  # type: ignore[no-untyped-def]
         s = carray(p, (32,), np.int64)
-        dy, x, dx = (array(s[3], (s[1],), element), array(s[4], (s[1],), element), array(s[5], (s[1],), element))
-        each_block(s, _activate_backward, (dy, x, dx, s[6]))
+        dy, x = array(s[3], (s[1],), element), array(s[4], (s[1],), element)
+        each_block(s, _activate_backward, (dy, x, array(s[5], (s[1],), element), s[6]))
 
     return activation_backward
 
