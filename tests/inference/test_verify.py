@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -170,6 +171,13 @@ def test_a_second_process_that_cannot_be_had_ends_no_run(
         "ok": None,
         "seen": "not seen: the second process ended without a word (FileNotFoundError)",
     }
+
+
+def test_what_a_second_process_says_of_itself_is_said(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verifying, "AFTER_S", 0.0)
+    plan, machine = SimpleNamespace(private_bytes=0), SimpleNamespace(on_card=False)
+    seen = verifying.after(run / "nowhere", 1.0, plan, machine)["seen"]  # type: ignore[arg-type]
+    assert seen == f"not seen: there is no run folder {run / 'nowhere'}."
 
 
 def test_set_opens_it_otherwise_and_changes_nothing_that_was_trained(

@@ -78,7 +78,10 @@ def after(path: Path, train_seconds: float, plan: Plan, machine: device.Device) 
         done = subprocess.run(
             [*command, "--quick", "--json"], capture_output=True, text=True, timeout=limit, check=False
         )
-        (check,) = (c for c in json.loads(done.stdout)["checks"] if c["what"] == "adapter")
+        document = json.loads(done.stdout)
+        if "error" in document:
+            return {"ok": None, "seen": f"not seen: {document['error']['message']}"}
+        (check,) = (c for c in document["checks"] if c["what"] == "adapter")
         return {"ok": check["ok"], "seen": check["seen"]}
     except subprocess.TimeoutExpired:
         return {"ok": None, "seen": f"not seen: it took more than {limit:.0f} s"}

@@ -81,7 +81,7 @@ def label_losses(model: Model, batch: Batch, *, temperature: float = 1.0) -> Ten
 def text_losses(model: Model, batch: Batch) -> list[float]:
     """Summed cross-entropy of each text of a micro-batch, without gradients, as `micro_batch_loss` sums over all."""
     head = head_of(model)
-    with torch.no_grad():
+    with torch.no_grad(), fuse.as_trained():
         states, targets = labelled_logits(model, batch) if head is None else labelled_hidden(model, batch)
         each = zip(labels_of_texts(batch), weights_of_texts(batch), strict=True)
         texts = [(states[labels], targets[labels], weights) for labels, weights in each]
