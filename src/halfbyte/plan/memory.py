@@ -58,7 +58,7 @@ COMPILER_BYTES = 110_000_000
 # oneDNN's code of a matrix product of one shape, and how many shapes a size of micro-batches has: 54 MB more in use for
 # 6 sizes, 90 for 10 (docs/log). `system/threads.py` bounds how many are cached. The first micro-batch's are in its
 # own line. In fp32 they are MKL's, 20 to 30 kB each.
-PRODUCT_BYTES = {"bf16": 500_000, "fp32": 50_000}
+PRODUCT_BYTES, PRODUCT_BYTES32 = 500_000, 50_000
 PRODUCTS_OF_A_SIZE, PRODUCTS_OF_AN_EVALUATION = 25, 8
 # Resident bytes per byte of tokenizer.json (7.7 at 262k entries, 4 at 49k). Without that file: per entry of the
 # vocabulary (985 and 290).
@@ -137,7 +137,8 @@ def _products_bytes(job: Job) -> int:
     if job.expert_numel:
         adapted = any(site.reads == "experts" for site in job.sites)
         products += expert_products(job.facts, job.step_tokens, adapted=adapted)
-    return PRODUCT_BYTES[job.dtype] * (min(PRODUCTS_KEPT, products) - PRODUCTS_OF_A_SIZE)
+    each = PRODUCT_BYTES32 if job.dtype == "fp32" else PRODUCT_BYTES
+    return each * (min(PRODUCTS_KEPT, products) - PRODUCTS_OF_A_SIZE)
 
 
 def optimizer_bytes(job: Job) -> int:

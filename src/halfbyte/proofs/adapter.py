@@ -20,6 +20,7 @@ from halfbyte.data.encoding.examples import IGNORED, Example
 from halfbyte.errors import RunError
 from halfbyte.layers import fuse, heads, packing
 from halfbyte.layers.loss import keeps_some
+from halfbyte.models.structure import evaluating
 from halfbyte.proofs.setting import small_chunks
 from halfbyte.system import files
 from halfbyte.types import Document, Model
@@ -110,20 +111,14 @@ def _largest_difference(model: Model, samples: Sequence[Document]) -> float:
 def logits_at(model: Model, ids: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
     """(positions, vocabulary) fp32, of one row in evaluation; of a model with a head its scores of the row up to each
     position: (positions, labels)."""
-    was_training = model.training
-    model.eval()
     at = torch.tensor(list(positions), device=model.device)
-    try:
-        with torch.no_grad(), fuse.as_trained(), small_chunks(model):
-            if heads.has_head(model):
-                rows = (Example(tuple(ids[: p + 1]), (IGNORED,) * (p + 1), "", (), "") for p in positions)
-                return torch.cat([heads.scores(model, collate.collate_texts([row])) for row in rows])
-            row = collate.collate_texts([Example(tuple(ids), (IGNORED,) * len(ids), "", (), "")])
-            inputs = packing.forward_inputs(model, row)
-            inputs.pop("labels", None)
-            if keeps_some(model):
-                return model(**inputs, logits_to_keep=at).logits[0].float()
-            logits = model(**inputs).logits[0]
-            return logits.index_select(0, at.to(logits.device)).float().to(at.device)
-    finally:
-        model.train(was_training)
+    with evaluating(model), fuse.as_trained(), small_chunks(model):
+        if heads.has_head(model):
+            rows = (Example(tuple(ids[: p + 1]), (IGNORED,) * (p + 1)) for p in positions)
+            return torch.cat([heads.scores(model, collate.collate_texts([row])) for row in rows])
+        inputs = packing.forward_inputs(model, collate.collate_texts([Example(tuple(ids), (IGNORED,) * len(ids))]))
+        inputs.pop("labels", None)
+        if keeps_some(model):
+            return model(**inputs, logits_to_keep=at).logits[0].float()
+        logits = model(**inputs).logits[0]
+        return logits.index_select(0, at.to(logits.device)).float().to(at.device)
