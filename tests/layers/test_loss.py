@@ -94,6 +94,21 @@ def test_a_head_of_which_some_rows_train(
         assert float((made.double() - true).norm()) <= tolerance * float(true.norm())
 
 
+def test_without_gradients_a_head_that_trains_makes_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autograd tells a function that a parameter needs a gradient, though none is recorded: one in fp32 as large as the
+    head for each text, in each evaluation of a model whose head is not frozen."""
+    gradients: list[bool] = []
+    part = loss._part
+    monkeypatch.setattr(
+        loss, "_part", lambda *a, gradient, **k: gradients.append(gradient) or part(*a, gradient=gradient, **k)
+    )
+    weight, hidden = torch.randn(50, 8).requires_grad_(), torch.randn(9, 8)
+    targets = torch.arange(9)
+    with torch.no_grad():
+        without = head_loss(hidden, targets, Head(weight, None))
+    assert gradients == [False] and float(without) == float(head_loss(hidden, targets, Head(weight, None)))
+
+
 def test_no_gradient_is_made_where_none_is_wanted() -> None:
     hidden = torch.randn(4, 8)
     head = Head(torch.randn(9, 8), None)

@@ -185,40 +185,41 @@ def test_blocks_are_read_by_the_source_text_by_text(tmp_path: Path) -> None:
     block = Example(ids, labels, "block", (), "", (0, len(one.input_ids)))
     sums = source.sums(
         prepared.recipe, prepared.checkpoint, CausalLM(), [block, one, other], machine=device.detect(),
-        most_bytes=1 << 40,
+        most_bytes=1 << 40, layout="cu_seq_lens",
     )  # fmt: skip
     assert not isinstance(sums, str) and sums[0].tolist() == pytest.approx((sums[1] + sums[2]).tolist())
 
 
-def test_the_source_reads_texts_of_few_lengths_and_loses_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_source_reads_texts_together_as_the_base_does_and_loses_the_same(tmp_path: Path) -> None:
     from halfbyte.objectives.causal_lm import CausalLM
     from halfbyte.system import device
     from halfbyte.training import prepare, source
 
     seen: list[int] = []
 
-    class Lengths(CausalLM):
+    class Texts(CausalLM):
         def text_sums(self, model: Any, batch: Any) -> Any:
-            seen.append(batch["input_ids"].shape[1])
+            seen.append(len(batch["cu_seq_lens_q"]) - 1)
             return super().text_sums(model, batch)
 
-    prepared = prepare.prepare(tiny_run.recipe(tmp_path, quant__compute_dtype="fp32", **held_out(tmp_path)).recipe)
-    rows = list(prepared.train.examples)[:6]
-    assert len({len(row.input_ids) for row in rows}) > 1, "of several lengths"
+    loaded = tiny_run.recipe(tmp_path, quant__compute_dtype="fp32", **held_out(tmp_path))
+    prepared = prepare.prepare(loaded.recipe)
+    rows = list(prepared.evaluation.examples)  # type: ignore[union-attr]
 
-    def sums() -> Any:
+    def sums(layout: Any) -> Any:
         return source.sums(
-            prepared.recipe, prepared.checkpoint, Lengths(), rows, machine=device.detect(), most_bytes=1 << 40
-        )
+            prepared.recipe, prepared.checkpoint, Texts(), rows, machine=device.detect(), most_bytes=1 << 40,
+            layout=layout,
+        )  # fmt: skip
 
-    longest, padded = max(len(row.input_ids) for row in rows), sums()
-    assert all(n % source.LENGTHS == 0 or n == longest for n in seen)
-    monkeypatch.setattr(source, "LENGTHS", 1)
-    alone = sums()
-    assert np.array_equal(padded[:, 1], alone[:, 1])
-    np.testing.assert_allclose(padded[:, 0], alone[:, 0], rtol=1e-5)  # sums of fp32 in another order
+    together = sums("cu_seq_lens")
+    assert len(seen) < len(rows) == sum(seen)
+    seen.clear()
+    alone = sums("single")
+    assert seen == [1] * len(rows) and np.array_equal(together[:, 1], alone[:, 1])
+    np.testing.assert_allclose(together[:, 0], alone[:, 0], rtol=1e-5)  # sums of fp32 in another order
+    plain = plain_loss(Path(loaded.recipe.model), tmp_path / "held.jsonl")
+    assert together[:, 0].sum() / together[:, 1].sum() == pytest.approx(plain, rel=1e-5)
 
 
 def test_what_is_kept_of_a_base_can_be_lost_or_damaged(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from halfbyte.data.encoding.examples import Example
 from halfbyte.errors import DataError
 from halfbyte.inference import batch, choices, target
 from halfbyte.inference.load import Opened
-from halfbyte.layers import loss
+from halfbyte.layers import loss, packing
 from halfbyte.layers.kernels.pool import POOL
 from halfbyte.models.context import context_of
 from halfbyte.models.sources.lookup import find_model
@@ -191,7 +191,8 @@ def _source(
         return "the base is the model as it came"
     tell("source: losses", 0, len(examples))
     most = machine.cards[0].free_bytes if machine.on_card else machine.ram_available_bytes
-    sums = unquantised.sums(recipe, checkpoint, CausalLM(), examples, machine=machine, most_bytes=most)
+    layout = packing.installed(opened.model)
+    sums = unquantised.sums(recipe, checkpoint, CausalLM(), examples, machine=machine, most_bytes=most, layout=layout)
     if isinstance(sums, str):
         return f"the source model was not measured: {sums}"
     tell("source: losses", len(examples), len(examples))

@@ -316,7 +316,10 @@ def head_loss(
     where = head.weight.device  # over several cards, a tied head lies beside its embedding
     hidden, targets = hidden.to(where, head.dtype or head.weight.dtype), targets.to(where)
     counts = None if counts is None else counts.to(where)
-    return _HeadLoss.apply(hidden, head.weight, head.bias, head.values, targets, head, smoothing, counts, each)
+    given: tuple[Tensor | None, ...] = hidden, head.weight, head.bias, head.values
+    if not torch.is_grad_enabled():  # or autograd says that they need gradients, of a head that trains
+        given = tuple(None if x is None else x.detach() for x in given)
+    return _HeadLoss.apply(*given, targets, head, smoothing, counts, each)
 
 
 class _HeadLoss(torch.autograd.Function):

@@ -2,7 +2,8 @@
 obeys that plan, and what was measured beside it.
 
 Why: a run, its dry run and `data check` must say the same.
-Cost: tokenising, and the shapes of the model; a calibration of this machine (seconds, once) before a run of minutes.
+Cost: tokenising, and the shapes of the model; before a run of minutes a calibration of this machine (seconds, once),
+and before the first run its kernels.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,20 +20,24 @@ from halfbyte.data import collate, pack
 from halfbyte.distributed import shard
 from halfbyte.errors import RunError
 from halfbyte.layers import heads, packing
+from halfbyte.layers.kernels.cpu import ahead
 from halfbyte.models.structure import meta_model
 from halfbyte.models.tensors import read_checkpoint
 from halfbyte.objectives.objective import Objective
 from halfbyte.plan import Job, Plan, calibrate, choose, memory
+from halfbyte.plan.job import ATTENTION_NEEDS
 from halfbyte.plan.result import POOL_RESERVE, RESERVE, Recompute
+from halfbyte.plan.timing import COMPILING_S
 from halfbyte.proofs import integers
 from halfbyte.proofs.sharing import prove_sharing
 from halfbyte.recipe.adapter_folder import PASSPORT
 from halfbyte.recipe.schema import Recipe
 from halfbyte.runs.folder import ANOTHER
 from halfbyte.runs.report import MeasuredLine
-from halfbyte.system import files, usage
-from halfbyte.system.device import Device
+from halfbyte.system import files, kernel_cache, usage
+from halfbyte.system.device import Device, compute_dtype
 from halfbyte.system.usage import Usage
+from halfbyte.system.words import duration
 from halfbyte.training.events import Listener
 from halfbyte.training.forecast import LOOKED_AT, asks_theirs, check_steps, job_of, plan_of, settle, sharing_note
 from halfbyte.training.pace import Pace, give_back, recompute_as, rehearse
@@ -76,13 +81,28 @@ def plan_run(
         objective: None for the loss of a causal LM. done: steps that earlier processes have made.
     """
     shard.check(recipe, ranks)
-    return with_plan(prepare(recipe, objective), machine, listener, ranks=ranks, done=done)
+    compiled = _begin_to_compile(recipe, machine, listener) if listener is not None else lambda: None
+    return with_plan(prepare(recipe, objective), machine, listener, ranks=ranks, done=done, compiled=compiled)
+
+
+def _begin_to_compile(recipe: Recipe, machine: Device, tell: Listener) -> Callable[[], None]:
+    """Compile the kernels of most models beside reading the rows, where they are not there. Returns what waits."""
+    dtype, _ = compute_dtype(machine, recipe.quant.compute_dtype)
+    if machine.kind != "cpu" or dtype not in ATTENTION_NEEDS:
+        return lambda: None
+    attention = ATTENTION_NEEDS[dtype] in machine.isa
+    missing = kernel_cache.uncompiled(dtype, attention=attention, integers=recipe.quant.compute != "exact")
+    if missing:
+        seconds = sum(COMPILING_S[kernels] for kernels in missing)
+        tell.note("machine", f"compiling its kernels, once on this machine: about {duration(seconds)}")
+    return ahead.begin(missing, machine.cores, dtype)
 
 
 def with_plan(
-    prepared: Prepared, machine: Device, listener: Listener | None = None, *, ranks: int = 1, done: int = 0
-) -> PlannedRun:
-    """The plan of rows that are prepared already; the rest as of `plan_run`."""
+    prepared: Prepared, machine: Device, listener: Listener | None = None, *, ranks: int = 1, done: int = 0,
+    compiled: Callable[[], None] = lambda: None,
+) -> PlannedRun:  # fmt: skip
+    """The plan of rows that are prepared already; `compiled` waits for kernels. The rest as of `plan_run`."""
     recipe, tell = prepared.recipe, listener or Listener()
     check_steps(total := count_steps(prepared))
     if asks_theirs(recipe.train):
@@ -92,6 +112,7 @@ def with_plan(
     tell.note("data", data_note(prepared))
     for finding in prepared.findings:
         tell.note("data", finding.line)
+    compiled()
     meta = meta_model(prepared.config, trust_remote_code=recipe.trust_remote_code)
     if (head := heads.wanted(prepared.objective))[0]:
         names = [] if prepared.checkpoint.pickle else [s.name for s in read_checkpoint(prepared.checkpoint.path)]

@@ -14,6 +14,7 @@ from halfbyte.data import collate
 from halfbyte.distributed import agree
 from halfbyte.distributed.shard import first_layers_whole
 from halfbyte.errors import DataError, RewardError
+from halfbyte.layers import packing
 from halfbyte.objectives.objective import scores_of
 from halfbyte.recipe.task import CAUSAL_LM
 from halfbyte.runs.checkpoint import Best
@@ -208,7 +209,10 @@ def _measure_source(setup: Setup, every: list[Comparison]) -> str:
     planned = setup.run.plan.peak_bytes + setup.run.foreign_bytes
     most = machine.cards[0].free_bytes if machine.on_card else planned - usage.now().total
     rows = [one.batches.examples[number] for one in unread for number in one.chosen.tolist()]
-    sums = source.sums(prepared.recipe, prepared.checkpoint, prepared.objective, rows, machine=machine, most_bytes=most)
+    sums = source.sums(
+        prepared.recipe, prepared.checkpoint, prepared.objective, rows, machine=machine, most_bytes=most,
+        layout=packing.installed(setup.model.assembled.model),
+    )  # fmt: skip
     if isinstance(sums, str):
         return f"what quantising costs is not known: the source model was not measured, {sums}"
     ends = np.cumsum([len(one.chosen) for one in unread])

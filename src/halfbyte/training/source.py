@@ -2,13 +2,13 @@
 
 Why: an adapter also repairs what its own base has lost by quantising. Beside that base alone this counts as a gain,
 while the run may be worse than the model that was there before.
-What: the source is opened beside the base for a moment, and reads one text at a time by its own forward.
+What: the source is opened beside the base for a moment, and reads texts by its own forward, in the base's layout.
 Cost: its weights in memory, and a forward of the rows. Where they are more than may be taken it is left out, with the
 reason; a base that is its source costs nothing.
 """
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 
 from halfbyte.base import load
 from halfbyte.base.config import is_quantised_already, open_config
-from halfbyte.data.encoding.examples import IGNORED, Example
+from halfbyte.data.collate import Batches
+from halfbyte.data.encoding.examples import Example
+from halfbyte.layers import packing
 from halfbyte.models import tensors
 from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.objectives import objective as objectives
@@ -26,7 +28,7 @@ from halfbyte.system import accelerator, usage
 from halfbyte.system.device import Device, compute_dtype
 from halfbyte.training.comparison import SOURCE_SHARE, source_bytes
 
-LENGTHS = 64  # tokens: texts are as long as a multiple of it
+TOKENS = 1024  # that are read at once
 
 
 def is_the_base(recipe: Recipe, checkpoint: Checkpoint) -> bool:
@@ -44,10 +46,10 @@ def costs_nothing(checkpoint: Checkpoint) -> str:
 
 def sums(
     recipe: Recipe, checkpoint: Checkpoint, objective: Objective, examples: Sequence[Example], *, machine: Device,
-    most_bytes: int,
+    most_bytes: int, layout: packing.Layout,
 ) -> NDArray[np.float64] | str:  # fmt: skip
     """What the source loses on rows: (rows, names), the sums that the objective's evaluation adds up; or why that was
-    not measured. `most_bytes`: what its weights may take, where the base lies."""
+    not measured. `most_bytes`: what its weights may take, where the base lies; `layout`: that of the base, proven."""
     if checkpoint.pickle:
         return "its weights are not in safetensors"
     quant = recipe.quant.in_type("none")
@@ -55,24 +57,15 @@ def sums(
     if (nbytes := source_bytes(recipe, checkpoint, itemsize)) > SOURCE_SHARE * most_bytes:
         return f"to open it takes {nbytes / 1e9:.2f} GB, and {max(0, most_bytes) / 1e9:.2f} GB are free for it"
     model = load.open_base(checkpoint, quant, machine, trust_remote_code=recipe.trust_remote_code).model
-    longest = max(max(example.pieces) for example in examples)
-    texts = [(row, text) for row, example in enumerate(examples) for text in _texts(example, longest)]
-    batches = (objective.collate([text]) for _, text in texts)
+    packing.install(model, layout)
+    texts = [(row, text) for row, example in enumerate(examples) for text in example.texts]
+    most = 1 if layout == "single" else len(texts)
+    batches = replace(Batches.of_rows([text for _, text in texts], TOKENS, most), lay_out=objective.collate)
     of_texts = objectives.evaluate(objective, model, batches)
     rows = np.zeros((len(examples), of_texts.shape[1]))
-    np.add.at(rows, [row for row, _ in texts], of_texts)
+    np.add.at(rows, [texts[text][0] for text in batches.text_rows], of_texts)
     del model
     gc.collect()
     usage.trim()
     accelerator.reset_peaks()
     return rows
-
-
-def _texts(example: Example, longest: int) -> Iterator[Example]:
-    """The texts of a block, each alone, with its last token again behind it up to a few lengths, at most `longest`: for
-    each length oneDNN compiles products that it keeps, 2 MB a length of a small model (docs/log)."""
-    for text in example.texts:
-        ids, more = text.input_ids, min(-len(text.input_ids) % LENGTHS, longest - len(text.input_ids))
-        weights = (*text.weights, *[0.0] * more) if text.weights else ()
-        labels = (*text.labels, *[IGNORED] * more)
-        yield replace(text, input_ids=(*ids, *[ids[-1]] * more), labels=labels, weights=weights)

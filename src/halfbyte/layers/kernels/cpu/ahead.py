@@ -1,13 +1,12 @@
 """Kernels compiled before they are needed, several at once: numba compiles one after the other, on one core.
 
-Cost: a process of 0.5 GB for each core, as far as memory reaches; on two cores 33 s instead of 42 before the first
-step of a new machine.
+Cost: a process of 0.5 GB for each core, as far as memory reaches, and 24 CPU seconds a dtype (docs/log).
 """
 
 import contextlib
 import subprocess
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from importlib import import_module
 
 import numpy as np
@@ -37,16 +36,27 @@ _LEFT_OUT = {
 
 
 def compile_kernels(needed: Collection[str], cores: int, dtype: str) -> None:
-    """Compile what is needed, as `FILES` names it, on so many cores. `dtype`: bf16 or fp32, of integers and decoding.
-    What cannot be compiled so is compiled where it is used."""
+    """As `begin`, to the end."""
+    begin(needed, cores, dtype)()
+
+
+def begin(needed: Collection[str], cores: int, dtype: str) -> Callable[[], None]:
+    """Begin to compile what is needed, as `FILES` names it, on so many cores. `dtype`: bf16 or fp32, of integers and
+    decoding. What cannot be compiled so is compiled where it is used. Returns what waits for the end."""
     kinds = {name: files for name, files in FILES.items() if name in needed}
     ranked = sorted((at, name, file) for name, files in kinds.items() for at, file in enumerate(files))
     tasks = [f"{file}:{of}" for _, name, file in ranked for of in _dtypes(name, file, dtype)]
     at_once = max(1, min(cores, len(tasks), ram_available() // PROCESS_BYTES))
     words = [[sys.executable, "-P", "-m", __name__, *tasks[i::at_once]] for i in range(at_once)]
+    begun: list[subprocess.Popen[bytes]] = []
     with contextlib.suppress(OSError):
-        for process in [subprocess.Popen(each, stderr=subprocess.DEVNULL) for each in words]:
+        begun += [subprocess.Popen(each, stderr=subprocess.DEVNULL) for each in words if tasks]
+
+    def wait() -> None:
+        for process in begun:
             process.wait()
+
+    return wait
 
 
 def _dtypes(name: str, file: str, dtype: str) -> Collection[str]:

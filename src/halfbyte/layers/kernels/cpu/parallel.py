@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numba import carray, cfunc, types
 
-from halfbyte.layers.kernels.cpu.scalar import inlined, pointer, take
+from halfbyte.layers.kernels.cpu.scalar import inlined, pointer, spliced, take
 from halfbyte.system import openmp
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def array(address, shape, element):  # type: ignore[no-untyped-def]
     return carray(pointer(address), shape, element)
 
 
-@inlined
+@spliced
 def each_block(slots, part, args):  # type: ignore[no-untyped-def]
     """part(*args, first, last) for every block of rows that this thread gets."""
     counter = array(slots[0], (1,), np.int64)

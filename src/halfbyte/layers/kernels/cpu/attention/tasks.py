@@ -20,7 +20,7 @@ from torch import Tensor
 
 from halfbyte.layers.kernels import ALL_TOKENS, pool
 from halfbyte.layers.kernels.cpu.parallel import array, each_block, run
-from halfbyte.layers.kernels.cpu.scalar import FASTMATH, hash_u32, inlined, store, take
+from halfbyte.layers.kernels.cpu.scalar import FASTMATH, hash_u32, inlined, spliced, store, take
 from halfbyte.layers.kernels.dropout import NO_TERMS, ScoreTerms
 
 TALL = 48  # rows of queries at once: a multiple of a tile's rows, and of 2
@@ -187,7 +187,7 @@ def _forward_task(given, slot, sizes, keys, work, tree, turn, lay, head, task, _
             head(given_head, keys, about, work, _terms(slot, start, n), (slot[BACK], slot[AHEAD]))
 
 
-@inlined
+@spliced
 def forward_tasks(address, element, turn, lay, head, wide, step, keys, work):  # type: ignore[no-untyped-def]
     """All of a thread's tasks forward.
 
@@ -236,7 +236,7 @@ def _backward_task(given, slot, sizes, keys, work, tree, turn, lay, head, clear,
                 head(here, keys, about, work, _terms(slot, start, n), (slot[BACK], slot[AHEAD]))
 
 
-@inlined
+@spliced
 def backward_tasks(address, element, turn, lay, head, wide, step, keys, work, clear=clear_rows, keep=keep_rows):  # type: ignore[no-untyped-def]
     """As `forward_tasks`, with head((q, do, o, lse, dq), ...), which fills dq and adds to the last two of `keys`: the
     gradients of keys and values of a path in fp32, as clear(x, wide, reach, before, padded) makes them zero and
