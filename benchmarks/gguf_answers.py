@@ -4,6 +4,8 @@
     python benchmarks/gguf_answers.py RUN MERGED.gguf BASE.gguf+ADAPTER.gguf ...
 
 Settings of llama.cpp's stand behind an @, as `benchmarks/gguf_logits.py` names them: what it differs from itself by.
+Another build of llama.cpp is another wheel in a folder that stands first on PYTHONPATH: `--keep FILE.json` keeps the
+answers of the last file there, and FILE.json in the place of a file is read.
 `as the run`: answers that are those of `RUN/eval/answers.jsonl`, letter by letter. `as the first`: those that are the
 first file's. `exact`: those that are the row's own.
 """
@@ -35,6 +37,7 @@ def main() -> None:
     parser.add_argument("files", nargs="+", help="FILE[+ADAPTER][@SETTINGS]")
     parser.add_argument("--tokens", type=int, default=64, help="of an answer, as `eval` had them")
     parser.add_argument("--limit", type=int, default=48)
+    parser.add_argument("--keep", type=Path, help="write the last file's answers there")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     lines = (args.run / "eval/answers.jsonl").read_text(encoding="utf-8").splitlines()[: args.limit]
@@ -50,12 +53,16 @@ def main() -> None:
     first: list[str] = []
     for name in (*args.files, "the run"):
         texts = run
-        if name != "the run":
+        if name.endswith(".json"):
+            texts = json.loads(Path(name).read_text(encoding="utf-8"))
+        elif name != "the run":
             files, _, settings = name.partition("@")
             path, _, adapter = files.partition("+")
             program = LlamaCpp(path, adapter or None, threads=args.threads, **SETTINGS.get(settings, {}))
             texts = [program.text(program.answer(prompts[row["where"]], stops, args.tokens)).strip() for row in rows]
-            first = first or texts
+            if args.keep:
+                args.keep.write_text(json.dumps(texts), encoding="utf-8")
+        first = first or texts
         alike = [sum(a == b for a, b in zip(texts, other, strict=False)) for other in (run, first, wanted)]
         say(f"{name[-60:]:<60} {alike[0]:10d} {alike[1]:13d} {alike[2]:6d}")
 

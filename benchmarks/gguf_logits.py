@@ -1,6 +1,8 @@
 """Logits of a GGUF file's own blocks as a base beside llama.cpp's on the same file.
 
     python benchmarks/gguf_logits.py FILE.gguf ...
+    PYTHONPATH=WHEEL python benchmarks/gguf_logits.py FILE.gguf ... --keep FOLDER    # by another build, theirs alone
+    python benchmarks/gguf_logits.py FILE.gguf ... --beside FOLDER
 
 llama.cpp rounds what a quantised matrix is multiplied with to 8 bits, which halfbyte does not. So it also reads the
 same numbers as a file in F32, where it rounds nothing; and the file once more under other settings (16-bit keys and
@@ -82,10 +84,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--keep", type=Path, help="write llama.cpp's logits there, and nothing else")
+    parser.add_argument("--beside", type=Path, help="logits that another build of llama.cpp has kept")
     args = parser.parse_args()
     for file in args.files:
         checkpoint = resolve(str(file), in_blocks=True)
         ids = load.load_tokenizer(str(file))(TEXT.read_text(encoding="utf-8"))["input_ids"][: args.tokens]
+        if args.keep is not None:
+            args.keep.mkdir(parents=True, exist_ok=True)
+            np.save(args.keep / f"{file.stem}.npy", by_llama_cpp(file, ids))
+            continue
         ours = {}
         for dtype in ("fp32", "bf16"):
             base = load.open_base(checkpoint, Quant(type="gguf", compute_dtype=dtype), device.detect())
@@ -99,6 +107,10 @@ def main() -> None:
         say(f"  halfbyte in bf16 beside llama.cpp: {apart(theirs, ours['bf16'])}")
         say(f"  halfbyte in fp32 beside llama.cpp on the same numbers in F32: {apart(exact, ours['fp32'])}")
         say(f"  llama.cpp beside itself on the same numbers in F32: {apart(theirs, exact)}")
+        if args.beside is not None:
+            other = np.load(args.beside / f"{file.stem}.npy")
+            say(f"  llama.cpp beside another build of it: {apart(theirs, other)}")
+            say(f"  halfbyte in fp32 beside that build: {apart(other, ours['fp32'])}")
         for name, settings in SETTINGS.items():
             say(f"  llama.cpp beside itself, {name}: {apart(theirs, by_llama_cpp(file, ids, **settings))}")
 

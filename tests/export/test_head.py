@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 
 from halfbyte import finetune
 from halfbyte.errors import ExportError, RunError
-from halfbyte.export import export, head
+from halfbyte.export import export, head, hub
 from halfbyte.export.job import ExportJob
 from halfbyte.inference import labels
 from halfbyte.inference.load import open_run
@@ -78,6 +78,8 @@ def test_the_pipeline_gives_the_runs_probabilities(name: str, tmp_path: Path) ->
         assert answer["probabilities"] == pytest.approx({one["label"]: one["score"] for one in each}, abs=CLOSE)
     names = load_file(seen.path / "model.safetensors").keys()
     assert not [name for name in names if "lm_head" in name or name.startswith("cls.")]
+    with hub.folder_of(where) as pushed:  # a run's adapter and its head
+        assert "text-classification" in (pushed / "README.md").read_text() and (pushed / "head/config.json").is_file()
 
 
 @pytest.mark.parametrize(("name", "task"), [("llama", "several"), ("llama", "regress"), ("bert", "regress")])

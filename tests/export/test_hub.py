@@ -20,6 +20,7 @@ from halfbyte import finetune
 from halfbyte.base.store.supply import Tell
 from halfbyte.errors import ExportError
 from halfbyte.export import hub as shipping
+from halfbyte.export import ollama
 from halfbyte.export.job import check_passport
 from halfbyte.inference.target import Target, find
 from halfbyte.proofs.export import Exported, Proof
@@ -144,7 +145,9 @@ def test_private_by_default_and_the_token_is_never_shown(hub: Hub, export: Path,
     assert refused.code == 1 and "is public; nothing was pushed" in refused.err
 
 
-def test_a_runs_adapter_has_a_card_and_none_of_this_machines_paths(hub: Hub, tmp_path: Path, push: Cli) -> None:
+def test_a_runs_adapter_has_a_card_and_none_of_this_machines_paths(
+    hub: Hub, tmp_path: Path, push: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
     finetune.train(tiny_run.recipe(tmp_path, output=tmp_path / "orders"))
     before = {path: path.read_bytes() for path in (tmp_path / "orders/adapter").iterdir()}
     done = push(str(tmp_path / "orders"), "me/orders")
@@ -161,6 +164,29 @@ def test_a_runs_adapter_has_a_card_and_none_of_this_machines_paths(hub: Hub, tmp
         (tmp_path / "there" / name).write_bytes(content)
     pulled = find(tmp_path / "there", [f"model={tmp_path / 'model'}"])
     check_passport(pulled, Tell(), force=False)
+    whole = dict(hub.files)
+    hub.files.clear()
+    assert push(str(tmp_path / "orders/adapter"), "me/orders").code == 0
+    assert set(hub.files) == set(whole), "an adapter's own folder is pushed as its run's"
+    monkeypatch.chdir(tmp_path / "orders")
+    with shipping.folder_of(Path()) as here:
+        assert (here / "README.md").read_text() == whole["README.md"].decode(), "the folder that one is in"
+    assert all(str(tmp_path).encode() not in content for content in hub.files.values())
+
+
+def test_a_modelfile_names_a_file_beside_it(hub: Hub, export: Path, tmp_path: Path, push: Cli) -> None:
+    base = tmp_path / "models" / "m.gguf"
+    ollama.write(export / "Modelfile", str(base), tiny_run.tokenizer(), tiny_run.recipe(tmp_path).recipe, adapter="a")
+    here = (export / "Modelfile").read_text()
+    assert push(str(export), "me/orders").code == 0
+    there = hub.files["Modelfile"].decode()
+    assert str(tmp_path) not in there and "# m.gguf, which this was trained on, is not here: put it beside" in there
+    lines = [line for line in there.splitlines() if not line.startswith("#")]
+    assert lines == [line.replace(str(base), "./m.gguf") for line in here.splitlines()]
+    assert (export / "Modelfile").read_text() == here and {"config.json", "model.safetensors"} < set(hub.files)
+    hub.files.clear()
+    (export / "Modelfile").write_text("FROM ./m.gguf\n")
+    assert push(str(export), "me/orders").code == 0 and hub.files["Modelfile"] == b"FROM ./m.gguf\n"
 
 
 def test_what_the_hub_refuses(hub: Hub, export: Path, push: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

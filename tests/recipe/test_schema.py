@@ -391,14 +391,14 @@ MISTAKES: list[tuple[str, str]] = [
         "quant: {type: int8, double_quant: true}",
         (
             "line 3: quant.double_quant cannot be set with quant.type int8, which has one scale for each row of a matrix; "
-            "leave out what is for nf4 and fp4"
+            "leave out what is for nf4 and fp4 (--set quant.double_quant=false)"
         ),
     ),
     (
         "quant:\n  type: int8\n  block_size: 64\n  double_quant: true",
         (
             "line 5: quant.block_size and quant.double_quant cannot be set with quant.type int8, which has one scale for "
-            "each row of a matrix; leave out what is for nf4 and fp4"
+            "each row of a matrix; leave out what is for nf4 and fp4 (--set quant.block_size=null quant.double_quant=false)"
         ),
     ),
     (

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from halfbyte.errors import RunError
-from halfbyte.report import page, record
+from halfbyte.report import compare, page, record
 from halfbyte.runs.folder import RunFolder
 from tests.report import made
 
@@ -159,6 +159,45 @@ def test_a_page_holds_what_the_folder_says(tmp_path: Path) -> None:
         assert said in words, said
     labelled = [attrs for tag, attrs in parser.tags if tag == "span" and attrs.get("class") == "piece on"]
     assert len(labelled) == 2  # the legend's, and the answer's
+
+
+def losses(base: float, adapter: float | None, rows: str = "", source: float | None = None) -> dict[str, Any]:
+    """Of a verdict, or of the text of the base's kind, what a report keeps."""
+    return {"base": base, "adapter": adapter, "rows": rows, "source": None if source is None else {"loss": source}}
+
+
+@pytest.mark.parametrize(
+    ("seen", "text", "said"),
+    [
+        (
+            losses(3.6564, 0.0206, "31 held-out rows", 3.00198),
+            losses(3.45574, 4.17196, source=3.26016),
+            {
+                "loss on 31 held-out rows": "0.0206 (3.6564 of the base, 3.0020 of the source)",
+                "loss on base text": "4.1720 (3.4557 of the base, 3.2602 of the source)",
+            },
+        ),
+        (
+            losses(1.5, 1.0, "12 training rows that it did not reach"),
+            {"text": "not read: its 9,000 tokens would take 0:40"},
+            {
+                "loss on 12 training rows that it did not reach": "1.0000 (1.5000 of the base)",
+                "loss on base text": "not read: its 9,000 tokens would take 0:40",
+            },
+        ),
+        (losses(1.5, None, "2 held-out rows"), {}, {}),  # not a number: null in a report
+    ],
+)
+def test_losses_beside_the_base_are_on_the_page_and_in_comparisons(
+    tmp_path: Path, seen: dict[str, Any], text: dict[str, Any], said: dict[str, str]
+) -> None:
+    verdict = made.verdict()["verdict"] | seen
+    runs = [made.finished(tmp_path / name, made.metrics(9), verdict=verdict, base_text=text) for name in ("a", "b")]
+    assert {k: v for k, v in page.facts(record.read(runs[0].path)) if k.startswith("loss on")} == said
+    figures = dict(compare.compare([run.path for run in runs]).figures)
+    assert {name: cells for name, cells in figures.items() if name.startswith("loss on")} == {
+        name: (value, value) for name, value in said.items()
+    }
 
 
 def test_nothing_of_a_run_is_markup(tmp_path: Path) -> None:

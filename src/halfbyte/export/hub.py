@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from halfbyte.errors import ExportError, HalfbyteError, first_line
 from halfbyte.models.sources.hub import HUB_ID
 from halfbyte.recipe.adapter_folder import ADAPTER_FILES, PASSPORT
+from halfbyte.recipe.task import TASKS
 from halfbyte.runs.folder import RunFolder, read_json
 from halfbyte.scoring.intervals import CONFIDENCE
 from halfbyte.scoring.sheet import SCORES, other_adapter
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from halfbyte.inference.target import Target
     from halfbyte.proofs.export import Exported
 
-CARD = "README.md"
+CARD, MODELFILE = "README.md", "Modelfile"
 # The hub's names of what a run with a head does.
 _DOES = {"classify": "text-classification", "regress": "text-classification", "tag": "token-classification"}
 # In a recipe: paths of this machine, of which a card has the last part.
@@ -157,22 +158,29 @@ NOT_PUSHED = ("lock", "*.lock", "checkpoints/*", "*.tmp", ".*")
 
 @contextmanager
 def folder_of(path: Path) -> Iterator[Path]:
-    """What is pushed: an export's folder; or of a run's adapter a copy, with a card and no path of this machine."""
-    if not (path / "recipe.yaml").is_file():
-        if not any((path / name).is_file() for name in ("config.json", "adapter_config.json", "export.json")):
-            raise ExportError(f"{path} is neither a run nor an export.", fix="halfbyte merge RUN, halfbyte export RUN")
+    """What is pushed: an export's folder; of a run's adapter a copy, with a card; of both no path of this machine."""
+    if not any((path / name).is_file() for name in ("recipe.yaml", "config.json", *ADAPTER_FILES[1:], "export.json")):
+        raise ExportError(f"{path} is neither a run nor an export.", fix="halfbyte merge RUN, halfbyte export RUN")
+    source, modelfile = RunFolder.open(path).adapter if (path / "recipe.yaml").is_file() else path, path / MODELFILE
+    text = modelfile.read_text(encoding="utf-8") if modelfile.is_file() else ""
+    origin = re.search(r"^FROM ((?:[A-Za-z]:)?[/\\].*)$", text, re.MULTILINE)
+    if not origin and not (source / PASSPORT).is_file():
         yield path
         return
-    from halfbyte.inference import target
-    from halfbyte.proofs.export import Exported
-
-    run = RunFolder.open(path)
     with tempfile.TemporaryDirectory() as alone:
-        folder = Path(shutil.copytree(run.adapter, Path(alone, path.name), ignore=shutil.ignore_patterns(*NOT_PUSHED)))
-        for name in (ADAPTER_FILES[1], PASSPORT):
-            values = {key: shipped(value) for key, value in read_json(folder / name).items()}
-            files.write(folder / name, files.as_json(values))
-        write(folder, target.find(path), Exported(folder, "PEFT adapter", "4bit", {}))
+        folder = Path(shutil.copytree(source, Path(alone, "folder"), ignore=shutil.ignore_patterns(*NOT_PUSHED)))
+        if (folder / PASSPORT).is_file():
+            from halfbyte.inference import target
+            from halfbyte.proofs.export import Exported
+
+            for name in (ADAPTER_FILES[1], PASSPORT):
+                values = {key: shipped(value) for key, value in read_json(folder / name).items()}
+                files.write(folder / name, files.as_json(values))
+            write(folder, target.find(path, (), TASKS), Exported(path.absolute(), "PEFT adapter", "4bit", {}))
+        if origin:
+            name = Path(origin[1]).name
+            beside = f"# {name}, which this was trained on, is not here: put it beside this file.\nFROM ./{name}"
+            (folder / MODELFILE).write_text(text.replace(origin[0], beside), encoding="utf-8")
         yield folder
 
 

@@ -51,14 +51,9 @@ class Around:
 
 
 def _quoted(text: str) -> str:
-    quoted = "".join(c if c.isprintable() else _escaped(c) for c in json.dumps(text, ensure_ascii=False))
-    return f"{{{{- {quoted} }}}}" if text else ""
-
-
-def _escaped(character: str) -> str:
     """As a string of Go's; Ollama drops from a Modelfile what is not printable."""
-    number = ord(character)
-    return f"\\u{number:04x}" if number < 1 << 16 else f"\\U{number:08x}"
+    quoted = "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in json.dumps(text, ensure_ascii=False))
+    return f"{{{{- {quoted} }}}}" if text else ""
 
 
 def write(path: Path, model: str, tokenizer: Tokenizer, recipe: Recipe, *, adapter: str | None = None) -> None:

@@ -15,7 +15,7 @@ from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.recipe.adapter_folder import ADAPTER_FILES
 from halfbyte.recipe.schema import Recipe
 from halfbyte.runs import checkpoint
-from halfbyte.types import Document, Model, Tokenizer
+from halfbyte.types import Model, Tokenizer
 
 FOLDER = "sentence_transformer"
 _MODULES = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
@@ -24,6 +24,7 @@ _MODULES = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize
 def write(folder: Path, adapter: Path, lm: Model, tokenizer: Tokenizer, recipe: Recipe, base: Checkpoint) -> None:
     """Write `folder`, whole or not at all. `adapter`: the saved one; `lm`: the base that it is on, of `base`."""
     inner, data = f"{lm.base_model_prefix}.", recipe.data
+    pooling = heads.settled(recipe.vectors.pooling, lm.config)
     config = json.loads((adapter / ADAPTER_FILES[1]).read_text())
     if base.kind in ("packaged", "gguf"):  # a name that others do not know: where its checkpoint lies
         config["base_model_name_or_path"] = str(base.path)
@@ -39,9 +40,10 @@ def write(folder: Path, adapter: Path, lm: Model, tokenizer: Tokenizer, recipe: 
         "config_sentence_transformers.json": {
             "prompts": {"query": data.query_prompt, "document": data.passage_prompt}, "similarity_fn_name": "cosine",
         },
-        "1_Pooling/config.json": _pooling(
-            lm.config.get_text_config().hidden_size, heads.settled(recipe.vectors.pooling, lm.config)
-        ),
+        "1_Pooling/config.json": {
+            "word_embedding_dimension": lm.config.get_text_config().hidden_size, "include_prompt": True,
+            **{f"pooling_mode_{name}": name.startswith(pooling) for name in ("cls_token", "mean_tokens", "lasttoken")},
+        },
         "2_Normalize/config.json": {},
     }  # fmt: skip
     state = load_file(adapter / ADAPTER_FILES[0])
@@ -52,9 +54,3 @@ def write(folder: Path, adapter: Path, lm: Model, tokenizer: Tokenizer, recipe: 
         for name, value in documents.items():
             (temporary / name).parent.mkdir(exist_ok=True)
             (temporary / name).write_text(json.dumps(value, indent=2))
-
-
-def _pooling(width: int, pooling: str) -> Document:
-    modes = {"cls_token": pooling == "cls", "mean_tokens": pooling == "mean", "lasttoken": pooling == "lasttoken"}
-    return {"word_embedding_dimension": width, **{f"pooling_mode_{name}": on for name, on in modes.items()},
-            "include_prompt": True}  # fmt: skip

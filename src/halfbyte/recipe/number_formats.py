@@ -4,6 +4,7 @@ What encodes and computes with them is `quant/formats.py`, under the same names.
 in both tables.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -35,11 +36,11 @@ class FormatInfo:
     def problems(self, quant: object) -> Iterator[str]:
         """What a `quant:` sets that this format does not read, in sentences."""
         wrong = [name for name, value in self.unread.items() if getattr(quant, name) != value]
-        blocks = [f"quant.{name}" for name in BLOCK_FIELDS if name in wrong]
-        if blocks:
+        if blocks := [f"quant.{name}" for name in BLOCK_FIELDS if name in wrong]:
+            unset = " ".join(f"{name}={json.dumps(UNSET[name.removeprefix('quant.')])}" for name in blocks)
             yield (
                 f"{' and '.join(blocks)} cannot be set with quant.type {self.name}, which {self.scales}; "
-                f"leave out what is for {_readers('block_size')}"
+                f"leave out what is for {_readers('block_size')} (--set {unset})"
             )
         for name in (name for name in wrong if name not in BLOCK_FIELDS):
             yield f"quant.{name} is not read with quant.type {self.name}; it is for {_readers(name)}"

@@ -20,7 +20,7 @@ from jinja2 import Environment, Undefined
 from markupsafe import Markup
 
 from halfbyte.recipe.fields import shown
-from halfbyte.report import curves, plots, record, series
+from halfbyte.report import curves, plots, record
 from halfbyte.report.current import is_current
 from halfbyte.report.record import Record
 from halfbyte.report.series import Series
@@ -92,9 +92,8 @@ def render(name: str, charts: Sequence[plots.Chart], **values: object) -> str:
     """A template of `web/` as a page; the first chart is drawn wide too."""
     script = web.text("tip.js") + (plots.WEB / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    style = web.text("style.css")
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; connect-src 'self'"
-    ours = {"script": Markup(script), "style": Markup(style)}  # files of this package  # nosec B704
+    ours = {"script": Markup(script), "style": Markup(web.text("style.css"))}  # files of this package  # nosec B704
     drawn: Document = {"charts": [plots.svg(chart) for chart in charts]}
     if charts:
         drawn["wide"] = plots.svg(charts[0], width=900, height=320)
@@ -124,13 +123,16 @@ def facts(run: Record) -> list[tuple[str, str]]:
             figures.append(("held-out loss, lowest", f"{held_out[lowest]:.4f} at step {steps[lowest]:.0f}"))
     for name, line in curves.by_source(metrics).items():
         figures.append((f"held-out loss of {name}, last", f"{line.known.y[-1]:.4f}"))
-    if (text := report.get("base_text") or {}).get("adapter") is not None:
-        figures.append(("loss on base text", f"{text['adapter']:.4f} ({text['base']:.4f} of the base)"))
-    seconds = float(series.minutes(metrics.steps["seconds"])[-1] * 60) if len(metrics.steps["seconds"]) else 0.0
-    tokens = float(np.nansum(metrics.steps["tokens"]))
+    for name, seen in (str(run.verdict.get("rows")), run.verdict), ("base text", report.get("base_text") or {}):
+        source = f", {seen['source']['loss']:.4f} of the source" if seen.get("source") else ""
+        if seen.get("adapter") is not None:
+            figures.append((f"loss on {name}", f"{seen['adapter']:.4f} ({seen['base']:.4f} of the base{source})"))
+        elif seen.get("text", "").startswith("not read"):
+            figures.append((f"loss on {name}", seen["text"]))
+    seconds, tokens = (float(np.nansum(metrics.steps[name])) for name in ("seconds", "tokens"))
     if seconds:
-        figures.append(("time of steps", duration(seconds)))
-        figures += [("tokens", f"{tokens:,.0f}"), ("tokens/s", f"{tokens / seconds:,.0f}")]
+        figures += [("time of steps", duration(seconds)), ("tokens", f"{tokens:,.0f}")]
+        figures.append(("tokens/s", f"{tokens / seconds:,.0f}"))
     if within := run.within:
         figures.append(("of the time given", f"{duration(within['spent_s'])} of {duration(within['within_s'])}"))
     if peak := report.get("peak_rss_bytes"):

@@ -78,9 +78,7 @@ class Verdict:
     @property
     def text(self) -> str:
         """In a sentence, with what was measured."""
-        if self.adapter is None or self.base is None:
-            return f"not compared with the base: {self.rows}"
-        return f"{WORDS[self.name]}: {self.losses}"
+        return f"{WORDS[self.name]}: {self.losses}" if self.name in WORDS else self.losses
 
     @property
     def losses(self) -> str:
