@@ -28,7 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,8 @@ LAW = 1.3e-3  # 5e-4 (2000 / 576)^0.78: `--rate` for models of another width
 
 @dataclass(frozen=True)
 class Arm:
-    """A stack and what it is told; None: its own default. `rows`: of an optimiser step, one or four a micro-batch."""
+    """A stack and what it is told; None: its own default. `rows`: of an optimiser step, one or four a micro-batch;
+    `within`: its time, as a share of the seconds of "plain, documented" on NF4 with the same seed."""
 
     stack: str  # plain, trl, halfbyte
     targets: str | None = None
@@ -53,6 +54,7 @@ class Arm:
     epochs: int | None = None
     warmup: int | None = None
     options: tuple[str, ...] = ()  # more `--set` values of halfbyte's
+    within: float | None = None
 
 
 DOCUMENTED = {"targets": "qv", "rate": 2e-4, "rows": 16, "epochs": 3}
@@ -75,6 +77,7 @@ ARMS = {
     "halfbyte, 3 epochs": Arm("halfbyte", **{**OURS, "epochs": 3}),
     "halfbyte, every turn": Arm("halfbyte", **OURS, options=("data.mask=assistant",)),
     "halfbyte, every token": Arm("halfbyte", **OURS, options=("data.mask=all",)),
+    **{f"halfbyte, within 1/{n}": Arm("halfbyte", within=1 / n) for n in (30, 20, 15, 10, 7)},
 }
 TARGETS = {
     "qv": "[q_proj, v_proj]", "all": "all-linear", "attention": "auto", "mlp": "[gate_proj, up_proj, down_proj]"
@@ -285,6 +288,12 @@ class Comparison:
 
     def one(self, name: str, base: str, seed: int) -> dict[str, Any]:
         arm = ARMS[name]
+        if arm.within is not None:
+            wanted = "plain, documented", "nf4", seed
+            plain = next((x for x in self.lines() if (x["arm"], x["base"], x["seed"]) == wanted), None)
+            if plain is None:
+                sys.exit(f"{name} needs the line of {wanted[0]!r} on nf4, seed {seed}: run that arm first")
+            arm = replace(arm, options=(f"train.within={round(plain['seconds'] * arm.within)}s",))
         if self.options.epochs is not None:
             arm = Arm(**{**vars(arm), "epochs": self.options.epochs})
         if arm.rate is not None and arm.rate != DOCUMENTED["rate"]:
