@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from halfbyte import finetune
 from halfbyte.errors import AdapterError, RecipeError
 from halfbyte.plan import calibrate
 from halfbyte.system import device
-from halfbyte.training import fit, preview
+from halfbyte.training import fit, forecast, prepare, preview
 from halfbyte.training.events import Listener
 from halfbyte.training.fit import plan_run, with_plan
 from halfbyte.training.prepare import look
@@ -105,3 +106,32 @@ def test_the_machine_is_calibrated_only_for_a_run(
     monkeypatch.setattr(calibrate, "ensure", measured)
     plan_run(tiny_run.recipe(tmp_path).recipe, device.detect(), Notes() if listens else None)
     assert asked == [True] * listens
+
+
+@pytest.mark.parametrize("listens", [True, False])
+def test_kernels_are_compiled_beside_the_rows_and_there_before_the_plan(
+    listens: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[str] = []
+
+    def begin(missing: object, cores: int, dtype: str) -> Any:
+        happened.append("begun")
+        return lambda: happened.append("awaited")
+
+    def told(*of: Any) -> Any:
+        happened.append("rows")
+        return prepare.prepare(*of)
+
+    def jobs(*of: Any, **more: Any) -> Any:
+        happened.append("job")
+        return forecast.job_of(*of, **more)
+
+    monkeypatch.setattr(fit.ahead, "begin", begin)
+    monkeypatch.setattr(fit, "prepare", told)
+    monkeypatch.setattr(fit, "job_of", jobs)
+    monkeypatch.setattr(fit.kernel_cache, "uncompiled", lambda *_, **__: ("fp32", "bf16"))
+    machine, heard = replace(device.detect(), cards=()), Notes()
+    plan_run(tiny_run.recipe(tmp_path).recipe, machine, heard if listens else None)
+    first = happened.index("job")
+    assert happened[:first] == (["begun", "rows", "awaited"] if listens else ["rows"])
+    assert any("compiling its kernels, once" in text for _, text in heard.notes) == listens
