@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -298,7 +299,7 @@ class Comparison:
             arm = Arm(**{**vars(arm), "epochs": self.options.epochs})
         if arm.rate is not None and arm.rate != DOCUMENTED["rate"]:
             arm = Arm(**{**vars(arm), "rate": arm.rate / LAW * self.options.rate})
-        output = self.folder / f"{name.replace(', ', '-').replace(' ', '-')}-{base}-{seed}"
+        output = self.folder / f"{re.sub('[, /]+', '-', name)}-{base}-{seed}"
         shutil.rmtree(output, ignore_errors=True)
         where = str(self.tokens()), self.checkpoint("16" if base == "own" else base)
         task = Task(arm, self.options.model, base, seed, str(self.train), str(output), *where)
