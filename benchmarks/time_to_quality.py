@@ -12,6 +12,7 @@ the same; halfbyte reads text. Rows with `question` and `answer` become `prompt`
 
     python benchmarks/time_to_quality.py --train GSM8K/train.jsonl --held GSM8K/test.jsonl --out FOLDER [--arms ...]
 
+Small arms for one question each: `--rows 256 --held-rows 64 --epochs 1 --bases own` is 64 steps of 4 rows.
 A line of `FOLDER/results.jsonl` is one arm; what is there is not repeated, so a comparison can be made in pieces. The
 table at the end (alone with `--show`) is made of all lines. Timings want an idle machine; `--rows 16 --held-rows 4
 --epochs 1` only tries whether all arms run. Conversations: `benchmarks/conversations.py`; orders: `examples/`.
@@ -56,10 +57,12 @@ class Arm:
     warmup: int | None = None
     options: tuple[str, ...] = ()  # more `--set` values of halfbyte's
     within: float | None = None
+    prompts: float | None = None  # what a token of a user's message counts for; rows of `messages` alone
 
 
 DOCUMENTED = {"targets": "qv", "rate": 2e-4, "rows": 16, "epochs": 3}
 OURS = {"targets": "all", "rate": LAW, "rows": 4, "epochs": 1, "warmup": 2}
+RESIDUAL = ("lora.init_lora_weights=residual",)  # of NF4 alone
 ARMS = {
     "plain, documented": Arm("plain", **DOCUMENTED),
     "plain, ours": Arm("plain", **OURS),
@@ -74,9 +77,21 @@ ARMS = {
     "halfbyte, twice the rate": Arm("halfbyte", **{**OURS, "rate": 2 * LAW}),
     "halfbyte, 16 rows": Arm("halfbyte", **{**OURS, "rows": 16}),
     "halfbyte, 16 rows, twice the rate": Arm("halfbyte", **{**OURS, "rows": 16, "rate": 2 * LAW}),
+    "halfbyte, 8 rows": Arm("halfbyte", **{**OURS, "rows": 8}),
+    "halfbyte, 8 rows, half the rate": Arm("halfbyte", **{**OURS, "rows": 8, "rate": LAW / 2}),
+    "halfbyte, 8 rows, twice the rate": Arm("halfbyte", **{**OURS, "rows": 8, "rate": 2 * LAW}),
     "halfbyte, no warm-up": Arm("halfbyte", **{**OURS, "warmup": 0}),
+    "halfbyte, warm-up of 3": Arm("halfbyte", **{**OURS, "warmup": 3}),
+    "halfbyte, alpha 16": Arm("halfbyte", **OURS, options=("lora.lora_alpha=16",)),
+    "halfbyte, alpha 64": Arm("halfbyte", **OURS, options=("lora.lora_alpha=64",)),
+    "halfbyte, beta2 0.95": Arm("halfbyte", **OURS, options=("train.adam_beta2=0.95",)),
+    "halfbyte, no dropout": Arm("halfbyte", **OURS, options=("lora.lora_dropout=0",)),
+    "halfbyte, a third of the rate": Arm("halfbyte", **{**OURS, "rate": LAW / 3}),
+    "halfbyte, residual start": Arm("halfbyte", **OURS, options=RESIDUAL),
+    "halfbyte, residual start, a third of the rate": Arm("halfbyte", **{**OURS, "rate": LAW / 3}, options=RESIDUAL),
     "halfbyte, 3 epochs": Arm("halfbyte", **{**OURS, "epochs": 3}),
     "halfbyte, every turn": Arm("halfbyte", **OURS, options=("data.mask=assistant",)),
+    "halfbyte, every turn, prompts at 0.1": Arm("halfbyte", **OURS, options=("data.mask=assistant",), prompts=0.1),
     "halfbyte, every token": Arm("halfbyte", **OURS, options=("data.mask=all",)),
     **{f"halfbyte, within 1/{n}": Arm("halfbyte", within=1 / n) for n in (30, 20, 15, 10, 7)},
 }
@@ -302,9 +317,20 @@ class Comparison:
         output = self.folder / f"{re.sub('[, /]+', '-', name)}-{base}-{seed}"
         shutil.rmtree(output, ignore_errors=True)
         where = str(self.tokens()), self.checkpoint("16" if base == "own" else base)
-        task = Task(arm, self.options.model, base, seed, str(self.train), str(output), *where)
+        task = Task(arm, self.options.model, base, seed, str(self.rows_of(arm)), str(output), *where)
         figures = timed(task, output.with_suffix(".log"))
         return {**figures, **self.scores(base, task.adapter)}
+
+    def rows_of(self, arm: Arm) -> Path:
+        """The rows that an arm reads: where prompts count for something, rows whose users' messages say so."""
+        if arm.prompts is None:
+            return self.train
+        target, counted = self.folder / f"train-prompts-{arm.prompts}.jsonl", {"train": True, "weight": arm.prompts}
+        rows = [json.loads(line) for line in self.train.read_text().splitlines()]
+        for message in (message for row in rows for message in row["messages"] if message["role"] == "user"):
+            message |= counted
+        target.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        return target
 
     def table(self) -> Iterator[str]:
         """An arm a line: the means of its seeds, each seed's loss, and loss less the source's row by row."""

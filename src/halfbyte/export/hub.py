@@ -6,18 +6,20 @@ base that others can find, or says that it is local. A push is private unless as
 reads the token (`hf auth login`, HF_TOKEN), which is never shown.
 """
 
-from __future__ import annotations
-
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from halfbyte.errors import ExportError, HalfbyteError, first_line
+from halfbyte.inference import target
+from halfbyte.inference.target import Target
+from halfbyte.models.sources import pypi
 from halfbyte.models.sources.hub import HUB_ID
+from halfbyte.models.sources.lookup import find_model
+from halfbyte.proofs.export import Exported
 from halfbyte.recipe.adapter_folder import ADAPTER_FILES, PASSPORT
 from halfbyte.recipe.task import TASKS
 from halfbyte.runs.folder import RunFolder, read_json
@@ -26,15 +28,11 @@ from halfbyte.scoring.sheet import SCORES, other_adapter
 from halfbyte.system import files
 from halfbyte.system.libraries import versions
 
-if TYPE_CHECKING:
-    from halfbyte.inference.target import Target
-    from halfbyte.proofs.export import Exported
-
 CARD, MODELFILE = "README.md", "Modelfile"
 # The hub's names of what a run with a head does.
 _DOES = {"classify": "text-classification", "regress": "text-classification", "tag": "token-classification"}
 # In a recipe: paths of this machine, of which a card has the last part.
-_LOCAL = re.compile(r"(?<=[\s'\"\[])(?:~|[A-Za-z]:)?[/\\][^\s'\",\]]+")
+_LOCAL = re.compile(r"(?<=[\s'\"\[])(?:~|\.\.?|[A-Za-z]:)?[/\\][^\s'\",\]]+")
 
 
 def write(folder: Path, run: Target, export: Exported) -> None:
@@ -48,7 +46,7 @@ def write(folder: Path, run: Target, export: Exported) -> None:
                    metric_value=value, verified=None)
         for name, metric, value, _ in metrics(run, export)
     ]  # fmt: skip
-    kind = "peft" if "adapter" in export.kind.lower() else "gguf" if "gguf" in export.kind.lower() else "transformers"
+    kind = "gguf" if "GGUF" in export.kind else "peft" if "adapter" in export.kind else "transformers"
     data = ModelCardData(
         base_model=base.partition("@")[0] if public else None,
         library_name=kind,
@@ -59,6 +57,8 @@ def write(folder: Path, run: Target, export: Exported) -> None:
         eval_results=results or None,
     )
     text = f"---\n{data.to_yaml()}\n---\n{body(run, export, base, revision, public=public)}"
+    if file := next(folder.glob("*.gguf"), None):
+        text = text.replace("FILE.gguf", file.name)
     ModelCard(text).save(folder / CARD)
 
 
@@ -85,8 +85,6 @@ def licence(run: Target) -> str | None:
     """The base's, as its own card says it; None where it has none."""
     from huggingface_hub import ModelCard
 
-    from halfbyte.models.sources.lookup import find_model
-
     try:
         card = find_model(run.recipe).path / CARD
         name = ModelCard.load(card).data.to_dict().get("license") if card.is_file() else None
@@ -99,6 +97,8 @@ def body(run: Target, export: Exported, base: str, revision: str | None, *, publ
     """Everything below the metadata."""
     name = base.partition("@")[0] if public else Path(base).name
     local = "" if public else " (a local model: say where others can find it)"
+    if (packaged := pypi.MODELS.get(base)) is not None:
+        local = f" (from PyPI: {packaged.parts[0].package} {packaged.parts[0].version})"
     at = f" at revision `{revision}`" if revision else ""
     lines = [f"# {name}, fine-tuned with QLoRA", "", f"A {export.kind}. Base: `{name}`{at}{local}.", ""]
     lines += ["## Training", "", *_training(run), ""]
@@ -137,7 +137,7 @@ def _proof(export: Exported) -> list[str]:
     )
     seen = export.held_out or {}
     held_out = [seen[name] for name in ("text", "advice") if seen.get(name)]
-    return [figures, *([""] if held_out or export.notes else []), *held_out, *export.notes]
+    return [figures, "", *(f"- {line}" for line in (*held_out, *export.notes))]
 
 
 def _use(export: Exported, task: str) -> list[str]:
@@ -170,9 +170,6 @@ def folder_of(path: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as alone:
         folder = Path(shutil.copytree(source, Path(alone, "folder"), ignore=shutil.ignore_patterns(*NOT_PUSHED)))
         if (folder / PASSPORT).is_file():
-            from halfbyte.inference import target
-            from halfbyte.proofs.export import Exported
-
             for name in (ADAPTER_FILES[1], PASSPORT):
                 values = {key: shipped(value) for key, value in read_json(folder / name).items()}
                 files.write(folder / name, files.as_json(values))
