@@ -47,9 +47,8 @@ HEAVY = ("peft", "bitsandbytes", "datasets", "pandas", "transformers.trainer", "
 def loaded_by(*words: str) -> list[str]:
     """Which of `HEAVY` a command imports, in a process of its own."""
     code = (
-        "import sys, runpy\nsys.argv = ['halfbyte', *sys.argv[1:]]\n"
-        "try:\n    runpy.run_module('halfbyte', run_name='__main__')\n"
-        f"except SystemExit as end:\n    print('code', end.code, sorted({set(HEAVY)} & set(sys.modules)))\n"
+        "import sys\nfrom halfbyte.cli import main\nsys.argv = ['halfbyte', *sys.argv[1:]]\n"
+        f"main._leave = lambda code: print('code', code, sorted({set(HEAVY)} & set(sys.modules)))\nmain.main()\n"
     )
     ended = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
     return str(ended.stdout.splitlines()[-1]).split(maxsplit=2)[1:]
