@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import pytest
@@ -27,3 +29,15 @@ def runner(here: Path, capsys: pytest.CaptureFixture[str]) -> Cli:
         return Ended(code, printed.out, printed.err.replace(str(here), "TMP"))
 
     return run
+
+
+def imported(names: Collection[str], *words: str, cwd: Path | None = None) -> tuple[int, list[str], str]:
+    """The code of a command in a process of its own, which of these modules it has imported, and what it printed."""
+    code = (
+        f"import sys\nfrom halfbyte.cli import main\nsys.argv = {['halfbyte', *words]}\n"
+        f"main._leave = lambda code: print(int(code or 0), *sorted({set(names)} & set(sys.modules)))\nmain.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, check=False)
+    assert done.returncode == 0, done.stderr
+    number, *found = done.stdout.splitlines()[-1].split()
+    return int(number), found, done.stdout

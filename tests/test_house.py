@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import in_process
+
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "halfbyte"
 MAX_LINES = 450
@@ -320,15 +322,8 @@ def test_importing_all_light_rooms_leaves_heavy_libraries_out() -> None:
 
 def test_help_never_imports_torch_nor_what_reads_recipes_and_rows() -> None:
     left_out = {*HEAVY, "numpy", "pydantic", "halfbyte.recipe.schema"}
-    code = (
-        "import runpy, sys\nsys.argv = ['halfbyte', '--help']\n"
-        "try:\n    runpy.run_module('halfbyte', run_name='__main__')\n"
-        f"except SystemExit as end:\n    print('code', end.code, sorted({left_out} & set(sys.modules)))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert "train" in done.stdout
-    assert done.stdout.splitlines()[-1] in ("code 0 []", "code None [])", "code None []")
+    code, found, printed = in_process.imported(left_out, "--help", cwd=ROOT)
+    assert (code, found) == (0, []) and "train" in printed
 
 
 def test_nothing_below_the_command_line_prints() -> None:

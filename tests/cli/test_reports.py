@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -49,13 +47,8 @@ def test_a_page_that_is_current_is_only_named(
 def test_what_only_lists_and_names_imports_no_library(command: str, tmp_path: Path) -> None:
     run = made.finished(tmp_path / "runs/a", made.metrics(5), **made.verdict())
     page.write(run.path)
-    code = (
-        f"import runpy, sys\nsys.argv = ['halfbyte', *{command.split()}]\n"
-        "try:\n    runpy.run_module('halfbyte', run_name='__main__')\n"
-        "except SystemExit as end:\n    print(end.code, sorted({'torch', 'numpy', 'jinja2'} & set(sys.modules)))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert done.stdout.splitlines()[-1] in ("0 []", "None []"), done.stdout + done.stderr
+    code, found, printed = in_process.imported({"torch", "numpy", "jinja2"}, *command.split(), cwd=tmp_path)
+    assert (code, found) == (0, []), printed
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_the_work(

@@ -54,14 +54,14 @@ def command(home: Path, run: str, resume: bool) -> list[str]:
 
 def machine(home: str, run: str, resume: bool, space: str | None) -> None:
     """The process of one machine, as the command line is."""
-    from halfbyte.cli.main import main
+    from halfbyte.cli import main
 
     os.environ |= {"HALFBYTE_CACHE": f"{home}/cache", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     if space is not None:
         relay.enter(space)
         os.environ["GLOO_SOCKET_IFNAME"] = space
-    sys.argv = ["halfbyte", *command(Path(home), run, resume)]
-    main()
+    words = command(Path(home), run, resume)
+    sys.exit(main._guard(lambda: main.app(words), words))
 
 
 def started(homes: list[Path], run: str, machines: relay.Machines, resume: bool = False) -> together.Processes:

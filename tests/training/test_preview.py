@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ from halfbyte import finetune
 from halfbyte.recipe.file import load_recipe
 from halfbyte.system import device
 from halfbyte.training import fit, forecast, prepare, preview
-from tests import tiny_run
+from tests import in_process, tiny_run
 from tests.in_process import Cli, runner
 
 
@@ -44,24 +42,14 @@ def test_it_shows_gates_lengths_steps_and_marked_rows(halfbyte: Cli) -> None:
 HEAVY = ("peft", "bitsandbytes", "datasets", "pandas", "transformers.trainer", "transformers.modeling_utils")
 
 
-def loaded_by(*words: str) -> list[str]:
-    """Which of `HEAVY` a command imports, in a process of its own."""
-    code = (
-        "import sys\nfrom halfbyte.cli import main\nsys.argv = ['halfbyte', *sys.argv[1:]]\n"
-        f"main._leave = lambda code: print('code', code, sorted({set(HEAVY)} & set(sys.modules)))\nmain.main()\n"
-    )
-    ended = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
-    return str(ended.stdout.splitlines()[-1]).split(maxsplit=2)[1:]
-
-
 def test_rows_alone_need_neither_peft_nor_a_trainer(here: Path) -> None:
-    assert loaded_by("data", "check", "recipe.yaml") == ["0", "[]"]
+    assert in_process.imported(HEAVY, "data", "check", "recipe.yaml")[:2] == (0, [])
 
 
 @pytest.mark.slow
 def test_arguments_that_need_a_trainer_are_tried_on_it(here: Path) -> None:
-    code, heavy = loaded_by("data", "check", "recipe.yaml", "--set", "train.optim=sgd")
-    assert code == "0" and "transformers.trainer" in heavy, "its arguments are tried on what takes them"
+    code, heavy, _ = in_process.imported(HEAVY, "data", "check", "recipe.yaml", "--set", "train.optim=sgd")
+    assert code == 0 and "transformers.trainer" in heavy, "its arguments are tried on what takes them"
 
 
 @pytest.mark.parametrize(
