@@ -79,7 +79,8 @@ def test_a_run_says_what_it_has_forgotten(whole_base_text: None, tmp_path: Path)
     assert "kept with its store" in again.text[-1] and other["base"] == seen["base"]
     figures = dict(compare.compare([tmp_path / "run", tmp_path / "other"]).figures)
     assert figures["loss on base text"] == tuple(
-        f"{each['adapter']:.4f} ({each['base']:.4f} of the base)" for each in (seen, other)
+        f"{each['adapter']:.4f} ({each['base']:.4f} of the base, {each['source']['loss']:.4f} of the source)"
+        for each in (seen, other)
     )
 
 

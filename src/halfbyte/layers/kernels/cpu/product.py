@@ -153,7 +153,7 @@ def product_(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> Tensor:
     """out = a b, or out += a b, for what `takes` says: (M, K) @ (K, N) -> (M, N)."""
     (k, n), longest = b.shape, _even(b.shape[0], LONGEST, 1)
     widest = _even(n, max(COLUMNS, PANEL_NUMBERS // longest), COLUMNS)
-    memory = _memory_for(longest * up.py_func(widest, COLUMNS))
+    memory = _memory_for(longest * up(widest, COLUMNS))
     for j in range(0, n, widest):
         for s in range(0, k, longest):
             part = b[s : s + longest, j : j + widest]
@@ -192,12 +192,12 @@ def _part(out: Tensor, a: Tensor, b: Tensor, memory: tuple[Tensor, Tensor], add:
 
 def _blocks_of(m: int, n: int, threads: int) -> tuple[int, int]:
     """(rows, columns) of C that a thread takes at once: where tasks are few, as many for each thread."""
-    tall, wide = min(TALL, up.py_func(m, ROWS)), WIDE
+    tall, wide = min(TALL, up(m, ROWS)), WIDE
     if -(-m // tall) * -(-n // wide) < 8 * threads:
         blocks = threads * -(-m // (tall * threads))
-        tall = min(tall, max(4 * ROWS, up.py_func(-(-m // blocks), ROWS)))
+        tall = min(tall, max(4 * ROWS, up(-(-m // blocks), ROWS)))
         if -(-m // tall) < threads:
-            wide = min(wide, up.py_func(-(-n // threads), COLUMNS))
+            wide = min(wide, up(-(-n // threads), COLUMNS))
     return tall, wide
 
 

@@ -26,10 +26,7 @@ _FLUSH, _ZEROS = 1 << 15, 1 << 6  # of MXCSR: results and operands below 2^-126 
 FASTMATH = {"contract", "reassoc", "nsz", "arcp"}
 # By force: a part that is compiled on its own as well is there twice, and a process that compiles uses another copy,
 # with other last bits, than one that takes the kernel from the cache.
-# Without what Python and C would call, a quarter of the time to compile: Python calls `py_func`, or the process ends.
-inlined: Any = njit(
-    forceinline=True, fastmath=FASTMATH, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True
-)
+inlined: Any = njit(forceinline=True, fastmath=FASTMATH, error_model="numpy", no_cfunc_wrapper=True)
 # Of parts that hold whole kernels: numba inlines them itself, where LLVM would compile all that is in them once more
 # for each level. For integers alone, since its arithmetic is then the kernel's own.
 spliced: Any = njit(inline="always", error_model="numpy")
