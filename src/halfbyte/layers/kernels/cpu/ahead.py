@@ -1,6 +1,6 @@
 """Kernels compiled before they are needed, several at once: numba compiles one after the other, on one core.
 
-Cost: a process of 0.5 GB for each core, as far as memory reaches, and 24 CPU seconds a dtype (docs/log).
+Cost: a process of 0.5 GB for each core, as far as memory reaches, and some 19 CPU seconds a dtype (docs/log).
 """
 
 import contextlib
