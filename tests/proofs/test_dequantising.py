@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from halfbyte.errors import BaseModelError
 from halfbyte.proofs.dequantising import prove_dequantised
 from halfbyte.quant import dequantise
+from halfbyte.quant.number_format import Codes
 from tests.quant.test_dequantise import assert_is, by_definition, layer, needs_avx512
 
 
@@ -68,6 +69,23 @@ def test_a_wrong_scale_is_caught_and_goes_round(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(dequantise, "c_dequantise", lambda kind, dtype: None if kind else nearly)
     assert not prove_dequantised(nn.Sequential(made)).ok
+    assert_is(dequantise.dequantised(made), by_definition(made))
+
+
+@needs_avx512
+def test_a_wrong_number_of_our_kernel_is_caught_and_goes_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    from halfbyte.layers.kernels.cpu import codes
+
+    right, made = codes.write, layer((64, 128), "nf4", True)
+
+    def nearly(given: Codes, out: Tensor) -> Tensor:
+        right(given, out).view(-1)[70] += 0.5
+        return out
+
+    dequantise.dequantised(made)  # proven small before
+    monkeypatch.setattr(codes, "write", nearly)
+    proof = prove_dequantised(nn.Sequential(made))
+    assert not proof.ok and "(64, 128)" in proof.reason
     assert_is(dequantise.dequantised(made), by_definition(made))
 
 

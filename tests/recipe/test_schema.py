@@ -274,7 +274,9 @@ def test_numbers_inside_scheduler_arguments(load: Load) -> None:
     assert load(text).recipe.train.lr_scheduler_kwargs == {"min_lr": 1e-5}
 
 
-def test_yaml_reads_a_bare_no_as_false(load: Load) -> None:
+def test_yaml_reads_a_bare_no_and_off_as_false(load: Load) -> None:
+    assert load(LEAST.replace("data: {", "data: {share_prefixes: off, ")).recipe.data.share_prefixes == "off"
+    assert load(LEAST, "data.share_prefixes=off").recipe.data.share_prefixes == "off"
     train = load(LEAST + "train: {eval_strategy: no, save_strategy: no, report_to: none}\n").recipe.train
     assert (train.eval_strategy, train.save_strategy, train.report_to) == ("no", "no", "none")
 

@@ -36,7 +36,7 @@ def prove_dequantised(model: nn.Module) -> StartProof:
             fix="build the base anew (halfbyte quantize MODEL), and check the versions with halfbyte doctor",
         )
     return StartProof(
-        False, f"bitsandbytes dequantises {shapes} wrongly on this machine; the table of codes is used, which is slower"
+        False, f"{shapes} are dequantised wrongly on this machine; the table of codes is used, which is slower"
     )
 
 

@@ -41,8 +41,27 @@ def dequantised(module: nn.Module) -> Tensor:
 
         return bnb_f.dequantize_4bit(packed, state)
     out = scratch(state.shape, dtype=state.dtype, device=packed.device)
-    write(packed, block_scales(state), out, state.blocksize, state.quant_type)
+    if not _by_kernel(module, out):
+        write(packed, block_scales(state), out, state.blocksize, state.quant_type)
     return out
+
+
+def _by_kernel(module: nn.Module, out: Tensor) -> bool:
+    """Dequantise with a kernel of ours where there is one for this weight, into `out`; whether it was."""
+    from halfbyte.layers.kernels.cpu import available, tiles, works
+
+    state = module.weight.quant_state
+    if not available(out) or not tiles.has("avx512f") or is_distrusted(state.quant_type, state.dtype):
+        return False
+    if not works("codes"):
+        return False
+    from halfbyte.layers.kernels.cpu import codes as kernels
+
+    codes = codes_of(module)
+    if not kernels.takes(codes):
+        return False
+    kernels.write(codes, out)
+    return True
 
 
 def _codes_and_state(module: nn.Module) -> tuple[Tensor, Any]:

@@ -61,6 +61,13 @@ Format = Literal[
     "tags", "vectors",
 ]  # fmt: skip
 Mask = Literal["completion", "assistant", "all"]
+
+
+def false_is(word: str) -> BeforeValidator:
+    """YAML 1.1 reads a bare `no` and `off` as false."""
+    return BeforeValidator(lambda value: word if value is False else value)
+
+
 _LIKE = "rows: files, a glob, a hub: dataset, or a list of them; 5% or a number of the training rows; none; or auto"
 _SPLIT = re.compile(r"(?P<count>[1-9]\d*)|(?P<percent>\d+(\.\d+)?)\s*%|(?P<share>0?\.\d+)")
 AUTO_PERCENT = 5  # of the rows
@@ -236,7 +243,7 @@ class Data(Section):
     streaming: bool = field(
         False, "rows are read and tokenised while training goes on, in blocks whose order is seeded: files of any size"
     )
-    share_prefixes: Literal["auto", "off"] = field(
+    share_prefixes: Annotated[Literal["auto", "off"], false_is("off")] = field(
         "auto", "compute once what rows of a step have in common at their beginnings; the same is learned"
     )
     order: Literal["random", "families"] = field(

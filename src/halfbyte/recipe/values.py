@@ -10,7 +10,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
 
 from halfbyte.recipe import fields
-from halfbyte.recipe.data import Int, is_list_of_names, is_name_or_list, must
+from halfbyte.recipe.data import Int, false_is, is_list_of_names, is_name_or_list, must
 from halfbyte.system.words import seconds_of
 
 
@@ -108,8 +108,7 @@ Count = Annotated[Int, Field(ge=1)]
 Index = Annotated[Int, Field(ge=0)]
 Seed = Annotated[Int, Field(ge=0, lt=2**32)]
 Steps = Annotated[Float, AfterValidator(_whole_or_share), PlainSerializer(lambda v: v, int | float)]  # 2, not 2.0
-# YAML 1.1 reads a bare `no` as false
-OffIsNo = BeforeValidator(lambda v: "no" if v is False else v)
+OffIsNo = false_is("no")
 _LIKE = "list of names, such as [q_proj, v_proj]"
 Names = Annotated[tuple[str, ...], must(f"a {_LIKE}", lambda v: v == () or is_list_of_names(v))]
 NamesOrNone = Annotated[Names, BeforeValidator(lambda v: () if v in (None, []) else v)]

@@ -12,7 +12,7 @@ Cost: a hash for each token of a micro-batch, and one in every layer, beside tho
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -71,11 +71,12 @@ class LoraPart:
 @dataclass(frozen=True)
 class RowMasks:
     """The keys of the tokens of the micro-batch that is computed now, (T,) int32, and the number of each module.
-    `anywhere`: also where no kernel makes the mask."""
+    `anywhere`: also where no kernel makes the mask. `filled`: keys with zeros behind them, by how many they are."""
 
     keys: Tensor
     sites: Mapping[int, int]
     anywhere: bool
+    filled: dict[int, Tensor] = field(default_factory=dict)
 
 
 _now: RowMasks | None = None
@@ -111,7 +112,7 @@ def select_tokens(rows: Tensor) -> Iterator[None]:
     global _now
     before = _now
     if _now is not None:
-        _now = replace(_now, keys=_now.keys[rows])
+        _now = RowMasks(_now.keys[rows], _now.sites, _now.anywhere)
     try:
         yield
     finally:
@@ -128,10 +129,13 @@ def token_seed(layer: nn.Module, x: Tensor, *, by_kernel: bool) -> TokenSeed | N
     some of no text behind them; the mask then is drawn."""
     if _now is None or id(layer) not in _now.sites or not (by_kernel or _now.anywhere):
         return None
-    keys, more = _now.keys, x.shape[0] - len(_now.keys)
+    keys, count = _now.keys, x.shape[0]
+    more = count - keys.shape[0]
     if more < 0:
         return None
-    return TokenSeed(torch.cat([keys, keys.new_zeros(more)]) if more else keys, _now.sites[id(layer)])
+    if more and count not in _now.filled:
+        _now.filled[count] = torch.cat([keys, keys.new_zeros(more)])
+    return TokenSeed(_now.filled[count] if more else keys, _now.sites[id(layer)])
 
 
 def some_seed(layer: nn.Module, x: Tensor) -> TokenSeed:

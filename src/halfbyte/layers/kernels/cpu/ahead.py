@@ -17,7 +17,7 @@ from halfbyte.system.device import ram_available
 
 PROCESS_BYTES = 500_000_000
 _BESIDE = ("recurrent.gated_norm", "recurrent.conv")
-_PASSES = ("entropy", "norm", "gate", "scores")
+_PASSES = ("entropy", "codes", "norm", "gate", "scores")
 # What needs them, as `kernel_cache.uncompiled` names it -> files of this folder, the longest first.
 FILES = {
     "bf16": ("attention.bf16", "lora.bf16", *_PASSES),

@@ -11,6 +11,7 @@ Cost: 5 microseconds a call; 50 by Python's threads.
 """
 
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -32,6 +33,7 @@ MOST_THREADS = 64  # of Python's, where they have to be used
 BLOCK_ELEMENTS = 64 * 1024
 
 Kernel: TypeAlias = Any  # a compiled `cfunc`
+_memory = threading.local()
 kernel: Any = cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
 
 
@@ -65,31 +67,43 @@ if hasattr(os, "register_at_fork"):
 def run(compiled: Kernel, rows: int, block: int, *values: "Tensor | int | float") -> None:
     """Call a kernel with `values` in slots 3, 4, ...; returns when every block is done. Tensors must be contiguous on
     the CPU and stay alive until then, which this frame sees to."""
-    counter = np.zeros(8, dtype=np.int64)  # a cache line of its own
-    slots = np.zeros(SLOTS, dtype=np.int64)
-    floats = slots.view(np.float64)
-    slots[:3] = counter.ctypes.data, rows, block
+    slots, floats, counter, places = _slots()
+    counter.fill(0)
+    slots.fill(0)
+    slots[0], slots[1], slots[2] = places[1], rows, block
     for i, value in enumerate(values, 3):
         if isinstance(value, float):
             floats[i] = value
         else:
             slots[i] = value.data_ptr() if hasattr(value, "data_ptr") else value
-    start(compiled, slots)
+    start(compiled, places[0])
 
 
-def start(compiled: Kernel, slots: np.ndarray, threads: int | None = None) -> None:
-    """Call a kernel on every thread with these slots; returns when all are back. threads: None: as many as torch's."""
+def _slots() -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[int, int]]:
+    """This thread's slots, the same as floats, its counter, and where slots and counter are."""
+    known: tuple[np.ndarray, np.ndarray, np.ndarray, tuple[int, int]] | None = getattr(_memory, "slots", None)
+    if known is None:
+        slots, counter = np.zeros(SLOTS, np.int64), np.zeros(8, np.int64)  # a cache line of its own
+        places = slots.ctypes.data, counter.ctypes.data
+        _memory.slots = known = slots, slots.view(np.float64), counter, places
+    return known
+
+
+def start(compiled: Kernel, slots: np.ndarray | int, threads: int | None = None) -> None:
+    """Call a kernel on every thread with these slots, or those at an address; returns when all are back. threads: None:
+    as many as torch's."""
+    slots = slots if isinstance(slots, int) else slots.ctypes.data
     if threads is None:
         import torch
 
         threads = torch.get_num_threads()
     if threads == 1:
-        compiled.ctypes(slots.ctypes.data)
+        compiled.ctypes(slots)
     elif (region := openmp.region()) is not None:
-        region(compiled.address, slots.ctypes.data, threads, 0)
+        region(compiled.address, slots, threads, 0)
     else:
-        others = [_pool().submit(compiled.ctypes, slots.ctypes.data) for _ in range(min(threads, MOST_THREADS) - 1)]
-        compiled.ctypes(slots.ctypes.data)
+        others = [_pool().submit(compiled.ctypes, slots) for _ in range(min(threads, MOST_THREADS) - 1)]
+        compiled.ctypes(slots)
         for other in others:
             other.result()
 

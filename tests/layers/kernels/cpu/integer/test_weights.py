@@ -17,6 +17,7 @@ from tests.layers.kernels.cpu.integer.test_rounding import check, filled, whole
 
 if not cpu.available(torch.zeros(1)) or not tiles.has("avx512f"):
     pytest.skip("needs numba and AVX-512", allow_module_level=True)
+from halfbyte.layers.kernels.cpu import codes as kernels
 from halfbyte.layers.kernels.cpu.integer import rounding, weights
 
 SHAPES = [(5, 64, 64), (16, 192, 64), (33, 576, 32), (48, 1536, 256), (1, 16, 16), (20, 1024, 1024)]
@@ -57,7 +58,8 @@ def test_codes_are_decoded_mixed_and_rounded(
     o: int, d: int, block: int, kind: str, dtype: torch.dtype, nested: bool
 ) -> None:
     codes, weight = drawn(kind, o, d, block, dtype, nested=nested)
-    assert weights.takes(codes)
+    assert torch.equal(kernels.write(codes, torch.empty_like(weight)), weight)
+    assert kernels.takes(codes)
     rows = weights.rows(codes, share=0.25, out=made(o, d))
     check(*rows, weight.double() @ whole(d, far=True).T, 0.25)
     groups = weights.groups(codes, share=0.5, out=made(rounding.padded_width(o), d))
@@ -71,6 +73,8 @@ def test_scales_that_are_not_finite_are_not_hidden() -> None:
     codes, _ = drawn("nf4", 16, 128, 64, torch.bfloat16)
     codes.packed[:] = 0xFF
     codes.scales[3], codes.scales[8] = float("nan"), float("inf")
+    weight = kernels.write(codes, torch.empty(16, 128, dtype=torch.bfloat16)).view(32, 64)
+    assert weight.isfinite().all(1).tolist() == [i not in (3, 8) for i in range(32)]
     _, steps = weights.rows(codes, out=made(16, 128))
     assert steps.isfinite().tolist() == [i not in (1, 4) for i in range(16)]
     _, steps = weights.groups(codes, out=made(16, 128))
@@ -96,7 +100,7 @@ def test_a_layer_gives_the_same_bits_by_its_codes_and_by_pieces(kind: str, monke
 def test_what_the_kernels_do_not_take() -> None:
     for shape, block, dtype in (((4, 96), 64, torch.float32), ((4, 64), 8, torch.float32), ((4, 64), 64, torch.half)):
         codes = Codes(torch.zeros(1, dtype=torch.uint8), torch.zeros(1), torch.zeros(16), shape, block, dtype)
-        assert not weights.takes(codes)
+        assert not kernels.takes(codes)
     assert not isinstance(lora_linear.integer_weight(layer_of("nf4", 8, 40, torch.float32), torch.float32), Codes)
     other = layer_of("nf4", 8, 64, torch.bfloat16)
     assert not isinstance(lora_linear.integer_weight(other, torch.float32), Codes)

@@ -94,9 +94,9 @@ def takes(codes: Codes | BlockRows, dtype: torch.dtype) -> bool:
         return codes.codes.device.type == "cpu"
     if codes.dtype != dtype or not tiles.has("avx512f"):
         return False
-    from halfbyte.layers.kernels.cpu.integer import weights
+    from halfbyte.layers.kernels.cpu import codes as kernels
 
-    return weights.takes(codes) and works("integer.weights")
+    return kernels.takes(codes) and works("integer.weights")
 
 
 def takes_lora(lora: LoraPart) -> bool:

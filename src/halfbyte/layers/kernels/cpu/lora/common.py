@@ -24,7 +24,7 @@ def mask_of(p: float, seed: Seed) -> tuple[tuple[int, int, Tensor | int], int]:
     how many keys."""
     low = round(p * 65536)
     if isinstance(seed, dropout.TokenSeed):
-        return (low, seed.seed & 0xFFFFFFFF, seed.keys), len(seed.keys)
+        return (low, seed.seed & 0xFFFFFFFF, seed.keys), seed.keys.shape[0]
     return (low, seed & 0xFFFFFFFF, 0), 0
 
 
