@@ -158,13 +158,18 @@ def text_rows(prepared: Prepared, steps: pack.Steps, plan: Plan) -> EncodedRows 
 def base_text_s(prepared: Prepared, plan: Plan, machine: Device) -> float:
     """Seconds of a run's losses on the text of the base's kind, as planned: of base, source, adapter and evaluations
     that it bounds."""
-    rows = text_rows(prepared, plan_steps(prepared, plan.max_tokens_per_micro_batch, None), plan)
-    if isinstance(rows, str):
+    if not (once := text_reading_s(prepared, plan)):
         return 0.0
     source = FORWARDS if _source_s(prepared, plan, machine, 0) else 0.0
     bounded = prepared.recipe.train.max_forgetting is not None
     times = (not plan.time.done) * (1 + source) + 1 + bounded * count_evaluations(prepared, plan.time.done)
-    return times * int(rows.lengths.sum()) * plan.time.forward_s
+    return times * once
+
+
+def text_reading_s(prepared: Prepared, plan: Plan) -> float:
+    """Seconds in which a run reads the text of the base's kind once, as planned; 0 where it does not."""
+    rows = text_rows(prepared, plan_steps(prepared, plan.max_tokens_per_micro_batch, None), plan)
+    return 0.0 if isinstance(rows, str) else int(rows.lengths.sum()) * plan.time.forward_s
 
 
 def choose(

@@ -19,6 +19,7 @@ from halfbyte.recipe import command
 from halfbyte.recipe.schema import Loaded
 from halfbyte.system import device
 from halfbyte.system.words import duration
+from halfbyte.training.comparison import text_reading_s
 from halfbyte.training.forecast import plan_by_names
 from halfbyte.training.prepare import Prepared, look
 from halfbyte.training.schedule import count_steps
@@ -102,7 +103,7 @@ def fit(prepared: Prepared, plan: Plan, within_s: float, spent_s: float, *, prob
     time, rows = plan.time, prepared.evaluation
     evaluated_s = 0.0 if rows is None else time.forward_s * float(rows.lengths.sum())
     opening = sum(time.around.get(name, 0.0) for name in ("opening", "compiling", "proof of products"))
-    tail_s = evaluated_s + time.around.get("saving", 0.0)
+    tail_s = evaluated_s + time.around.get("saving", 0.0) + text_reading_s(prepared, plan)
     if within_s > VERIFIED_FROM_S:
         tail_s += PROCESS_S + time.around.get("opening", 0.0)
     before_s = spent_s + opening + 2 * evaluated_s  # base and source
