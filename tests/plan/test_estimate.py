@@ -1,4 +1,4 @@
-"""`halfbyte plan`: each flag, each kind of target, nonsense; without torch, and in under a second of CPU time."""
+"""`halfbyte plan`: each flag, each kind of target, nonsense; without torch."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from halfbyte.models.sources import pypi
 from tests import tiny_run
 from tests.base import test_gguf_file
 from tests.in_process import Cli, runner
+from tests.test_house import HEAVY
 
 IN_BLOCKS = ("--set", "quant.type=gguf")
 ELSEWHERE = ("--device", "cpu:16GB")  # rows are estimated; here they are tokenised as the run does it
@@ -131,19 +132,17 @@ def test_a_config_without_layers_is_told(halfbyte: Cli) -> None:
 
 
 @pytest.mark.parametrize("model", ["llama-2-7b", "model"], ids=["a bundled shape", "a folder"])
-def test_no_torch_and_under_a_second_of_cpu_time(model: str, tmp_path: Path) -> None:
+def test_nothing_heavy_is_imported(model: str, tmp_path: Path) -> None:
     if model == "model":
         tiny_run.checkpoint(tmp_path / model)
     code = f"""
-import resource, sys
+import sys
 from halfbyte.cli import main as cli
 code = cli._guard(lambda: cli.app(["plan", {model!r}, "--json"], standalone_mode=False))
-used = resource.getrusage(resource.RUSAGE_SELF)
-print("\\n@", code, "torch" in sys.modules, used.ru_utime + used.ru_stime)
+print("\\n@", code, *sorted({set(HEAVY)!r} & sys.modules.keys()))
 """
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path).stdout
-    _, ended, torch, seconds = said.splitlines()[-1].split()
-    assert (ended, torch) == ("0", "False") and float(seconds) < 1.0
+    assert said.splitlines()[-1].split() == ["@", "0"]
 
 
 def test_what_is_printed_for_a_base_larger_than_memory_adds_up(halfbyte: Cli) -> None:

@@ -185,6 +185,8 @@ def losses(base: float, adapter: float | None, rows: str = "", source: float | N
                 "loss on base text": "not read: its 9,000 tokens would take 0:40",
             },
         ),
+        # of a base that is the source
+        (losses(1.5, 1.0, "2 held-out rows", 1.5), {}, {"loss on 2 held-out rows": "1.0000 (1.5000 of the base)"}),
         (losses(1.5, None, "2 held-out rows"), {}, {}),  # not a number: null in a report
     ],
 )

@@ -124,7 +124,8 @@ def facts(run: Record) -> list[tuple[str, str]]:
     for name, line in curves.by_source(metrics).items():
         figures.append((f"held-out loss of {name}, last", f"{line.known.y[-1]:.4f}"))
     for name, seen in (str(run.verdict.get("rows")), run.verdict), ("base text", report.get("base_text") or {}):
-        source = f", {seen['source']['loss']:.4f} of the source" if seen.get("source") else ""
+        as_came = (seen.get("source") or {}).get("loss")
+        source = "" if as_came in (None, seen.get("base")) else f", {as_came:.4f} of the source"
         if seen.get("adapter") is not None:
             figures.append((f"loss on {name}", f"{seen['adapter']:.4f} ({seen['base']:.4f} of the base{source})"))
         elif seen.get("text", "").startswith("not read"):

@@ -115,7 +115,7 @@ def _run_child(file: Path, partial: Path, header: GgufHeader, lock: int, *, in_b
         ):
             try:
                 for stage in child.stdout or ():
-                    log.info("converting %s: %s", file.name, stage.rstrip())
+                    log.info("%s %s: %s", "opening" if in_blocks else "converting", file.name, stage.rstrip())
                 code = child.wait()
             except BaseException:
                 child.kill()
