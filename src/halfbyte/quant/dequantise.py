@@ -3,6 +3,7 @@
 Why: on CPUs with AVX-512, bitsandbytes' C function looks for the scales of row r at r * (width // block). That is their
 place only where a row holds whole blocks: unit weights of shape (64, 96) come back with errors of 2. So the function is
 asked for rows of one block each, whatever the shape; the rest of a last block goes through the table of codes.
+Where a processor looks 16 values up at once a kernel of ours makes whole rows of blocks (`four_bit_cpu.py`).
 Source: bitsandbytes, `csrc/cpu_ops.cpp`, `dequantizeBlockwise4bitCpu`; its caller `backends/cpu/ops.py`.
 Cost: that of the C function, in memory that a thread keeps. Through the table alone about 50 times as much.
 """
@@ -48,14 +49,12 @@ def dequantised(module: nn.Module) -> Tensor:
 
 def _by_kernel(module: nn.Module, out: Tensor) -> bool:
     """Dequantise with a kernel of ours where there is one for this weight, into `out`; whether it was."""
-    from halfbyte.layers.kernels.cpu import available, tiles, works
+    from halfbyte.layers.kernels.cpu import available, tiles
 
     state = module.weight.quant_state
     if not available(out) or not tiles.has("avx512f") or is_distrusted(state.quant_type, state.dtype):
         return False
-    if not works("codes"):
-        return False
-    from halfbyte.layers.kernels.cpu import codes as kernels
+    from halfbyte.quant import four_bit_cpu as kernels
 
     codes = codes_of(module)
     if not kernels.takes(codes):

@@ -17,7 +17,9 @@ from halfbyte.system.device import ram_available
 
 PROCESS_BYTES = 500_000_000
 _BESIDE = ("recurrent.gated_norm", "recurrent.conv")
-_PASSES = ("entropy", "codes", "norm", "gate", "scores")
+_CODES = "halfbyte.quant.four_bit_cpu"
+_PASSES = ("entropy", _CODES, "norm", "gate", "scores")
+_ROOM = "halfbyte.layers.kernels.cpu"
 # What needs them, as `kernel_cache.uncompiled` names it -> files of this folder, the longest first.
 FILES = {
     "bf16": ("attention.bf16", "lora.bf16", *_PASSES),
@@ -68,7 +70,7 @@ def _dtypes(name: str, file: str, dtype: str) -> Collection[str]:
 
 def _compile(file: str, dtype: str) -> None:
     with contextlib.suppress(ImportError):  # the processor lacks its instructions
-        for name, thing in vars(import_module(f"halfbyte.layers.kernels.cpu.{file}")).copy().items():
+        for name, thing in vars(import_module(file if file == _CODES else f"{_ROOM}.{file}")).copy().items():
             if getattr(thing, "per_dtype", False) and name not in _LEFT_OUT:
                 thing(np.dtype(np.uint16 if dtype == "bf16" else np.float32))
 

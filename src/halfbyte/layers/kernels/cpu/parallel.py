@@ -70,7 +70,7 @@ def run(compiled: Kernel, rows: int, block: int, *values: "Tensor | int | float"
     slots, floats, counter, places = _slots()
     counter.fill(0)
     slots.fill(0)
-    slots[0], slots[1], slots[2] = places[1], rows, block
+    slots[:3] = places[1], rows, block
     for i, value in enumerate(values, 3):
         if isinstance(value, float):
             floats[i] = value

@@ -17,8 +17,8 @@ from tests.layers.kernels.cpu.integer.test_rounding import check, filled, whole
 
 if not cpu.available(torch.zeros(1)) or not tiles.has("avx512f"):
     pytest.skip("needs numba and AVX-512", allow_module_level=True)
-from halfbyte.layers.kernels.cpu import codes as kernels
 from halfbyte.layers.kernels.cpu.integer import rounding, weights
+from halfbyte.quant import four_bit_cpu as kernels
 
 SHAPES = [(5, 64, 64), (16, 192, 64), (33, 576, 32), (48, 1536, 256), (1, 16, 16), (20, 1024, 1024)]
 VALUES = {  # bitsandbytes, `get_4bit_type`

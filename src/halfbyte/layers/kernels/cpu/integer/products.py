@@ -94,7 +94,7 @@ def takes(codes: Codes | BlockRows, dtype: torch.dtype) -> bool:
         return codes.codes.device.type == "cpu"
     if codes.dtype != dtype or not tiles.has("avx512f"):
         return False
-    from halfbyte.layers.kernels.cpu import codes as kernels
+    from halfbyte.quant import four_bit_cpu as kernels
 
     return kernels.takes(codes) and works("integer.weights")
 

@@ -14,7 +14,6 @@ import torch
 from numba import carray
 from torch import Tensor
 
-from halfbyte.layers.kernels.cpu.codes import LANES, decode, nested_of, scales_of, small_weights
 from halfbyte.layers.kernels.cpu.integer import rounding
 
 from halfbyte.layers.kernels.cpu.integer.rounding import (  # isort: skip
@@ -22,7 +21,9 @@ from halfbyte.layers.kernels.cpu.integer.rounding import (  # isort: skip
 )  # fmt: skip
 from halfbyte.layers.kernels.cpu.parallel import array, block_rows, each_block, kernel, run
 from halfbyte.layers.kernels.cpu.scalar import inlined
-from halfbyte.quant.number_format import Codes
+from halfbyte.quant import dequantise
+from halfbyte.quant.four_bit_cpu import LANES, decode, nested_of, scales_of
+from halfbyte.quant.number_format import Codes, Nested
 
 
 @inlined
@@ -82,11 +83,18 @@ def groups(codes: Codes, *, share: float = 1.0, out: Int8Matrix) -> Int8Matrix:
 
 def fault() -> str | None:
     """What these kernels get wrong on this machine, seen once on small weights beside plain torch; None where nothing
-    is."""
-    for kind, codes, plain in small_weights():
-        o, d = codes.shape
+    is. Widths are those of three registers and of sixteen; rows are no whole group."""
+    draw = torch.Generator().manual_seed(0)
+    for kind, dtype, (o, d), block in (("nf4", torch.bfloat16, (37, 192), 64), ("fp4", torch.float32, (16, 256), 32)):
+        packed = torch.randint(256, (o * d // 2,), generator=draw, dtype=torch.uint8)
+        bytes_ = torch.randint(256, (o * d // block,), generator=draw, dtype=torch.uint8)
+        nested = Nested(torch.rand(256, generator=draw), torch.rand(o * d // block // 8 + 1, generator=draw), 8, 0.01)
+        codes = Codes(packed, bytes_, dequantise.values(kind), (o, d), block, dtype, nested)
+        plain, scales = torch.empty(o * d, dtype=dtype), nested.values[bytes_.int()]
+        scales = scales * nested.scales.repeat_interleave(8)[: len(scales)] + nested.offset
+        dequantise.write_by_table(packed, scales, plain, block, kind)
         for ours, known, count in ((rows, rounding.rows, o), (groups, rounding.groups, padded_width(o))):
             out = torch.empty(count, d, dtype=torch.int8), torch.empty(count)
-            if not all(map(torch.equal, ours(codes, out=out), known(plain))):
+            if not all(map(torch.equal, ours(codes, out=out), known(plain.view(o, d)))):
                 return f"a weight in {kind} is rounded to other numbers"
     return None

@@ -8,7 +8,7 @@ Source: QLoRA, arXiv:2305.14314, for the codes: two a byte, the earlier in the u
 Cost: half a byte read and a number written; about eight instructions for 16 of them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -20,8 +20,7 @@ from torch import Tensor
 from halfbyte.layers.kernels.cpu import tiles
 from halfbyte.layers.kernels.cpu.parallel import BLOCK_ELEMENTS, array, each_block, kernel, per_dtype, run
 from halfbyte.layers.kernels.cpu.scalar import Value, broadcast, call, inlined, instruction
-from halfbyte.quant import dequantise
-from halfbyte.quant.number_format import Codes, Nested
+from halfbyte.quant.number_format import Codes
 
 LANES = 16  # numbers of a register
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
@@ -164,26 +163,3 @@ def write(codes: Codes, out: Tensor) -> Tensor:
     given = (codes.packed, codes.scales, codes.values, out, size, *nested_of(codes))
     run(_write_kernel(out.dtype), blocks, max(1, BLOCK_ELEMENTS // codes.block), *given)
     return out
-
-
-def small_weights() -> Iterator[tuple[str, Codes, Tensor]]:
-    """Weights in 4 bits, and what they stand for by the table of codes, to see on this machine what kernels make of
-    them: widths of three registers and of sixteen, and rows that are no whole group."""
-    draw = torch.Generator().manual_seed(0)
-    for kind, dtype, (o, d), block in (("nf4", torch.bfloat16, (37, 192), 64), ("fp4", torch.float32, (16, 256), 32)):
-        packed = torch.randint(256, (o * d // 2,), generator=draw, dtype=torch.uint8)
-        bytes_ = torch.randint(256, (o * d // block,), generator=draw, dtype=torch.uint8)
-        nested = Nested(torch.rand(256, generator=draw), torch.rand(o * d // block // 8 + 1, generator=draw), 8, 0.01)
-        codes = Codes(packed, bytes_, dequantise.values(kind), (o, d), block, dtype, nested)
-        plain, scales = torch.empty(o, d, dtype=dtype), nested.values[bytes_.int()]
-        scales = scales * nested.scales.repeat_interleave(8)[: len(scales)] + nested.offset
-        dequantise.write_by_table(packed, scales, plain.view(-1), block, kind)
-        yield kind, codes, plain
-
-
-def fault() -> str | None:
-    """What this kernel gets wrong on this machine, seen once on small weights; None where nothing is."""
-    for kind, codes, plain in small_weights():
-        if not torch.equal(write(codes, torch.empty_like(plain)), plain):
-            return f"a weight in {kind} is dequantised to other numbers"
-    return None
