@@ -56,8 +56,8 @@ def attention_of_another_scale(patch: Patch) -> None:
 
 
 def wrong_scales(patch: Patch) -> None:
-    real = dequantise.block_scales
-    patch.setattr(dequantise, "block_scales", lambda state: real(state) * 1.01)
+    real = dequantise.dequantised
+    patch.setattr(dequantise, "dequantised", lambda module: real(module) * 1.01)
 
 
 def gradients_end(patch: Patch) -> None:
