@@ -134,6 +134,25 @@ def test_the_scheduler_and_clipping_see_one_item_as_one_step(tmp_path: Path) -> 
     assert all(row["grad_norm"] >= 0 for row in rows)
 
 
+def test_clipping_asks_for_no_more_than_parameters(tmp_path: Path) -> None:
+    """By a method of its own, which newer versions have; others never call it."""
+    calls = []
+
+    class Clips(Trainer):
+        def _clip_grad_norm(self, model: torch.nn.Module) -> object:
+            calls.append(self.state.global_step)
+            return super()._clip_grad_norm(torch.nn.ParameterList(p for p in model.parameters() if p.requires_grad))
+
+    norms = []
+    for cls in (Trainer, Clips):
+        torch.manual_seed(0)
+        trainer = cls(adapted(), arguments(tmp_path, max_steps=3, max_grad_norm=0.01), train_dataset=ROWS)
+        trainer.train()
+        norms.append([row["grad_norm"] for row in trainer.state.log_history if "grad_norm" in row])
+    assert norms[0] == norms[1]
+    assert calls == ([0, 1, 2] if hasattr(Trainer, "_clip_grad_norm") else [])
+
+
 def resumable(folder: Path, state: TrainerState, model: Any) -> Path:
     folder.mkdir()
     lora.writer(model, base_id="org/name", revision=None, dtype=None)(folder)

@@ -1,7 +1,7 @@
 """A frozen weight from its 4-bit codes back to numbers, in one pass, its scales dequantised on the way.
 
-Why: bitsandbytes has one C function for scales of scales, which starts threads for a few thousand numbers, and another
-for the codes: with torch's calls around them a third of what a small model's weights cost (docs/log).
+Why: bitsandbytes has one C function for scales of scales and another for the codes, with torch's calls around them:
+4096 x 4096 took 4.0 ms on two threads, and takes 2.5 here. A small matrix takes as long as before (docs/log).
 What: the same numbers to the bit. The 16 values of a block's codes are multiplied with its scale and rounded to the
 weight's dtype once, and a number is then one permutation of a register.
 Source: QLoRA, arXiv:2305.14314, for the codes: two a byte, the earlier in the upper half.

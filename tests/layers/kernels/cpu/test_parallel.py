@@ -95,3 +95,28 @@ def test_kernels_are_right_on_pythons_threads(threads: int, monkeypatch: pytest.
     monkeypatch.setattr(openmp, "region", lambda: None)
     for got, want in zip(made(), wanted, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@kernel
+def seen(p):  # type: ignore[no-untyped-def]
+    slots = carray(p, (32,), np.int64)
+    counter, out = array(slots[0], (8,), np.int64), array(slots[3], (36,), np.int64)
+    for i in range(8):
+        out[i] = counter[i]
+        counter[i] = 9
+    for i in range(4, 32):
+        out[i + 4] = slots[i]
+
+
+def test_a_call_finds_nothing_of_the_call_before() -> None:
+    """A thread's slots and its counter's line are used again."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        first, second = torch.empty(36, dtype=torch.int64), torch.empty(36, dtype=torch.int64)
+        parallel.run(seen, 1, 1, first, 7, 0.5, *range(26))
+        parallel.run(seen, 1, 1, second)
+    finally:
+        torch.set_num_threads(before)
+    assert first.tolist() == [0] * 8 + [7, np.float64(0.5).view(np.int64), *range(26)]
+    assert second.tolist() == [0] * 36
