@@ -102,7 +102,8 @@ def plain(folder: Path) -> tuple[Callable[[Any], float], Callable[[Any], Any]]:
     from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                             bnb_4bit_compute_dtype=torch.bfloat16)  # fmt: skip
+                             bnb_4bit_compute_dtype=torch.bfloat16,
+                             llm_int8_skip_modules=["classifier", "score"])  # fmt: skip  # PEFT trains a copy of it
     lm = AutoModelForSequenceClassification.from_pretrained(
         folder, num_labels=len(LABELS), dtype=torch.bfloat16, quantization_config=nf4 if FOUR_BITS else None
     )

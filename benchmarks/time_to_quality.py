@@ -80,6 +80,8 @@ ARMS = {
     "halfbyte, 8 rows": Arm("halfbyte", **{**OURS, "rows": 8}),
     "halfbyte, 8 rows, half the rate": Arm("halfbyte", **{**OURS, "rows": 8, "rate": LAW / 2}),
     "halfbyte, 8 rows, twice the rate": Arm("halfbyte", **{**OURS, "rows": 8, "rate": 2 * LAW}),
+    "halfbyte, 2 rows": Arm("halfbyte", **{**OURS, "rows": 2}),
+    "halfbyte, 2 rows, half the rate": Arm("halfbyte", **{**OURS, "rows": 2, "rate": LAW / 2}),
     "halfbyte, no warm-up": Arm("halfbyte", **{**OURS, "warmup": 0}),
     "halfbyte, warm-up of 3": Arm("halfbyte", **{**OURS, "warmup": 3}),
     "halfbyte, alpha 16": Arm("halfbyte", **OURS, options=("lora.lora_alpha=16",)),

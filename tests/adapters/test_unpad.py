@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import io
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from accelerate.utils import convert_to_fp32
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import halfbyte
 from halfbyte.adapters import targets, unpad
+from halfbyte.errors import BaseModelError
 from halfbyte.models import structure
 from tests import tiny, tiny_run
 
@@ -95,6 +99,8 @@ def test_padding_is_really_gone_and_only_where_it_is_surely_the_same(monkeypatch
     seen = spy(model, monkeypatch)
     ids = {k: v for k, v in padded().items() if k != "labels"}
     whole = (len(LENGTHS), max(LENGTHS))
+    model(**padded()).loss.backward()
+    assert seen[-1] == whole, "until it is seen that the loss does not read padding"
 
     def shape_of(**more: Any) -> tuple[int, ...]:
         seen.clear()
@@ -128,12 +134,150 @@ def test_lengths_of_rows(mask: list[list[int]] | None, lengths: list[int] | None
     assert (None if found is None else found.tolist()) == lengths
 
 
-def test_labels_on_padding_go_the_ordinary_way() -> None:
+def every_label(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tutorials' line, which labels padding too."""
+    return {**batch, "labels": batch["input_ids"].clone()}
+
+
+def of_all_logits(model: Any) -> torch.Tensor:
+    loss: torch.Tensor = model(**{k: v for k, v in padded().items() if k != "labels"}).logits.logsumexp(-1).mean()
+    return loss
+
+
+READS: dict[str, Any] = {
+    "a loop": lambda model: model(**every_label(padded())).loss,
+    "a trainer": lambda model: model(**every_label(padded()), num_items_in_batch=torch.tensor(40)).loss,
+    "a loss of its own": of_all_logits,
+}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "gemma3"])
+@pytest.mark.parametrize("reads", READS)
+def test_a_loss_that_reads_padding_is_the_plain_models(name: str, reads: str) -> None:
+    plain, ours = pair(name)
+    for _ in range(2):
+        wanted, got = READS[reads](plain), READS[reads](ours)
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+        same(gradients(ours, got), gradients(plain, wanted))
+    assert unpad.why_padded(ours) == unpad.READ or reads == "a trainer"
+
+
+def test_a_loss_that_begins_to_read_padding_ends_the_step_and_is_right_from_then_on() -> None:
     plain, ours = pair("llama")
-    batch, items = padded(), torch.tensor(5)
-    batch["labels"][1, -1] = 7
-    wanted = plain(**batch, num_items_in_batch=items).loss
-    torch.testing.assert_close(ours(**batch, num_items_in_batch=items).loss, wanted, rtol=1e-5, atol=1e-6)
+    gradients(ours, ours(**padded()).loss)
+    with pytest.raises(BaseModelError, match="the loss reads what stands at padding"):
+        gradients(ours, of_all_logits(ours))
+    same(gradients(ours, of_all_logits(ours)), gradients(plain, of_all_logits(plain)))
+
+
+def test_labels_that_come_to_lie_on_padding_are_seen_before_the_forward() -> None:
+    plain, ours = pair("llama")
+    gradients(ours, ours(**padded()).loss)
+    same(gradients(ours, READS["a loop"](ours)), gradients(plain, READS["a loop"](plain)))
+
+
+def test_noise_on_embeddings_is_that_of_padded_rows() -> None:
+    """NEFTune's, as transformers' Trainer adds it: a hook that takes the second axis for a row's length."""
+    _, ours = pair("llama")
+    gradients(ours, ours(**padded()).loss)
+    embedding, widths = structure.causal_lm(ours).get_input_embeddings(), []
+    embedding.neftune_noise_alpha = 5.0
+    embedding.register_forward_hook(lambda module, args, output: widths.append(output.shape[1]))
+    for more in ({}, {"num_items_in_batch": torch.tensor(9)}):
+        ours(**padded(), **more)
+    assert widths == [max(LENGTHS)] * 2
+
+
+def test_a_models_own_loss_function_is_used() -> None:
+    plain, ours = pair("llama")
+    for model in (plain, ours):
+        structure.causal_lm(model).loss_function = lambda logits, labels, **_: logits.square().mean()
+    batch = {**padded(), "num_items_in_batch": torch.tensor(9)}
+    torch.testing.assert_close(ours(**batch).loss, plain(**batch).loss, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_logits_of_a_loss_alone_are_made_when_they_are_read(converted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, ours = pair("llama")
+    batch = {**padded(), "num_items_in_batch": torch.tensor(9)}
+    ours(**batch)
+    seen = spy(ours, monkeypatch)
+    out = ours(**batch)
+    assert len(seen) == 1
+    out = convert_to_fp32(out) if converted else out
+    assert out["loss"] is out[0] is out.loss and len(seen) == 1
+    real = batch["attention_mask"].bool()
+    wanted = plain(**batch).logits
+    for logits in (out.logits, out["logits"], out[1]):
+        torch.testing.assert_close(logits[real], wanted[real], rtol=1e-4, atol=1e-4)
+    assert len(seen) == 2
+    assert isinstance(ours(**batch, return_dict=False), tuple)
+
+
+def test_a_learned_prompt_comes_before_the_rows() -> None:
+    losses = []
+    for package in (peft, halfbyte):
+        torch.manual_seed(0)
+        config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        model = package.get_peft_model(tiny.model("llama"), config).train()
+        loss = model(**padded(), num_items_in_batch=torch.tensor(9)).loss
+        loss.backward()
+        losses.append((loss.detach(), model.get_prompt_embedding_to_save("default")))
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-6)
+
+
+def test_rows_longer_than_those_that_were_looked_at() -> None:
+    """What a layer sees of longer rows is looked up while the hooks are there; so it is of a copy, which knows none."""
+    plain, ours = pair("llama")
+    gradients(ours, ours(**padded()).loss)
+    ids = torch.randint(3, 250, (2, 300), generator=torch.Generator().manual_seed(4))
+    mask = torch.ones_like(ids)
+    mask[1, 7:] = 0
+    long = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    for model in (ours, copy.deepcopy(ours)):
+        for more in ({}, {"num_items_in_batch": torch.tensor(305)}):
+            wanted, got = plain(**long, **more).loss, model(**long, **more).loss
+            torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+            same(gradients(model, got), gradients(plain, wanted))
+
+
+def test_a_model_is_saved_whole_and_opened_again() -> None:
+    _, ours = pair("llama")
+    gradients(ours, ours(**padded()).loss)
+    file = io.BytesIO()
+    torch.save(ours, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    assert [type(m).__mro__ for m in again.modules()] == [type(m).__mro__ for m in ours.modules()]
+    same(gradients(again, again(**padded()).loss), gradients(ours, ours(**padded()).loss))
+    torch.save(ours.merge_and_unload(), io.BytesIO())
+
+
+@pytest.mark.parametrize("where", ["lm_head", "model.layers.0.mlp.act_fn", "model.layers.0.mlp.gate_proj"])
+def test_a_hook_of_a_script_is_called_after_the_first_step(where: str) -> None:
+    plain, ours = pair("llama")
+    gradients(ours, ours(**padded()).loss)
+    for more in ({}, {"num_items_in_batch": torch.tensor(9)}):
+        losses = []
+        for model in (plain, ours):
+            module = structure.causal_lm(model).get_submodule(where)
+            handle = module.register_forward_hook(lambda module, args, output: output * 0.5)
+            losses.append(model(**padded(), **more).loss)
+            handle.remove()
+        torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-6)
+
+
+def test_attention_maps_are_shown_after_a_step() -> None:
+    maps = []
+    for model in pair("llama"):
+        structure.causal_lm(model).set_attn_implementation("eager")
+        gradients(model, model(**padded()).loss)
+        with torch.no_grad():
+            maps.append(
+                [model.train(training)(**padded(), output_attentions=True).attentions for training in (False, True)]
+            )
+    torch.testing.assert_close(maps[1], maps[0], rtol=1e-4, atol=1e-5)
+    assert len(maps[0][0]) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from accelerate.utils import convert_to_fp32
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
+from transformers.loss.loss_utils import LOSS_MAPPING
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from halfbyte.layers.loss import keeps_some
@@ -131,3 +134,22 @@ def test_generate_calls_a_loop_of_ones_own() -> None:
     config = seen["generation_config"]
     assert config.num_beams == 1 and not config.do_sample and not config.return_dict_in_generate  # type: ignore[attr-defined]
     assert hasattr(config, "_pad_token_tensor") and callable(seen["logits_processor"])
+
+
+def test_what_a_scripts_forward_is_looked_at_for(tmp_path: Path) -> None:
+    """`adapters/unpad.py`, `adapters/dropin.py`: a causal LM's loss function by name, where NEFTune's alpha stands
+    while a Trainer adds noise, and that accelerate's conversion of an output keeps a loss in fp32 as the object."""
+    model = tiny.model("llama")
+    assert model.loss_function is LOSS_MAPPING["ForCausalLM"]
+    seen: list[float | None] = []
+    model.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: seen.append(getattr(module, "neftune_noise_alpha", None))
+    )
+    rows = [{"input_ids": IDS[0], "labels": IDS[0]}]
+    more = {"report_to": "none", "use_cpu": True, "max_steps": 1, "save_strategy": "no", "disable_tqdm": True}
+    arguments = TrainingArguments(output_dir=str(tmp_path), neftune_noise_alpha=5.0, **more)
+    Trainer(model=model, args=arguments, train_dataset=rows).train()
+    model(IDS)
+    assert seen == [5.0, None]
+    loss = torch.ones(())
+    assert convert_to_fp32(CausalLMOutputWithPast(loss=loss)).loss is loss

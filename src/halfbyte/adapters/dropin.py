@@ -12,7 +12,8 @@ Cost: none; nothing is upcast.
 import difflib
 import warnings
 from collections.abc import Sequence
-from functools import cache
+from contextlib import nullcontext
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -27,7 +28,7 @@ from transformers.utils import ModelOutput
 
 from halfbyte.adapters import first_step, masters, unpad
 from halfbyte.errors import BaseModelError, RecipeError
-from halfbyte.layers import fuse
+from halfbyte.layers import fuse, packing
 from halfbyte.models import structure, tensors
 from halfbyte.plan import layer as decoder
 from halfbyte.quant import bnb as codec
@@ -54,6 +55,29 @@ def peft_attribute(name: str, beside: Sequence[str]) -> object:
     near = difflib.get_close_matches(name, [*beside, *peft.__all__], 1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise AttributeError(f"module 'halfbyte' has no attribute {name!r}{hint}")
+
+
+_LOGITS = "_halfbyte_logits"
+
+
+class LossAlone(CausalLMOutputWithPast):
+    """Of a forward that was asked for its loss. Logits are made when they are read, by a forward of their own, which
+    the loss carries: accelerate makes a new output of the parts of this one."""
+
+    def __getattribute__(self, name: str) -> object:
+        if name == "logits":
+            LossAlone._fill(self)
+        return super().__getattribute__(name)
+
+    def __getitem__(self, key: object) -> object:
+        if key not in ("loss", 0):
+            LossAlone._fill(self)
+        return super().__getitem__(key)
+
+    def _fill(self) -> None:
+        logits = getattr(vars(self).get("loss"), _LOGITS, None)
+        if logits is not None and "logits" not in [*self]:
+            super().__setitem__("logits", logits())
 
 
 class LoraConfig(peft.LoraConfig):
@@ -86,16 +110,29 @@ class _Ours:
                 compute = _COMPUTE.get(structure.causal_lm(self), "exact")
                 step = first_step.prove(self, {} if args else kwargs, raised=_hold(self), compute=compute)
             unpad.attach(self)
+            unpad.see_labels(self, kwargs)
             loss, why = None, "positional arguments" if args else ""
             if self.writes and not args:
                 loss, why = unpad.training_loss(self, kwargs)
-            out = CausalLMOutputWithPast(loss=loss) if loss is not None else self._plain(args, kwargs)
+            if loss is None:
+                out = self._plain(args, kwargs)
+            else:
+                out = LossAlone(loss=loss)
+                setattr(loss, _LOGITS, partial(self._logits, kwargs))
             if step is not None:
                 step.say(self, why)
             return out
 
+    def _logits(self, kwargs: dict[str, object]) -> torch.Tensor:
+        inputs = {name: x for name, x in kwargs.items() if name not in ("labels", "num_items_in_batch")}
+        with torch.autocast(self.device.type, enabled=False):
+            logits: torch.Tensor = self._plain((), inputs).logits
+        return logits
+
     def _plain(self, args: tuple[object, ...], kwargs: dict[str, object]) -> ModelOutput:
-        out: Any = super().forward(*args, **_beside(self, kwargs))  # type: ignore[misc]
+        asks = kwargs.get("output_attentions") or getattr(self.config, "output_attentions", False)
+        with packing.attention_as_opened(self) if asks else nullcontext():
+            out: Any = super().forward(*args, **_beside(self, kwargs))  # type: ignore[misc]
         if isinstance(labels := kwargs.get("labels"), torch.Tensor) and getattr(out, "loss", None) is not None:
             out.loss = out.loss.to(labels.device)  # a Trainer takes it from nowhere else
         return out

@@ -7,11 +7,14 @@ end with their lengths; after it, hidden states go back to their places. `traini
 Trainer, which asks for the loss alone: logits are then made where there is a label, and never whole.
 Only what is surely the same is touched: a forward in training (also without gradients: DPO's reference is compared
 with its policy, so both round alike), rows that are padded on the right, positions as the model counts them itself, no
-cache, no hidden states of every layer asked for.
-Cost: one gather of the ids, one scatter of (T, D).
+cache, no hidden states of every layer asked for. And a loss that does not read what stands at padding: the first step
+with padding computes it, and sees whether a gradient comes back there.
+Cost: one gather of the ids, one scatter of (T, D), a look at the gradient of what is padding.
 """
 
 import inspect
+from collections.abc import Callable
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,17 +22,21 @@ from torch import Tensor
 
 from halfbyte.data.collate import collate, collate_tree
 from halfbyte.data.encoding.examples import Example
-from halfbyte.layers import loss, packing
+from halfbyte.errors import BaseModelError
+from halfbyte.layers import loss, packing, sight
 from halfbyte.layers.packing import BodyHooks
 from halfbyte.models import structure
 from halfbyte.proofs import sharing
 from halfbyte.proofs.packing import prove_packing
 from halfbyte.types import Batch, Document, Model
+from halfbyte.upstream import transformers as upstream
 
 _PLAIN = frozenset({"input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "use_cache", "return_dict"})
 _LABELLED = frozenset({"input_ids", "attention_mask", "labels", "use_cache", "return_dict"})
 NOT_RIGHT = "rows are not padded on the right"
 NOT_PROVEN = "packing is not proven on this model"
+READ = "the loss reads what stands at padding"
+NOISE = "NEFTune's noise goes by the length of padded rows"
 # Whether a causal LM takes packed examples, once it has been seen.
 _PROVEN: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
 
@@ -75,15 +82,17 @@ def _beyond(given: Document, taken: frozenset[str]) -> str:
 
 
 class Unpad(BodyHooks):
-    """Padded rows of a training forward become a pack. `why` the last one's did not."""
+    """Padded rows of a training forward become a pack. `why` the last one's did not; `reads`: whether the script's loss
+    reads what stands at padding, None until a backward has shown it."""
 
     why = ""
+    reads: bool | None = None
 
     def change(self, body: torch.nn.Module, given: Document) -> packing.Change | None:
-        if not body.training:
+        if not body.training or sight.looks():
             return None
-        given = {k: v for k, v in given.items() if v is not None and v is not False}
-        self.why = _beyond(given, _PLAIN)
+        whole, given = given, {k: v for k, v in given.items() if v is not None and v is not False}
+        self.why = _beyond(given, _PLAIN) or (NOISE if _is_noisy(body) else "")
         name = "input_ids" if "input_ids" in given else "inputs_embeds"
         x = given.get(name)
         if self.why or x is None:
@@ -94,16 +103,46 @@ class Unpad(BodyHooks):
             self.why = NOT_RIGHT
             return None
         tokens = real_tokens(lengths, width).to(x.device)
+        if self.reads is not False and len(tokens) < rows * width:
+            self.why = READ if self.reads else ""
+            return whole, self._watched(tokens)
         inputs = packing.packed_inputs(body, pack(lengths, width))
 
         def back(hidden: Tensor) -> Tensor:
             packed = hidden[0]  # (T, D)
-            whole = packed.new_zeros((rows * width, packed.shape[-1])).index_copy(0, tokens.to(packed.device), packed)
-            return whole.view(rows, width, -1)
+            padded = packed.new_zeros((rows * width, packed.shape[-1])).index_copy(0, tokens.to(packed.device), packed)
+            return self._watched(tokens)(padded.view(rows, width, -1))
 
         rows_of = {n: given[n].flatten(0, 1)[tokens][None] for n in (name, "token_type_ids") if n in given}
         more = {"use_cache": False} if "use_cache" in inspect.signature(body.forward).parameters else {}
         return {**inputs, **rows_of, **more}, back
+
+    def _watched(self, tokens: Tensor) -> Callable[[Tensor], Tensor]:
+        """Hidden states (B, L, D), of whose gradient it is seen whether it is 0 but at the real `tokens`."""
+
+        def watched(hidden: Tensor) -> Tensor:
+            if hidden.requires_grad and len(tokens) < hidden.shape[0] * hidden.shape[1]:
+                hidden.register_hook(partial(self._see, tokens))
+            return hidden
+
+        return watched
+
+    def _see(self, tokens: Tensor, gradient: Tensor) -> None:
+        padding = torch.ones(gradient.shape[:2], dtype=torch.bool, device=gradient.device)
+        padding.view(-1)[tokens.to(gradient.device)] = False
+        reads = bool((gradient[padding] != 0).any())
+        if reads and self.reads is False:
+            self.reads = True
+            raise BaseModelError(
+                f"{READ}, which that of the steps before did not: nothing was computed there in this step.",
+                fix="label padding with -100, or run the step again: from now on padding is computed",
+            )
+        self.reads = reads or bool(self.reads)
+
+
+def _is_noisy(body: torch.nn.Module) -> bool:
+    """Whether transformers adds NEFTune's noise to the embeddings, as its Trainer asks it to."""
+    return getattr(body.get_input_embeddings(), "neftune_noise_alpha", None) is not None
 
 
 def attach(model: Model) -> bool:
@@ -115,6 +154,14 @@ def attach(model: Model) -> bool:
     if Unpad.attached(body) is None:
         Unpad(body)
     return True
+
+
+def see_labels(model: Model, inputs: Document) -> None:
+    """Padding is computed from now on where it has labels."""
+    hooks = Unpad.attached(structure.body(structure.causal_lm(model)))
+    labels, mask = inputs.get("labels"), inputs.get("attention_mask")
+    if hooks is not None and not hooks.reads and isinstance(labels, Tensor) and isinstance(mask, Tensor):
+        hooks.reads = (labels.shape == mask.shape and bool((labels[mask == 0] != -100).any())) or hooks.reads
 
 
 def why_padded(model: Model) -> str:
@@ -148,6 +195,14 @@ def training_batch(model: Model, inputs: dict[str, Tensor]) -> tuple[Batch | Non
         return None, _beyond(given, _LABELLED) or "it does not say num_items_in_batch"
     if why := _beyond(given, _LABELLED):
         return None, why
+    if inputs.get("return_dict") is False:
+        return None, "it asks for a tuple"
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        return None, "a learned prompt comes before the rows"
+    if not upstream.has_plain_loss(lm := structure.causal_lm(model)):
+        return None, "the model has a loss function of its own"
+    if _is_noisy(lm):
+        return None, NOISE
     ids, labels = given.get("input_ids"), given.get("labels")
     if ids is None or labels is None or ids.dim() != 2 or labels.shape != ids.shape:
         return None, "no labels (B, L) beside input_ids (B, L)"

@@ -22,7 +22,7 @@ from halfbyte.errors import AdapterError
 from halfbyte.layers import attention, formulas, instances, norm_gate
 from halfbyte.layers.experts import interface
 from halfbyte.layers.experts.layout import is_quantised
-from halfbyte.layers.instances import Instance
+from halfbyte.layers.instances import Instance, is_hooked
 from halfbyte.layers.kernels import dropout, last_layer
 from halfbyte.layers.kernels.cpu import available
 from halfbyte.layers.lora_linear import REMAKE, Remake, frozen_linear, lora_linear
@@ -165,13 +165,18 @@ class _FastGatedMlp(_Fast):
     """down(act(gate(x)) * up(x)), also with both in one linear layer, and with factors."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not available(x):
+        if not self.takes(x):
             return super().forward(x)
         y, factor = self.unscaled(x)
         return y if factor == 1.0 else y * factor
 
+    def takes(self, x: Tensor) -> bool:
+        """Whether x is computed here; not where an activation has hooks, as it is not called."""
+        plain = (m for m in self.children() if not isinstance(m, (nn.Linear, LoraLayer)))
+        return available(x) and not any(map(is_hooked, plain))
+
     def unscaled(self, x: Tensor) -> tuple[Tensor, float]:
-        """What it returns, and what that has to be multiplied with; for what `available` says."""
+        """What it returns, and what that has to be multiplied with; for what it `takes`."""
         known = formulas.gated_mlp(self)
         assert known is not None
         given = [linear(x) for linear in known.inputs]
@@ -252,7 +257,8 @@ class DecoderLayer(_Fast):
         fast = not args and computes_as_trained(self) and not getattr(self, "has_experts", False)
         fast = fast and (recurrence is None or kwargs.get("cu_seq_lens_q") is not None)
         if not fast or not all(
-            isinstance(norm, _FastNorm) and not _hooked(norm) and norm.takes(hidden_states) for norm in (first, second)
+            isinstance(norm, _FastNorm) and not is_hooked(norm) and norm.takes(hidden_states)
+            for norm in (first, second)
         ):  # a norm is computed without its call, which hooks would see
             return super().forward(hidden_states, *args, **kwargs)
         some = last_layer.rows_for(self)
@@ -278,13 +284,10 @@ class DecoderLayer(_Fast):
             for other, its in others:
                 y = norm_gate.residual_sum(y, other, its / (factor or 1.0))
             residual, x = second.beside(norm_gate.residual_sum(residual, y, factor))
-            y, factor = mlp.unscaled(x) if isinstance(mlp, _FastGatedMlp) and not _hooked(mlp) else (mlp(x), 1.0)
+            alone = isinstance(mlp, _FastGatedMlp) and not is_hooked(mlp) and mlp.takes(x)
+            y, factor = mlp.unscaled(x) if alone else (mlp(x), 1.0)
             y = norm_gate.residual_sum(residual, y, factor * of_both)
         return y if len(parts) == 1 else (y,)
-
-
-def _hooked(m: nn.Module) -> bool:
-    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
 
 
 def install(model: nn.Module) -> Fused:

@@ -6,7 +6,7 @@ Source: PEFT's own way of adding to a module (`peft/tuners/lora/`); torch docume
 """
 
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from torch import nn
 
@@ -21,6 +21,11 @@ class Instance:
         def __getattr__(self, name: str) -> Any: ...
 
         def forward(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
+        """Pickled by the mixin and the class below it, as no module has the class of both by its name."""
+        state = self.__getstate__()
+        return _empty, type(self).__bases__, state
 
 
 def become(module: nn.Module, mixin: type) -> None:
@@ -38,6 +43,13 @@ def of(root: nn.Module, mixin: type) -> list[Any]:
     return [module for module in root.modules() if isinstance(module, mixin)]
 
 
+def is_hooked(m: nn.Module, *, known: str = "") -> bool:
+    """Whether a hook of torch's is on this module: one whose object does not say that it is `known`."""
+    every = (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
+    owners = (getattr(hook, "__self__", None) for hooks in every for hook in hooks.values())
+    return any(not (known and getattr(owner, known, False)) for owner in owners)
+
+
 def plain_class(cls: type) -> type:
     """The class of upstream's below those of ours."""
     while getattr(cls, "halfbyte_mixin", None) is cls.__bases__[0]:
@@ -48,6 +60,12 @@ def plain_class(cls: type) -> type:
 def part_of(layer: nn.Module, names: tuple[str, ...]) -> nn.Module:
     """The part that has one of these names; None where there is none."""
     return next((part for name in names if (part := getattr(layer, name, None)) is not None), None)
+
+
+def _empty(mixin: type, cls: type) -> object:
+    """An instance without state."""
+    both = _subclass(mixin, cls)
+    return both.__new__(both)
 
 
 @cached

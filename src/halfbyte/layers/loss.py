@@ -23,7 +23,7 @@ from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
-from halfbyte.layers import fuse, packing
+from halfbyte.layers import fuse, instances, packing
 from halfbyte.layers.kernels import dropout, last_layer, pool
 from halfbyte.layers.kernels.cpu import available
 from halfbyte.layers.kernels.cpu.matmul import by_kernel, into, product
@@ -202,13 +202,13 @@ class Head:
 
 def head_of(model: Model) -> Head | None:
     """The head of a model whose logits are seen to be this head's; None where they must come from its own forward.
-    None: the head carries an adapter, is not a plain linear layer, or the model (DDP, a prompt, a projection after the
-    body) does more between body and logits than `Head` can say. Seen once per model, on three tokens."""
+    None: the head carries an adapter or hooks, is not a plain linear layer, or the model (DDP, a prompt, a projection
+    after the body) does more between body and logits than `Head` can say. Seen once per model, on three tokens."""
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
         return None
     lm = structure.causal_lm(model)
     linear, dtype, rows = _linear_head(lm)
-    if type(linear) is not torch.nn.Linear or structure.body(lm) is lm:
+    if type(linear) is not torch.nn.Linear or structure.body(lm) is lm or instances.is_hooked(linear, known="is_cast"):
         return None
     scale, softcap = _scaling(lm.config.get_text_config())
     head = Head(linear.weight, linear.bias, scale, softcap, dtype, *rows)

@@ -12,7 +12,8 @@ it Falcon ran at a third of the plain stack's speed (docs/log).
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, Self
 from weakref import WeakKeyDictionary
 
@@ -69,6 +70,8 @@ def install(model: Model, layout: Layout | None = None) -> Layout:
         by_mask.install(lm)
     elif chosen == "cu_seq_lens":
         register()
+        if before != NAME:  # the first one: a proof tries others
+            _OPENED.setdefault(structure.body(lm), before)
         lm.set_attn_implementation(NAME)
     elif before == NAME:
         lm.set_attn_implementation(None)  # transformers' own choice for this model
@@ -85,6 +88,24 @@ def _keep_apart(body: nn.Module) -> None:
 
 # The attention that a model was opened with, where a user has asked for one.
 _ASKED: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+
+# The attention that stood where ours is.
+_OPENED: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
+
+
+@contextmanager
+def attention_as_opened(model: Model) -> Iterator[None]:
+    """While it lasts a model computes by the attention that it was opened with, which may show its maps."""
+    lm = structure.causal_lm(model)
+    if lm.config._attn_implementation != NAME:
+        yield
+        return
+    lm.set_attn_implementation(_OPENED.get(structure.body(lm)))
+    try:
+        yield
+    finally:
+        lm.set_attn_implementation(NAME)
 
 
 def asked_attention(model: Model) -> str | None:

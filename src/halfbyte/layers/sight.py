@@ -131,6 +131,11 @@ def look(body: nn.Module, length: int) -> None:
             _SIGHTS[module] = seen
 
 
+def looks() -> bool:
+    """Whether a body runs now to be looked at."""
+    return _MARKS.get() is not None
+
+
 class _AllLayersReached(Exception):
     """Every layer has been handed its mask."""
 

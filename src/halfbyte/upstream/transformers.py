@@ -79,6 +79,13 @@ def gguf_splits() -> Mapping[str, str]:
     return gguf_tokenizer_mapping.GGUF_PRE_TOKENIZER_SPLITS
 
 
+def has_plain_loss(lm: Model) -> bool:
+    """Whether a causal LM's loss is transformers' own: cross-entropy of each token by those before it."""
+    from transformers.loss.loss_utils import LOSS_MAPPING
+
+    return getattr(lm, "loss_function", None) is LOSS_MAPPING["ForCausalLM"]
+
+
 def training_fields() -> frozenset[str]:
     """The fields of TrainingArguments."""
     return fields_of("transformers.training_args", "TrainingArguments")
