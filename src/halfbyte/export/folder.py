@@ -35,14 +35,6 @@ TOKENIZER = (
 MORE_SPACE = "free some space, or name another folder: --out DIR"
 
 
-def check_free(out: Path) -> None:
-    """Raise an ExportError if something is at `out` already, or nothing can be written there."""
-    if out.exists() or out.is_symlink():
-        raise ExportError(f"{out} exists already, and nothing is overwritten.", fix="name another one: --out DIR")
-    if why := files.why_unwritable(out.absolute()):
-        raise ExportError(f"{out} cannot be written: {why}.", fix="name another one: --out DIR")
-
-
 def check_space(out: Path, need_bytes: int) -> None:
     """Raise an ExportError if the disk of `out` cannot hold so much."""
     if (free := files.free_bytes(out.absolute())) < need_bytes:

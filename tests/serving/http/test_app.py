@@ -17,8 +17,8 @@ import pytest
 
 from halfbyte.inference.generate import generate
 from halfbyte.serving.engine import Engine
+from halfbyte.serving.folders import AdapterFolders
 from halfbyte.serving.http import app
-from halfbyte.serving.models import AdapterFolders
 from halfbyte.serving.reader import TextReader
 from halfbyte.serving.settings import Settings, bind
 from halfbyte.writing.sampling import SamplingParams
