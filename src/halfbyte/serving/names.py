@@ -38,7 +38,7 @@ def find(words: Sequence[str], overrides: Sequence[str] = ()) -> Names:
         if one.adapter is None:
             bases.append(one)
         elif name in adapters:
-            fix = f"name one of them: halfbyte serve {typed(f'OTHER={word}')}"
+            fix = f"name one of them: halfbyte serve {typed(f'OTHER={one.path}')}"
             raise RecipeError(f"two adapters would be served as {name}: {adapters[name].path}, {one.path}.", fix=fix)
         else:
             adapters[name] = one
