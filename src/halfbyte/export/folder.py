@@ -24,6 +24,7 @@ from halfbyte.models.sources.checkpoint import Checkpoint, beside_weights
 from halfbyte.models.sources.safetensors import INDEX, SINGLE
 from halfbyte.recipe.schema import Recipe
 from halfbyte.system import files
+from halfbyte.system.words import size
 
 FILES_AT_ONCE = 2
 # Config, tokenizer and card; the headers are far smaller.
@@ -39,8 +40,7 @@ def check_space(out: Path, need_bytes: int) -> None:
     """Raise an ExportError if the disk of `out` cannot hold so much."""
     if (free := files.free_bytes(out.absolute())) < need_bytes:
         raise ExportError(
-            f"no space left for {out}: it needs {need_bytes / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free.",
-            fix=MORE_SPACE,
+            f"no space left for {out}: it needs {size(need_bytes)}, and {size(free)} are free.", fix=MORE_SPACE
         )
 
 

@@ -81,11 +81,8 @@ def check_function(name: str) -> None:
         return
     assigns = [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
     values = [a.value for a in assigns if any(isinstance(t, ast.Name) and t.id == function for t in a.targets)]
-    if (
-        not (symbol.is_namespace() or symbol.is_imported())
-        and values
-        and all(isinstance(v, _NO_FUNCTION) for v in values)
-    ):
+    is_value = bool(values) and all(isinstance(value, _NO_FUNCTION) for value in values)
+    if is_value and not (symbol.is_namespace() or symbol.is_imported()):
         raise RecipeError(f"train.rewards: {file}:{values[-1].lineno} {function} is not a function.", fix=fix)
 
 

@@ -140,8 +140,8 @@ class RewardFunction:
             if isinstance(error, SyntaxError) and error.filename:
                 places.append((error.filename, error.lineno))
             where = f" ({Path(places[-1][0]).name}:{places[-1][1]})" if places else ""
-            said = error.msg if isinstance(error, SyntaxError) else first_line(error)
-            raise self._error(f"raised {type(error).__name__}: {said}{where}") from error
+            reason = error.msg if isinstance(error, SyntaxError) else first_line(error)
+            raise self._error(f"raised {type(error).__name__}: {reason}{where}") from error
         if len(values) != len(attempts):
             raise self._error(f"returned {len(values)} values for {len(attempts)} answers")
         for value, attempt in zip(values, attempts, strict=True):
