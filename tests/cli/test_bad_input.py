@@ -723,6 +723,43 @@ CASES = [
         "error: the run has no held-out rows (data.eval).\n  fix: halfbyte eval model --data ROWS.jsonl",
     ),
     Case(
+        "pairs for a run that has learned from answers",
+        "eval done --data pairs.jsonl",
+        "error: pairs.jsonl:1: <...> say which answer is better, and train.method sft does not read that.\n"
+        "  fix: rows of the kind that was trained on: halfbyte eval done --data ROWS.jsonl",
+        write("pairs.jsonl", row(prompt="a", chosen="b", rejected="c")),
+    ),
+    Case(
+        "a prompt in another encoding",
+        ["generate", "done", "--prompt", "a", "--prompt", "caf\udce9"],
+        'error: --prompt 2 is not UTF-8.\n  fix: "$(iconv -f ISO-8859-1 -t UTF-8 FILE)" in its place',
+    ),
+    Case(
+        "a base alone has nothing to merge",
+        "merge model",
+        "error: model is a base without an adapter: there is nothing to ship.\n  fix: halfbyte train model ROWS.jsonl",
+    ),
+    Case(
+        "two exports at once",
+        "export done --gguf F16 --gguf-lora",
+        "error: --gguf and --gguf-lora exclude each other.\n  fix: leave out all but one: --gguf",
+    ),
+    Case(
+        "an adapter's folder in a GGUF format",
+        "export done --peft --gguf F16",
+        "error: --gguf and --peft exclude each other.\n  fix: leave out all but one: --gguf",
+    ),
+    Case(
+        "a repair of nothing",
+        "export done --repair",
+        "error: --repair is of a GGUF file, and none is asked for.\n  fix: --gguf Q4_0 --repair",
+    ),
+    Case(
+        "a program without its adapter",
+        "export done --for vllm",
+        "error: --for names the program that reads an adapter.\n  fix: --peft --for vllm",
+    ),
+    Case(
         "another rank for an adapter",
         "generate done/adapter --prompt x --set lora.r=3",
         "error: --set lora.r=3: an adapter is used with the values that it was trained with; allowed here: model<...>",
@@ -851,6 +888,15 @@ def test_a_mistake_is_one_message(case: Case, here: Path, halfbyte: Cli) -> None
         ("eval done --data nope.jsonl", "nope.jsonl: no such file"),
         ("generate nope --prompt x", "there is no run folder nope"),
         ("chat nope", "there is no run folder nope"),
+        ("export done --gguf Q9", "--gguf Q9: no such format."),
+        ("export done --gguf Q8_0 --out done", "done exists already, and nothing is overwritten."),
+        ("merge done --out done/adapter", "done/adapter exists already, and nothing is overwritten."),
+        ("merge done --out /proc/x", "/proc/x cannot be written: "),
+        ("merge nope", "there is no run folder nope"),
+        ("serve done --allow-adapters nope", "--allow-adapters nope is no folder."),
+        ("doctor nope", "unknown model 'nope'"),
+        ("quantize nope", "unknown model 'nope'"),
+        ("train recipe.yaml --set train.method=rloo lora.lora_dropout=0 train.rewards=none.py:f", "there is no file "),
     ],
 )
 def test_told_before_a_library_is_loaded_or_a_model_looked_for(command: str, said: str, here: Path) -> None:

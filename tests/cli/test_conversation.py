@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -180,3 +182,13 @@ def test_what_generate_is_told_reaches_the_sampler(monkeypatch: pytest.MonkeyPat
     told = SamplingParams(256, 0.5, 0.9, 4, top_k=7, min_p=0.1, repetition_penalty=1.3)
     assert params == [told, SamplingParams(256)]
     assert proves == [False, True]
+
+
+def test_a_line_that_is_not_utf8_is_told_and_not_said(
+    told: Told, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talk = chat(told, "caf\udce9", "red")
+    assert told.heard == [(False, 3)] and contents(talk)[0] == "red"
+    assert capsys.readouterr().err.startswith("warning: this line is not UTF-8.\n")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8"))
+    assert show.asker()() == "caf\udce9"

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 from halfbyte.cli.main import app
 from halfbyte.serving.engine import Ask, Engine
+from halfbyte.serving.folders import AdapterFolders
 from halfbyte.serving.http import app as app_module
 from halfbyte.serving.http import pages
-from halfbyte.serving.models import AdapterFolders
 from halfbyte.serving.settings import KEY, Settings
 from halfbyte.studio.jobs import Worker
 from halfbyte.writing.sampling import SamplingParams

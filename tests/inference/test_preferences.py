@@ -61,3 +61,12 @@ def test_answers_with_a_verdict(tmp_path: Path) -> None:
     seen = scores(run(tmp_path, "kto"))
     assert [*seen][:2] == ["loss", "accuracy"]
     assert seen["loss"].base is not None and seen["loss"].base.value == pytest.approx(0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_answers_to_pairs_have_scores_of_their_own(tmp_path: Path, method: str) -> None:
+    opened = load.open_run(run(tmp_path, method, train__max_steps=1))
+    options = sheet.EvalOptions.of(opened.recipe.eval, ["exact_match"], with_base=True)
+    (score,) = [one for one in evaluate.evaluate(opened, options).scores if one.name == "exact_match"]
+    assert score.rows == 6 and score.adapter is not None and score.base is not None
+    assert 0 <= score.adapter.value <= 1

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from halfbyte import finetune
-from halfbyte.errors import ExportError
+from halfbyte.errors import ExportError, RunError
 from halfbyte.export import export as exporting
 from halfbyte.export import folder, job, witness
 from halfbyte.export.job import HeldOut
@@ -103,7 +103,7 @@ def test_a_fault_fails_the_export_and_nothing_is_left(
     assert seen["path"] == "good" and not any(str(tmp_path) in text or str(world) in text for text in shipped)
     assert json.loads(done.out)["proof"] == seen["proof"] and seen["proof"]["ok"] and seen["base"] == "4bit"
     again = cli("merge", trained, "--base", "4bit", "--out", str(tmp_path / "good"))
-    assert again.code == 1 and "exists already" in again.err
+    assert again.code == 2 and "exists already" in again.err
 
     written = MergedModel.pieces
 
@@ -144,7 +144,7 @@ def test_auto_takes_the_nearer_where_losses_do_not_decide_and_says_so(world: Pat
 
 
 def test_a_base_alone_or_16_bits(world: Path, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="nothing to ship"):
+    with pytest.raises(RunError, match="nothing to ship"):
         exporting.merge(job.ExportJob(world / "model"))
     found = target.find(world / "trained")
     whole = replace(found, recipe=found.recipe.model_copy(update={"quant": found.recipe.quant.in_type("none")}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Callable
@@ -73,6 +74,21 @@ def test_a_run_says_what_it_wrote(tmp_path: Path) -> None:
     assert report["reward"]["first"] == evals[0]["eval_reward"] and report["reward"]["best"] == best["eval_reward"]
     assert all(len(row["sample"]["answers"]) == 2 for row in steps)
     assert abs(steps[0]["kl"]) < 0.01, "the base itself begins"
+
+
+def test_a_part_that_never_applies_is_null_and_warned_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "never.py").write_text("def score(completions, **k):\n    return [None] * len(completions)\n")
+    tiny_run.rows(tmp_path / "eval.jsonl", 3, seed=5)
+    name = f"{tmp_path / 'never.py'}:score"
+    more = {"data__eval": tmp_path / "eval.jsonl", "train__eval_on_start": True, "train__early_stopping_patience": 9}
+    loaded = recipe(tmp_path, train__rewards=name, **more)
+    finetune.train(loaded)
+    every = [(prefix, row) for prefix in ("", "eval_") for row in metrics(loaded) if f"{prefix}loss" in row]
+    assert len(every) == 4
+    for prefix, row in every:
+        assert row[f"{prefix}reward"] is None and row[f"{prefix}reward_never.py:score"] is None
+        assert f"{prefix}reward_low" not in row and row.get("no_difference", 1.0) == 1.0
+    assert caplog.text.count("applies to none of 3 answers, so it does not count") == 1
 
 
 def gain(folder: Path, method: str, rate: float) -> tuple[float, float]:
@@ -240,9 +256,25 @@ def test_a_reward_that_fails_loses_nothing(code: str, message: str, tmp_path: Pa
 
 
 def test_a_function_that_is_not_there_is_named_at_once(tmp_path: Path) -> None:
-    for name in (f"{tmp_path / 'none.py'}:score", f"{letters.__file__}:worth"):
-        with pytest.raises(RecipeError, match=r"train.rewards: .* is not there, or has no function"):
-            preflight.check(recipe(tmp_path, train__rewards=name).recipe)
+    codes = {
+        "half": ("def score(completions)\n    pass\n", r"half.py:1 is not Python: expected ':'"),
+        "five": ("def f(): ...\nscore = 5\n", r"five.py:2 score is not a function"),
+        "inner": ("def f():\n    def score(**k): ...\n", r"inner.py has no function score"),
+        "spoken": ("# score\nx = 'score'\n", r"spoken.py has no function score"),
+        "lost": (None, r"there is no file .*lost.py"),
+    }
+    right = [
+        "from a import score", "from a import *", "score = f(3)", "if x:\n    score = lambda **k: []",
+        "class score: ...", "score = None\ndef later():\n    global score\n    score = later\n",
+        "raise SystemExit\ndef score(): ...",
+    ]  # fmt: skip
+    codes |= {f"right{n}": (code, "") for n, code in enumerate(right)}
+    for name, (code, said) in codes.items():
+        if code is not None:
+            (tmp_path / f"{name}.py").write_text(code)
+        loaded = recipe(tmp_path, train__rewards=f"{tmp_path / name}.py:score")
+        with pytest.raises(RecipeError, match=f"train.rewards: .*{said}") if said else contextlib.nullcontext():
+            preflight.check(loaded.recipe)
 
 
 def test_what_a_metric_goes_by_may_not_change_in_a_run(tmp_path: Path) -> None:

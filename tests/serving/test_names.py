@@ -39,8 +39,11 @@ def test_what_cannot_be_served_together_is_refused(tmp_path: Path) -> None:
         names.find([str(one), str(other)])
     with pytest.raises(RecipeError, match="two adapters would be served as one") as error:
         names.find([str(one), str(one)])
-    assert error.value.fix is not None and "OTHER=" in error.value.fix
-    with pytest.raises(RecipeError, match="both be served as base"):
+    assert error.value.fix == f"name one of them: halfbyte serve OTHER={one}"
+    with pytest.raises(RecipeError, match="two adapters would be served as a") as error:
+        names.find([f"a={one}", f"a={one}"])
+    assert error.value.fix == f"name one of them: halfbyte serve OTHER={one}"
+    with pytest.raises(RecipeError, match=rf"both be served as base\.\n  fix: halfbyte serve NAME={one}$"):
         names.find([f"base={one}"])
     biased = adapter(tmp_path / "biased", "base", bias="all")
     assert list(names.find([str(biased)]).adapters) == ["biased"]

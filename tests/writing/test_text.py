@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from halfbyte.writing.sampling import Sampler, SamplingParams, top_p_of
-from halfbyte.writing.text import Detokenizer, Text, TextChunk
+from halfbyte.writing.text import Detokenizer, Text, TextChunk, token_bytes
 from tests import tiny_run
 
 
@@ -106,3 +108,16 @@ def test_draws_have_the_probabilities_of_the_temperature_and_repeat_with_the_see
     # 5 standard deviations of a share
     assert bool(((share - wanted).abs() < 5 * (wanted * (1 - wanted) / count).sqrt()).all())
     assert drawn(1) == drawn(1) != drawn(2) and drawn(1, 1) == drawn(2)
+
+
+def test_a_long_stop_costs_a_token_no_more_than_the_text_is_long() -> None:
+    ids = list(tiny_run.tokenizer()("red cup " * 60)["input_ids"])
+    began = time.monotonic()
+    (said,) = chunks(begun(SamplingParams(len(ids), stop=("red cup " * 12_500,))), ids)
+    assert said.text == "red cup " * 60 and time.monotonic() - began < 5  # all of its beginnings take minutes
+
+
+def test_the_bytes_of_a_token_are_those_of_its_text() -> None:
+    tokenizer = tiny_run.tokenizer()
+    for text in ("red cup", "\u00e9\U0001f600\n\t\x00\u00ad", "\u4e16"):
+        assert b"".join(token_bytes(tokenizer, token) for token in tokenizer(text)["input_ids"]) == text.encode()

@@ -12,7 +12,7 @@ from signal import SIGINT
 from typing import TYPE_CHECKING
 
 from halfbyte.cli import show
-from halfbyte.errors import HalfbyteError, typed
+from halfbyte.errors import DataError, HalfbyteError, typed
 from halfbyte.training.events import StopRequest, stop_on_signals
 
 if TYPE_CHECKING:
@@ -57,6 +57,14 @@ class TokenWatch:
     def per_second(self) -> float:
         """Tokens a second after the first one, which waits for the prompt."""
         return (self.tokens - 1) / max(1e-9, self.last_s - self.first_s) if self.tokens > 1 else 0.0
+
+
+def check_text(text: str, what: str) -> None:
+    """Raises DataError: it has bytes that are no UTF-8, which come in as halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{what} is not UTF-8.", fix='"$(iconv -f ISO-8859-1 -t UTF-8 FILE)" in its place') from None
 
 
 def answer(
@@ -107,6 +115,11 @@ class Chat:
             self.say(line)
 
     def say(self, line: str) -> None:
+        try:
+            check_text(line, "this line")
+        except DataError as error:
+            show.warning(error.message)
+            return
         command, _, rest = line.partition(" ")
         rest = rest.strip()
         if command == "/reset":

@@ -117,10 +117,13 @@ def doctor(
     json_: shared.Json = False,
 ) -> None:
     """What this machine is and does; with a model, proofs on a few of its layers. Exit code 1 if one fails."""
+    from halfbyte.models.sources import lookup
     from halfbyte.plan import number_format
     from halfbyte.recipe.command import recipe_or_model
 
     recipe = number_format.settle(recipe_or_model(model, set_)).recipe if model else None
+    if recipe is not None:
+        lookup.look(recipe)
     with libraries.loading():
         from halfbyte import doctor
 
@@ -150,6 +153,8 @@ def generate(
     json_: shared.Json = False,
 ) -> None:
     """Answer prompts with the adapter on its base, or with the base alone."""
+    for number, text in enumerate(prompt, 1):
+        conversation.check_text(text, f"--prompt {number}")
     talks = [[{"role": "user", "content": text}] for text in prompt]
     asks = talks, max_new_tokens
     ready = shared.speaker(run, set_, silent=json_, force=force, prove=prove, base=base, asks=asks)
@@ -180,6 +185,7 @@ def chat(
     prove: shared.Prove = False,
 ) -> None:
     """Talk to the adapter. /base and /both ask the base too, /save keeps the talk, /reset forgets, /quit leaves."""
+    conversation.check_text(system or "", "--system")
     ready = shared.speaker(run, set_, silent=False, force=force, prove=prove)
     from halfbyte.writing.sampling import SamplingParams
 
@@ -223,6 +229,7 @@ def quantize(
     quiet: shared.Quiet = False,
 ) -> None:
     """Quantise a base once, in bounded memory; train, eval and chat then open it at once."""
+    from halfbyte.models.sources import lookup
     from halfbyte.plan import number_format
     from halfbyte.recipe.command import recipe_or_model
 
@@ -231,6 +238,7 @@ def quantize(
             "--text and --limit say what --report reads.", fix=f"halfbyte quantize {typed(model)} --report"
         )
     recipe = number_format.settle(recipe_or_model(model, set_)).recipe
+    lookup.look(recipe)
     if text is not None:
         from halfbyte.data.reading import read
 

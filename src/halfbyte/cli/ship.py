@@ -11,7 +11,7 @@ import typer
 
 from halfbyte.cli import labels, progress, show
 from halfbyte.cli.options import AllowHost, Force, Host, Json, KeyFile, Port, Quiet, Set, argument, flag, option
-from halfbyte.errors import RecipeError
+from halfbyte.errors import RecipeError, typed
 from halfbyte.system import libraries
 
 if TYPE_CHECKING:
@@ -53,6 +53,11 @@ def merge(
     quiet: Quiet = False,
 ) -> None:
     """Base and adapter as one model that plain transformers opens, with a proof that it says what the run says."""
+    from halfbyte.export import inputs
+    from halfbyte.recipe.task import CAUSAL_LM, HEADS
+
+    inputs.adapter_of(run, set_, (CAUSAL_LM, *HEADS))
+    inputs.out_folder(run, out, "merged")
     with progress.quantizing(silent=json_ or quiet) as tell:
         with libraries.loading():
             from halfbyte.export import export as exporting
@@ -86,10 +91,21 @@ def export(
     """A run for llama.cpp, Ollama, vLLM or plain PEFT, with a proof that it says what the run says."""
     if repair and (gguf_lora or peft):
         raise RecipeError("--repair is of a GGUF file that is merged: an adapter is not rounded.", fix="leave it out")
-    if sum((gguf is not None, gguf_lora, peft)) > 1 or not (gguf or gguf_lora or peft or ollama) or (peft and ollama):
-        raise RecipeError("what is wanted?", fix="one of --gguf FORMAT, --gguf-lora, --peft; --ollama with one of GGUF")
+    flags = {"--gguf": gguf is not None, "--gguf-lora": gguf_lora, "--peft": peft, "--ollama": ollama and peft}
+    if len(given := [name for name, is_given in flags.items() if is_given]) > 1:
+        raise RecipeError(f"{' and '.join(given)} exclude each other.", fix=f"leave out all but one: {given[0]}")
     if program is not None and not peft:
         raise RecipeError("--for names the program that reads an adapter.", fix=f"--peft --for {program.value}")
+    if repair and not (gguf or ollama):
+        raise RecipeError("--repair is of a GGUF file, and none is asked for.", fix="--gguf Q4_0 --repair")
+    if not (gguf or gguf_lora or peft or ollama):
+        what = "what is exported is not said: --gguf FORMAT, --gguf-lora, --peft or --ollama is needed."
+        raise RecipeError(what, fix=f"halfbyte export {typed(run)} --gguf Q8_0")
+    from halfbyte.export import inputs
+
+    kind = "" if gguf_lora or peft else inputs.gguf_format(gguf or "Q8_0", repair=repair)
+    inputs.adapter_of(run, set_)
+    inputs.out_folder(run, out, "peft" if peft else "gguf-lora" if gguf_lora else f"gguf-{kind.lower()}")
     with progress.quantizing(silent=json_ or quiet) as tell:
         with libraries.loading():
             from halfbyte.export import export as exporting
@@ -101,7 +117,7 @@ def export(
         elif gguf_lora:
             result = exporting.to_gguf_lora(job, modelfile=ollama)
         else:
-            result = exporting.to_gguf(job, gguf or "Q8_0", base.value, modelfile=ollama, repair=repair)
+            result = exporting.to_gguf(job, kind, base.value, modelfile=ollama, repair=repair)
     _show(result, json_=json_)
 
 
@@ -143,6 +159,7 @@ def serve(
     with labels or vectors /classify, /v1/embeddings, /rerank."""
     from halfbyte.serving import names
     from halfbyte.serving import settings as where
+    from halfbyte.serving.folders import AdapterFolders
 
     other = names.of_other_task(runs, set_)
     named = None if other is not None else names.find(runs, set_)
@@ -150,6 +167,7 @@ def serve(
         given = {"--context": context, "--at-once": at_once, "--pack": pack, "--allow-adapters": allow_adapters}
         labels.check_served(other, given)
     where.check_installed()
+    folders = AdapterFolders.of(allow_adapters, set_)
     hosts = frozenset(map(str.lower, allow_host))
     settings = where.Settings(host, port, hosts, where.key_of(key_file), time_limit, grace)
     sock = where.bind(settings)
@@ -162,9 +180,7 @@ def serve(
             from halfbyte.serving import models
             from halfbyte.serving.engine import Engine
             from halfbyte.serving.http import app
-            from halfbyte.serving.models import AdapterFolders
 
-        folders = AdapterFolders.of(allow_adapters, set_)
         opened = models.open_all(named, tell, max_length=context, places=at_once, force=force)
         engine = Engine(opened, queue, pack=pack)
     sizes = f"{opened.max_length:,} tokens each, caches of {opened.cache_bytes / 1e9:.2f} GB"

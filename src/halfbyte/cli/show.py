@@ -3,6 +3,7 @@ words. What a command shows meanwhile is in `progress.py`."""
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import sys
@@ -161,6 +162,8 @@ def heading(who: str) -> None:
 def asker() -> Callable[[], str]:
     """A function that asks for a message; on a terminal with arrow keys, history, and several lines (Alt-Enter)."""
     if not (sys.stdin.isatty() and out.is_terminal):
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # what is no UTF-8 is told of line by line
         return lambda: out.input("you> ").strip()
     from prompt_toolkit import PromptSession
     from prompt_toolkit.formatted_text import FormattedText

@@ -14,8 +14,8 @@ from gguf import GGUFWriter
 
 from halfbyte.base.config import open_config
 from halfbyte.data.encoding.chatml import chat_template
-from halfbyte.errors import ExportError, HalfbyteError, RecipeError
-from halfbyte.export import folder, gguf, gguf_tokenizer, llama_cpp, lora, ollama
+from halfbyte.errors import ExportError, HalfbyteError
+from halfbyte.export import folder, gguf, gguf_tokenizer, inputs, llama_cpp, lora, ollama
 from halfbyte.export.job import BaseChoice, DraftExport, ExportJob, bases, better, describe, notes
 from halfbyte.export.lora import Program
 from halfbyte.export.weights import BaseKind, MergedModel
@@ -30,8 +30,6 @@ from halfbyte.recipe.task import CAUSAL_LM, HEADS
 from halfbyte.types import Tokenizer
 
 NO_LLAMA = f"not proven: llama.cpp is not installed ({programs.INSTALL})"
-# Besides the file's blocks llama.cpp rounds what it multiplies them with: to the same float, or to blocks alike.
-_FLOATS = ("F32", "F16", "BF16")
 
 
 # ------------------------------------------------------------------ merged folder
@@ -127,12 +125,8 @@ def to_gguf(
     rounded anew on the run's own rows (`repair.py`), and the file that loses less is kept. Raises RecipeError: no such
     format, or none that is rounded. ExportError: the architecture is not written here, llama.cpp is not there for a
     K-quant or a repair, no space, or what was written does not say what the run says; nothing is left then."""
-    kind = kind.upper()
-    if kind not in (every := (*gguf.OWN_FORMATS, *gguf.K_QUANTS)):
-        raise RecipeError(f"--gguf {kind}: no such format.", fix=f"one of {', '.join(every)}")
-    if repair and kind in _FLOATS:
-        raise RecipeError(f"--repair: {kind} rounds too little to be repaired.", fix="leave --repair out")
-    if kind in gguf.K_QUANTS or repair:
+    kind = inputs.gguf_format(kind, repair=repair)
+    if kind in inputs.K_QUANTS or repair:
         llama_cpp.need("a repaired file" if repair else kind)
     out = job.out_folder(f"gguf-{kind.lower()}")
     if (model_type := _model_type(job.target())) not in gguf.ARCHITECTURES:
@@ -220,7 +214,7 @@ def _write_gguf(job: ExportJob, run: Target, base: BaseKind, path: Path, kind: s
     """Write one file; returns what a user should know of it."""
     merged = MergedModel(run, base, job.tell)
     ours = _model_type(run) in gguf.ARCHITECTURES
-    plain = "F16" if kind in gguf.K_QUANTS or not (ours or kind in ("F32", "BF16", "Q8_0")) else kind
+    plain = "F16" if kind in inputs.K_QUANTS or not (ours or kind in ("F32", "BF16", "Q8_0")) else kind
     weights = sum(item.source.nbytes for item in merged.items)
     folder.check_space(path.parent, 2 * weights + folder.BESIDE_BYTES)
     job.tell.say(f"from {describe(base)}, in {kind}", label="gguf")
@@ -249,8 +243,9 @@ def _prove(
 ) -> None:
     """Compare a GGUF file with the run, by llama.cpp, where that can be done. `name`: its own; None for its base's."""
     if draft.witness is not None and programs.has_llama():
-        family = kind[:4] if kind in gguf.K_QUANTS else kind
-        others = (family,) if family in _FLOATS else (family, family)
+        family = kind[:4] if kind in inputs.K_QUANTS else kind
+        # besides the file's blocks llama.cpp rounds what it multiplies them with: to the same float, or to blocks alike
+        others = (family,) if family in inputs.FLOATS else (family, family)
         name = name or base
         draft.proofs[name], draft.losses[name] = draft.witness.prove(
             path, "llama.cpp", family, f"llama-{name}", base=base, others=others, adapter=adapter

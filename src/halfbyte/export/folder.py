@@ -24,6 +24,7 @@ from halfbyte.models.sources.checkpoint import Checkpoint, beside_weights
 from halfbyte.models.sources.safetensors import INDEX, SINGLE
 from halfbyte.recipe.schema import Recipe
 from halfbyte.system import files
+from halfbyte.system.words import size
 
 FILES_AT_ONCE = 2
 # Config, tokenizer and card; the headers are far smaller.
@@ -35,20 +36,11 @@ TOKENIZER = (
 MORE_SPACE = "free some space, or name another folder: --out DIR"
 
 
-def check_free(out: Path) -> None:
-    """Raise an ExportError if something is at `out` already, or nothing can be written there."""
-    if out.exists() or out.is_symlink():
-        raise ExportError(f"{out} exists already, and nothing is overwritten.", fix="name another one: --out DIR")
-    if why := files.why_unwritable(out.absolute()):
-        raise ExportError(f"{out} cannot be written: {why}.", fix="name another one: --out DIR")
-
-
 def check_space(out: Path, need_bytes: int) -> None:
     """Raise an ExportError if the disk of `out` cannot hold so much."""
     if (free := files.free_bytes(out.absolute())) < need_bytes:
         raise ExportError(
-            f"no space left for {out}: it needs {need_bytes / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free.",
-            fix=MORE_SPACE,
+            f"no space left for {out}: it needs {size(need_bytes)}, and {size(free)} are free.", fix=MORE_SPACE
         )
 
 

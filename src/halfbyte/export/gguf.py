@@ -29,9 +29,6 @@ ARCHITECTURES = {
     "gemma3_text": "gemma3", "phi3": "phi3", "gpt2": "gpt2", "bloom": "bloom", "granite": "granite",
     "smollm3": "smollm3",
 }  # fmt: skip
-# What the gguf package encodes; the rest goes through llama.cpp's quantiser (`llama_cpp.py`).
-OWN_FORMATS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
-K_QUANTS = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K")
 FTYPES = {kind.name.partition("_")[2]: kind.value for kind in gguf.LlamaFileType}
 _KEYS = (
     "context_length", "embedding_length", "feed_forward_length", "attention.head_count", "attention.head_count_kv",
@@ -176,7 +173,7 @@ def names_of(config: Config, items: list[Item], metadata: FileMetadata) -> dict[
 
 
 def write(merged: MergedModel, path: Path, kind: str, add_tokenizer: Callable[[gguf.GGUFWriter], None]) -> None:
-    """Write one file in a format of `OWN_FORMATS`. `add_tokenizer`: puts `tokenizer.*` into a writer. Raises
+    """Write one file in a format of `inputs.OWN_FORMATS`. `add_tokenizer`: puts `tokenizer.*` into a writer. Raises
     ExportError: the architecture, or something that it computes with, has no place in the file."""
     config = merged.config.get_text_config()
     metadata, tables = describe(config)

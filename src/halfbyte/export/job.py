@@ -22,10 +22,9 @@ from halfbyte.base.config import open_config
 from halfbyte.base.store import supply
 from halfbyte.data.encoding.chatml import chat_template
 from halfbyte.errors import ExportError
-from halfbyte.export import folder, hub
+from halfbyte.export import folder, hub, inputs
 from halfbyte.export.weights import BaseKind, MergedModel, starts_residual
 from halfbyte.export.witness import PROMPTS, WITNESS, RunQuestions, ask_run
-from halfbyte.inference import target
 from halfbyte.inference.load import tokenizer_of
 from halfbyte.inference.target import Target
 from halfbyte.models import tensors
@@ -141,10 +140,7 @@ class ExportJob:
 
     def target(self, tasks: Collection[str] = (CAUSAL_LM,)) -> Target:
         """The run or adapter, on this machine."""
-        run = target.find(self.run, self.overrides, tasks)
-        if run.adapter is None:
-            raise ExportError(f"{self.run} is a base without an adapter: there is nothing to ship.")
-        return run
+        return inputs.adapter_of(self.run, self.overrides, tasks)
 
     def checked_target(self, tasks: Collection[str] = (CAUSAL_LM,)) -> Target:
         """The same, once its passport says that it belongs to the base that is here."""
@@ -154,9 +150,7 @@ class ExportJob:
 
     def out_folder(self, name: str) -> Path:
         """Where the export goes; nothing is there yet."""
-        out = self.out or (self.run / name if (self.run / "recipe.yaml").is_file() else Path(f"{self.run}-{name}"))
-        folder.check_free(out)
-        return out
+        return inputs.out_folder(self.run, self.out, name)
 
     @contextmanager
     def draft(self, run: Target, out: Path, *, prove: bool = True, copies: int = 0) -> "Iterator[DraftExport]":

@@ -287,7 +287,8 @@ class Scoring:
         tokens = [e.label_weight for e in examples]
         read: dict[int, float] = {}  # where every row is answered, one forward is enough
         at_once, limit = plan.sequences, plan.max_tokens_per_micro_batch
-        answers = self.answers(at_once, limit, tell, read if len(self.asking) == len(examples) else None)
+        reads = len(self.asking) == len(examples) and compares is None
+        answers = self.answers(at_once, limit, tell, read if reads else None)
         if compares is not None:
             return compares.side(answers if self.metrics else ())
         losses = [read[i] for i in range(len(examples))] if read else row_losses(self.model, batches, tell)

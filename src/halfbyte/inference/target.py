@@ -61,7 +61,13 @@ def held_out(recipe: Recipe, run: Path, data: Path | None) -> Sources | None:
     if not names:
         fix = f"halfbyte eval {typed(run)} --data ROWS.jsonl"
         raise DataError("the run has no held-out rows (data.eval).", fix=fix)
-    read.look(names, recipe.data)
+    try:
+        read.look(names, recipe.data)
+    except DataError as error:
+        if not (error.fix or "").startswith("--set train."):
+            raise
+        fix = f"rows of the kind that was trained on: halfbyte eval {typed(run)} --data ROWS.jsonl"
+        raise DataError(error.message, fix=fix) from None
     return names
 
 

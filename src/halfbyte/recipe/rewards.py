@@ -4,19 +4,23 @@ Source: names and defaults of TRL 1.16's `GRPOConfig` and `RLOOConfig`, but for 
 `mask_truncated_completions` (false there); `rewards` are its `reward_funcs` with their `reward_weights`.
 """
 
-import math
+import ast
 import re
+import symtable
+import tokenize
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
+from halfbyte.errors import RecipeError, typed
 from halfbyte.recipe.data import Section, field
 from halfbyte.recipe.evaluation import METRICS
 from halfbyte.recipe.values import Bool, Count, Float
 
 TERMS = ("length", "format")  # what an answer may be rewarded by beside metrics and functions
+LARGEST = 1e9  # of a function's values and of weights: their squares and sums are numbers, in fp32 too
 REWARD = "reward"  # the score of an evaluation that says which adapter is the best
 LOSS_TYPES = ("dapo", "grpo", "dr_grpo", "bnpo")
 # Method -> its fields with their defaults, and defaults of others.
@@ -46,10 +50,40 @@ def _rewards(value: object) -> object:
         function = _FUNCTION.fullmatch(str(name))
         if not function and name not in {*METRICS, *TERMS}:
             raise ValueError(f"must name {', '.join((*METRICS, *TERMS))}, or a function as FILE.py:FUNCTION")
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
-            raise ValueError(f"must give {name} a number as its weight")
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) <= LARGEST:
+            raise ValueError(f"must give {name} a number from {-LARGEST:g} to {LARGEST:g} as its weight")
         weights[str(Path(name).absolute()) if function else name] = float(weight)
     return weights
+
+
+_NO_FUNCTION = (ast.Constant, ast.JoinedStr, ast.List, ast.Tuple, ast.Dict, ast.Set)
+
+
+def check_function(name: str) -> None:
+    """Raises RecipeError: the file of FILE.py:FUNCTION is not there, is not Python, or has no such function, as far as
+    that is seen without running it."""
+    file, _, function = name.rpartition(":")
+    fix = "name one that is there: --set train.rewards=FILE.py:FUNCTION"
+    if not Path(file).is_file():
+        raise RecipeError(f"train.rewards: there is no file {file}.", fix=fix)
+    try:
+        with tokenize.open(file) as source:
+            text = source.read()
+        tree, names = ast.parse(text, file), symtable.symtable(text, file, "exec")
+    except (SyntaxError, ValueError) as error:  # ValueError: a zero byte, no UTF-8
+        line, what = getattr(error, "lineno", None), getattr(error, "msg", error)
+        where = file if line is None else f"{file}:{line}"
+        raise RecipeError(f"train.rewards: {where} is not Python: {what}.", fix=f"mend {typed(file)}") from None
+    symbol = names.lookup(function) if function in names.get_identifiers() else None
+    if symbol is None or not (symbol.is_assigned() or symbol.is_imported()):
+        if not re.search(r"import\s*\*", text):
+            raise RecipeError(f"train.rewards: {file} has no function {function}.", fix=fix)
+        return
+    assigns = [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
+    values = [a.value for a in assigns if any(isinstance(t, ast.Name) and t.id == function for t in a.targets)]
+    is_value = bool(values) and all(isinstance(value, _NO_FUNCTION) for value in values)
+    if is_value and not (symbol.is_namespace() or symbol.is_imported()):
+        raise RecipeError(f"train.rewards: {file}:{values[-1].lineno} {function} is not a function.", fix=fix)
 
 
 class RewardFields(Section):

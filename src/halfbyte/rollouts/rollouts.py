@@ -12,6 +12,7 @@ answers afterwards. Each text draws from its own generator, seeded by (seed, ste
 run, and any number of processes, write the same. Cost: see `writing/`; a token reads the base once for all texts.
 """
 
+import logging
 import math
 import time
 from collections.abc import Collection, Sequence
@@ -50,6 +51,8 @@ from halfbyte.types import Document, Model
 from halfbyte.writing import writer
 from halfbyte.writing.sampling import SamplingParams
 from halfbyte.writing.text import Text
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,12 @@ def make_room() -> None:
 Floats = NDArray[np.float64]
 
 
+def _mean(values: Floats) -> float:
+    """Of those that are known; NaN where none is."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else math.nan
+
+
 class Rollouts:
     """The answers of a run's steps, and those to its held-out rows. Raises DataError: a reward has nothing to compare
     with in the rows, or an answer may be longer than what the model reads."""
@@ -131,6 +140,7 @@ class Rollouts:
         ends = stop_ids(self.model, self.tokenizer)
         self.groups = GroupWriter(self.model, setup.world, params, self.count, ends, self.at_once)
         self.notes = Document()
+        self.idle = set[str]()  # parts that were said to apply to nothing
 
     def joined(self) -> Setup:
         """The run's setup with these in it."""
@@ -245,19 +255,24 @@ class Rollouts:
         return [Attempt(e.completion, text, ids, record, prompt) for e, text, ids, (prompt, record) in each]
 
     def _summary(self, rewards: Floats, parts: Floats) -> dict[str, float]:
-        """The mean of rewards (n,) with its interval, and that of each part (answers, parts)."""
-        known = RowSums.mean(rewards[~np.isnan(rewards)].tolist())
-        summary, settings = {REWARD: known.value}, self.settings
-        if limits := intervals.interval(known, resamples=settings.resamples, seed=settings.seed):
+        """The mean of rewards (n,) with its interval, and that of each part (answers, parts); NaN of what applies to
+        none of them, which is warned of once."""
+        known, settings = rewards[~np.isnan(rewards)].tolist(), self.settings
+        summary = {REWARD: _mean(rewards)}
+        rows = RowSums.mean(known)
+        if known and (limits := intervals.interval(rows, resamples=settings.resamples, seed=settings.seed)):
             summary |= {f"{REWARD}_low": limits[0], f"{REWARD}_high": limits[1]}
         for name, column in zip(self.rewards.parts, parts.T, strict=True):
-            summary[f"{REWARD}_{Path(name).name}"] = RowSums.mean(column[~np.isnan(column)].tolist()).value
+            summary[f"{REWARD}_{Path(name).name}"] = mean = _mean(column)
+            if math.isnan(mean) and name not in self.idle and self.setup.world.first:
+                self.idle.add(name)
+                _log.warning(f"the reward {name} applies to none of {len(column)} answers, so it does not count")
         return summary
 
     def _figures(self, answers: Sequence[TextSample], groups: Floats, parts: Floats, advantages: Floats) -> Document:
         """What a step's row says of its answers; the interval of the reward is that of the groups' means."""
         drawn = np.array([each for answer in answers for each in answer.drawn])  # (tokens, 3)
-        means = np.array([RowSums.mean(group[~np.isnan(group)].tolist()).value for group in groups])
+        means = np.array([_mean(group) for group in groups])
         return {
             **self._summary(means, parts),
             "no_difference": float((advantages.reshape(groups.shape) == 0).all(1).mean()),

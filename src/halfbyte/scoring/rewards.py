@@ -10,7 +10,6 @@ Source: how parts are summed and functions called is TRL's (`GRPOTrainer._calcul
 import contextlib
 import importlib.util
 import inspect
-import math
 import re
 import signal
 import sys
@@ -19,6 +18,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import dropwhile
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from halfbyte.errors import RewardError, first_line, typed
 from halfbyte.recipe.evaluation import Eval
+from halfbyte.recipe.rewards import LARGEST
 from halfbyte.recipe.schema import Train
 from halfbyte.scoring import metrics
 from halfbyte.types import Document
@@ -115,7 +116,7 @@ class RewardFunction:
 
     def __call__(self, attempts: Sequence[Attempt]) -> list[float | None]:
         """The rewards of some answers. Raises RewardError: it raises, takes too long, or returns something else than a
-        finite number or None for each of them."""
+        number of no more than LARGEST or None for each of them."""
         replies = [
             [{"role": "assistant", "content": a.text}] if isinstance(a.prompt, list) else a.text for a in attempts
         ]
@@ -133,14 +134,20 @@ class RewardFunction:
             what = f"took more than {self.seconds:g} s for a step's answers"
             raise self._error(what, "--set train.reward_seconds=300, or a faster one") from None
         except (Exception, SystemExit) as error:  # of any kind, of the user's code
-            frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen")]
-            where = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}"
-            raise self._error(f"raised {type(error).__name__}: {first_line(error)} ({where})") from error
+            frames = traceback.extract_tb(error.__traceback__)
+            users = dropwhile(lambda frame: frame.filename != self.name.rpartition(":")[0], frames)
+            places = [(frame.filename, frame.lineno) for frame in users if frame.filename[0] != "<"]
+            if isinstance(error, SyntaxError) and error.filename:
+                places.append((error.filename, error.lineno))
+            where = f" ({Path(places[-1][0]).name}:{places[-1][1]})" if places else ""
+            reason = error.msg if isinstance(error, SyntaxError) else first_line(error)
+            raise self._error(f"raised {type(error).__name__}: {reason}{where}") from error
         if len(values) != len(attempts):
             raise self._error(f"returned {len(values)} values for {len(attempts)} answers")
         for value, attempt in zip(values, attempts, strict=True):
-            if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
-                raise self._error(f"returned {value!r}, no finite number (or None), for {attempt.text[:80]!r}")
+            if value is not None and not (isinstance(value, int | float) and abs(value) <= LARGEST):
+                allowed = f"no number from {-LARGEST:g} to {LARGEST:g} (or None)"
+                raise self._error(f"returned {value!r}, {allowed}, for {attempt.text[:80]!r}")
         return [float(value) if isinstance(value, int | float) else None for value in values]
 
     def _error(self, what: str, fix: str | None = None) -> RewardError:

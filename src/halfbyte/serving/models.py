@@ -1,16 +1,13 @@
 """A base with all adapters that are served on it, each with its own tokenizer and its own tokens that end an answer.
 
 Adapters are put on it and taken away again between answers, since a server lasts longer than their choice. Only folders
-below those that were allowed when it began are read, with links followed first: whatever is asked for, a folder outside
-of them is told apart from none at all by nothing. The adapter has to belong to the base, as at the start. A new writer,
-proven for each model, takes the place of the one before; if it cannot be, nothing changes.
+below those that were allowed when it began are read (`folders.py`). The adapter has to belong to the base, as at the
+start. A new writer, proven for each model, takes the place of the one before; if it cannot be, nothing changes.
 """
 
 import re
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -18,7 +15,7 @@ from halfbyte.adapters import lora
 from halfbyte.adapters.assembly import put_beside, take_away
 from halfbyte.base.store.supply import Tell
 from halfbyte.errors import AdapterError, RecipeError
-from halfbyte.inference import load, target
+from halfbyte.inference import load
 from halfbyte.inference.generate import stop_ids
 from halfbyte.inference.target import Target
 from halfbyte.models import structure
@@ -177,42 +174,6 @@ def _prove(writer: TextWriter, models: Models, count: int) -> None:
 
 
 _NAME = re.compile(r"[\w.:@+-]{1,64}")
-
-
-@dataclass(frozen=True)
-class AdapterFolders:
-    """Args: allowed: folders, with links followed, below which adapters may lie. overrides: of their recipes."""
-
-    allowed: tuple[Path, ...] = ()
-    overrides: tuple[str, ...] = ()
-
-    @classmethod
-    def of(cls, folders: Sequence[Path], overrides: Sequence[str] = ()) -> "AdapterFolders":
-        """Raises AdapterError: one of them is no folder."""
-        if missing := [folder for folder in folders if not folder.is_dir()]:
-            raise AdapterError(f"--allow-adapters {missing[0]} is no folder.", fix="name one that has adapters in it")
-        return cls(tuple(folder.resolve() for folder in folders), tuple(overrides))
-
-    def find(self, name: str) -> Target | None:
-        """The run or adapter of a path, relative to an allowed folder or absolute; None: there is none below them, or
-        it reads what is not. Raises HalfbyteError: it is no run."""
-        for root in self.allowed:
-            with suppress(OSError, ValueError, RuntimeError):  # 5,000 characters, a zero among them, links in a ring
-                path = (root / name).resolve()
-                if path.is_relative_to(root) and path.is_dir() and self._stays_inside(path):
-                    found = target.find(path, self.overrides)
-                    template = found.recipe.data.chat_template or ""
-                    is_file = template and "{" not in template and Path(template).exists()
-                    return None if found.adapter is None or is_file else found
-        return None
-
-    def _stays_inside(self, path: Path) -> bool:
-        """Whether nothing of it is a link to elsewhere."""
-        return all(
-            any(file.resolve().is_relative_to(root) for root in self.allowed)
-            for folder in (path, path / "adapter")
-            for file in folder.glob("*")
-        )
 
 
 def put_adapter(models: Models, name: str, one: Target) -> tuple[Models, TextWriter, str]:

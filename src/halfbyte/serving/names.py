@@ -38,7 +38,7 @@ def find(words: Sequence[str], overrides: Sequence[str] = ()) -> Names:
         if one.adapter is None:
             bases.append(one)
         elif name in adapters:
-            fix = f"name one of them: halfbyte serve {typed(f'OTHER={word}')}"
+            fix = f"name one of them: halfbyte serve {typed(f'OTHER={one.path}')}"
             raise RecipeError(f"two adapters would be served as {name}: {adapters[name].path}, {one.path}.", fix=fix)
         else:
             adapters[name] = one
@@ -54,7 +54,8 @@ def find(words: Sequence[str], overrides: Sequence[str] = ()) -> Names:
         )
     base = _base_name(first.recipe.model)
     if base in adapters:
-        raise RecipeError(f"the base and an adapter would both be served as {base}.", fix=f"halfbyte serve NAME={base}")
+        fix = f"halfbyte serve {typed(f'NAME={adapters[base].path}')}"
+        raise RecipeError(f"the base and an adapter would both be served as {base}.", fix=fix)
     return Names(base, first, adapters)
 
 

@@ -12,6 +12,12 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def size(count: float) -> str:
+    """Bytes in the unit in which there are figures to see: 3.20 GB, 41.00 MB, 12.00 kB."""
+    name, unit = next((pair for pair in (("GB", 1e9), ("MB", 1e6)) if count >= pair[1]), ("kB", 1e3))
+    return f"{count / unit:.2f} {name}"
+
+
 def seconds_of(text: str) -> float | None:
     """The seconds of a span of time such as 30m, 1h30m or 90s; None where it is none, or no time at all."""
     match = _SPAN.fullmatch(text.replace(" ", ""))

@@ -7,6 +7,7 @@ Cost: one JSON line a step; a checkpoint costs its files.
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -236,7 +237,8 @@ class EarlyStopping(EarlyStoppingCallback):
     def __init__(self, train: Train, earlier: Sequence[Document]) -> None:
         super().__init__(train.early_stopping_patience, train.early_stopping_threshold)
         metric = checkpoint.metric_name(train)
-        self.earlier = [row[metric] for row in earlier if metric in row]
+        worst = -math.inf if train.best_is_greatest else math.inf  # null: nothing applied
+        self.earlier = [worst if row[metric] is None else row[metric] for row in earlier if metric in row]
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object

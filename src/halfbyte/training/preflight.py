@@ -5,15 +5,14 @@ goes on ends as it would have ended, or says why it cannot.
 Cost: the first rows of each file, milliseconds; the hashes of one checkpoint; no torch.
 """
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from halfbyte.data.reading import read
 from halfbyte.distributed.world import World
-from halfbyte.errors import RecipeError, RunError, typed
+from halfbyte.errors import RunError, typed
 from halfbyte.models.sources import lookup
-from halfbyte.recipe import adapter, adapter_folder
+from halfbyte.recipe import adapter, adapter_folder, rewards
 from halfbyte.recipe.fields import shown
 from halfbyte.recipe.schema import Recipe
 from halfbyte.runs import points
@@ -93,9 +92,9 @@ def check(recipe: Recipe, *, resume: bool = False, writes: bool = True) -> None:
 def check_rows(recipe: Recipe) -> None:
     """A DataError where the recipe's rows are missing or have other fields than it says; a RecipeError where a reward
     is a function that is not there."""
-    for file, _, function in (name.rpartition(":") for name in recipe.train.rewards or () if ":" in name):
-        if not Path(file).is_file() or not re.search(rf"\b{function}\b", Path(file).read_text(errors="replace")):
-            raise RecipeError(f"train.rewards: {file} is not there, or has no function {function}.")
+    for name in recipe.train.rewards or ():
+        if ":" in name:
+            rewards.check_function(name)
     names = [n for n in (recipe.data.train, recipe.data.eval_names) if n is not None]
     every = [name for some in names for name in ([some] if isinstance(some, str) else some)]
     read.look(every, recipe.data)

@@ -236,5 +236,22 @@ def before_stop(text: str, stops: Sequence[str]) -> str:
 
 def _stop_begun(text: str, stops: Sequence[str]) -> int:
     """Characters at the end of a text that may be the beginning of one of `stops`."""
-    beginnings = (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+    longest = (range(min(len(stop) - 1, len(text)), 0, -1) for stop in stops)
+    beginnings = (next((n for n in ns if text.endswith(stop[:n])), 0) for stop, ns in zip(stops, longest, strict=True))
     return max(beginnings, default=0)
+
+
+# Byte-level tokenizers write bytes that are no printed letter as the letters from 256 on.
+_PRINTED = (*range(33, 127), *range(161, 173), *range(174, 256))
+_LETTERS = {chr(byte): byte for byte in _PRINTED}
+_LETTERS |= {chr(256 + n): byte for n, byte in enumerate(byte for byte in range(256) if byte not in _PRINTED)}
+
+
+def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
+    """What a token stands for, which may be a part of a letter."""
+    piece = str(tokenizer.convert_ids_to_tokens(token))
+    if piece.startswith("<0x") and len(piece) == 6:
+        return bytes.fromhex(piece[3:5])
+    if all(letter in _LETTERS for letter in piece):
+        return bytes(_LETTERS[letter] for letter in piece)
+    return piece.replace("\u2581", " ").encode()

@@ -229,7 +229,7 @@ def test_a_disk_that_fills_up_is_one_error_and_a_continuation(
         else:
             replace = os.replace
             patch.setattr(os, "replace", lambda a, b: fail() if str(a).endswith(shelf.PARTIAL) else replace(a, b))
-        said = "(?s)cannot be written: .*No space left on device.*GB are free there.*fix: free some space"
+        said = "(?s)cannot be written: .*No space left on device.*B are free there.*fix: free some space"
         with pytest.raises(StoreError, match=said):
             supply.ensure(request)
     assert [name for name in left_over(cache) if not name.endswith(".partial")] == []
@@ -243,8 +243,12 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_read(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
     monkeypatch.setattr(nf4_cpu, "quantise", None)  # not called
-    with pytest.raises(StoreError, match=r"no space left for the store of org/name: it needs .* GB in .*bases"):
+    with pytest.raises(
+        StoreError, match=r"of org/name: it needs \d.* MB in .*bases, and 100.00 kB are free\n.*store gc"
+    ):
         supply.ensure(request)
+    with pytest.raises(StoreError, match=rf"`rm -r {tmp_path}/anew{shelf.PARTIAL}` removes it"):
+        supply.ensure(request, out=tmp_path / "anew")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000_000))
     with pytest.raises(TypeError):  # there is room: the work begins
         supply.ensure(request)

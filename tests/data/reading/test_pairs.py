@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,8 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ({"prompt": "3 + 3?", "chosen": [ASK, GOOD], "rejected": [ASK, BAD]}, "chosen: it begins with another question"),
     ({"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: a\n\nAssistant: b"}, "chosen: no message has the role"),
     ({"chosen": "\n\nHuman: a\n\nAssistant: ", "rejected": "\n\nHuman: a\n\nAssistant: b"}, "chosen[1].content: empty"),
-    ({"prompt": "a", "answers": ["b"]}, "answers: a list of two answers or more is needed"),
+    ({"prompt": "a", "answers": ["b"], "scores": [1, 2]}, "needed, got a list of 1"),
+    ({"prompt": "a", "answers": ["b", "c"], "scores": [1, math.nan]}, "scores[1]: a finite number is needed, got nan"),
     ({"prompt": "a", "answers": "b"}, "answers: a list of two answers or more is needed, got the string 'b'"),
     ({"prompt": "a", "answers": ["b", "c"], "scores": [1]}, "scores: a number for each of the 2 answers is needed"),
     ({"prompt": "a", "answers": ["b", "c"], "scores": [2, 2]}, "scores: all answers have the same score, 2"),

@@ -15,7 +15,7 @@ import pytest
 
 from halfbyte.errors import AdapterError
 from halfbyte.serving.engine import Engine
-from halfbyte.serving.models import AdapterFolders
+from halfbyte.serving.folders import AdapterFolders
 from tests.serving import served
 from tests.serving.http.test_app import Running, asked, until
 

@@ -17,8 +17,8 @@ import pytest
 
 from halfbyte.inference.generate import generate
 from halfbyte.serving.engine import Engine
+from halfbyte.serving.folders import AdapterFolders
 from halfbyte.serving.http import app
-from halfbyte.serving.models import AdapterFolders
 from halfbyte.serving.reader import TextReader
 from halfbyte.serving.settings import Settings, bind
 from halfbyte.writing.sampling import SamplingParams
@@ -130,6 +130,34 @@ def test_plain_completions_of_several_prompts(running: Running) -> None:
     assert [choice.text for choice in again.choices] == answers
 
 
+def test_parts_of_letters_are_told_apart_and_offsets_go_on_in_a_stream(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("halfbyte.serving.engine.GATHERED_S", 0.0)
+    tokenizer = served.tiny_run.tokenizer()
+    parts = [tokenizer.convert_tokens_to_ids(letter) for letter in "\u00f0\u0141\u013a\u0122\u00e1"]
+    bias = {str(token): 100 for token in parts}
+    options: Any = {"model": "first", "prompt": "red", "temperature": 0, "max_tokens": 9, "logprobs": 5}
+    told = running.client().completions.create(**options, logit_bias=bias).choices[0].logprobs
+    assert told is not None and told.tokens and told.token_logprobs and told.top_logprobs
+    names = {rf"bytes:\x{byte:02x}" for byte in (0xF0, 0x9F, 0x98, 0x80, 0xE1)}
+    for token, value, likely in zip(told.tokens, told.token_logprobs, told.top_logprobs, strict=True):
+        assert token in names and likely[token] == value and len(likely) in (5, 6) and "\ufffd" not in likely
+    (whole,) = running.client().completions.create(**options).choices
+    chunks = list(running.client().completions.create(**options, stream=True))
+    offsets = [n for chunk in chunks if (told := chunk.choices[0].logprobs) for n in told.text_offset or ()]
+    assert whole.logprobs is not None and offsets == whole.logprobs.text_offset and len(chunks) > 2
+    for token, at in zip(whole.logprobs.tokens or (), offsets, strict=True):
+        # what begins a letter that never ends is there when the next token is
+        assert token.startswith("bytes:") or "<" in token or token in whole.text[at : at + len(token) + 3]
+
+
+@pytest.mark.parametrize("prompt", ["a" * 1_000_000, "red " * 200, [5] * 200])
+def test_a_prompt_that_is_too_long_is_named_as_it_was_sent(running: Running, prompt: Any) -> None:
+    error = running.post({"model": "first", "prompt": prompt}, "/v1/completions").json()["error"]
+    assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
+
+
 def test_stop_ends_a_text_and_is_no_part_of_it(running: Running) -> None:
     whole = wanted(served.BASE, "new road", 30)
     stop = whole[6:9]
@@ -199,6 +227,8 @@ def test_json_follows_its_schema(running: Running) -> None:
         ({"model": "third"}, 404, "model_not_found", "there are first, second, model"),
         ({"messages": []}, 400, "invalid_value", "messages"),
         ({"messages": [{"role": "judge", "content": ""}]}, 400, "invalid_value", "messages.0.role"),
+        ({"messages": [{"role": "user"}]}, 400, "invalid_value", "messages.0.content: "),
+        ({"messages": [{"role": "assistant", "content": None}]}, 400, "invalid_value", "only an assistant's"),
         ({"messages": [{"role": "user", "content": "a" * 1_000_000}]}, 400, "context_length_exceeded", "1,000,000"),
         ({"messages": [{"role": "user", "content": "red " * 200}]}, 400, "context_length_exceeded", "128 tokens"),
         ({"max_tokens": 5000}, 400, "context_length_exceeded", "128 tokens"),
@@ -206,6 +236,8 @@ def test_json_follows_its_schema(running: Running) -> None:
         ({"temperature": 3}, 400, "invalid_value", "temperature"),
         ({"temperature": float("nan")}, 400, "", ""),
         ({"n": 9}, 400, "invalid_value", "n: at most 8"),
+        ({"stop": "x" * 1025}, 400, "invalid_value", "at most 16 strings of at most 1,024 characters"),
+        ({"stop": ["x"] * 17}, 400, "invalid_value", "at most 16 strings of at most 1,024 characters"),
         ({"frequency_penalty": 2.5}, 400, "invalid_value", "frequency_penalty"),
         ({"logit_bias": {"red": 5}}, 400, "invalid_value", "logit_bias"),
         ({"logit_bias": {"99999": 5}}, 400, "invalid_value", "logit_bias: a token is none of the model's"),

@@ -78,8 +78,10 @@ def test_what_there_is_is_told(running: Running) -> None:
         ({"model": "third"}, 404, "there is no model 'third'"),
         ({"options": {"mirostat": 2}}, 400, "options.mirostat: is not known here"),
         ({"messages": [{"role": "user", "content": "red", "images": ["aGk="]}]}, 400, "images"),
-        ({"think": True}, 400, "does not read it"),
-        ({"options": {"temperature": 5}}, 400, "temperature"),
+        ({"think": True}, 400, "think: the chat template of first does not read it"),
+        ({"options": {"temperature": 5}}, 400, "options.temperature: "),
+        ({"options": {"num_predict": 0}}, 400, "options.num_predict: "),
+        ({"options": {"repeat_penalty": 0}}, 400, "options.repeat_penalty: "),
     ],
 )
 def test_errors_have_ollamas_form(running: Running, change: Any, status: int, words: str) -> None:

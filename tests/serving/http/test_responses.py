@@ -68,15 +68,18 @@ def test_a_schema_is_followed(talkative: Running) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "param", "words"),
     [
-        ({"previous_response_id": "resp_1"}, "previous_response_id: is not known here"),
-        ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
-        ({"input": []}, "input"),
-        ({"temperature": 3}, "temperature"),
-        ({"max_output_tokens": 9000}, "128 tokens"),
+        ({"previous_response_id": "resp_1"}, "previous_response_id", "previous_response_id: is not known here"),
+        ({"tools": [{"type": "web_search"}]}, "tools.0.type", "tools.0.type"),
+        ({"input": []}, "input", "input"),
+        ({"temperature": 3}, "temperature", "temperature"),
+        ({"max_output_tokens": 9000}, "input", "128 tokens"),
+        ({"max_output_tokens": 0}, "max_output_tokens", "- max_output_tokens: "),
+        ({"reasoning": {"effort": "high"}}, "reasoning.effort", "- reasoning.effort: the chat template"),
     ],
 )
-def test_what_cannot_be_answered_is_refused(running: Running, change: Any, words: str) -> None:
-    with pytest.raises(openai.BadRequestError, match=words):
+def test_what_cannot_be_answered_is_refused(running: Running, change: Any, param: str, words: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=words) as error:
         running.client().responses.create(**{"model": "first", "input": "red", **change})
+    assert (error.value.param or "").startswith(param)

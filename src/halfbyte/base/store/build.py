@@ -19,22 +19,19 @@ from halfbyte.base.store.encode import TensorReader, slots
 from halfbyte.base.store.layout import FilePlan, StoreLayout
 from halfbyte.base.store.reading import Source
 from halfbyte.base.store.writer import SafetensorsWriter
-from halfbyte.errors import HalfbyteError, StoreError
+from halfbyte.errors import HalfbyteError, StoreError, typed
 from halfbyte.models.sources.checkpoint import beside_bytes, beside_weights
 from halfbyte.models.sources.safetensors import INDEX
 from halfbyte.plan import store_build
 from halfbyte.quant import loader
 from halfbyte.recipe.schema import Quant
 from halfbyte.system import files
+from halfbyte.system.words import size
 from halfbyte.types import Document
 
 JOURNAL = "journal.jsonl"
 POLL_SECONDS = 0.1
 SPARE_BYTES = 1 << 20
-_MORE_ROOM = (
-    "free some space, or name another folder (export HALFBYTE_CACHE=DIR, or `halfbyte quantize MODEL --out DIR`); what "
-    "is built already is kept and used again, and `halfbyte store gc` removes it"
-)
 
 
 @dataclass(frozen=True)
@@ -76,9 +73,17 @@ def build(job: BuildJob, source: Source, target: Path, tell: Callable[[Progress]
         where = error.filename or partial
         raise shelf.NotWritable(
             f"the store of {job.spec.checkpoint.id} cannot be written: {where}: {error.strerror or error}. "
-            f"{files.free_bytes(partial) / 1e9:.2f} GB are free there.",
-            fix=_MORE_ROOM,
+            f"{size(files.free_bytes(partial))} are free there.",
+            fix=_more_room(partial),
         ) from error
+
+
+def _more_room(partial: Path) -> str:
+    remove = "halfbyte store gc" if partial.parent == shelf.folder() else f"rm -r {typed(partial)}"
+    return (
+        "free some space, or name another folder (export HALFBYTE_CACHE=DIR, or `halfbyte quantize MODEL --out DIR`); "
+        f"what is built already is kept and used again, and `{remove}` removes it"
+    )
 
 
 class _Journal:
@@ -123,9 +128,9 @@ def _preflight(job: BuildJob, partial: Path, journal: _Journal) -> None:
             need += SafetensorsWriter(partial / plan.name, slots(plan.tensors, job.spec.quant)).max_bytes
     if (free := files.free_bytes(partial)) < need:
         raise shelf.NotWritable(
-            f"no space left for the store of {job.spec.checkpoint.id}: it needs {need / 1e9:.2f} GB in "
-            f"{partial.parent}, and {free / 1e9:.2f} GB are free",
-            fix=_MORE_ROOM,
+            f"no space left for the store of {job.spec.checkpoint.id}: it needs {size(need)} in "
+            f"{partial.parent}, and {size(free)} are free",
+            fix=_more_room(partial),
         )
 
 

@@ -7,6 +7,7 @@ Source: TRL's dataset formats (explicit and implicit prompts, unpaired preferenc
 Cost: that of two rows.
 """
 
+import math
 import re
 from bisect import bisect_left
 from collections.abc import Collection, Mapping, Sequence
@@ -115,12 +116,15 @@ def _ranked(f: Fields, record: Record) -> Record:
     """The best and the worst of several answers: by their scores, else in their order."""
     answers, scores = record[f.answers], record.get(f.scores)
     if not isinstance(answers, list) or len(answers) < 2:
-        raise BadRow(f"{f.answers}: a list of two answers or more is needed, got {kind(answers)}")
+        got = f"a list of {len(answers)}" if isinstance(answers, list) else kind(answers)
+        raise BadRow(f"{f.answers}: a list of two answers or more is needed, got {got}")
     if scores is None:
         return {**record, f.chosen: answers[0], f.rejected: answers[-1]}
     numbers = [s for s in scores if isinstance(s, int | float)] if isinstance(scores, list) else []
     if len(numbers) != len(answers):
         raise BadRow(f"{f.scores}: a number for each of the {len(answers)} answers is needed, got {kind(scores)}")
+    if (i := next((i for i, number in enumerate(numbers) if not math.isfinite(number)), None)) is not None:
+        raise BadRow(f"{f.scores}[{i}]: a finite number is needed, got {numbers[i]}")
     best, worst = numbers.index(max(numbers)), numbers.index(min(numbers))
     if best == worst:
         raise BadRow(f"{f.scores}: all answers have the same score, {numbers[0]:g}, so none is better")

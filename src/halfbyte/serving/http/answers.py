@@ -4,7 +4,6 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Protocol
 
 from halfbyte.serving.engine import Ask
@@ -12,7 +11,7 @@ from halfbyte.serving.http.refusal import Refusal
 from halfbyte.serving.tools import AnswerPart, CallForm, CallReader
 from halfbyte.types import Document
 from halfbyte.writing.sampling import TokenLogprob
-from halfbyte.writing.text import TextChunk
+from halfbyte.writing.text import Detokenizer, TextChunk, token_bytes
 
 
 @dataclass
@@ -24,13 +23,16 @@ class CalledTool:
 
 @dataclass
 class Choice:
-    """One text as it comes in. form: of calls in it; None: none are looked for."""
+    """One text as it comes in. form: of calls in it; None: none are looked for. detokenizer: where it is asked at
+    which character each token begins."""
 
     form: CallForm | None = None
+    detokenizer: Detokenizer | None = None
     text: str = ""
     tokens: int = 0
     calls: list[CalledTool] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
     finish: str | None = None
 
     def __post_init__(self) -> None:
@@ -39,6 +41,10 @@ class Choice:
     def add(self, chunk: TextChunk) -> list[AnswerPart]:
         self.tokens = chunk.tokens
         self.logprobs += chunk.logprobs
+        if (letters := self.detokenizer) is not None:
+            for one in chunk.logprobs:
+                self.offsets.append(len(letters.sent))
+                letters.add(one.token)
         self.finish = chunk.finish or self.finish
         if self._reader is not None:
             parts = self._reader.add(chunk.text, ended=chunk.finish is not None)
@@ -88,7 +94,11 @@ class OpenAIReply:
 
     def __post_init__(self) -> None:
         self.model = self.asks[0].model
-        self.choices = [Choice(self.form) for ask in self.asks for _ in range(ask.n)]
+        tells = not self.chat and self.likely is not None
+        self.choices = [
+            Choice(self.form, Detokenizer(self.model.tokenizer) if tells else None)
+            for ask in self.asks for _ in range(ask.n)
+        ]  # fmt: skip
 
     def begin(self) -> list[Document]:
         empty = {"role": "assistant", "content": ""}
@@ -101,7 +111,7 @@ class OpenAIReply:
             return [self._chunk(number, chunk.text, chunk.logprobs, chunk.finish)] if chunk.tokens else []
         chunks = [self._chunk(number, _delta(part, choice)) for part in parts]
         if chunk.logprobs and chunks:
-            chunks[0]["choices"][0]["logprobs"] = self._logprobs(chunk.logprobs)
+            chunks[0]["choices"][0]["logprobs"] = self._logprobs(number, chunk.logprobs)
         elif chunk.logprobs and self.likely is not None:  # of tokens whose text is held back
             chunks = [self._chunk(number, {}, chunk.logprobs)]
         return [*chunks, self._chunk(number, {}, (), choice.finish)] if choice.finish is not None else chunks
@@ -123,7 +133,7 @@ class OpenAIReply:
         return {"id": name, "object": kind, "created": self.created, "model": self.model.name}
 
     def _choice(self, index: int, choice: Choice) -> Document:
-        logprobs = self._logprobs(choice.logprobs) if self.likely is not None else None
+        logprobs = self._logprobs(index, choice.logprobs) if self.likely is not None else None
         if not self.chat:
             return {"index": index, "text": choice.text, "logprobs": logprobs, "finish_reason": choice.finish}
         message: Document = {"role": "assistant", "content": choice.text, "refusal": None}
@@ -135,7 +145,7 @@ class OpenAIReply:
         self, index: int, delta: Document | str, logprobs: Sequence[TokenLogprob] = (), finish: str | None = None
     ) -> Document:
         """delta: of a message, or the new text."""
-        reported = self._logprobs(logprobs) if self.likely is not None and logprobs else None
+        reported = self._logprobs(index, logprobs) if self.likely is not None and logprobs else None
         content = {"delta": delta} if self.chat else {"text": delta}
         return self._head(".chunk") | {
             "choices": [{"index": index, **content, "logprobs": reported, "finish_reason": finish}]
@@ -144,7 +154,8 @@ class OpenAIReply:
     def _usage(self) -> Document:
         return usage(sum(len(ask.prompt) for ask in self.asks), sum(choice.tokens for choice in self.choices))
 
-    def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> Document:
+    def _logprobs(self, number: int, logprobs: Sequence[TokenLogprob]) -> Document:
+        """The last ones of text `number`."""
         if self.chat:
             return {
                 "content": [
@@ -153,22 +164,34 @@ class OpenAIReply:
                 ],
                 "refusal": None,
             }
-        names = [self._text(one.token) for one in logprobs]
-        offsets = list(accumulate(map(len, names), initial=0))[:-1]
-        likely = [{self._text(token): value for token, value in one.likely} for one in logprobs]
+        choice = self.choices[number]
         return {
-            "tokens": names,
+            "tokens": [self._name(one.token) for one in logprobs],
             "token_logprobs": [one.logprob for one in logprobs],
-            "top_logprobs": likely if self.likely else None,
-            "text_offset": offsets,
+            "top_logprobs": [self._by_name(one) for one in logprobs] if self.likely else None,
+            "text_offset": choice.offsets[len(choice.offsets) - len(logprobs) :],
         }
 
-    def _text(self, token: int) -> str:
-        return str(self.model.tokenizer.decode([token]))
+    def _by_name(self, one: TokenLogprob) -> dict[str, float]:
+        """The token that was taken and the likeliest ones, each by a name of its own."""
+        named: dict[str, float] = {}
+        for token, value in ({one.token: one.logprob} | dict(one.likely)).items():
+            name = self._name(token)
+            named[self._spelled(token) if name in named else name] = value
+        return named
+
+    def _name(self, token: int) -> str:
+        """Its text; of a part of a letter, which has none, its bytes."""
+        text = str(self.model.tokenizer.decode([token]))
+        return self._spelled(token) if "\ufffd" in text else text
+
+    def _spelled(self, token: int) -> str:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token_bytes(self.model.tokenizer, token))
 
     def _token(self, token: int, logprob: float) -> Document:
-        text = self._text(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        text = str(self.model.tokenizer.decode([token]))
+        spelled = token_bytes(self.model.tokenizer, token) if "\ufffd" in text else text.encode()
+        return {"token": text, "logprob": logprob, "bytes": list(spelled)}
 
 
 def usage(prompt: int, written: int) -> Document:

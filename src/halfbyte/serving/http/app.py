@@ -19,10 +19,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from halfbyte.serving.engine import Engine
+from halfbyte.serving.folders import AdapterFolders
 from halfbyte.serving.http import chat, ollama, pages, reading, responses, vllm
 from halfbyte.serving.http.refusal import HANDLERS, Json, Refusal
 from halfbyte.serving.http.service import Gauges, Gone, Service
-from halfbyte.serving.models import AdapterFolders, ServedModel
+from halfbyte.serving.models import ServedModel
 from halfbyte.serving.reader import TextReader
 from halfbyte.serving.settings import Settings
 from halfbyte.types import Document

@@ -23,7 +23,7 @@ from halfbyte.data.encoding.chatml import with_tools
 from halfbyte.serving.engine import Ask
 from halfbyte.serving.http import wire
 from halfbyte.serving.http.answers import Choice
-from halfbyte.serving.http.refusal import Json, Refusal
+from halfbyte.serving.http.refusal import Json, Refusal, naming
 from halfbyte.serving.http.service import Service
 from halfbyte.serving.http.wire import ChatRequest
 from halfbyte.serving.models import ServedModel
@@ -38,6 +38,12 @@ _IGNORED = frozenset(("num_ctx", "num_keep", "num_batch", "num_gpu", "main_gpu",
 _AS_CHAT = {"repeat_penalty": "repetition_penalty", "num_predict": "max_tokens"}
 _TAKEN = frozenset(("temperature", "top_k", "top_p", "min_p", "seed", "stop", "presence_penalty", "frequency_penalty",
                     *_AS_CHAT))  # fmt: skip
+# What chat's fields are called here.
+_NAMES = {
+    "chat_template_kwargs.enable_thinking": "think", "chat_template_kwargs": "think", "reasoning_effort": "think",
+    "response_format": "format", **{as_chat: f"options.{name}" for name, as_chat in _AS_CHAT.items()},
+    **{name: f"options.{name}" for name in _TAKEN},
+}  # fmt: skip
 _DEFAULTS = {"temperature": 0.8, "top_k": 40, "top_p": 0.9}
 _STARTED = datetime.now(UTC).isoformat()
 
@@ -125,7 +131,8 @@ def routes(service: Service) -> list[Route]:
 
 async def chat(service: Service, http: Http) -> Response:
     asked = wire.read(OllamaChat, await http.body())
-    ask, form = await service.conversation(asked.as_chat(_named(service, asked.model)))
+    with naming(_NAMES):
+        ask, form = await service.conversation(asked.as_chat(_named(service, asked.model)))
     return await service.answer(http, [ask], OllamaReply(ask, form), _lines if asked.stream else None)
 
 

@@ -4,7 +4,9 @@ Source: the `openai` package, 3.57: its client's handling of errors.
 """
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 
 from starlette.exceptions import HTTPException
@@ -24,6 +26,21 @@ class Refusal(Exception):
         super().__init__(message)
         self.status, self.headers = status, headers
         self.body: Document = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+@contextmanager
+def naming(names: Mapping[str, str]) -> Iterator[None]:
+    """A Refusal in the block names fields as its client knows them. `names`: ours -> theirs, the longest first."""
+    try:
+        yield
+    except Refusal as refusal:
+        error = refusal.body["error"]
+        for key in ("message", "param"):
+            text = error[key] or ""
+            ours = next((name for name in names if re.match(rf"{re.escape(name)}(?=[:.]|$)", text)), None)
+            error[key] = error[key] if ours is None else names[ours] + text.removeprefix(ours)
+        refusal.args = (error["message"],)
+        raise
 
 
 class Json(Response):

@@ -20,12 +20,16 @@ from starlette.routing import Route
 from halfbyte.serving.engine import Ask
 from halfbyte.serving.http import wire
 from halfbyte.serving.http.answers import Choice, usage
-from halfbyte.serving.http.refusal import Refusal
+from halfbyte.serving.http.refusal import Refusal, naming
 from halfbyte.serving.http.service import Service, as_events
 from halfbyte.serving.http.wire import ChatRequest
 from halfbyte.serving.tools import CallForm
 from halfbyte.types import Document
 from halfbyte.writing.text import TextChunk
+
+# What chat's fields are called here.
+_NAMES = {"max_tokens": "max_output_tokens", "reasoning_effort": "reasoning.effort", "messages": "input",
+          "response_format": "text.format"}  # fmt: skip
 
 
 class _InputText(BaseModel):
@@ -134,7 +138,8 @@ def routes(service: Service) -> list[Route]:
 
 async def respond(service: Service, http: Http) -> Response:
     asked = wire.read(ResponsesRequest, await http.body())
-    ask, form = await service.conversation(asked.as_chat())
+    with naming(_NAMES):
+        ask, form = await service.conversation(asked.as_chat())
     reply = ResponsesReply(asked, ask, form)
     return await service.answer(http, [ask], reply, partial(as_events, named=True) if asked.stream else None)
 

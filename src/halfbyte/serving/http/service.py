@@ -121,7 +121,7 @@ class Service:
     async def prompt(self, asked: ChatRequest, model: ServedModel) -> tuple[list[int], str]:
         """A conversation's tokens up to its answer, and the template that has made them."""
         messages, rules = [message.for_template() for message in asked.messages], asked.rules
-        self.check_length(model, sum(len(message["content"]) for message in messages))
+        self.check_length(model, sum(len(message["content"]) for message in messages), "messages")
         template = str((with_tools(model.tokenizer) if rules.tools else model.tokenizer.chat_template) or "")
         if rules.tools and not template:
             raise Refusal(400, f"neither the chat template of {model.name} nor a bundled one takes tools here.",
@@ -137,14 +137,14 @@ class Service:
         except DataError as error:
             raise Refusal(400, error.message, code="invalid_value") from None
 
-    def check_length(self, model: ServedModel, characters: int) -> None:
+    def check_length(self, model: ServedModel, characters: int, param: str = "prompt") -> None:
         """Refuse, before it is tokenised, what has more characters than the longest tokens could hold."""
         if characters > self.engine.models.context.tokens * model.longest_token:
-            raise self._too_long(f"the prompt has {characters:,} characters")
+            raise self._too_long(f"the prompt has {characters:,} characters", param)
 
-    def _too_long(self, what: str) -> Refusal:
+    def _too_long(self, what: str, param: str) -> Refusal:
         tokens = self.engine.models.context.tokens
-        return Refusal(400, f"{what}; prompt and answer may have {tokens:,} tokens here.", param="messages",
+        return Refusal(400, f"{what}; prompt and answer may have {tokens:,} tokens here.", param=param,
                        code="context_length_exceeded")  # fmt: skip
 
     def params(
@@ -154,7 +154,8 @@ class Service:
         left = models.context.left(len(prompt))
         if (max_tokens or 1) > left:
             answer = "" if max_tokens is None else f" and the answer up to {max_tokens:,}"
-            raise self._too_long(f"the prompt has {len(prompt):,} tokens{answer}")
+            param = "messages" if isinstance(asked, ChatRequest) else "prompt"
+            raise self._too_long(f"the prompt has {len(prompt):,} tokens{answer}", param)
         if not prompt:
             raise Refusal(400, "the prompt is empty.", code="invalid_value")
         if (asked.n or 1) > models.places:

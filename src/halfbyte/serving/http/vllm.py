@@ -15,12 +15,13 @@ from starlette.routing import Route
 
 from halfbyte.errors import HalfbyteError
 from halfbyte.serving.engine import Change, Stopping
+from halfbyte.serving.folders import AdapterFolders
 from halfbyte.serving.http import wire
 from halfbyte.serving.http.chat import token_ids
 from halfbyte.serving.http.refusal import Json, Refusal
 from halfbyte.serving.http.service import Service, failed
 from halfbyte.serving.http.wire import ChatRequest, Message, Tool
-from halfbyte.serving.models import AdapterFolders, Models, put_adapter, take_adapter
+from halfbyte.serving.models import Models, put_adapter, take_adapter
 from halfbyte.types import Document
 from halfbyte.writing.text import TextWriter
 

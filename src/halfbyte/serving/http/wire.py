@@ -7,14 +7,14 @@ Source: the `openai` package, 3.57: types/chat, types/completion.
 import json
 from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from halfbyte.serving.http.refusal import Refusal
 from halfbyte.serving.tools import CallRules
 from halfbyte.types import Document
 from halfbyte.writing.sampling import SamplingParams
 
-MOST_CHOICES, MOST_STOPS, MOST_LIKELY = 16, 16, 20
+MOST_CHOICES, MOST_STOPS, LONGEST_STOP, MOST_LIKELY = 16, 16, 1024, 20
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Asked = TypeVar("Asked", bound="Strict")
 
@@ -50,7 +50,7 @@ class Request(Unused):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=MOST_STOPS)] | None = None
+    stop: str | list[str] | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
     logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = None
@@ -58,6 +58,14 @@ class Request(Unused):
     top_k: Annotated[int, Field(ge=-1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+
+    @field_validator("stop")
+    @classmethod
+    def _stops_are_few(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        given = [stop] if isinstance(stop, str) else stop or []
+        if len(given) > MOST_STOPS or any(len(text) > LONGEST_STOP for text in given):
+            raise ValueError(f"at most {MOST_STOPS} strings of at most {LONGEST_STOP:,} characters")
+        return stop
 
     def sampling(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
         """As OpenAI has it, a temperature of 1 where none is asked for."""
@@ -105,13 +113,22 @@ class _Call(Strict):
 
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[_Part] | None = None
+    tool_calls: list[_Call] | None = None
+    content: Annotated[str | list[_Part] | None, Field(validate_default=True)] = None
     name: str | None = None
     refusal: str | None = None
     reasoning_content: str | None = None
     annotations: Annotated[list[Document], Field(max_length=0)] | None = None
-    tool_calls: list[_Call] | None = None
     tool_call_id: str | None = None
+
+    @field_validator("content")
+    @classmethod
+    def _says_something(cls, content: object, info: ValidationInfo) -> object:
+        given = info.data
+        calls = given.get("role") == "assistant" and given.get("tool_calls")
+        if content is None and not calls and {"role", "tool_calls"} <= given.keys():
+            raise ValueError("a text or a list of parts is needed; only an assistant's tool_calls need none")
+        return content
 
     def for_template(self) -> Document:
         """As chat templates read it: one text; arguments of calls as objects."""
