@@ -79,7 +79,7 @@ def predict(
     show.document(done) if json_ else show.text(f"{done['rows']:,} rows{more}{bad}: {done['out']}")
     if done["bad"] == done["rows"] and not json_:
         fix = "\n  fix: --set data.fields.text=NAME, and another --out"
-        show.text(f"the first: {done['first_error']}{fix if ': missing;' in done['first_error'] else ''}")
+        show.text(f"the first: {visible(done['first_error'])}{fix if ': missing;' in done['first_error'] else ''}")
     if done["bad"]:
         raise typer.Exit(1)
 

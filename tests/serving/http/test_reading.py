@@ -25,7 +25,8 @@ from halfbyte.inference import vectors
 from halfbyte.inference.load import open_run
 from halfbyte.objectives.labels import Labels
 from halfbyte.serving import names, reader
-from halfbyte.serving.http import reading
+from halfbyte.serving.http import reading, wire
+from halfbyte.serving.http.refusal import Refusal
 from tests import tiny_run
 from tests.objectives.test_vectors import WORDS
 from tests.serving.http.test_app import Running
@@ -208,6 +209,23 @@ def test_scores_are_raw_or_refused(embeds: tuple[Running, reader.TextReader]) ->
     asked = {"query": "red", "texts": ["box"]}
     answers = [embeds[0].post({**asked, "raw_scores": raw}, "/rerank").status_code for raw in (True, False)]
     assert answers == [200, 400]
+    error = embeds[0].post({"query": "red", "documents": ["box"], "top_n": True}, "/rerank").json()["error"]
+    assert (error["param"], error["message"]) == ("top_n", "top_n: Input should be a valid integer")
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"stop": 5}, "stop"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": "red"}], "tools": [{"type": "function"}]}, "tools.0.function"),
+    ],
+)
+def test_a_field_is_named_as_the_request_has_it(more: dict[str, Any], param: str) -> None:
+    talk = {"model": "one", "messages": [{"role": "user", "content": "red"}]}
+    with pytest.raises(Refusal) as refused:
+        wire.read(wire.ChatRequest, json.dumps({**talk, **more}).encode())
+    assert refused.value.body["error"]["param"] == param
 
 
 def test_rankings_by_vectors_as_vllm_and_tei_have_them(embeds: tuple[Running, reader.TextReader]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, from_json
 
 from halfbyte.serving.http.refusal import Refusal
 from halfbyte.serving.tools import CallRules
@@ -237,7 +237,7 @@ def read(kind: type[Asked], body: bytes | Document) -> Asked:
         first = problems[0]
         if first["type"] == "json_invalid":
             raise Refusal(400, f"the body is not JSON: {first['msg']}", code="invalid_json") from None
-        where = ".".join(_place(first, json.loads(body) if isinstance(body, bytes) else body))
+        where = ".".join(_place(first, from_json(body) if isinstance(body, bytes) else body))
         what = "is not known here" if first["type"] == "extra_forbidden" else first["msg"]
         code = "unsupported_parameter" if first["type"] == "extra_forbidden" else "invalid_value"
         more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
