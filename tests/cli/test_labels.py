@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 
 from halfbyte import finetune
 from halfbyte.cli import labels as command
-from tests import tiny_run
+from halfbyte.scoring import labels
+from tests import in_process, tiny_run
 from tests.in_process import Cli, runner
 
 ROWS: dict[str, list[dict[str, Any]]] = {
@@ -57,15 +59,70 @@ REFUSED: list[Any] = [
     ("classify classify.jsonl --out=answers.txt", "answers.txt must end in .jsonl, .csv, .parquet."),
     ("classify classify.jsonl --out=classify.jsonl", "classify.jsonl exists and is not overwritten."),
     ("classify --text=red --calibrated", "classify has no temperature of its adapter."),
+    ("classify --text=red --out=a.csv", "--out is for a file of rows: what is said of a --text is printed."),
+    ("classify classify.jsonl --out=nodir/a.csv", "nodir/a.csv: there is no folder nodir."),
+    ("classify nodir/none.csv", "nodir/none.csv: no such file."),
+    ("classify latin.csv", "latin.csv looks like Latin-1"),
+    ("classify empty.csv --out=a.jsonl", "empty.csv has no rows."),
+    ("classify empty.csv --out=a.csv", "empty.csv has no rows."),
+    ("classify empty.csv --out=a.parquet", "empty.csv has no rows."),
+    ("classify texts", "texts is a folder; it holds 2 .txt."),
 ]
 
 
 @pytest.mark.parametrize(("words", "message"), REFUSED)
 def test_what_predict_refuses(halfbyte: Cli, runs: Path, words: str, message: str) -> None:
+    (runs / "latin.csv").write_bytes("text\nÜber Käse\n".encode("latin-1"))
+    (runs / "empty.csv").write_text("text\n")
+    (runs / "texts").mkdir(exist_ok=True)
+    for name in ("a.txt", "b.txt"):
+        (runs / "texts" / name).write_text("red cup")
     before = sorted(runs.iterdir())
     ended = halfbyte("predict", *words.split(" "))
     assert ended.code == 2 and ended.err.startswith(f"error: {message}"), ended.err
     assert not ended.out and sorted(runs.iterdir()) == before
+    assert "texts is a folder" not in ended.err or 'fix: halfbyte predict RUN "texts/*.txt"' in ended.err
+
+
+@pytest.mark.parametrize("words", [("none.csv",), ("latin.csv",), ("classify.jsonl", "--out", "nodir/a.csv")])
+def test_a_file_that_cannot_be_read_or_written_is_refused_without_torch(runs: Path, words: tuple[str, ...]) -> None:
+    (runs / "latin.csv").write_bytes("text\nÜber Käse\n".encode("latin-1"))
+    code, libraries, _ = in_process.imported({"torch", "transformers"}, "predict", "classify", *words, cwd=runs)
+    assert (code, libraries) == (2, [])
+
+
+def test_where_no_row_can_be_read_the_first_says_why(halfbyte: Cli, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("body,n\nred cup,1\nold road,2\n")
+    ended = halfbyte("predict", "classify", str(tmp_path / "a.csv"), "--out", str(tmp_path / "a.jsonl"))
+    told = "the first: a.csv:2: text: missing; the row has 'body', 'n'\n  fix: --set data.fields.text=NAME"
+    assert ended.code == 1 and "2 could not be read (column error)" in ended.out and told in ended.out
+    (tmp_path / "b.csv").write_text('text\nred cup\n" "\n')
+    ended = halfbyte("predict", "classify", str(tmp_path / "b.csv"), "--out", str(tmp_path / "b.csv.csv"))
+    assert ended.code == 1 and "1 could not be read" in ended.out and "the first" not in ended.out
+
+
+def test_words_with_half_a_character_are_a_bad_row(halfbyte: Cli, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"tokens": ["red", "\ud800"]}, {"tokens": ["red", "cup"], "tags": ["B-x", "O"]}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ended = halfbyte("predict", "tag", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "b.jsonl"))
+    bad, good = map(json.loads, (tmp_path / "b.jsonl").read_text().splitlines())
+    assert ended.code == 1 and bad["error"].startswith("a.jsonl:1: tokens[1]: half a surrogate pair")
+    assert good["input.tags"] == ["B-x", "O"] and len(good["tags"]) == 2
+
+
+def test_a_temperature_of_other_rows_is_not_said_to_count(
+    halfbyte: Cli, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(labels, "LEAST_ROWS", 2)
+    counts = ", which --calibrated divides scores by"
+    others = " of these rows; --calibrated divides scores by that of: halfbyte eval classify\n"
+    for words, told in (("--data classify.jsonl", others), ("--out apart", others), ("", counts)):
+        (line,) = [
+            line for line in halfbyte("eval", "classify", *words.split()).out.splitlines(keepends=True)
+            if line.startswith("temperature")
+        ]  # fmt: skip
+        assert told in line, words
+    shutil.rmtree(runs / "classify" / "eval")
 
 
 def test_what_predict_says_of_each_task(halfbyte: Cli) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from halfbyte import finetune
 from halfbyte.errors import RecipeError, TrainError
-from halfbyte.inference import labels
+from halfbyte.inference import labels, prediction_file
 from halfbyte.inference.load import open_run
 from halfbyte.recipe.file import load_recipe
 from halfbyte.recipe.schema import Loaded
@@ -97,7 +97,7 @@ def test_what_does_not_go_with_a_head_is_refused(field: str, value: object, tmp_
 
 def predicted(run: Path, data: Path, out: Path, stop: int) -> None:
     """Killed after so many rows."""
-    labels.CHUNK_ROWS = 8
+    prediction_file.CHUNK_ROWS = 8
     labels.predict(open_run(run), data, out, lambda done: done == stop and os.kill(os.getpid(), signal.SIGKILL))
 
 
@@ -115,7 +115,7 @@ def test_a_prediction_that_was_killed_has_each_row_once(
         assert not out.exists()
         with out.with_name(f"{out.name}.partial").open("ab") as file:
             file.write(b'{"id": ')
-    monkeypatch.setattr(labels, "CHUNK_ROWS", 8)
+    monkeypatch.setattr(prediction_file, "CHUNK_ROWS", 8)
     assert labels.predict(open_run(where), tmp_path / "many.csv", out)["resumed"] == stop
     rows = list(csv.DictReader(out.open())) if kind == "csv" else [json.loads(line) for line in out.open()]
     assert [int(row["id"]) for row in rows] == [*range(45)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from halfbyte.data.encoding import texts
 from halfbyte.data.encoding.encoder import Encoder
 from halfbyte.data.reading.formats import Row
 from halfbyte.errors import BaseModelError, DataError, RecipeError, RunError
-from halfbyte.inference import labels, target
+from halfbyte.inference import labels, prediction_file, target
 from halfbyte.inference.load import Opened, open_run
 from halfbyte.layers import heads, loss
 from halfbyte.models.context import Context
@@ -181,7 +182,7 @@ def test_predict_goes_on_where_it_was_ended(
 ) -> None:
     data, out = rows(tmp_path / "many.csv", 11, seed=3), tmp_path / f"out.{kind}"
     data.write_text(data.read_text() + '"  ",thing\n')  # a row without a text
-    monkeypatch.setattr(labels, "CHUNK_ROWS", 4)
+    monkeypatch.setattr(prediction_file, "CHUNK_ROWS", 4)
 
     def stop(done: int) -> None:
         raise KeyboardInterrupt
@@ -208,8 +209,36 @@ def test_predict_goes_on_where_it_was_ended(
 
 def test_another_file_does_not_go_on(opened: Opened, tmp_path: Path) -> None:
     (tmp_path / "out.jsonl.partial").write_text('{"adapter": "other"}\n')
-    with pytest.raises(DataError, match="of other rows or of another adapter"):
+    with pytest.raises(DataError, match="of other rows, of another adapter or of other settings"):
         labels.predict(opened, rows(tmp_path / "a.csv", 2), tmp_path / "out.jsonl")
+
+
+def test_other_settings_do_not_go_on(
+    run: Path, opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was said by other columns or of longer texts is not gone on with; held-out rows play no part."""
+    data, out = tmp_path / "a.jsonl", tmp_path / "out.jsonl"
+    lines = [{"n": "box", "text": "red"}, {"n": "cup", "text": "\ud800"}, {"n": "old", "text": "blue", "p.thing": 7}]
+    data.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"n": "x"}]))
+    monkeypatch.setattr(prediction_file, "CHUNK_ROWS", 2)
+
+    def stop(done: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        labels.predict(opened, data, out, stop)
+    changes = "data.fields.text=n", "data.max_length=7", "data.overlong=truncate", "quant.placement=streamed"
+    for recipe_ in (target.find(run, [change], ("classify",)).recipe for change in changes):
+        with pytest.raises(DataError, match=r"of other rows, of another adapter or of other settings\."):
+            labels.predict(replace(opened, recipe=recipe_), data, out)
+    same = target.find(run, ["data.eval=none"], ("classify",)).recipe
+    done = labels.predict(replace(opened, recipe=same), data, out)
+    error = "a.jsonl:2: text: half a surrogate pair ('\\ud800') is not text"
+    assert (done["rows"], done["resumed"], done["bad"], done["first_error"]) == (4, 2, 2, error), "an earlier bad row"
+    got = [json.loads(line) for line in out.read_text().splitlines()]
+    assert ["prediction" in row for row in got] == [True, False, True, False]
+    assert got[1] == {**lines[1], "error": error} and got[3]["error"].startswith("a.jsonl:4: text: missing")
+    assert got[2]["input.p.thing"] == 7 and "p.thing" not in got[2]
 
 
 @pytest.mark.parametrize("kind", ["one", "several", "number"])
@@ -248,8 +277,9 @@ def test_labels_that_no_training_row_has(tmp_path: Path) -> None:
         prepare(recipe(tmp_path, data__eval=str(held)).recipe)
     with pytest.raises(DataError, match="labels of the training rows are not among colour, shape"):
         prepare(recipe(tmp_path, labels=["colour", "shape"]).recipe)
-    with pytest.raises(DataError, match="no numbers"):
+    with pytest.raises(DataError, match="no numbers") as of_texts:
         prepare(recipe(tmp_path, task="regress").recipe)
+    assert of_texts.value.fix == "write numbers in that column (data.fields.label), or task: classify"
 
 
 def test_what_a_task_refuses(run: Path, tmp_path: Path) -> None:
@@ -442,7 +472,7 @@ def test_a_row_of_no_token_has_an_error_and_the_others_their_answers(
     assert lines[1]["error"] == "a.csv:3: a text of which the tokenizer makes no token: 'ghost'."
     others = labels.predictions(opened, Labels.at(opened.run / "adapter"), [("red",), ("box",), ("cup",)])
     assert [line["prediction"] for n, line in enumerate(lines) if n != 1] == [one["prediction"] for one in others]
-    assert lines[0]["error"] == "mine", "a column of the file"
+    assert lines[0]["input.error"] == "mine" and "error" not in lines[0], "a column of the file"
     encoded = Encoder(opened.tokenizer, opened.recipe.data)
     part, tally = encoded.encode(
         [Row("t:1", parts=("ghost",), completion='"a"'), Row("t:2", parts=("red",), completion='"a"')]

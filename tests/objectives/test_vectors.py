@@ -328,8 +328,19 @@ def test_what_it_refuses(tmp_path: Path) -> None:
     loaded = recipe(tmp_path, vectors__loss=task.TRIPLET)
     path = tmp_path / "pairs.jsonl"
     path.write_text('{"query": "a", "passage": "b"}\n' * 8)
-    with pytest.raises(DataError, match=r"pairs\.jsonl:1: TripletLoss needs a negative"):
+    with pytest.raises(DataError, match=r"pairs\.jsonl:1: TripletLoss needs a negative") as short:
         prepare(loaded.recipe)
+    other = "--set vectors.loss={}, which these columns fit; or data.fields names others"
+    assert short.value.fix == other.format("MultipleNegativesRankingLoss")
+    fits = {
+        '{"query": "a", "passage": "b", "score": 1}\n': "MultipleNegativesRankingLoss or CoSENTLoss",
+        '{"text": "a", "label": "b"}\n': "BatchAllTripletLoss",
+    }
+    for row, losses in fits.items():
+        path.write_text(row * 8)
+        with pytest.raises(DataError, match="needs a negative") as short:
+            prepare(loaded.recipe)
+        assert short.value.fix == other.format(losses)
 
 
 def test_a_mean_of_other_tokens_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

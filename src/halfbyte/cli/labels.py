@@ -39,22 +39,25 @@ def predict(
 ) -> None:
     """Labels with probabilities, numbers, tags or vectors, of texts. Goes on where an earlier call was ended. Exit code
     1 if rows could not be read."""
-    from halfbyte.inference import target
+    from halfbyte.inference import prediction_file, target
 
     if (data is None) == (not text) or (pair and len(pair) != len(text)):
         raise RunError("predict takes a file of rows, or --text.", fix="halfbyte predict RUN FILE.csv")
     if any(not one.strip() for one in (*text, *pair)):
         raise RunError("a --text or --text-pair is empty.")
+    if text and to is not None:
+        fix = "halfbyte predict RUN FILE.csv --out FILE; or --json, and > FILE"
+        raise RunError("--out is for a file of rows: what is said of a --text is printed.", fix=fix)
     task = target.find(run, set_, TASKS).recipe.task
     for name, given, tasks in (("--text-pair", pair, ("classify", "regress")), ("--calibrated", calibrated, TASKS[:1])):
         if given and task not in tasks:
             raise RunError(f"{name} is for task {' and '.join(tasks)}, and {run} is of task {task}.")
+    if data is not None:
+        kind = data.suffix if data.suffix in prediction_file.SUFFIXES else prediction_file.SUFFIXES[0]
+        prediction_file.check(data, to := to or data.with_name(f"{data.stem}.predictions{kind}"))
     with libraries.loading():
         from halfbyte.inference import labels
     heat = labels.temperature_of(run) if calibrated else 1.0
-    if data is not None:
-        kind = data.suffix if data.suffix in labels.SUFFIXES else labels.SUFFIXES[0]
-        labels.check(data, to := to or data.with_name(f"{data.stem}.predictions{kind}"))
     ready = open_run(run, set_, silent=json_, force=force, tasks=TASKS)
     if data is None or to is None:
         texts = list(zip(text, pair, strict=True)) if pair else [(one,) for one in text]
@@ -74,6 +77,9 @@ def predict(
     more = f", {done['resumed']:,} of them by an earlier call" if done["resumed"] else ""
     bad = f"; {done['bad']:,} could not be read (column error)" if done["bad"] else ""
     show.document(done) if json_ else show.text(f"{done['rows']:,} rows{more}{bad}: {done['out']}")
+    if done["bad"] == done["rows"] and not json_:
+        fix = "\n  fix: --set data.fields.text=NAME, and another --out"
+        show.text(f"the first: {visible(done['first_error'])}{fix if ': missing;' in done['first_error'] else ''}")
     if done["bad"]:
         raise typer.Exit(1)
 
@@ -94,7 +100,9 @@ def table(scored: Document, folder: Path | None, run: Path) -> None:
     if names:
         _labels(one, names)
     if one.get("temperature"):
-        show.text(f"temperature {one['temperature']:.3f}, which --calibrated divides scores by")
+        other = f" of these rows; --calibrated divides scores by that of: halfbyte eval {typed(run)}"
+        counts = ", which --calibrated divides scores by" if folder == run / "eval" else other
+        show.text(f"temperature {one['temperature']:.3f}{counts}")
     elif "temperature" in one:
         from halfbyte.scoring.labels import LEAST_ROWS
 

@@ -1,16 +1,15 @@
 """Labels and numbers of texts by a run with a head: its held-out rows scored, and any file of rows.
 
-`predict`: rows come in chunks. What is said of a chunk is appended to `OUT.partial`, JSON lines behind a first line
-that names adapter and rows, and is on disk before the next chunk begins. A call that was ended is gone on with behind
-the last whole line, so no row is there twice and none is missing. At the end the lines become JSONL, CSV or Parquet.
-Cost: one forward a text, texts of like length together; one chunk of rows in memory, each line written twice.
+`predict`: rows come in chunks. What is said of a chunk is on disk, in a file that a later call goes on with
+(`prediction_file`), before the next chunk begins; so no row is there twice and none is missing.
+Cost: one forward a text, texts of like length together; one chunk of rows in memory.
 """
 
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from itertools import accumulate, islice
 from operator import itemgetter
 from pathlib import Path
@@ -22,12 +21,12 @@ from halfbyte.data.encoding import texts as encoding
 from halfbyte.data.encoding.encoder import EncodedRows, Encoder
 from halfbyte.data.encoding.examples import Example, Examples
 from halfbyte.data.reading import records
-from halfbyte.data.reading.files import find
 from halfbyte.data.reading.formats import Row, texts_of, words_of
 from halfbyte.data.reading.problems import BadRow
 from halfbyte.errors import DataError, typed
-from halfbyte.inference import choices, evaluate, vectors
+from halfbyte.inference import choices, evaluate, prediction_file, vectors
 from halfbyte.inference.load import Opened
+from halfbyte.inference.prediction_file import ERROR
 from halfbyte.models import structure
 from halfbyte.models.context import context_of
 from halfbyte.objectives.labels import Labels, Tags, entities
@@ -42,10 +41,8 @@ from halfbyte.scoring.labels import Floats
 from halfbyte.system import files
 from halfbyte.types import Batch, Document, Model
 
-CHUNK_ROWS = 1024
 MISTAKES = 10  # rows that are shown
-SUFFIXES = (".jsonl", ".csv", ".parquet")
-ERROR = "error"  # in the place of a prediction, where a row cannot be read
+READS = {"data", "vectors", "quant", "model", "revision"}  # of a recipe: what decides what is said of a text
 Asked = tuple[tuple[str, ...], bool]
 """A text, or a pair of them; or words, which is then True."""
 
@@ -268,91 +265,43 @@ def _each(say: Callable[[Sequence[Asked]], list[Document]], asked: Sequence[Aske
     return _each(say, asked[:half]) + _each(say, asked[half:])
 
 
-def check(data: Path, out: Path) -> None:
-    """Raise a DataError where the rows are not there, or `out` is, or is of no known kind."""
-    if out.suffix not in SUFFIXES:
-        raise DataError(f"{out} must end in {', '.join(SUFFIXES)}.", fix=f"--out {typed(out.with_suffix('.jsonl'))}")
-    if out.exists():
-        raise DataError(f"{out} exists and is not overwritten.", fix="remove it, or --out ANOTHER")
-    find(str(data))
-
-
 def predict(
     opened: Opened, data: Path, out: Path, progress: vectors.Tell = lambda done: None, *, temperature: float = 1.0
 ) -> Document:
     """Say of each row of a file what the run says of it, or give it the vector of its text. Returns `rows`, of them
-    `bad`, which have an `error`, and `resumed`, of an earlier call. Raises DataError: the file cannot be read, or the
-    partial one is of other rows or of another adapter."""
-    partial = out.with_name(f"{out.name}.partial")
+    `bad`, which have an `error`, with the `first_error`, and `resumed`, of an earlier call. Raises DataError: as
+    `prediction_file.check`, or the partial file is of other rows, of another adapter or of other settings."""
+    sources, partial = prediction_file.check(data, out), out.with_name(f"{out.name}.partial")
     objective, fields = objective_of(opened), opened.recipe.data.fields
-    sizes = [[str(s.path), s.path.stat().st_size, s.path.stat().st_mtime_ns] for s in find(str(data))]
+    sizes = [[str(s.path), s.path.stat().st_size, s.path.stat().st_mtime_ns] for s in sources]
     by = str(opened.run) if opened.alone else files.sha256(folder_of(opened.run) / ADAPTER_FILES[0])
-    done = resumed = _goes_on(partial, {"adapter": by, "of": sizes, "temperature": temperature})
-    every = ((s.where(n), record) for s in find(str(data)) for n, record in records.records(s))
-    bad, rows = 0, islice(every, done, None)
+    of: Document = {"adapter": by, "of": sizes, "temperature": temperature}
+    asked_for = opened.recipe.model_dump(mode="json", include=READS, exclude={"data": {"train", "eval"}})
+    resumed = (done := prediction_file.goes_on(partial, of | asked_for)).rows
+    rows = islice(((s.where(n), record) for s in sources for n, record in records.records(s)), resumed, None)
     reads = words_of if isinstance(objective, Tags) else texts_of
 
     def say(some: Sequence[Asked]) -> list[Document]:
         return answers_of(opened, objective, [text for text, _ in some], [words for _, words in some], temperature)
 
     with partial.open("ab") as file:
-        while chunk := list(islice(rows, CHUNK_ROWS)):
+        while chunk := list(islice(rows, prediction_file.CHUNK_ROWS)):
             lines, asked = list[Document](), dict[int, Asked]()
             for where, raw in chunk:
                 lines.append({})
                 try:
-                    lines[-1] |= (row := records.parse(raw))
+                    lines[-1] |= prediction_file.of_input(row := records.parse(raw))
                     text = (vectors.text_of_row(opened, row),) if objective is None else reads(fields, row)
                     asked[len(lines) - 1] = text, row.get(fields.tokens) is not None
                 except BadRow as wrong:
-                    lines[-1][ERROR], bad = f"{where}: {wrong}", bad + 1
+                    lines[-1][ERROR] = f"{where}: {wrong}"
             for place, answer in zip(asked, _each(say, [*asked.values()]), strict=True):
-                bad += ERROR in answer
                 lines[place] |= {ERROR: f"{chunk[place][0]}: {answer[ERROR]}"} if ERROR in answer else answer
-            file.write(b"".join(map(_line, lines)))
+            file.write(b"".join(map(prediction_file.line, lines)))
             file.flush()
             os.fsync(file.fileno())
-            progress(done := done + len(chunk))
-    _finish(partial, out)
-    return {"out": str(out), "rows": done, "bad": bad, "resumed": resumed}
-
-
-def _line(row: Document) -> bytes:
-    return json.dumps(row, ensure_ascii=False, default=str).encode() + b"\n"
-
-
-def _goes_on(partial: Path, of: Document) -> int:
-    """How many rows a partial file has, which is begun where there is none; a line that was cut short is cut off."""
-    with partial.open("a+b") as file:
-        file.seek(0)
-        if not (begin := file.readline()).endswith(b"\n"):
-            file.truncate(0)
-            file.write(begin := _line(of))
-        if begin != _line(of):
-            fix = f"rm {typed(partial)}, or --out ANOTHER"
-            raise DataError(f"{partial} is of other rows or of another adapter.", fix=fix)
-        end, count = len(begin), 0
-        for line in file:
-            if line.endswith(b"\n"):
-                end, count = end + len(line), count + 1
-        file.truncate(end)
-    return count
-
-
-def _finish(partial: Path, out: Path) -> None:
-    """The lines as the file that was asked for, whole or not at all; a column `p.LABEL` of each probability."""
-    lines = files.beside(out)
-    with partial.open("rb") as source, lines.open("wb") as file:
-        for line in islice(source, 1, None):
-            row = json.loads(line) if out.suffix != ".jsonl" else {}
-            every = {f"p.{name}": p for name, p in (row.pop("probabilities", None) or {}).items()}
-            file.write(_line({**row, **every}) if row else line)
-    if out.suffix != ".jsonl":
-        from datasets import Dataset, disable_progress_bars
-
-        disable_progress_bars()
-        with tempfile.TemporaryDirectory(dir=out.absolute().parent) as cache:
-            rows = Dataset.from_json(str(lines), cache_dir=cache)
-            (rows.to_csv if out.suffix == ".csv" else rows.to_parquet)(str(lines))
-    files.put(lines, out)
-    partial.unlink()
+            for one in lines:
+                done.add(one)
+            progress(done.rows)
+    prediction_file.finish(partial, out)
+    return {"out": str(out), **asdict(done), "resumed": resumed}

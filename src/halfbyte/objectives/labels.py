@@ -118,6 +118,7 @@ class Labels(Objective):
             shown = some([f"{name!r} ({where})" for name, where in wrong.items()], len(wrong))
             what = f"are not among {some(self.names, len(self.names))}" if self.names else "are no numbers"
             fix = "correct the rows, or name all labels in the recipe: labels: [...]"
+            fix = fix if self.names else "write numbers in that column (data.fields.label), or task: classify"
             hint = near(next(iter(wrong)), self.names)
             raise DataError(f"{len(wrong):,} labels of the {which} rows {what}: {shown}{hint}.", fix=fix)
 

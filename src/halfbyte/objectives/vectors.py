@@ -55,14 +55,14 @@ class TextVectors(Objective):
     def check(self, *every: EncodedRows | None) -> TextVectors:
         """Itself, with the labels of these rows. Raises DataError: names the first row without what the loss reads."""
         loss, labels = self.settings.loss, set[str]()
-        texts, needs = {task.TRIPLET: (3, "a negative"), task.GROUPS: (1, "a label")}.get(loss, (2, "a passage"))
+        needs = {task.TRIPLET: "a negative", task.GROUPS: "a label"}.get(loss, "a passage")
         some = (zip(rows.labelled.tolist(), rows.examples.completions(), strict=True) for rows in every if rows)
         for count, (text, where) in (row for part in some for row in part):  # a text has one labelled token
             labels.add(text)
-            scored = loss != task.COSENT or text != "null"
-            if count < texts or (loss == task.GROUPS) != (count == 1) or not scored:
-                needs = needs if scored else "a score"
-                raise DataError(f"{where}: {loss} needs {needs} in each row.", fix="data.fields")
+            if loss not in (fitting := _fitting(count, text)):
+                needs = "a score" if loss == task.COSENT and text == "null" else needs
+                fix = f"--set vectors.loss={' or '.join(fitting)}, which these columns fit; or data.fields names others"
+                raise DataError(f"{where}: {loss} needs {needs} in each row.", fix=fix)
         return replace(self, groups=tuple(sorted(labels)) if loss == task.GROUPS else ())
 
     def check_width(self, width: int) -> None:
@@ -179,6 +179,13 @@ class TextVectors(Objective):
     def scores(self, sums: Sums) -> dict[str, float]:
         """`loss`, and what is found, as `scoring.retrieval` has it."""
         return {name: sums[name] / max(sums["rows"], 1.0) for name in self.sum_names if name != "rows"}
+
+
+def _fitting(count: int, text: str) -> list[str]:
+    """The losses that read a row of so many texts. `text`: its label or score."""
+    if count == 1:
+        return [task.GROUPS]
+    return [task.RANKING, *[task.COSENT] * (text != "null"), *[task.TRIPLET] * (count > 2)]
 
 
 def _triplets(vectors: Tensor, labels: Tensor, margin: float) -> Tensor:

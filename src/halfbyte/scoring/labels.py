@@ -1,7 +1,8 @@
 """What labels and numbers of a head are worth: accuracy, F1, areas, calibration, confusion; errors; with intervals.
 
 Source: F1 as scikit-learn's `f1_score` (0 where a label is never said and never true), the area under the ROC curve as
-its `roc_auc_score` (one label against the rest; the mean of those that some rows have and some have not); the expected
+its `roc_auc_score` (one label against the rest; the mean of those that some rows have and some have not, no score where
+there is none, and no part of an interval where a resample has none); the expected
 calibration error of 15 bins of one width, and one temperature for all scores, Guo et al., arXiv:1706.04599. What the
 error is at a temperature is measured on rows that it was not fitted on: each half's at that of the other half.
 Intervals: of means as `intervals` has them, of all else by the percentile bootstrap of rows, none with `resamples` 0.
@@ -54,7 +55,7 @@ def of_labels(every: Floats, truth: Bools, settings: Eval, *, several: bool) -> 
 
     def error(every: Floats) -> Measure:
         apart = _apart(every if several else every.max(1, keepdims=True), hit)
-        return lambda taken: np.abs(taken @ apart).sum(1) / len(truth)
+        return lambda taken: np.abs(taken @ apart).sum(1) / hit.size
 
     measures: dict[str, Measure] = {
         "f1_macro": lambda taken: _rates(answers, truth, taken)[2].mean(1),
@@ -65,7 +66,8 @@ def of_labels(every: Floats, truth: Bools, settings: Eval, *, several: bool) -> 
     if len(truth) >= LEAST_ROWS:
         heat = _temperature(every, truth, several=several)
         measures["ece_calibrated"] = error(_at_temperature(every, truth, settings.seed, several=several))
-    scores = {name: _bootstrap(measure, len(truth), settings) for name, measure in measures.items()}
+    every_score = {name: _bootstrap(measure, len(truth), settings) for name, measure in measures.items()}
+    scores = {name: score for name, score in every_score.items() if not np.isnan(score["value"])}
     once = np.ones((1, len(truth)))
     areas = [None if np.isnan(area) else float(area) for area in _areas(every, truth, once)[0]]
     rates = (rate[0].tolist() for rate in _rates(answers, truth, once))
@@ -148,7 +150,8 @@ def _bootstrap(score: Measure, rows: int, settings: Eval) -> Document:
         chosen = draw.integers(0, rows, (count, rows)) + rows * np.arange(count)[:, None]
         taken = np.bincount(chosen.ravel(), minlength=count * rows).reshape(count, rows)
         values += score(taken.astype(float)).tolist()
-    limits = np.percentile(values, [tail, 100 - tail]).tolist() if values else None
+    known = [value for value in values if not np.isnan(value)]
+    limits = np.percentile(known, [tail, 100 - tail]).tolist() if known else None
     return {"value": float(score(np.ones((1, rows)))[0]), "interval": limits}
 
 
@@ -188,7 +191,7 @@ def _ranks(values: Floats, taken: Floats) -> Floats:
 def _mean_of_known(values: Floats) -> Floats:
     known = ~np.isnan(values)
     sums: Floats = np.where(known, values, 0.0).sum(1)
-    return np.where(known.any(1), sums / np.maximum(1, known.sum(1)), 0.5)
+    return np.where(known.any(1), sums / np.maximum(1, known.sum(1)), np.nan)
 
 
 def _apart(sure: Floats, hit: Bools) -> Floats:

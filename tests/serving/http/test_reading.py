@@ -25,7 +25,8 @@ from halfbyte.inference import vectors
 from halfbyte.inference.load import open_run
 from halfbyte.objectives.labels import Labels
 from halfbyte.serving import names, reader
-from halfbyte.serving.http import reading
+from halfbyte.serving.http import reading, wire
+from halfbyte.serving.http.refusal import Refusal
 from tests import tiny_run
 from tests.objectives.test_vectors import WORDS
 from tests.serving.http.test_app import Running
@@ -114,6 +115,37 @@ def test_dimensions_tokens_and_prompts(embeds: tuple[Running, reader.TextReader]
     assert client.models.list().data[0].id == "one"
 
 
+WRONG_INPUTS: list[tuple[dict[str, Any], str, str]] = [
+    ({"input": []}, "input", "List should have at least 1 item after validation, not 0"),
+    ({"input": ["red"] * 2049}, "input", "List should have at most 2048 items after validation, not 2049"),
+    ({"input": [[1]] * 2049}, "input", "List should have at most 2048 items after validation, not 2049"),
+    ({"input": ["a", ""]}, "input.1", "String should have at least 1 character"),
+    ({"input": ["a", 1]}, "input.1", "Input should be a valid string"),
+    ({"input": [True]}, "input.0", "Input should be a valid integer"),
+    ({"input": [[1], [2, True]]}, "input.1.1", "Input should be a valid integer"),
+    ({"input": 5}, "input", "a text, a list of tokens, or a list of 1 to 2,048 of either is needed"),
+    ({"input": "red", "dimensions": True}, "dimensions", "Input should be a valid integer"),
+]
+
+
+@pytest.mark.parametrize(("asked", "param", "message"), WRONG_INPUTS)
+def test_what_is_wrong_with_an_input_is_named(
+    embeds: tuple[Running, reader.TextReader], asked: dict[str, Any], param: str, message: str
+) -> None:
+    ways = ["/v1/embeddings"]
+    if all(isinstance(one, str) for one in (asked["input"] if isinstance(asked["input"], list) else [5])):
+        ways.append("/classify")
+    for way in ways:
+        answer = embeds[0].post(asked, way)
+        error = answer.json()["error"]
+        assert answer.status_code == 400 and (error["param"], error["message"]) == (param, f"{param}: {message}")
+
+
+def test_tokens_are_not_for_labels(embeds: tuple[Running, reader.TextReader]) -> None:
+    error = embeds[0].post({"input": [1]}, "/classify").json()["error"]
+    assert error["message"] == "input: a text, or a list of 1 to 2,048 texts, is needed"
+
+
 def test_a_full_queue_says_when_to_come_again(embeds: tuple[Running, reader.TextReader]) -> None:
     """With a queue of none who comes while nothing is read is read, and who comes meanwhile is not."""
     one = reader.TextReader(embeds[1].opened, "one", 0)
@@ -177,6 +209,23 @@ def test_scores_are_raw_or_refused(embeds: tuple[Running, reader.TextReader]) ->
     asked = {"query": "red", "texts": ["box"]}
     answers = [embeds[0].post({**asked, "raw_scores": raw}, "/rerank").status_code for raw in (True, False)]
     assert answers == [200, 400]
+    error = embeds[0].post({"query": "red", "documents": ["box"], "top_n": True}, "/rerank").json()["error"]
+    assert (error["param"], error["message"]) == ("top_n", "top_n: Input should be a valid integer")
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"stop": 5}, "stop"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": "red"}], "tools": [{"type": "function"}]}, "tools.0.function"),
+    ],
+)
+def test_a_field_is_named_as_the_request_has_it(more: dict[str, Any], param: str) -> None:
+    talk = {"model": "one", "messages": [{"role": "user", "content": "red"}]}
+    with pytest.raises(Refusal) as refused:
+        wire.read(wire.ChatRequest, json.dumps({**talk, **more}).encode())
+    assert refused.value.body["error"]["param"] == param
 
 
 def test_rankings_by_vectors_as_vllm_and_tei_have_them(embeds: tuple[Running, reader.TextReader]) -> None:

@@ -373,7 +373,7 @@ def words_of(f: Fields, record: Mapping[str, object]) -> tuple[str, ...]:
     words = _from_json(words, f.tokens)
     if not isinstance(words, list) or not words or not all(isinstance(w, str) and w.strip() for w in words):
         raise BadRow(f"{f.tokens}: a list of words is needed, got {kind(words)}")
-    return tuple(words)
+    return tuple(text_of(word, f"{f.tokens}[{i}]") for i, word in enumerate(words))
 
 
 def _tags(f: Fields, where: str, record: Mapping[str, object]) -> Row:

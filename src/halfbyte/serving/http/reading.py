@@ -13,7 +13,7 @@ from functools import partial
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 from starlette.applications import Starlette
 from starlette.requests import Request as Http
 from starlette.responses import Response
@@ -33,7 +33,24 @@ from halfbyte.types import Document
 MOST = 2048  # texts of a request, as OpenAI has it
 Words = Annotated[str, Field(min_length=1)]
 Several = Annotated[list[Words], Field(min_length=1, max_length=MOST)]
-Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Ids = Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_length=1)]
+
+
+def _shape(given: object) -> str:
+    """What `input` seems to be, by its first item, so that what is wrong is told of that alone."""
+    if isinstance(given, list):
+        return {int: "tokens", bool: "tokens", list: "lists"}.get(type(given[0]) if given else str, "texts")
+    return "text" if isinstance(given, str) else "unknown"
+
+
+def _one_of(what: str) -> Discriminator:
+    return Discriminator(_shape, custom_error_type="input", custom_error_message=f"{what} is needed")
+
+
+OneText = Annotated[Words, Tag("text")]
+SeveralTexts = Annotated[Several, Tag("texts")]
+Tokens = Annotated[Ids, Tag("tokens")]
+SeveralTokens = Annotated[list[Ids], Field(min_length=1, max_length=MOST), Tag("lists")]
 Answer = Document | list[Document]  # a list is TEI's
 Way = Callable[[TextReader, bytes], Awaitable[Answer]]
 
@@ -45,14 +62,17 @@ class TextsRequest(wire.Unused):
 class EmbeddingRequest(TextsRequest):
     """`prompt_name`, as sentence-transformers and TEI call it: what is put in front of each text."""
 
-    input: Words | Several | Ids | Annotated[list[Ids], Field(min_length=1, max_length=MOST)]
+    input: Annotated[
+        OneText | SeveralTexts | Tokens | SeveralTokens,
+        _one_of(f"a text, a list of tokens, or a list of 1 to {MOST:,} of either"),
+    ]
     encoding_format: Literal["float", "base64"] = "float"
-    dimensions: Annotated[int, Field(ge=1)] | None = None
+    dimensions: Annotated[int, Field(ge=1, strict=True)] | None = None
     prompt_name: Literal["query", "document"] | None = None
 
 
 class ClassificationRequest(TextsRequest):
-    input: Words | Several
+    input: Annotated[OneText | SeveralTexts, _one_of(f"a text, or a list of 1 to {MOST:,} texts,")]
 
 
 class RerankRequest(TextsRequest):
@@ -61,7 +81,7 @@ class RerankRequest(TextsRequest):
     query: Words
     documents: Several | None = None
     texts: Several | None = None
-    top_n: Annotated[int, Field(ge=0)] = 0
+    top_n: Annotated[int, Field(ge=0, strict=True)] = 0
     return_text: bool = False
     raw_scores: Literal[True] = True
 

@@ -5,9 +5,11 @@ Source: the `openai` package, 3.57: types/chat, types/completion.
 """
 
 import json
+from collections.abc import Iterator
 from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import ErrorDetails, from_json
 
 from halfbyte.serving.http.refusal import Refusal
 from halfbyte.serving.tools import CallRules
@@ -252,12 +254,25 @@ def read(kind: type[Asked], body: bytes | Document) -> Asked:
         first = problems[0]
         if first["type"] == "json_invalid":
             raise Refusal(400, f"the body is not JSON: {first['msg']}", code="invalid_json") from None
-        where = ".".join(str(part) for part in first["loc"])
+        where = ".".join(_place(first, from_json(body) if isinstance(body, bytes) else body))
         what = "is not known here" if first["type"] == "extra_forbidden" else first["msg"]
         code = "unsupported_parameter" if first["type"] == "extra_forbidden" else "invalid_value"
         more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
         message = f"{where}: {what}{more}" if where else f"{what}{more}"
         raise Refusal(400, message, code=code, param=where or None) from None
+
+
+def _place(problem: ErrorDetails, there: object) -> Iterator[str]:
+    """Where a problem is, as the request has it: without the names of pydantic's alternatives."""
+    *inside, last = problem["loc"] or ("",)
+    for part in (*inside, last):
+        if isinstance(there, list) and isinstance(part, int) and part < len(there):
+            there = there[part]
+        elif isinstance(there, dict) and (part in there or (part == last and problem["type"] == "missing")):
+            there = there.get(part)
+        else:
+            continue
+        yield str(part)
 
 
 def parsed(text: str) -> object:
