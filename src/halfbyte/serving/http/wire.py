@@ -255,11 +255,14 @@ def read(kind: type[Asked], body: bytes | Document) -> Asked:
         if first["type"] == "json_invalid":
             raise Refusal(400, f"the body is not JSON: {first['msg']}", code="invalid_json") from None
         where = ".".join(_place(first, from_json(body) if isinstance(body, bytes) else body))
-        what = "is not known here" if first["type"] == "extra_forbidden" else first["msg"]
+        what = "is not known here" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
         code = "unsupported_parameter" if first["type"] == "extra_forbidden" else "invalid_value"
         more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
         message = f"{where}: {what}{more}" if where else f"{what}{more}"
         raise Refusal(400, message, code=code, param=where or None) from None
+
+
+_ABSENT = ("missing", "value_error")  # what may be wrong with a field that the request does not have
 
 
 def _place(problem: ErrorDetails, there: object) -> Iterator[str]:
@@ -268,7 +271,7 @@ def _place(problem: ErrorDetails, there: object) -> Iterator[str]:
     for part in (*inside, last):
         if isinstance(there, list) and isinstance(part, int) and part < len(there):
             there = there[part]
-        elif isinstance(there, dict) and (part in there or (part == last and problem["type"] == "missing")):
+        elif isinstance(there, dict) and (part in there or (part == last and problem["type"] in _ABSENT)):
             there = there.get(part)
         else:
             continue
