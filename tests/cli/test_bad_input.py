@@ -320,8 +320,8 @@ CASES = [
     ),
     Case(
         "more steps than can be planned",
-        train("train.max_steps=1000000000000"),
-        "error: train: 1,000,000,000,000 steps are more than the 1,000,000 that one run can have.\n"
+        train("train.max_steps=1000000000"),
+        "error: train: 1,000,000,000 steps are more than the 1,000,000 that one run can have.\n"
         "  fix: lower train.max_steps or train.num_train_epochs",
     ),
     Case(
@@ -613,6 +613,26 @@ CASES = [
         train("output=done"),
         f"error: the run folder done exists already, and a run is never overwritten.\n"
         f"  fix: continue it with --resume, or {OTHER_OUTPUT.partition('fix: ')[2]}",
+    ),
+    Case(
+        "a file as the run",
+        "train model train.jsonl -q -o train.jsonl",
+        f"error: train.jsonl is a file, and a run needs a new folder.{OTHER_OUTPUT}",
+    ),
+    Case(
+        "a folder that is no run",
+        train("output=model"),
+        f"error: model is a folder that is no run, and a run needs a new folder.{OTHER_OUTPUT}",
+    ),
+    Case(
+        "an output of nothing",
+        ["train", "recipe.yaml", "--output="],
+        "error: --output is given nothing.\n  fix: give it a value, or leave --output out",
+    ),
+    Case(
+        "a time of nothing",
+        ["train", "recipe.yaml", "--within", ""],
+        "error: --within is given nothing.\n  fix: give it a value, or leave --within out",
     ),
     Case(
         "a file in the way",

@@ -293,6 +293,9 @@ def _busy(path: Path) -> RunError | None:
 
 
 def _exists(path: Path) -> RunError:
+    if not (path / "recipe.yaml").exists():
+        what = "a folder that is no run" if path.is_dir() else "a file" if path.is_file() else "taken"
+        return RunError(f"{path} is {what}, and a run needs a new folder.", fix=ANOTHER)
     return RunError(
         f"the run folder {path} exists already, and a run is never overwritten.",
         fix=f"continue it with --resume, or {ANOTHER}",
