@@ -843,6 +843,16 @@ def test_the_checkpoint_that_is_named_can_be_used(halfbyte: Cli) -> None:
     assert scored.code == 0 and json.loads(scored.out)["rows"] == 2, scored
 
 
+def test_a_run_that_is_being_written_is_told_before_the_work(halfbyte: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finetune, "train", None)
+    with RunFolder(Path("done")).lock():
+        ended = halfbyte("train", "done", "--resume", "--set", "train.max_steps=8")
+    said = (
+        f"error: the run done is being written by process {os.getpid()}.\n  fix: wait for it, stop it, or give another"
+    )
+    assert (ended.code, ended.out) == (2, "") and ended.err.startswith(said), ended
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_mistake_is_one_message(case: Case, here: Path, halfbyte: Cli) -> None:
     if case.prepare is not None:

@@ -146,6 +146,11 @@ class RunFolder:
             files.clear_dead(self.checkpoints)
             yield self
 
+    def check_idle(self) -> None:
+        """Raise a RunError if another process is writing the run now."""
+        if busy := _busy(self.path):
+            raise busy
+
     def writer(self) -> str | None:
         """The process that is writing the run now; None where no one is."""
         with contextlib.suppress(OSError), (self.path / "lock").open("r+") as stream:

@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from halfbyte.data.reading.files import RowSource
 from halfbyte.data.reading.problems import BadRow, kind, shorten
-from halfbyte.errors import DataError, first_line
+from halfbyte.errors import DataError, first_line, typed
 from halfbyte.system import limits
 from halfbyte.types import Document
 
@@ -44,6 +44,17 @@ _SEVERAL_BYTES = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|
 # The first two characters of a text are ASCII (RFC 4627, 3): which bytes are 0 says that it is UTF-16.
 _UTF16 = {"UTF-16": re.compile(rb"\xff\xfe|\xfe\xff"), "UTF-16LE": re.compile(rb"([^\0]\0){2}"),
           "UTF-16BE": re.compile(rb"(\0[^\0]){2}")}  # fmt: skip
+_ARROW = (
+    """python -c 'import sys; from datasets import Dataset; Dataset.from_file(sys.argv[1]).to_parquet(sys.argv[2])' """
+)
+_PARQUET = "{path} {stem}.parquet"
+# The first bytes of files that are not read: what they are, and what makes rows of them.
+_OTHERS = {
+    b"ARROW1": ("Arrow", _ARROW + _PARQUET), b"\xff\xff\xff\xff": ("Arrow", _ARROW + _PARQUET),
+    b"\x28\xb5\x2f\xfd": ("compressed by zstd", "zstd -d {path} -o {stem}"),
+    b"BZh": ("compressed by bzip2", "bunzip2 -k {path}"), b"\xfd7zXZ\0": ("compressed by xz", "unxz -k {path}"),
+    b"PK\3\4": ("a zip archive, as Excel's sheets are", "unzip {path}, or save the sheet as .csv"),
+}  # fmt: skip
 _CUT = (EOFError, zlib.error, gzip.BadGzipFile)
 csv.field_size_limit(MAX_ROW_BYTES)
 
@@ -108,6 +119,10 @@ def _check_start(start: bytes, source: RowSource) -> bytes:
         raise _encoded(source, "is UTF-16", code)
     if start.startswith(b"\x1f\x8b") and not source.gz:
         raise DataError(f"{source.path} is gzip.", fix=f"name it {source.path.name}.gz")
+    for mark, (what, how) in _OTHERS.items():
+        if start.startswith(mark):
+            fix = how.format(path=typed(source.path), stem=typed(source.path.with_suffix("")))
+            raise DataError(f"{source.path} is {what}; read are JSONL, JSON, CSV, Parquet and text.", fix=fix)
     if start.startswith(b"PAR1") and source.kind != "parquet":
         raise DataError(f"{source.path} is Parquet.", fix=f"name it {source.path.stem}.parquet")
     return start.removeprefix(b"\xef\xbb\xbf")
@@ -140,6 +155,18 @@ def _check_encoding(source: RowSource) -> None:
             raise _encoded(source, f"looks like {name} (line {len(before)}: {there!r})", code) from None
 
 
+def _single(pairs: list[tuple[str, Any]]) -> Document:
+    """An object, none of whose keys is given twice: of two values the first would be lost."""
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise BadRow(f"the key {next(name for name in record if names.count(name) > 1)!r} is given twice")
+    return record
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_single)
+
+
 def parse(raw: Record) -> Document:
     """Raises BadRow: what is wrong with the record: it is not UTF-8, not JSON, not an object ..."""
     if isinstance(raw, BadRow):
@@ -147,7 +174,7 @@ def parse(raw: Record) -> Document:
     if isinstance(raw, dict):
         return raw
     try:
-        record = json.loads(raw.decode("utf-8"))
+        record = _JSON.decode(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise BadRow(f"not UTF-8 (byte {raw[error.start]:#04x} at {error.start + 1})") from None
     except json.JSONDecodeError as error:
@@ -275,7 +302,10 @@ def _json_list(source: RowSource) -> Numbered:
                 while True:
                     try:
                         next_char()
-                        item, end = decoder.raw_decode(text, position)
+                        try:
+                            item, end = _JSON.raw_decode(text, position)
+                        except BadRow as bad:
+                            item, end = bad, decoder.raw_decode(text, position)[1]
                         if end == len(text) and not ended:
                             raise ValueError("a number may go on")
                         break
@@ -286,7 +316,10 @@ def _json_list(source: RowSource) -> Numbered:
                             return
                         more()
                 position = end
-                yield number, item if isinstance(item, dict) else BadRow(f"an object is needed, got {kind(item)}")
+                yield (
+                    number,
+                    item if isinstance(item, dict | BadRow) else BadRow(f"an object is needed, got {kind(item)}"),
+                )
                 follows = next_char()
                 position += 1
                 closed = follows == "]"
@@ -313,7 +346,7 @@ def _csv(source: RowSource) -> Numbered:
             head = file.readline()
         except _CUT as error:
             raise DataError(f"{source.path} cannot be read: {first_line(error)}.") from None
-        _check_start(head.encode("utf-8", "surrogateescape")[:4], source)
+        _check_start(head.encode("utf-8", "surrogateescape")[:8], source)
         if not head.strip():
             return
         mark = max(",;\t|", key=head.count)
