@@ -179,8 +179,8 @@ def test_a_gzip_file_that_is_cut_short(tmp_path: Path) -> None:
 
 
 OTHERS: dict[str, tuple[bytes, str]] = {
-    "a.arrow": (b"ARROW1\0\0", "is Arrow; read are .*fix: python -c .*Dataset.from_file.* TMP/a.arrow TMP/a.parquet"),
-    "data-00000.arrow": (b"\xff\xff\xff\xff\x10\0\0\0", "is Arrow; read are "),
+    "a.arrow": (b"ARROW1\0\0", "is Arrow; read are .*fix: python -c .*read_feather.* TMP/a.arrow TMP/a.parquet"),
+    "data-00000.arrow": (b"\xff\xff\xff\xff\x10\0\0\0", "is Arrow; read are .*fix: python -c .*Dataset.from_file"),
     "a.jsonl.zst": (b"\x28\xb5\x2f\xfd\0", "is compressed by zstd; .*fix: zstd -d TMP/a.jsonl.zst -o TMP/a.jsonl$"),
     "a.csv.bz2": (b"BZh91AY", "is compressed by bzip2; .*fix: bunzip2 -k TMP/a.csv.bz2$"),
     "a.csv": (b"BZh91AY", "is compressed by bzip2; "),
