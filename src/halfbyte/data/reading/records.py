@@ -234,10 +234,11 @@ def _wrapped(source: RowSource) -> list[tuple[int, Record]]:
     return [(1, record)] if is_row else list(enumerate(lists[0], start=1))
 
 
-def _item(text: str, position: int) -> tuple[Any, int]:
-    """What begins at a position, or what is wrong with it; and where it ends."""
+def _item(text: str, position: int) -> tuple[Document | BadRow, int]:
+    """The object that begins at a position, or what is wrong with it; and where it ends."""
     try:
-        return _JSON.raw_decode(text, position)
+        item, end = _JSON.raw_decode(text, position)
+        return item if isinstance(item, dict) else BadRow(f"an object is needed, got {kind(item)}"), end
     except BadRow as bad:
         return bad, json.JSONDecoder().raw_decode(text, position)[1]
 
@@ -283,10 +284,7 @@ def _json_list(source: RowSource) -> Numbered:
                             return
                         more()
                 position = end
-                yield (
-                    number,
-                    item if isinstance(item, dict | BadRow) else BadRow(f"an object is needed, got {kind(item)}"),
-                )
+                yield number, item
                 follows = next_char()
                 position += 1
                 closed = follows == "]"
