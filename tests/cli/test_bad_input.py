@@ -320,8 +320,8 @@ CASES = [
     ),
     Case(
         "more steps than can be planned",
-        train("train.max_steps=1000000000000"),
-        "error: train: 1,000,000,000,000 steps are more than the 1,000,000 that one run can have.\n"
+        train("train.max_steps=1000000000"),
+        "error: train: 1,000,000,000 steps are more than the 1,000,000 that one run can have.\n"
         "  fix: lower train.max_steps or train.num_train_epochs",
     ),
     Case(
@@ -615,6 +615,26 @@ CASES = [
         f"  fix: continue it with --resume, or {OTHER_OUTPUT.partition('fix: ')[2]}",
     ),
     Case(
+        "a file as the run",
+        "train model train.jsonl -q -o train.jsonl",
+        f"error: train.jsonl is a file, and a run needs a new folder.{OTHER_OUTPUT}",
+    ),
+    Case(
+        "a folder that is no run",
+        train("output=model"),
+        f"error: model is a folder that is no run, and a run needs a new folder.{OTHER_OUTPUT}",
+    ),
+    Case(
+        "an output of nothing",
+        ["train", "recipe.yaml", "--output="],
+        "error: --output is given nothing.\n  fix: give it a value, or leave --output out",
+    ),
+    Case(
+        "a time of nothing",
+        ["train", "recipe.yaml", "--within", ""],
+        "error: --within is given nothing.\n  fix: give it a value, or leave --within out",
+    ),
+    Case(
         "a file in the way",
         train("output=train.jsonl/run"),
         f"error: the run folder train.jsonl/run cannot be made: TMP/train.jsonl is a file.{OTHER_OUTPUT}",
@@ -858,6 +878,16 @@ def test_the_checkpoint_that_is_named_can_be_used(halfbyte: Cli) -> None:
     )
     scored = halfbyte(*command, "--limit", "2", "--metric", "exact_match", "--json")
     assert scored.code == 0 and json.loads(scored.out)["rows"] == 2, scored
+
+
+def test_a_run_that_is_being_written_is_told_before_the_work(halfbyte: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finetune, "train", None)
+    with RunFolder(Path("done")).lock():
+        ended = halfbyte("train", "done", "--resume", "--set", "train.max_steps=8")
+    said = (
+        f"error: the run done is being written by process {os.getpid()}.\n  fix: wait for it, stop it, or give another"
+    )
+    assert (ended.code, ended.out) == (2, "") and ended.err.startswith(said), ended
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

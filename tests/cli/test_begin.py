@@ -89,7 +89,8 @@ def test_a_machine_that_is_short_gets_what_makes_it_fit(halfbyte: Cli) -> None:
     ("words", "said"),
     [
         (("--machine", "cpu:0.2GB"), "smollm2-135m does not fit cpu:0.2GB"),
-        (("--machine", "a fast one"), "is not a machine; allowed: 24GB"),
+        (("--machine", "a fast one"), "--machine 'a fast one' is not a machine; allowed: 24GB"),
+        (("--machine", "24"), "\n  fix: --machine 24GB"),
         (("--data", "none.jsonl"), "none.jsonl"),
         (("--data", "odd.jsonl"), "cannot tell the format"),
     ],

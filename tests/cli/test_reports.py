@@ -77,6 +77,30 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_work(
     assert cli("report", "runs/a", "--out", "pages/x.html").code == 0
 
 
+@pytest.mark.parametrize("command", ["report runs/a", "compare runs/a runs/b"])
+@pytest.mark.parametrize(
+    ("out", "refusal"),
+    [
+        ("runs/b", "runs/b is a folder, and a page is a file.\n  fix: name another file: --out FILE.html"),
+        (".", ". is a folder, and a page is a file.\n  fix: name another file: --out FILE.html"),
+        ("..", ".. is a folder, and a page is a file.\n  fix: name another file: --out FILE.html"),
+        ("rows.jsonl", "rows.jsonl does not end in .html, and a page does.\n  fix: name another file: --out FILE.html"),
+        ("no/x.html", "there is no folder no for the page.\n  fix: mkdir -p no"),
+        ("", "-o is given nothing.\n  fix: give it a value, or leave -o out"),
+    ],
+)
+def test_a_page_takes_the_place_of_a_page_alone(
+    command: str, out: str, refusal: str, cli: in_process.Cli, tmp_path: Path
+) -> None:
+    for name in ("a", "b"):
+        made.run(tmp_path / f"runs/{name}", made.metrics(5))
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    ended = cli(*command.split(), "-o", out)
+    assert (ended.code, ended.out, ended.err) == (2, "", f"error: {refusal}\n")
+    assert before == {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+
+
 def test_runs_are_listed(cli: in_process.Cli, tmp_path: Path) -> None:
     ended = cli("runs")
     assert ended.code == 2 and "there is no folder runs" in ended.err

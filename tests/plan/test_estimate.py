@@ -116,6 +116,7 @@ def test_a_packaged_name_is_planned_in_the_blocks_of_its_file(
         (("llama-2-7b", "--device", "2xcpu:8GB"), "is not a machine"),
         (("llama-2-7b", "--device", "cpu:2x8GB"), "a machine has one RAM"),
         (("llama-9-7c",), "error: "),
+        ((__file__,), " or a name.\n  fix: halfbyte data check "),
         (("none.yaml",), "error: there is no recipe none.yaml"),
     ],
 )

@@ -456,6 +456,10 @@ MISTAKES: list[tuple[str, str]] = [
     ("1: x", "line 3: a key must be text, got 1"),
     ("? [a]\n: x", "line 3: a key must be text, got a list or mapping"),
     ("lora: &a {r: *a}", "line 3: lora.r holds itself"),
+    ("revision: &a [*a]", "line 3: revision holds itself"),
+    ("labels: [[&a {b: [*a]}]]", "line 3: labels holds itself"),
+    ("train: {per_device_train_batch_size: 99999999999999999999999}", "line 3: train.per_device_train_batch_size must be <= 2147483648, got 99999999999999999999999"),
+    ("train: {max_steps: 5000000000}", "line 3: train.max_steps must be <= 2147483648, got 5000000000"),
 ]  # fmt: skip
 
 
@@ -502,6 +506,7 @@ SETS: list[tuple[str, str]] = [
     ("lora.r", "--set lora.r: must be FIELD=VALUE, such as lora.r=32"),
     ("=3", "--set =3: must be FIELD=VALUE, such as lora.r=32"),
     ("model.x=3", "--set model.x=3: model.x is inside a value that is not a section"),
+    ("lora.r=&a [*a]", "--set lora.r must be a whole number, got '&a [*a]'"),
     ("output=", "--set output must be text, got null"),
     ("nonsense=1", "--set nonsense is not a field; a recipe has model, revision, task, labels, class_weight, vectors, quant, lora, data, train, eval, output, allow_pickle, trust_remote_code"),
     ("train.optim=[", "--set train.optim must be one of adamw_torch, adamw_torch_fused, adafactor, sgd, adagrad, rmsprop, adamw_bnb_8bit, adamw_8bit, paged_adamw_32bit, paged_adamw_8bit, lion_32bit, lion_8bit, paged_lion_32bit, paged_lion_8bit, ademamix, ademamix_8bit, rmsprop_bnb, rmsprop_bnb_8bit, rmsprop_bnb_32bit, got '['"),
@@ -759,10 +764,7 @@ def test_files_that_are_read_each_in_its_own_way(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("entry", "wrong"),
     [
-        (
-            "{path: b.jsonl, field: {}}",
-            "entry 2: field: is not a field; allowed: path, format, fields, mask, chat_template",
-        ),
+        ("{path: b.jsonl, field: {}}", "entry 2: field: is not a field; did you mean fields?"),
         ("{fields: {prompt: q}}", "entry 2: path: Field required"),
         ("{path: b.jsonl, mask: some}", "entry 2: mask: Input should be 'completion', 'assistant' or 'all'"),
         (

@@ -44,6 +44,15 @@ def test_what_differs_is_told_and_what_is_alike_is_not(tmp_path: Path) -> None:
     json.dumps(value.to_json())
 
 
+def test_a_path_that_is_written_otherwise_is_the_same(tmp_path: Path) -> None:
+    runs = two(tmp_path)
+    for run, model, rows in zip(runs, ("tiny-model", "./tiny-model"), ("rows.jsonl", "./rows.jsonl"), strict=True):
+        run.started.unlink(missing_ok=True)
+        run.recipe.write_text(f"model: {model}\ndata: {{train: {rows}}}\n")
+    value = compare.compare([run.path for run in runs])
+    assert value.recipe == () and value.notes == () and len(set(dict(value.figures)["model"])) == 1
+
+
 def test_scores_of_an_earlier_adapter_are_said_to_be_so(tmp_path: Path) -> None:
     one, other = two(tmp_path)
     scored(one, SCORES, [answer("a")])

@@ -45,11 +45,11 @@ def test_nothing_that_exists_is_overwritten(tmp_path: Path, kind: str) -> None:
     else:
         path.symlink_to(tmp_path / "nowhere")
     with (
-        pytest.raises(RunError, match=r"exists already.*\n.*--resume, or give another output:"),
+        pytest.raises(RunError, match=r"(--resume, or|a run needs a new folder.\n  fix:) give another output:"),
         RunFolder.create(path, "x").lock(),
     ):
         pass
-    with pytest.raises(RunError, match="exists already"):
+    with pytest.raises(RunError, match=r"exists already|a run needs a new folder"):
         RunFolder.check_free(path)
     if kind == "run":
         assert (path / "recipe.yaml").read_text() == RECIPE

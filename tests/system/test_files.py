@@ -136,6 +136,13 @@ def test_a_folder_takes_the_place_of_an_older_one(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["x"]
 
 
+def test_a_file_takes_the_place_of_no_folder(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "x", "old")
+    with pytest.raises(IsADirectoryError):
+        files.write(folder, b"page")
+    assert content(folder) == {"a": "old", "deep/b": "old"} and os.listdir(tmp_path) == ["x"]
+
+
 def second_rename(patch: pytest.MonkeyPatch) -> None:
     replace, calls = os.replace, []
 

@@ -107,13 +107,14 @@ def test_a_fast_machine_tries_more_arms(tmp_path: Path) -> None:
     assert len(state.rungs[0].arms) == 4 and bench.t <= 100.0, "two were planned for"
 
 
-@pytest.mark.parametrize(("until", "arms"), [(400.0, 4), (160.0, 3), (60.0, 2), (40.0, 0)])
+@pytest.mark.parametrize(("until", "arms"), [(400.0, 4), (160.0, 3), (60.0, 2), (40.0, 0), (-1.0, 0)])
 def test_a_short_time_has_fewer_arms_or_none_and_says_why(until: float, arms: int, tmp_path: Path) -> None:
     state = Bench(tmp_path, until=until).run()
     assert (len(state.rungs[0].arms) if state.rungs else 0) == arms
     if not arms:
         assert state.winner == {RATE: 1e-3}
-        assert results.verdicts(state) == ["rate was not probed: two short runs take 52 s, and 40 are given"]
+        said = f"rate was not probed: two short runs take 52 s, and {max(0.0, until):.0f} are given"
+        assert results.verdicts(state) == [said]
 
 
 def test_what_diverged_is_out(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -228,6 +229,23 @@ def test_less_than_a_pass_is_said_before_a_model_is_built(tmp_path: Path) -> Non
     assert fit is not None and 0 < fit.trained_rows < 400
     assert "are too short for one pass over 400 rows: that takes at least --within " in fit.remark
     assert fits.forecast(recipe(tmp_path, train__within=None), 0.0) is None
+
+
+def test_steps_that_are_given_are_said_to_be_the_limit(tmp_path: Path) -> None:
+    tiny_run.rows(tmp_path / "train.jsonl", 400)
+    fit = fits.forecast(recipe(tmp_path, train__max_steps=2, train__within="59s", train__learning_rate=1e-3), 5.0)
+    assert fit is not None and fit.passes < 1
+    assert re.fullmatch(r"train.max_steps 2 is the limit, and leaves about 0:\d\d of the time; .*=-1", fit.remark)
+
+
+def test_a_search_in_too_short_a_time_says_the_least_and_leaves_nothing(tmp_path: Path) -> None:
+    loaded = recipe(tmp_path, train__max_steps=12, train__within="1s")
+    said = (
+        r"(?s)0:01 are too short: .* two short runs .*--within \d+[sm] would do for one setting, --within \d+[sm] for"
+    )
+    with pytest.raises(RecipeError, match=said):
+        train(loaded, alone=True)
+    assert not Path(loaded.recipe.output).exists()
 
 
 @pytest.mark.parametrize("text", ["soon", "0m", "30", "", "-5m"])

@@ -290,6 +290,8 @@ def fit(draft: Draft, machine: str | None) -> None:
         loaded = recipe_from(trial.model, trial.data, trial.sets)
         return estimate.plan_model(number_format.settle(loaded, device=machine), device=machine)
 
+    if machine is not None:
+        estimate.parse_device(machine, "--machine")
     trial = Draft(draft.model, draft.data, draft.first, dict(draft.values), list(draft.remarks))
     recipe = recipe_from(trial.model, trial.data, trial.sets).recipe
     context = context_in(describe.describe(recipe.model, recipe.revision).config)

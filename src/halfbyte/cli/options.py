@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from halfbyte.cli import progress, show
+from halfbyte.errors import RecipeError
 from halfbyte.system import libraries
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ AllowHost = Annotated[
     list[str], typer.Option("--allow-host", help="A name that clients use for this machine; repeatable.")
 ]
 Prove = Annotated[bool, typer.Option("--prove", help="Prove again what is remembered as proven on this machine.")]
+NAMES = frozenset({"--out", "-o", "--output", "--within", "--data", "--text", "--corpus", "--device", "--machine"})
 BaseOnly = Annotated[bool, typer.Option("--base", help="The base alone, without the adapter.")]
 
 
@@ -63,7 +65,17 @@ def argument(default: _Value, metavar: str | None, words: str) -> _Value:
 
 class Commands(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        check_named(args)
         return super().parse_args(ctx, one_each(args))
+
+
+def check_named(words: list[str]) -> None:
+    """A RecipeError for an empty name or time, as an unset variable of a shell gives it."""
+    for before, word in zip(["", *words], words, strict=False):
+        name = before if not word else word.removesuffix("=") if word.endswith("=") else ""
+        if name in NAMES:
+            show.as_json("--json" in words)
+            raise RecipeError(f"{name} is given nothing.", fix=f"give it a value, or leave {name} out")
 
 
 def one_each(words: list[str]) -> list[str]:

@@ -25,11 +25,11 @@ def report(
 ) -> None:
     """Make the page of a run anew: report.html in its folder, one file that opens without network."""
     from halfbyte.report.current import is_current
-    from halfbyte.runs.folder import RunFolder, check_writable
+    from halfbyte.runs.folder import RunFolder
 
     folder = RunFolder.open(run, need_adapter=False)
     if out is not None or not is_current(folder):
-        check_writable(out.parent if out else run, "name another file: --out FILE.html")
+        _check_page(out or folder.page)
         from halfbyte.report import page
 
         page.write(run, out)
@@ -43,17 +43,31 @@ def compare(
 ) -> None:  # fmt: skip
     """Runs side by side: figures, scores with intervals, what differs in their recipes; and a page of their curves."""
     from halfbyte.report import compare as comparing
-    from halfbyte.runs.folder import check_writable
 
-    value = comparing.compare(runs)
     out = out or runs[0].resolve().parent / "compare.html"
-    check_writable(out.parent, "name another file: --out FILE.html")
+    _check_page(out)
+    value = comparing.compare(runs)
     written = comparing.write(value, out)
     if json_:
         show.document({**value.to_json(), "page": str(written)})
     else:
         _side_by_side(value)
         show.text(f"\ncurves   {written}")
+
+
+def _check_page(page: Path) -> None:
+    """Raise a RunError for what is no place for a page: nothing but a page is replaced."""
+    from halfbyte.errors import RunError, typed
+    from halfbyte.runs.folder import check_writable
+
+    another = "name another file: --out FILE.html"
+    if page.is_dir():
+        raise RunError(f"{page} is a folder, and a page is a file.", fix=another)
+    if page.suffix != ".html":
+        raise RunError(f"{page} does not end in .html, and a page does.", fix=another)
+    if not page.parent.exists():
+        raise RunError(f"there is no folder {page.parent} for the page.", fix=f"mkdir -p {typed(page.parent)}")
+    check_writable(page.parent, another)
 
 
 def runs(folder: Path = argument(Path("runs"), "[FOLDER]", "Where runs are."), json_: Json = False) -> None:

@@ -24,6 +24,7 @@ from halfbyte.errors import DataError
 from halfbyte.recipe.data import DataEntry
 
 MOST_SLOTS = 100_000
+MOST_ROWS = 100_000_000  # of an epoch; its order is kept in memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +49,11 @@ class Mixture:
         replays = [i for i, source in enumerate(sources) if source.replay is not None]
         shares = [Fraction(str(sources[i].replay)) for i in replays]
         groups = [[i] for i in range(len(sources)) if i not in replays]
+        if (long := sum(len(rows[i]) * (sources[i].repeat or 1) for (i,) in groups)) > MOST_ROWS:
+            raise DataError(
+                f"an epoch of {long:,} rows is longer than the {MOST_ROWS:,} that one can have.",
+                fix="a lower repeat in data.train; train.num_train_epochs repeats all rows",
+            )
         parts = [Fraction(str(sources[i].weight or 1)) for (i,) in groups]
         if not any(source.weight for source in sources):
             groups, parts = [[i for (i,) in groups]], [Fraction(1)]

@@ -161,8 +161,10 @@ def describe(model: str, revision: str | None = None, *, in_blocks: bool = False
     if path.is_file():
         if path.suffix == ".gguf":
             return _of_gguf(path, str(path))
+        folder = (path.parent / "config.json").is_file()
         raise SourceError(
-            f"{path} is one file; a model is a folder, a .gguf file or a name.", fix=f"give {path.parent}"
+            f"{path} is one file; a model is a folder, a .gguf file or a name.",
+            fix=f"give {path.parent}" if folder else f"halfbyte data check {path} --model MODEL, if it holds rows",
         )
     match = hub.HUB_ID.fullmatch(model)
     if match is None or model.startswith((".", "/", "~")):

@@ -108,20 +108,22 @@ def format_note(loaded: Loaded) -> list[str]:
     return [f"quant.type {loaded.recipe.quant.type}: {origin.why}"] if origin is not None and chosen else []
 
 
-def parse_device(text: str) -> Device:
-    """A machine that is not here: `24GB`, `4x80GB` (cards), `cpu:16GB` (RAM alone). Raises RecipeError: anything else,
-    or no memory at all."""
+def parse_device(text: str, option: str = "--device") -> Device:
+    """A machine that is not here: `24GB`, `4x80GB` (cards), `cpu:16GB` (RAM alone). Raises RecipeError, which names
+    the `option`: anything else, or no memory at all."""
     kind, _, rest = text.rpartition(":")
     match = _DEVICE.fullmatch(rest.strip())
     if match is None or kind not in ("", "cpu", "cuda", "gpu"):
-        raise RecipeError(f"--device {text!r} is not a machine; allowed: {DEVICE_HELP}.", fix="--device 24GB")
+        raise RecipeError(f"{option} {text!r} is not a machine; allowed: {DEVICE_HELP}.", fix=f"{option} 24GB")
     count = int(match["count"] or 1)
     size = int(float(match["size"]) * _UNITS[match["unit"].upper().removesuffix("B")])
     if size < 10**8 or not 1 <= count <= 1024:
         amount = "no" if size == 0 or count == 0 else "an unlikely amount of"
-        raise RecipeError(f"--device {text!r} has {amount} memory; allowed: {DEVICE_HELP}.", fix="--device 24GB")
+        raise RecipeError(f"{option} {text!r} has {amount} memory; allowed: {DEVICE_HELP}.", fix=f"{option} 24GB")
     if kind == "cpu" and count > 1:
-        raise RecipeError(f"--device {text!r}: a machine has one RAM; allowed: {DEVICE_HELP}.", fix="--device cpu:64GB")
+        raise RecipeError(
+            f"{option} {text!r}: a machine has one RAM; allowed: {DEVICE_HELP}.", fix=f"{option} cpu:64GB"
+        )
     if kind == "cpu":
         here = detect()
         return Device("cpu", here.isa, here.cores, size, size, cpu=here.cpu)

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from itertools import count
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeAlias, TypeGuard
@@ -55,7 +56,9 @@ def is_name_or_list(value: object) -> bool:
     return (isinstance(value, str) and bool(value.strip())) or is_list_of_names(value)
 
 
-Int = Annotated[int, must("a number", lambda v: not isinstance(v, bool))]
+MOST = 2**31  # of anything that is counted; the product of two fits into 64 bits
+Whole = Annotated[int, must("a number", lambda v: not isinstance(v, bool))]
+Int = Annotated[Whole, Field(le=MOST)]
 Format = Literal[
     "messages", "sharegpt", "alpaca", "prompt_completion", "text", "preference", "unpaired_preference", "labels",
     "tags", "vectors",
@@ -134,9 +137,9 @@ class DataEntry(Section):
     name: Annotated[str, Field(pattern=r"^[\w-]{1,40}$")] | None = None
     weight: Annotated[float, Field(gt=0)] | None = None
     """Its part of the rows of every step, beside those of the others."""
-    repeat: Annotated[int, Field(ge=1)] | None = None
+    repeat: Annotated[int, Field(ge=1, le=MOST)] | None = None
     """How often an epoch has each of its rows."""
-    limit: Annotated[int, Field(ge=1)] | None = None
+    limit: Annotated[int, Field(ge=1, le=MOST)] | None = None
     replay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Its share of every step, of rows that keep what the base knows; an epoch does not count them."""
 
@@ -156,10 +159,13 @@ class DataEntry(Section):
         try:
             return cls.model_validate(value)
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
+            # a misspelt path is missing, too
+            first = min(error.errors(include_url=False), key=lambda item: item["type"] != "extra_forbidden")
             name, allowed = ".".join(map(str, first["loc"])), ", ".join(cls.model_fields)
-            wrong = "is not a field" if first["type"] == "extra_forbidden" else first["msg"]
-            raise ValueError(f"entry {number}: {name}: {wrong}; allowed: {allowed}") from None
+            wrong, near = f"{first['msg']}; allowed: {allowed}", get_close_matches(name, cls.model_fields, 1)
+            if first["type"] == "extra_forbidden":
+                wrong = "is not a field; " + (f"did you mean {near[0]}?" if near else f"allowed: {allowed}")
+            raise ValueError(f"entry {number}: {name}: {wrong}") from None
 
     @model_serializer
     def _given(self) -> dict[str, object]:
@@ -294,6 +300,11 @@ class Data(Section):
         kinds = {kind for source in sources for kind in source.mixes}
         if twice := [name for name in given if name and (given.count(name) > 1 or name == "base_text")]:
             yield f"data.train cannot have two sources {twice[0]}; base_text is the text that forgetting is measured on"
+        names = [self.train] if isinstance(self.train, str) else self.train
+        paths = [str(n.path if isinstance(n, DataEntry) else n) for n in names if sources or isinstance(n, DataEntry)]
+        if double := next((path for path in paths if paths.count(path) > 1), None):
+            numbers = " and ".join(str(number) for number, n in enumerate(names, 1) if getattr(n, "path", n) == double)
+            yield f"data.train: entries {numbers} name {double}, and a row is of one source; keep one of them"
         if {"weight", "repeat"} <= kinds:
             yield "data.train: weight is a share of every step, repeat a number in an epoch; mix by one of them"
         if any({"replay"} < {*source.mixes} - {"limit"} for source in sources):

@@ -28,6 +28,7 @@ from halfbyte.types import Document
 
 MOST_BYTES, MOST_VALUES = 100_000, 20_000  # PyYAML reads 100 kB a second
 _KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
+_NOTHING = yaml.ScalarNode("", "")
 _WHEN = ("train.eval_strategy", "train.eval_steps")
 # What `halfbyte init` writes of each section, and the values of what it comments out.
 _INIT_SHOWN = {"quant": (*SECTIONS["quant"].model_fields,), **INIT_SHOWN}
@@ -194,13 +195,21 @@ def _check_size(root: yaml.Node) -> None:
     def size(node: yaml.Node) -> int:
         if id(node) not in sizes:
             sizes[id(node)] = 1  # while it is counted
-            children = [] if isinstance(node, yaml.ScalarNode) else node.value
-            parts = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]
-            sizes[id(node)] = min(1 + sum(map(size, parts)), MOST_VALUES + 1)
+            sizes[id(node)] = min(1 + sum(map(size, _parts(node))), MOST_VALUES + 1)
         return sizes[id(node)]
 
     if size(root) > MOST_VALUES:
         raise ValueError(f"more than {MOST_VALUES:,} values, counted where aliases stand")
+
+
+def _parts(node: yaml.Node) -> list[yaml.Node]:
+    """The values of a list; the keys and values of a mapping."""
+    children = [] if isinstance(node, yaml.ScalarNode) else node.value
+    return [part for child in children for part in (child if isinstance(child, tuple) else (child,))]
+
+
+def _holds_itself(node: yaml.Node, outer: tuple[yaml.Node, ...] = ()) -> bool:
+    return node in outer or any(_holds_itself(part, (*outer, node)) for part in _parts(node))
 
 
 def _walk(node: yaml.MappingNode, prefix: str, lines: dict[str, int], outer: tuple[yaml.Node, ...]) -> Iterator[str]:
@@ -215,7 +224,7 @@ def _walk(node: yaml.MappingNode, prefix: str, lines: dict[str, int], outer: tup
         if dotted in lines:
             yield f"line {line}: {dotted} is given twice, first in line {lines[dotted]}"
         lines[dotted] = line
-        if value in (*outer, node):
+        if value in (*outer, node) or (isinstance(value, yaml.SequenceNode) and _holds_itself(value)):
             yield f"line {line}: {dotted} holds itself"
         elif isinstance(value, yaml.MappingNode):
             yield from _walk(value, f"{dotted}.", lines, (*outer, node))
@@ -262,8 +271,8 @@ def _set(values: Document, override: str, problems: list[str]) -> list[str]:
     dotted, equals, text = override.partition("=")
     dotted = dotted.strip()
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
+        value = text if _holds_itself(yaml.compose(text, yaml.SafeLoader) or _NOTHING) else yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
         value = text
     if not equals or not dotted:
         problems.append(f"--set {override}: must be FIELD=VALUE, such as lora.r=32")

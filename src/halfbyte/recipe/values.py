@@ -10,7 +10,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
 
 from halfbyte.recipe import fields
-from halfbyte.recipe.data import Int, false_is, is_list_of_names, is_name_or_list, must
+from halfbyte.recipe.data import Int, Whole, false_is, is_list_of_names, is_name_or_list, must
 from halfbyte.system.words import seconds_of
 
 
@@ -106,7 +106,7 @@ Float = Annotated[float, must("a number", lambda v: not isinstance(v, bool))]
 Bool = Annotated[bool, Field(strict=True)]
 Count = Annotated[Int, Field(ge=1)]
 Index = Annotated[Int, Field(ge=0)]
-Seed = Annotated[Int, Field(ge=0, lt=2**32)]
+Seed = Annotated[Whole, Field(ge=0, lt=2**32)]
 Steps = Annotated[Float, AfterValidator(_whole_or_share), PlainSerializer(lambda v: v, int | float)]  # 2, not 2.0
 OffIsNo = false_is("no")
 _LIKE = "list of names, such as [q_proj, v_proj]"

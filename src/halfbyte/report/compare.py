@@ -3,6 +3,7 @@
 Cost: one pass over each run's metrics; no torch.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from halfbyte.types import Document
 
 MAX_RUNS = 8  # so many curves differ by stroke and colour
 NOT_COMPARED = frozenset({"output"})
+PATHS = frozenset({"model", "data.train", "data.eval"})
 SETS = ("lora.", "quant.")  # lists there mean the same in any order
 Table = tuple[tuple[str, tuple[str, ...]], ...]
 """Rows of a name and a text for each run."""
@@ -82,6 +84,8 @@ def differences(runs: Sequence[Record]) -> Table:
 
 
 def text_of(name: str, value: object) -> str:
+    if name in PATHS and isinstance(value, str):  # as it was typed, and as the run has it when it goes on
+        value = os.path.normpath(value)
     return shown(sorted(value, key=str) if name.startswith(SETS) and isinstance(value, list) else value)
 
 

@@ -8,6 +8,7 @@ trace((B^T B)(A A^T)), which needs no matrix of the weight's size; scale is alph
 
 import json
 import math
+import os
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -139,7 +140,7 @@ class Record:
     @property
     def model(self) -> str:
         name = str((self.started.get("model") or {}).get("id") or listing.model_of(self.run))
-        return Path(name).name if name.startswith("/") else name
+        return Path(name).name if name.startswith("/") else os.path.normpath(name)
 
     @cached_property
     def update_norms(self) -> UpdateNorms | None:

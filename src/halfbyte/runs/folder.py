@@ -146,6 +146,11 @@ class RunFolder:
             files.clear_dead(self.checkpoints)
             yield self
 
+    def check_idle(self) -> None:
+        """Raise a RunError if another process is writing the run now."""
+        if busy := _busy(self.path):
+            raise busy
+
     def writer(self) -> str | None:
         """The process that is writing the run now; None where no one is."""
         with contextlib.suppress(OSError), (self.path / "lock").open("r+") as stream:
@@ -293,6 +298,9 @@ def _busy(path: Path) -> RunError | None:
 
 
 def _exists(path: Path) -> RunError:
+    if not (path / "recipe.yaml").exists():
+        what = "a folder that is no run" if path.is_dir() else "a file" if path.is_file() else "taken"
+        return RunError(f"{path} is {what}, and a run needs a new folder.", fix=ANOTHER)
     return RunError(
         f"the run folder {path} exists already, and a run is never overwritten.",
         fix=f"continue it with --resume, or {ANOTHER}",

@@ -102,7 +102,9 @@ def clear_dead(folder: Path, name: str = "*") -> None:
 def put(new: Path, path: Path) -> None:
     """Give a finished file or folder its name, durably, in place of an older one. A folder cannot be replaced in one
     step. An error puts the older one back; a process killed between the two renames leaves it under the name
-    `aside(path)`."""
+    `aside(path)`. Raises IsADirectoryError where a file would replace a folder."""
+    if path.is_dir() and not new.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     for written in (*new.rglob("*"), new):
         sync(written)
     old = aside(path)

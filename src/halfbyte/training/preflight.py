@@ -49,7 +49,7 @@ def begin(world: World, recipe: Recipe, *, resume: bool) -> RunStart:
         if not resume:
             RunFolder.check_free(Path(recipe.output))
             return {}
-        RunFolder.open(Path(recipe.output), need_adapter=False)
+        RunFolder.open(Path(recipe.output), need_adapter=False).check_idle()
         if (report := points.complete(recipe)) is not None:
             return {"report": report}
         point = _newest(recipe)
@@ -78,6 +78,8 @@ def check(recipe: Recipe, *, resume: bool = False, writes: bool = True) -> None:
         writes: False where nothing is trained, so that the folder does not matter.
     """
     if resume:
+        if writes:
+            RunFolder(Path(recipe.output)).check_idle()
         _newest(recipe)
         if writes and points.complete(recipe) is None:
             check_writable(Path(recipe.output), "copy the run into a folder that can be written, and resume it there")

@@ -164,6 +164,8 @@ class TimeBudget:
             tell.note("within", self.fit.line)
         elif before is None:
             raise RecipeError("tune compares on held-out rows, and none are held out.", fix="--set data.eval=10%")
+        else:
+            fits.check_search(run.plan, self.within_s, self.clock.spent, len(results.FIELDS))
         return replace(run, prepared=prepared)
 
     def settle(self, setup: Setup, folder: RunFolder, stop: StopRequest, tell: Listener) -> Setup:

@@ -81,6 +81,10 @@ class Fit:
     def remark(self) -> str:
         """What a user should know of so much time; empty for nothing."""
         spare = self.within_s - self.needed(self.steps)
+        limit = self.prepared.recipe.train.max_steps
+        if 0 < limit <= self.steps:
+            left = f"train.max_steps {limit:,} is the limit, and leaves about {duration(spare)} of the time"
+            return f"{left}; without it: --set train.max_steps=-1" if spare > 0.1 * self.within_s else ""
         if self.passes < 0.995:
             rows = f"{len(self.prepared.train.examples):,} rows"
             return (
@@ -102,11 +106,10 @@ def fit(prepared: Prepared, plan: Plan, within_s: float, spent_s: float, *, prob
     """
     time, rows = plan.time, prepared.evaluation
     evaluated_s = 0.0 if rows is None else time.forward_s * float(rows.lengths.sum())
-    opening = sum(time.around.get(name, 0.0) for name in ("opening", "compiling", "proof of products"))
     tail_s = evaluated_s + time.around.get("saving", 0.0) + text_reading_s(prepared, plan)
     if within_s > VERIFIED_FROM_S:
         tail_s += PROCESS_S + time.around.get("opening", 0.0)
-    before_s = spent_s + opening + 2 * evaluated_s  # base and source
+    before_s = spent_s + _opening_s(plan) + 2 * evaluated_s  # base and source
     probes_s = PROBES_SHARE * within_s if probes and rows is not None else 0.0
     value = Fit(prepared, within_s, before_s, probes_s, tail_s, max(time.step_s, 1e-9), held_out)
     left, total = within_s - before_s - probes_s - tail_s, count_steps(prepared)
@@ -118,6 +121,25 @@ def fit(prepared: Prepared, plan: Plan, within_s: float, spent_s: float, *, prob
             f"one pass over {len(prepared.train.examples):,} rows",
         )
     return replace(value, steps=min(total, int(left / value.step_s)))
+
+
+def check_search(plan: Plan, within_s: float, spent_s: float, stages: int) -> None:
+    """Raise a RecipeError where a search cannot make two short runs: names the least time."""
+    before_s, two_s = spent_s + _opening_s(plan), 2 * LEAST_STEPS * max(plan.time.step_s, 1e-9)
+
+    def needed(count: int) -> float:
+        return (before_s + count * two_s) / (1 - 2 * count * EVALUATION_SHARE)
+
+    if within_s < needed(1):
+        raise RecipeError(
+            f"{duration(within_s)} are too short: opening takes about {duration(before_s)}, and two short runs "
+            f"{duration(two_s)}.",
+            fix=f"--within {_spoken(needed(1))} would do for one setting, --within {_spoken(needed(stages))} for all",
+        )
+
+
+def _opening_s(plan: Plan) -> float:
+    return sum(plan.time.around.get(name, 0.0) for name in ("opening", "compiling", "proof of products"))
 
 
 def open_rate(loaded: Loaded) -> Loaded:

@@ -260,5 +260,5 @@ class Search:
             if rows >= LEAST_STEPS * self.per_step:
                 return Rung(what, rows, arms[:count])
         least = 2 * (LEAST_STEPS * self.per_step * row_s + evaluation_s)
-        self.state.skipped[what] = f"two short runs take {least:.0f} s, and {seconds:.0f} are given"
+        self.state.skipped[what] = f"two short runs take {least:.0f} s, and {max(0.0, seconds):.0f} are given"
         return None

@@ -251,6 +251,23 @@ def test_a_missing_file_names_a_near_one(tmp_path: Path, make_data: Any) -> None
         assert str(error.value) == f"{unlike}: no such file.\n  fix: check the path"
 
 
+def test_a_link_to_nothing_names_what_is_not_there(tmp_path: Path, make_data: Any) -> None:
+    (tmp_path / "rows.jsonl").symlink_to("gone.jsonl")
+    with pytest.raises(DataError, match=r"rows\.jsonl is a link to gone\.jsonl, which is not there\."):
+        read_rows(tmp_path / "rows.jsonl", make_data())
+
+
+@pytest.mark.parametrize("split", ["", "train"])
+def test_a_folder_that_datasets_has_saved(split: str, tmp_path: Path, make_data: Any) -> None:
+    folder = tmp_path / "saved" / split
+    folder.mkdir(parents=True)
+    for name in ("dataset_info.json", "state.json", "data-00000-of-00001.arrow"):
+        (folder / name).write_text("{}")
+    with pytest.raises(DataError, match=r"saved is a folder of datasets' save_to_disk, and its Arrow files ") as error:
+        read_rows(tmp_path / "saved", make_data())
+    assert str(error.value).endswith(f"{folder} saved.parquet") and "Dataset.load_from_disk" in str(error.value)
+
+
 def test_a_folder(tmp_path: Path, make_data: Any) -> None:
     write(tmp_path, GOOD, "rows.jsonl")
     with pytest.raises(DataError) as error:

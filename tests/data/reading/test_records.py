@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,34 @@ def test_a_gzip_file_that_is_cut_short(tmp_path: Path) -> None:
         seen(make(tmp_path, "b.jsonl.gz", "{}\n"))
     with pytest.raises(DataError, match=r"is gzip\.\n  fix: name it c\.jsonl\.gz"):
         seen(make(tmp_path, "c.jsonl", whole))
+
+
+OTHERS: dict[str, tuple[bytes, str]] = {
+    "a.arrow": (b"ARROW1\0\0", "is Arrow; read are .*fix: python -c .*read_feather.* TMP/a.arrow TMP/a.parquet"),
+    "data-00000.arrow": (b"\xff\xff\xff\xff\x10\0\0\0", "is Arrow; read are .*fix: python -c .*Dataset.from_file"),
+    "a.jsonl.zst": (b"\x28\xb5\x2f\xfd\0", "is compressed by zstd; .*fix: zstd -d TMP/a.jsonl.zst -o TMP/a.jsonl$"),
+    "a.csv.bz2": (b"BZh91AY", "is compressed by bzip2; .*fix: bunzip2 -k TMP/a.csv.bz2$"),
+    "a.csv": (b"BZh91AY", "is compressed by bzip2; "),
+    "a.jsonl.xz": (b"\xfd7zXZ\0\0", "is compressed by xz; .*fix: unxz -k TMP/a.jsonl.xz$"),
+    "a.xlsx": (b"PK\3\4\x14", "is a zip archive, as Excel's sheets are; .*fix: unzip TMP/a.xlsx, or save the sheet as"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_file_of_a_kind_that_is_not_read(tmp_path: Path, name: str) -> None:
+    begins, said = OTHERS[name]
+    with pytest.raises(DataError) as error:
+        seen(make(tmp_path, name, begins * 9))
+    assert re.search("(?s)" + said, str(error.value).replace(str(tmp_path), "TMP")), error.value
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_a_key_that_is_given_twice_is_told(tmp_path: Path, name: str) -> None:
+    whole, twice, deep = '{"a": 1, "b": {"a": 2}}', '{"a": 1, "b": 2, "a": 3}', '{"b": [{"c": 1, "c": 1}]}'
+    lines = f"{whole}\n{twice}\n{deep}\n{whole}\n"
+    path = make(tmp_path, name, lines if name == "a.jsonl" else f"[{','.join(lines.splitlines())}]")
+    told = ["the key 'a' is given twice", "the key 'c' is given twice"]
+    assert [record for _, record in seen(path)] == [json.loads(whole), *told, json.loads(whole)]
 
 
 @pytest.mark.parametrize("mark", ["a,b\n", "a,b", "\n", ""])

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import parse_qsl
 
-from halfbyte.errors import DataError
+from halfbyte.errors import DataError, typed
 from halfbyte.recipe.data import DataEntry, Sources
 from halfbyte.system import files
 
@@ -89,7 +89,12 @@ def _files(name: str) -> list[RowSource]:
     path = Path(name).expanduser()
     matched = [path]
     if path.is_dir():
+        _check_saved(path)
         raise IsFolder(path)
+    if path.is_symlink() and not path.exists():
+        raise DataError(
+            f"{path} is a link to {path.readlink()}, which is not there.", fix="check the link, or the disk"
+        )
     if not path.exists() and glob.has_magic(name):
         matched = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
         if not matched:
@@ -101,6 +106,17 @@ def _files(name: str) -> list[RowSource]:
             f"{name}: no such file.", fix=f"did you mean {path.parent / near}?" if near else "check the path"
         )
     return [source_of(p) for p in matched]
+
+
+def _check_saved(folder: Path) -> None:
+    """Raise a DataError for a folder that `datasets` has saved, also one of several splits."""
+    for state in (folder / "state.json", *sorted(folder.glob("*/state.json"))):
+        if state.with_name("dataset_info.json").is_file():
+            how = "from datasets import Dataset; Dataset.load_from_disk(sys.argv[1]).to_parquet(sys.argv[2])"
+            raise DataError(
+                f"{folder} is a folder of datasets' save_to_disk, and its Arrow files are not read.",
+                fix=f"python -c 'import sys; {how}' {typed(state.parent)} {typed(f'{folder.name}.parquet')}",
+            )
 
 
 def source_of(path: Path) -> RowSource:

@@ -20,6 +20,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from halfbyte.data.reading.files import RowSource
 from halfbyte.data.reading.problems import BadRow, kind, shorten
+from halfbyte.data.reading.starts import check_start, encoded
 from halfbyte.errors import DataError, first_line
 from halfbyte.system import limits
 from halfbyte.types import Document
@@ -41,9 +42,6 @@ _SAMPLE_BYTES = 1 << 20
 # A letter or quotation mark of Windows-1252 (and Latin-1) beside ASCII; a character of several bytes in UTF-8.
 _ONE_BYTE = re.compile(rb"[A-Za-z ][\xc0-\xfe]|[\xc0-\xfe][A-Za-z ]|[\x80\x85\x91-\x97][\x20-\x7e]")
 _SEVERAL_BYTES = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")
-# The first two characters of a text are ASCII (RFC 4627, 3): which bytes are 0 says that it is UTF-16.
-_UTF16 = {"UTF-16": re.compile(rb"\xff\xfe|\xfe\xff"), "UTF-16LE": re.compile(rb"([^\0]\0){2}"),
-          "UTF-16BE": re.compile(rb"(\0[^\0]){2}")}  # fmt: skip
 _CUT = (EOFError, zlib.error, gzip.BadGzipFile)
 csv.field_size_limit(MAX_ROW_BYTES)
 
@@ -102,31 +100,11 @@ class _Inflated(io.RawIOBase):
         super().close()
 
 
-def _check_start(start: bytes, source: RowSource) -> bytes:
-    """The first bytes without a byte order mark."""
-    if code := next((code for code, mark in _UTF16.items() if mark.match(start)), None):
-        raise _encoded(source, "is UTF-16", code)
-    if start.startswith(b"\x1f\x8b") and not source.gz:
-        raise DataError(f"{source.path} is gzip.", fix=f"name it {source.path.name}.gz")
-    if start.startswith(b"PAR1") and source.kind != "parquet":
-        raise DataError(f"{source.path} is Parquet.", fix=f"name it {source.path.stem}.parquet")
-    return start.removeprefix(b"\xef\xbb\xbf")
-
-
-def _encoded(source: RowSource, what: str, code: str) -> DataError:
-    """That a file is not UTF-8, with the command that makes it so. `code`: its encoding, as iconv names it."""
-    path = source.path.with_suffix("") if source.gz else source.path
-    command = f"gunzip -c {source.path} | iconv -f {code} -t UTF-8" if source.gz else f"iconv -f {code} -t UTF-8 {path}"
-    return DataError(
-        f"{source.path} {what}; UTF-8 is needed.", fix=f"{command} > {path.with_suffix(f'.utf8{path.suffix}')}"
-    )
-
-
 def _check_encoding(source: RowSource) -> None:
     """Raise a DataError where the first bytes are text in one byte a character: more letters that can be read so than
     characters of several bytes that are UTF-8. What else is wrong with them is told row by row."""
     with contextlib.suppress(*_CUT), _open(source) as file:
-        start = _check_start(file.read(_SAMPLE_BYTES), source)
+        start = check_start(file.read(_SAMPLE_BYTES), source)
         try:
             codecs.getincrementaldecoder("utf-8")().decode(start)
         except UnicodeDecodeError as error:
@@ -137,7 +115,19 @@ def _check_encoding(source: RowSource) -> None:
                 name = code = "Windows-1252"
             before, after = start[: error.start].split(b"\n"), start[error.start :].split(b"\n", 1)[0]
             there = (before[-1][-16:] + after[:16]).decode("cp1252", "replace").strip()
-            raise _encoded(source, f"looks like {name} (line {len(before)}: {there!r})", code) from None
+            raise encoded(source, f"looks like {name} (line {len(before)}: {there!r})", code) from None
+
+
+def _single(pairs: list[tuple[str, Any]]) -> Document:
+    """An object, none of whose keys is given twice: of two values the first would be lost."""
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise BadRow(f"the key {next(name for name in record if names.count(name) > 1)!r} is given twice")
+    return record
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_single)
 
 
 def parse(raw: Record) -> Document:
@@ -147,7 +137,7 @@ def parse(raw: Record) -> Document:
     if isinstance(raw, dict):
         return raw
     try:
-        record = json.loads(raw.decode("utf-8"))
+        record = _JSON.decode(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise BadRow(f"not UTF-8 (byte {raw[error.start]:#04x} at {error.start + 1})") from None
     except json.JSONDecodeError as error:
@@ -177,7 +167,7 @@ def _lines(source: RowSource) -> Iterator[tuple[int, bytes | BadRow]]:
                     break
                 number = number + 1 if stop is None else at
                 if number == 1 or not (number or start):
-                    raw = _check_start(raw, source)
+                    raw = check_start(raw, source)
                 if len(raw) >= MAX_ROW_BYTES and not raw.endswith(b"\n"):
                     _to_end_of_line(file)
                     yield number, BadRow(f"longer than {MAX_ROW_BYTES:,} bytes")
@@ -213,7 +203,7 @@ def _json(source: RowSource) -> Numbered:
     """One list of objects; or one object that holds such a list; or JSON lines under another name."""
     with _open(source) as file:
         try:
-            start = _check_start(file.read(4096), source).lstrip(b" \t\r\n")
+            start = check_start(file.read(4096), source).lstrip(b" \t\r\n")
         except _CUT:
             start = b"?"  # the line reader says what is wrong
     if start.startswith(b"["):
@@ -244,9 +234,17 @@ def _wrapped(source: RowSource) -> list[tuple[int, Record]]:
     return [(1, record)] if is_row else list(enumerate(lists[0], start=1))
 
 
+def _item(text: str, position: int) -> tuple[Document | BadRow, int]:
+    """The object that begins at a position, or what is wrong with it; and where it ends."""
+    try:
+        item, end = _JSON.raw_decode(text, position)
+        return item if isinstance(item, dict) else BadRow(f"an object is needed, got {kind(item)}"), end
+    except BadRow as bad:
+        return bad, json.JSONDecoder().raw_decode(text, position)[1]
+
+
 def _json_list(source: RowSource) -> Numbered:
     """The items of one JSON list, read piece by piece."""
-    decoder = json.JSONDecoder()
     with _open(source) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", errors="strict", newline="") as file:
         number, text, position, ended = 0, "", 0, False
 
@@ -275,7 +273,7 @@ def _json_list(source: RowSource) -> Numbered:
                 while True:
                     try:
                         next_char()
-                        item, end = decoder.raw_decode(text, position)
+                        item, end = _item(text, position)
                         if end == len(text) and not ended:
                             raise ValueError("a number may go on")
                         break
@@ -286,7 +284,7 @@ def _json_list(source: RowSource) -> Numbered:
                             return
                         more()
                 position = end
-                yield number, item if isinstance(item, dict) else BadRow(f"an object is needed, got {kind(item)}")
+                yield number, item
                 follows = next_char()
                 position += 1
                 closed = follows == "]"
@@ -313,7 +311,7 @@ def _csv(source: RowSource) -> Numbered:
             head = file.readline()
         except _CUT as error:
             raise DataError(f"{source.path} cannot be read: {first_line(error)}.") from None
-        _check_start(head.encode("utf-8", "surrogateescape")[:4], source)
+        check_start(head.encode("utf-8", "surrogateescape")[:8], source)
         if not head.strip():
             return
         mark = max(",;\t|", key=head.count)
@@ -362,7 +360,7 @@ def _txt(source: RowSource) -> Numbered:
         except _CUT as error:
             yield 1, BadRow(f"the file is damaged or cut short: {first_line(error)}")
             return
-    raw = _check_start(raw, source)
+    raw = check_start(raw, source)
     if len(raw) == MAX_ROW_BYTES:
         yield 1, BadRow(f"longer than {MAX_ROW_BYTES:,} bytes; split it into several files")
     elif raw.strip():
