@@ -81,7 +81,7 @@ def test_what_predict_refuses(halfbyte: Cli, runs: Path, words: str, message: st
     ended = halfbyte("predict", *words.split(" "))
     assert ended.code == 2 and ended.err.startswith(f"error: {message}"), ended.err
     assert not ended.out and sorted(runs.iterdir()) == before
-    assert "texts is a folder" not in ended.err or 'fix: halfbyte predict RUN "texts/*.txt"' in ended.err
+    assert "texts is a folder" not in ended.err or "fix: halfbyte predict RUN 'texts/*.txt'" in ended.err
 
 
 @pytest.mark.parametrize("words", [("none.csv",), ("latin.csv",), ("classify.jsonl", "--out", "nodir/a.csv")])

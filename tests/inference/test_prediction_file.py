@@ -125,7 +125,7 @@ def test_what_is_refused_before_a_model_is_opened(tmp_path: Path, monkeypatch: p
     out = tmp_path / "out.csv"
     with pytest.raises(DataError, match="looks like Latin-1"):
         prediction_file.check(tmp_path / "latin.csv", out)
-    with pytest.raises(DataError, match=r'fix: halfbyte predict RUN ".*/mails/\*\.txt"'):
+    with pytest.raises(DataError, match=r"fix: halfbyte predict RUN '.*/mails/\*\.txt'"):
         prediction_file.check(mails, out)
     with pytest.raises(DataError, match=r"there is no folder .*/nodir") as missing:
         prediction_file.check(tmp_path / "rows.csv", tmp_path / "nodir" / "x.csv")

@@ -64,7 +64,7 @@ def check(data: Path, out: Path) -> list[RowSource]:
     try:
         sources = find(str(data))
     except IsFolder as folder:
-        fix = folder.fix and f'halfbyte predict RUN "{folder.pattern}"'
+        fix = folder.fix and f"halfbyte predict RUN {typed(folder.pattern)}"
         raise DataError(folder.message, fix=fix) from None
     if not out.parent.is_dir():
         raise DataError(f"{out}: there is no folder {out.parent}.", fix=f"mkdir -p {typed(out.parent)}")

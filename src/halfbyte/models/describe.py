@@ -21,7 +21,7 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 
-from halfbyte.errors import SourceError
+from halfbyte.errors import SourceError, typed
 from halfbyte.models import tensors
 from halfbyte.models.families import FAMILIES, LLAMA, Layout, layout_of
 from halfbyte.models.gguf import header as gguf_header
@@ -162,9 +162,10 @@ def describe(model: str, revision: str | None = None, *, in_blocks: bool = False
         if path.suffix == ".gguf":
             return _of_gguf(path, str(path))
         folder = (path.parent / "config.json").is_file()
+        rows = f"halfbyte data check {typed(path)} --model MODEL, if it holds rows"
         raise SourceError(
             f"{path} is one file; a model is a folder, a .gguf file or a name.",
-            fix=f"give {path.parent}" if folder else f"halfbyte data check {path} --model MODEL, if it holds rows",
+            fix=f"give {path.parent}" if folder else rows,
         )
     match = hub.HUB_ID.fullmatch(model)
     if match is None or model.startswith((".", "/", "~")):
