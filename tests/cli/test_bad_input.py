@@ -620,7 +620,7 @@ CASES = [
         f"error: train.jsonl is a file, and a run needs a new folder.{OTHER_OUTPUT}",
     ),
     Case(
-        "a folder that is no run",
+        "a folder as output that is no run",
         train("output=model"),
         f"error: model is a folder that is no run, and a run needs a new folder.{OTHER_OUTPUT}",
     ),

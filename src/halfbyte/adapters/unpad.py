@@ -33,6 +33,7 @@ from halfbyte.upstream import transformers as upstream
 
 _PLAIN = frozenset({"input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "use_cache", "return_dict"})
 _LABELLED = frozenset({"input_ids", "attention_mask", "labels", "use_cache", "return_dict"})
+_PAIR = ("labels", "attention_mask")
 NOT_RIGHT = "rows are not padded on the right"
 NOT_PROVEN = "packing is not proven on this model"
 READ = "the loss reads what stands at padding"
@@ -121,7 +122,8 @@ class Unpad(BodyHooks):
         """Hidden states (B, L, D), of whose gradient it is seen whether it is 0 but at the real `tokens`."""
 
         def watched(hidden: Tensor) -> Tensor:
-            if hidden.requires_grad and len(tokens) < hidden.shape[0] * hidden.shape[1]:
+            looks = self.reads is None or hidden.device.type == "cpu"  # a card would be waited for in each step
+            if looks and hidden.requires_grad and len(tokens) < hidden.shape[0] * hidden.shape[1]:
                 hidden.register_hook(partial(self._see, tokens))
             return hidden
 
@@ -157,10 +159,10 @@ def attach(model: Model) -> bool:
 
 
 def see_labels(model: Model, inputs: Document) -> None:
-    """Padding is computed from now on where it has labels."""
+    """Padding is computed from now on where it has labels; of a card, which would be waited for, nothing is read."""
     hooks = Unpad.attached(structure.body(structure.causal_lm(model)))
-    labels, mask = inputs.get("labels"), inputs.get("attention_mask")
-    if hooks is not None and not hooks.reads and isinstance(labels, Tensor) and isinstance(mask, Tensor):
+    labels, mask = (x if isinstance(x, Tensor) and x.device.type == "cpu" else None for x in map(inputs.get, _PAIR))
+    if hooks is not None and not hooks.reads and labels is not None and mask is not None:
         hooks.reads = (labels.shape == mask.shape and bool((labels[mask == 0] != -100).any())) or hooks.reads
 
 

@@ -39,7 +39,7 @@ AllowHost = Annotated[
     list[str], typer.Option("--allow-host", help="A name that clients use for this machine; repeatable.")
 ]
 Prove = Annotated[bool, typer.Option("--prove", help="Prove again what is remembered as proven on this machine.")]
-NAMES = frozenset({"--out", "-o", "--output", "--within", "--data", "--text", "--corpus", "--device", "--machine"})
+NAMES = frozenset({"--out", "-o", "--output", "--within", "--data", "--corpus", "--device", "--machine"})
 BaseOnly = Annotated[bool, typer.Option("--base", help="The base alone, without the adapter.")]
 
 
