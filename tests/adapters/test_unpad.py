@@ -208,9 +208,10 @@ def test_logits_of_a_loss_alone_are_made_when_they_are_read(converted: bool, mon
     assert out["loss"] is out[0] is out.loss and len(seen) == 1
     real = batch["attention_mask"].bool()
     wanted = plain(**batch).logits
-    for logits in (out.logits, out["logits"], out[1]):
+    first, made = out.logits, len(seen)
+    for logits in (first, out["logits"], out[1]):
         torch.testing.assert_close(logits[real], wanted[real], rtol=1e-4, atol=1e-4)
-    assert len(seen) == 2
+    assert len(seen) == made > 1
     assert isinstance(ours(**batch, return_dict=False), tuple)
 
 

@@ -8,12 +8,11 @@ Trainer, which asks for the loss alone: logits are then made where there is a la
 Only what is surely the same is touched: a forward in training (also without gradients: DPO's reference is compared
 with its policy, so both round alike), rows that are padded on the right, positions as the model counts them itself, no
 cache, no hidden states of every layer asked for. And a loss that does not read what stands at padding: the first step
-with padding computes it, and sees whether a gradient comes back there.
-Cost: one gather of the ids, one scatter of (T, D), a look at the gradient of what is padding.
+with padding computes that by a forward of its own, and sees whether a gradient comes back there.
+Cost: one gather of the ids, one scatter of (T, D), a look at the gradient of what is padding; once a second forward.
 """
 
 import inspect
-from collections.abc import Callable
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -28,6 +27,7 @@ from halfbyte.layers.packing import BodyHooks
 from halfbyte.models import structure
 from halfbyte.proofs import sharing
 from halfbyte.proofs.packing import prove_packing
+from halfbyte.system import accelerator
 from halfbyte.types import Batch, Document, Model
 from halfbyte.upstream import transformers as upstream
 
@@ -88,9 +88,10 @@ class Unpad(BodyHooks):
 
     why = ""
     reads: bool | None = None
+    _plain = False
 
     def change(self, body: torch.nn.Module, given: Document) -> packing.Change | None:
-        if not body.training or sight.looks():
+        if not body.training or sight.looks() or self._plain:
             return None
         whole, given = given, {k: v for k, v in given.items() if v is not None and v is not False}
         self.why = _beyond(given, _PLAIN) or (NOISE if _is_noisy(body) else "")
@@ -104,30 +105,42 @@ class Unpad(BodyHooks):
             self.why = NOT_RIGHT
             return None
         tokens = real_tokens(lengths, width).to(x.device)
-        if self.reads is not False and len(tokens) < rows * width:
-            self.why = READ if self.reads else ""
-            return whole, self._watched(tokens)
+        is_padded = len(tokens) < rows * width
+        if is_padded and self.reads:
+            self.why = READ
+            return None
         inputs = packing.packed_inputs(body, pack(lengths, width))
 
         def back(hidden: Tensor) -> Tensor:
             packed = hidden[0]  # (T, D)
-            padded = packed.new_zeros((rows * width, packed.shape[-1])).index_copy(0, tokens.to(packed.device), packed)
-            return self._watched(tokens)(padded.view(rows, width, -1))
+            if is_padded and self.reads is None:
+                padding = self._padded(body, whole).flatten(0, 1)
+            else:
+                padding = packed.new_zeros((rows * width, packed.shape[-1]))
+            padded = padding.index_copy(0, tokens.to(packed.device), packed)
+            return self._watched(tokens, padded.view(rows, width, -1))
 
         rows_of = {n: given[n].flatten(0, 1)[tokens][None] for n in (name, "token_type_ids") if n in given}
         more = {"use_cache": False} if "use_cache" in inspect.signature(body.forward).parameters else {}
         return {**inputs, **rows_of, **more}, back
 
-    def _watched(self, tokens: Tensor) -> Callable[[Tensor], Tensor]:
+    def _padded(self, body: torch.nn.Module, given: Document) -> Tensor:
+        """Hidden states (B, L, D) of the rows as they came, for what stands at padding; random numbers stay as they
+        were, so that a training that is resumed draws the same."""
+        self._plain = True
+        try:
+            with accelerator.keep_random_state([body.device]):
+                hidden: Tensor = body(**given)[0]
+        finally:
+            self._plain = False
+        return hidden
+
+    def _watched(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """Hidden states (B, L, D), of whose gradient it is seen whether it is 0 but at the real `tokens`."""
-
-        def watched(hidden: Tensor) -> Tensor:
-            looks = self.reads is None or hidden.device.type == "cpu"  # a card would be waited for in each step
-            if looks and hidden.requires_grad and len(tokens) < hidden.shape[0] * hidden.shape[1]:
-                hidden.register_hook(partial(self._see, tokens))
-            return hidden
-
-        return watched
+        looks = self.reads is None or hidden.device.type == "cpu"  # a card would be waited for in each step
+        if looks and hidden.requires_grad and len(tokens) < hidden.shape[0] * hidden.shape[1]:
+            hidden.register_hook(partial(self._see, tokens))
+        return hidden
 
     def _see(self, tokens: Tensor, gradient: Tensor) -> None:
         padding = torch.ones(gradient.shape[:2], dtype=torch.bool, device=gradient.device)
