@@ -17,6 +17,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from halfbyte.layers.loss import keeps_some
 from halfbyte.models.structure import meta_model
+from halfbyte.upstream.transformers import byte_letters
 from tests import tiny
 
 IDS = torch.arange(3, 15)[None]
@@ -153,3 +154,9 @@ def test_what_a_scripts_forward_is_looked_at_for(tmp_path: Path) -> None:
     assert seen == [5.0, None]
     loss = torch.ones(())
     assert convert_to_fp32(CausalLMOutputWithPast(loss=loss)).loss is loss
+
+
+def test_letters_that_stand_for_bytes() -> None:
+    """`writing/text.py`: printed letters stand for themselves, the others from 256 on."""
+    letters = byte_letters()
+    assert sorted(letters.values()) == [*range(256)] and letters["a"] == 97 and letters["\u0120"] == 32

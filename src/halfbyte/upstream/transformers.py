@@ -86,6 +86,14 @@ def has_plain_loss(lm: Model) -> bool:
     return getattr(lm, "loss_function", None) is LOSS_MAPPING["ForCausalLM"]
 
 
+@cache
+def byte_letters() -> dict[str, int]:
+    """The letters that byte-level tokenizers write bytes as."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return {letter: byte for byte, letter in bytes_to_unicode().items()}
+
+
 def training_fields() -> frozenset[str]:
     """The fields of TrainingArguments."""
     return fields_of("transformers.training_args", "TrainingArguments")

@@ -15,6 +15,7 @@ import numpy as np
 from tokenizers.decoders import DecodeStream
 
 from halfbyte.types import Tokenizer
+from halfbyte.upstream.transformers import byte_letters
 from halfbyte.writing.sampling import Constraint, Sampler, SamplingParams, TokenLogprob, logprob_of
 
 if TYPE_CHECKING:
@@ -241,17 +242,14 @@ def _stop_begun(text: str, stops: Sequence[str]) -> int:
     return max(beginnings, default=0)
 
 
-# Byte-level tokenizers write bytes that are no printed letter as the letters from 256 on.
-_PRINTED = (*range(33, 127), *range(161, 173), *range(174, 256))
-_LETTERS = {chr(byte): byte for byte in _PRINTED}
-_LETTERS |= {chr(256 + n): byte for n, byte in enumerate(byte for byte in range(256) if byte not in _PRINTED)}
-
-
 def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
     """What a token stands for, which may be a part of a letter."""
-    piece = str(tokenizer.convert_ids_to_tokens(token))
+    piece, text = str(tokenizer.convert_ids_to_tokens(token)), str(tokenizer.decode([token]))
     if piece.startswith("<0x") and len(piece) == 6:
         return bytes.fromhex(piece[3:5])
-    if all(letter in _LETTERS for letter in piece):
-        return bytes(_LETTERS[letter] for letter in piece)
+    letters = byte_letters()
+    if all(letter in letters for letter in piece):  # also a word of a tokenizer that is not of bytes
+        spelled = bytes(letters[letter] for letter in piece)
+        if "\ufffd" in text or spelled.decode(errors="replace") == text:
+            return spelled
     return piece.replace("\u2581", " ").encode()
