@@ -14,7 +14,7 @@ Letters: N tokens, D in, O out, R rank.
 """
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Self
 
@@ -198,7 +198,7 @@ def _ours(x: Tensor, p: float) -> bool:
 def lora_down(x: Tensor, a: Tensor, p: float, seed: Seed) -> tuple[Tensor, Tensor | None]:
     """drop(x) A^T, (N, D) and (R, D) -> (N, R), and the mask where it has to be kept."""
     if _ours(x, p) and lora_products(x, a):
-        return _lora(x).down(x, a, p, seed), None
+        return _lora(x.dtype).down(x, a, p, seed), None
     dropped, mask = drop(x, p, seed) if p else (x, None)
     return dropped @ a.T, mask
 
@@ -206,23 +206,24 @@ def lora_down(x: Tensor, a: Tensor, p: float, seed: Seed) -> tuple[Tensor, Tenso
 def lora_gradient(dh: Tensor, x: Tensor, a: Tensor, p: float, seed: Seed, mask: Tensor | None) -> Tensor:
     """The gradient of A: dh^T drop(x), (N, R) and (N, D) -> (R, D)."""
     if mask is None and lora_products(x, a):
-        return _lora(x).gradient(dh, x, p, seed)
+        return _lora(x.dtype).gradient(dh, x, p, seed)
     return dh.T @ (drop(x, p, seed, mask)[0] if p else x)
 
 
 def lora_up(dh: Tensor, a: Tensor, p: float, seed: Seed, mask: Tensor | None) -> Tensor:
     """LoRA's part of the gradient of x: drop(dh A), (N, R) and (R, D) -> (N, D)."""
     if _ours(dh, p) and mask is None and lora_products(dh, a):
-        return _lora(dh).up(dh, a, p, seed)
+        return _lora(dh.dtype).up(dh, a, p, seed)
     dx = product(dh, a)
     if p:
         drop_(dx, p, seed, mask)
     return dx
 
 
-def _lora(x: Tensor) -> "LoraProducts":
-    """The kernels for these products in x's dtype; compiled when they are first asked for."""
-    name = "bf16" if x.dtype == torch.bfloat16 else "fp32"
+@cache
+def _lora(dtype: torch.dtype) -> "LoraProducts":
+    """The kernels for these products in a dtype; compiled when they are first asked for."""
+    name = "bf16" if dtype == torch.bfloat16 else "fp32"
     return import_module(f"halfbyte.layers.kernels.cpu.lora.{name}").PRODUCTS
 
 

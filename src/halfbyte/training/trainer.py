@@ -179,6 +179,7 @@ class StepTrainer(Trainer):
         self.evaluated: tuple[int, NDArray[np.float64]] = -1, np.empty((0, 0))  # the last evaluation's step and rows
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=[])
         self.loss_is_scaled_for_ga = True
+        vars(model)["zero_grad"] = self._trained.zero_grad  # after each step, as `_clip_grad_norm`
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self._ended = time.perf_counter()

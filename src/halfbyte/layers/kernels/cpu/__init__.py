@@ -39,7 +39,12 @@ def enabled(threads: int | None = None) -> bool:
 
 def available(*tensors: "torch.Tensor") -> bool:
     """Whether kernels take these tensors: on the CPU, bf16 or fp32, numba at hand."""
-    return all(t.device.type == "cpu" and str(t.dtype) in DTYPES for t in tensors) and enabled()
+    return all(t.device.type == "cpu" and _takes(t.dtype) for t in tensors) and enabled()
+
+
+@cache
+def _takes(dtype: "torch.dtype") -> bool:
+    return str(dtype) in DTYPES
 
 
 def whole_attention(x: "torch.Tensor") -> bool:
