@@ -22,7 +22,7 @@ from halfbyte.writing.places import CachePlaces, FastPathUnavailable
 from halfbyte.writing.prefill import Prefilled, TapeReader
 from halfbyte.writing.text import Text
 from halfbyte.writing.writer import check
-from tests import tiny, tiny_run
+from tests import small_models, tiny, tiny_run
 
 WORDS = ["red", "green cup", "a large round box of old trees", "blue", "new road", "small square tree and a cup"]
 
@@ -114,6 +114,18 @@ def test_another_architecture_takes_the_models_own_forward(told: list[str]) -> N
     assert batch.answers(model, tiny_run.tokenizer(), prompts(5), [5] * 5, at_once=2) == wanted
     assert len(told) == 1 and "GPTJBlock has" in told[0]
     assert batch.answers(model, tiny_run.tokenizer(), [], []) == []
+
+
+@pytest.mark.parametrize("kind", ["rwkv", "deepseek_v4", "mamba"])
+@pytest.mark.usefixtures("told")
+def test_a_text_is_that_of_its_prompt_alone_where_a_model_takes_padding_for_text(kind: str) -> None:
+    """Long beside short: RWKV's state would begin with the padding, DeepSeek-V4 would take other keys together."""
+    model, asked = (
+        small_models.build(kind, vocab_size=tiny_run.VOCAB),
+        [p * n for p, n in zip(prompts(4), (1, 4, 2, 1), strict=True)],
+    )
+    wanted = [alone(model, prompt, 9) for prompt in asked]
+    assert batch.answers(model, tiny_run.tokenizer(), asked, [9] * 4) == wanted
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -27,6 +27,13 @@ from halfbyte.types import Model
 _TOLERANCE_EPS = {torch.bfloat16: 6.0, torch.float16: 30.0, torch.float32: 1000.0, torch.float64: 1000.0}
 
 
+def allowed(lm: Model, *, exact: bool) -> float:
+    """How far a token's logits may be apart, relative to their norm, in another company. `exact`: in fp32, in which
+    hardly any token is between two experts."""
+    rounding = _TOLERANCE_EPS.get(lm.dtype, 6.0) * torch.finfo(lm.dtype).eps
+    return max(rounding, setting.ROUTED) if is_routed(lm) and not exact else rounding
+
+
 def prove_packing(model: Model, longest: int | None = None, *, alone: bool = False) -> StartProof:
     """Find the first layout in which examples are really apart, and leave the model set up for it.
 
@@ -74,9 +81,8 @@ def _compare(
     worst = 0.0
     for exact in setting.precisions(lm):
         with setting.few_tokens(lm, exact=exact):
-            allowed = _TOLERANCE_EPS.get(lm.dtype, 6.0) * torch.finfo(lm.dtype).eps
+            within = allowed(lm, exact=exact)
             routed = is_routed(lm) and not exact
-            allowed = max(allowed, setting.ROUTED) if routed else allowed
             examples = setting.random_examples(lm, setting.SHORT[-1:] if alone else setting.SHORT)
             rows = [*examples, *setting.random_examples(lm, (long,) if long and worst == 0.0 else (), seed=1)]
             _install_stock(lm, stock)
@@ -88,12 +94,12 @@ def _compare(
             for group, wanted in zip(groups, expected, strict=True):
                 packed = setting.logits(lm, group).split([len(ids) for ids in group])
                 worst = max(worst, *(_difference(p, w, routed=routed) for p, w in zip(packed, wanted, strict=True)))
-                if not worst <= allowed:
-                    return f"logits differ by {worst:.1e} from each example alone (allowed {allowed:.1e})", worst
+                if not worst <= within:
+                    return f"logits differ by {worst:.1e} from each example alone (allowed {within:.1e})", worst
             if alone:
                 continue
             moved, changed, example = _largest_influence(lm, examples, routed=routed)
-            if not moved <= allowed:
+            if not moved <= within:
                 return f"changing example {changed} moves example {example} by {moved:.1e}", moved
     return "", worst
 

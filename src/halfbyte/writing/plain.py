@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from halfbyte.models import structure
+from halfbyte.proofs import packing
+from halfbyte.proofs.closeness import row_distances
 from halfbyte.types import Document, Model
 from halfbyte.writing.sampling import Processors
 from halfbyte.writing.text import Text, TextWriter, by_prompt
@@ -116,16 +118,35 @@ class PlainWriter(TextWriter):
         self.batches: list[_PaddedBatch] = []
 
     def insert(self, texts: Sequence[Text], *, packed: bool = False) -> None:
-        """packed: as one batch, where rounding may change a text with its neighbours; else each by itself."""
+        """packed: as one batch, where rounding may change a text with its neighbours; else each by itself, as where
+        the model takes padding for text."""
         with self.using(texts[0].adapter):
             if packed:
-                self.batches.append(_PaddedBatch.read(self.lm, texts))
-                return
+                together = _PaddedBatch.read(self.lm, texts)
+                if not self._reads_padding(together, texts):
+                    self.batches.append(together)
+                    return
             for text, *others in by_prompt(texts):
                 batch = _PaddedBatch.read(self.lm, [text])
                 for other in others:
                     other.sampler.processors = processors(self.lm, other)
                 self.batches += [batch, *map(batch.copied, others)]
+
+    def _reads_padding(self, together: _PaddedBatch, texts: Sequence[Text]) -> bool:
+        """Whether a padded text has other logits than alone: its state begins with the padding (RWKV), or keys are
+        taken together from the first place on (DeepSeek-V4). It shows most where there is most padding, or most text:
+        the shortest text and the longest padded one are read again."""
+        width = together.ids.shape[1]
+        padded = sorted(
+            (n for n, text in enumerate(texts) if len(text.prompt) < width), key=lambda n: len(texts[n].prompt)
+        )
+        bound = packing.allowed(self.lm, exact=self.lm.dtype == torch.float32)
+        for row in {*padded[:1], *padded[-1:]}:
+            alone = _PaddedBatch.read(self.lm, [texts[row]]).logits
+            assert together.logits is not None and alone is not None
+            if not float(row_distances(together.logits[row], alone[0])) <= bound:
+                return True
+        return False
 
     def next_logits(self) -> list[tuple[Text, Tensor]]:
         rows = []
