@@ -20,7 +20,7 @@ from halfbyte.quant import bnb as codec
 from halfbyte.quant.dequantise import dequantised
 from halfbyte.recipe.schema import Quant
 from halfbyte.system import device
-from tests import tiny, tiny_run
+from tests import plain_peft, small_models, tiny, tiny_run
 
 CHOICES = [("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False), ("none", True)]
 # Matrices of a layer that are held in 4 bits; gpt2, bloom, gpt_neox, falcon, mpt and phi3 fuse q, k and v.
@@ -69,6 +69,24 @@ def test_the_quantised_model_is_near_the_plain_one(name: str, tmp_path: Path) ->
         assert (weight - original).norm() / original.norm() < 0.12  # NF4's error on normal weights is 9%
         target.weight.data = weight.T.contiguous() if conv else weight
     torch.testing.assert_close(logits(base.model), logits(plain), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "none"])
+def test_an_evaluation_leaves_the_weights_of_rwkv_as_they_are(kind: Any, tmp_path: Path) -> None:
+    """transformers divides them for an evaluation and multiplies them for training: with bitsandbytes only divides,
+    in a frozen file not at all, and beside adapters ends."""
+    plain = small_models.build("rwkv", num_hidden_layers=3, rescale_every=1)
+    plain.save_pretrained(tmp_path)
+    base = opened(tmp_path, type=kind, compute_dtype="fp32")
+    adapted = plain_peft.adapt(base.model, ["value", "output"])
+    held = {n: p.clone() for n, p in adapted.named_parameters()}
+    learning = logits(adapted)
+    for training in (False, True, False):
+        torch.testing.assert_close(logits(adapted.train(training)), learning, rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(held[n], p) for n, p in adapted.named_parameters())
+    if kind == "none":
+        with adapted.disable_adapter():
+            torch.testing.assert_close(logits(adapted), logits(plain.train()), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -200,6 +200,8 @@ class _Opening:
         if next(stacks(model), None) is not None:
             interface.install(model)  # upstream's functions take dense stacks
         residency.keep_fp32(model, self.quant.fp32_modules, self.dtype)
+        if getattr(model.config, "rescale_every", 0):  # RWKV, between training and evaluation: rewrites frozen weights
+            model.config.rescale_every = 0  # halves weights and states alike, for the range of fp16
         model.name_or_path = model.config.name_or_path = self.checkpoint.id
         return model
 
