@@ -35,16 +35,25 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+LONG = {  # llama.cpp's contexts are whole multiples of 256 tokens
+    "rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 512,
+    "short_factor": [1 + 0.1 * i for i in range(8)], "long_factor": [2 + 0.3 * i for i in range(8)],
+}  # fmt: skip
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", COMMON),
     "llama 3": ("llama", {**COMMON, "rope_parameters": LLAMA3, "max_position_embeddings": 16384}),
     "smollm": ("llama", {**COMMON, "tie_word_embeddings": True}),
+    "yarn": ("llama", {**COMMON, "rope_parameters": YARN}),
     "mistral": ("mistral", {**COMMON, "sliding_window": None}),
     "qwen2": ("qwen2", COMMON),
     "qwen3": ("qwen3", {**COMMON, **HEAD}),
     "gemma2": ("gemma2", {**COMMON, **WINDOW}),
     "gemma3": ("gemma3_text", {**COMMON, **WINDOW, "num_hidden_layers": 6}),
     "phi3": ("phi3", {**COMMON, "original_max_position_embeddings": 256, "sliding_window": None}),
+    "phi3 long": (
+        "phi3", {**COMMON, "max_position_embeddings": 2048, "sliding_window": None, "rope_parameters": LONG}
+    ),
     "gpt2": ("gpt2", {**OLD, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 1024}),
     "bloom": ("bloom", {**OLD, "hidden_size": 64, "n_layer": 2, "n_head": 4, "pad_token_id": 0}),
     "granite": (
@@ -156,6 +165,16 @@ def test_the_adapter_is_in_it(tmp_path: Path) -> None:
         ("gemma2", {"query_pre_attn_scalar": 8}, "query_pre_attn_scalar"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act"),
+        ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        *[
+            ("qwen3", {"rope_parameters": {**YARN, **more}}, "rope_parameters")
+            for more in (
+                {"attention_factor": 0.7},
+                {"beta_fast": 16.0, "beta_slow": 2.0},
+                {"truncate": False},
+                {"mscale": 1.0, "mscale_all_dim": 0.5},
+            )
+        ],
     ],
 )
 def test_what_the_file_has_no_place_for(name: str, changes: dict[str, Any], said: str, tmp_path: Path) -> None:

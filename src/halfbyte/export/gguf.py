@@ -14,6 +14,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 from gguf.quants import quant_shape_to_byte_shape, quantize
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from halfbyte.errors import ExportError
 from halfbyte.export.weights import Item, MergedModel
@@ -51,7 +52,7 @@ _COMPUTES = frozenset(
         "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "attention_multiplier",
         "embedding_multiplier", "residual_multiplier", "logits_scaling", "layer_types", "no_rope_layers",
         "apply_residual_connection_post_layernorm", "scale_attn_weights", "scale_attn_by_inverse_layer_idx",
-        "reorder_and_upcast_attn", "tie_word_embeddings",
+        "reorder_and_upcast_attn", "tie_word_embeddings", "use_bidirectional_attention",
     )
 )  # fmt: skip
 
@@ -151,7 +152,7 @@ def _rope(config: Config, architecture: str, values: Document, size: int) -> dic
     if kind == "longrope":
         original = params.get("original_max_position_embeddings") or config.original_max_position_embeddings
         values["rope.scaling.original_context_length"] = int(original)
-        scale = config.max_position_embeddings / original
+        scale = params.get("factor") or config.max_position_embeddings / original
         factor = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
         values["rope.scaling.attn_factor"] = float(params.get("attention_factor") or factor)
         return {f"rope_factors_{s}.weight": np.array(params[f"{s}_factor"], np.float32) for s in ("long", "short")}
@@ -244,24 +245,39 @@ def check(path: Path, config: Config) -> None:
         read = config_of(read_header(path))
     except GgufError as refusal:
         raise ExportError(f"{path.name} does not read back: {refusal}") from refusal
-    differ = [f"{k}: {a!r}, read back {b!r}" for k, a, b in _differences(config.to_dict(), read.to_dict())]
+    differ = [f"{k}: {a!r}, read back {b!r}" for k, a, b in _differences(config, read)]
     if differ:
         raise ExportError(f"GGUF has no place for what the model computes with: {'; '.join(differ[:3])}.")
 
 
-def _differences(written: Document, read: Document) -> Iterator[tuple[str, object, object]]:
-    for key in sorted(set(written) & set(read) & _COMPUTES):
-        a, b = written[key], read[key]
-        if key == "rope_parameters":
-            a, b = _plain_rope(a), _plain_rope(b)
+def _differences(config: Config, read: Config) -> Iterator[tuple[str, object, object]]:
+    written, again = config.to_dict(), read.to_dict()
+    for key in sorted(set(written) & set(again) & _COMPUTES):
+        a, b = written[key], again[key]
         same = a == b or (isinstance(a, float) and isinstance(b, (float, int)) and math.isclose(a, b, rel_tol=1e-6))
+        if key == "rope_parameters":
+            same = _plain_rope(a) == _plain_rope(b) and _turn_alike(config, read)
         if not same and not (not a and not b):
             yield key, a, b
+
+
+def _turn_alike(config: Config, read: Config) -> bool:
+    """Whether scaled rotary positions are turned by the same frequencies, of short and of long texts, and cos and sin
+    multiplied by the same factor; of two configs whose types of scaling are alike."""
+    params: Document = config.rope_parameters or {}
+    kinds = [kind for kind, each in params.items() if isinstance(each, dict)]
+    for kind in kinds or [None]:
+        function = ROPE_INIT_FUNCTIONS.get((params if kind is None else params[kind]).get("rope_type"))
+        for length in (1, 10**9) if function is not None else ():
+            (a, by), (b, other) = (function(each, "cpu", length, layer_type=kind) for each in (config, read))
+            if not (np.allclose(a, b, rtol=1e-4, atol=0) and math.isclose(by, other, rel_tol=1e-4)):
+                return False
+    return True
 
 
 def _plain_rope(params: Document) -> object:
     if isinstance(params, dict) and any(isinstance(v, dict) for v in params.values()):
         return {key: _plain_rope(value) for key, value in params.items()}
-    keys = ("rope_type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "partial_rotary_factor")
+    keys = ("rope_type", "rope_theta", "partial_rotary_factor")
     values = {key: params[key] for key in keys if params and params.get(key) not in (None, 1.0)}
     return {key: value if isinstance(value, str) else round(float(value), 4) for key, value in values.items()}

@@ -378,7 +378,9 @@ def scaling(file: GgufReader, default: ConfigFile, dims: int, theta: float) -> D
         short, long = file.table("rope_factors_short.weight"), file.table("rope_factors_long.weight")
         if short is None or long is None or not original:
             raise GgufError("its rope_factors_long has no rope_factors_short or original_context_length beside it")
-        lists = {"short_factor": short.tolist(), "long_factor": long.tolist()}
+        lists: Document = {"short_factor": short.tolist(), "long_factor": long.tolist()}
+        if (attention := file.get("rope.scaling.attn_factor")) is not None:
+            lists["attention_factor"] = attention
         return {"rope_type": "longrope", "original_max_position_embeddings": original, **lists}
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor} if factor != 1 else {}
