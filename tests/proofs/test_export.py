@@ -59,6 +59,44 @@ def test_what_is_right_passes(world: Path, tmp_path: Path) -> None:
     assert seen.loss == pytest.approx(seen.run_loss, rel=1e-5)
 
 
+def _mixture(folder: Path, *, at: tuple[int, ...], apart: float, clear: float, routed: bool) -> proof.Proof:
+    """Of 9 positions those in `at` differ by `apart` of their spread; one of two answers parts at a choice that led by
+    `clear`."""
+    draw = np.random.default_rng(0)
+    run = draw.standard_normal((9, 400)).astype(np.float32)
+    other = run.copy()
+    other[list(at)] += apart * draw.standard_normal((len(at), 400)).astype(np.float32)
+    for name, logits in ((programs.LOGITS, run), (f"base-{programs.LOGITS}", -run), (f"said/{programs.LOGITS}", other)):
+        (folder / name).parent.mkdir(exist_ok=True)
+        np.save(folder / name, logits)
+    for name in (programs.LOSSES, f"said/{programs.LOSSES}"):
+        np.save(folder / name, np.ones((9, 2)))
+    asked = {
+        "answers": [[5, 6], [5, 7]], "clear": [[9.0, 9.0], [9.0, clear]], "references": [], "texts": [], "layers": 2,
+        "tokenized": [], "dtype": "float32", "routed": routed,
+    }  # fmt: skip
+    (folder / witness.WITNESS).write_text(json.dumps(asked))
+    said = {"answers": [[5, 6], [5, 8]], "texts": [], "tokenized": []}
+    (folder / "said" / programs.SAID).write_text(json.dumps(said))
+    return proof.prove_export(folder / witness.WITNESS, folder / "said", "transformers", "BF16", others=("BF16",))
+
+
+@pytest.mark.parametrize(
+    ("at", "apart", "clear", "routed", "wrong"),
+    [
+        ((2, 5), 0.6, 0.5, True, []),
+        ((2, 5), 0.6, 0.5, False, ["logits differ", "1 of 2 answers"]),
+        ((), 0.0, 3.0, True, ["1 of 2 answers"]),
+        (tuple(range(9)), 0.1, 0.1, True, ["logits differ"]),
+    ],
+)
+def test_a_choice_among_experts_that_rounding_turns_is_no_fault(
+    at: tuple[int, ...], apart: float, clear: float, routed: bool, wrong: list[str], tmp_path: Path
+) -> None:
+    seen = _mixture(tmp_path, at=at, apart=apart, clear=clear, routed=routed)
+    assert [any(text in problem for problem in seen.problems) for text in wrong] == [True] * len(seen.problems)
+
+
 def _turned(weights: dict[str, torch.Tensor]) -> None:
     name = "model.layers.1.self_attn.k_proj.weight"
     weights[name] = weights[name].view(2, 2, 8, 64).transpose(1, 2).reshape(32, 64).contiguous()

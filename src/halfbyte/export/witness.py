@@ -27,6 +27,7 @@ from halfbyte.inference import target
 from halfbyte.inference.generate import generate_ids, stop_ids
 from halfbyte.inference.load import Opened, open_target
 from halfbyte.inference.target import Target
+from halfbyte.layers.experts.layout import is_routed
 from halfbyte.models.context import context_of
 from halfbyte.proofs import programs
 from halfbyte.proofs.adapter import logits_at
@@ -101,6 +102,7 @@ def write(questions: RunQuestions) -> None:
         "vocabulary": int(np.load(out / programs.LOGITS, mmap_mode="r").shape[1]),
         "dtype": str(opened.model.dtype).removeprefix("torch."),
         "layers": int(opened.model.config.get_text_config().num_hidden_layers),
+        "routed": is_routed(opened.model),
     }
     files.write(out / WITNESS, files.as_json(document))
 

@@ -4,7 +4,8 @@ The bound is what rounding may make of logits. Each of L layers reads the residu
 row (scores, attention, output; gate or up; down), each with a relative error of one rounding; errors of different
 products are independent and add in squares, and a norm keeps them relative: r sqrt(5 L), where r^2 is the sum over
 what rounds (the file's weights, the program's numbers, the run's own). Twice that is the bound, half at most: logits
-that have nothing to do with each other differ by 1.4 of their spread.
+that have nothing to do with each other differ by 1.4 of their spread. In a mixture rounding also turns choices among
+experts, of some tokens; so the median position is held against the bound, and answers against `setting.ROUTED`.
 """
 
 import json
@@ -18,8 +19,9 @@ import torch
 from torch.nn import functional as F
 
 from halfbyte.errors import ExportError
-from halfbyte.proofs.closeness import accumulated_rounding, centred, distance
+from halfbyte.proofs.closeness import accumulated_rounding, centred, distance, row_distances
 from halfbyte.proofs.programs import LOGITS, LOSSES, SAID
+from halfbyte.proofs.setting import ROUTED
 from halfbyte.system import files
 from halfbyte.system.children import run_child
 from halfbyte.system.libraries import versions
@@ -51,7 +53,7 @@ class Proof:
     program: str
     format: str
     bound: float
-    difference: float  # of logits, the rms over their spread, over all positions
+    difference: float  # of logits, the rms over their spread, over all positions; of a mixture the median position's
     moved: float  # that of the base alone from the run
     kl: float  # mean Kullback-Leibler divergence from the run, in nats
     base_kl: float  # that of the base alone
@@ -108,7 +110,9 @@ def prove_export(
     heard = json.loads((said / SAID).read_text(encoding="utf-8"))
     run, alone, other = map(np.load, (witness.parent / LOGITS, witness.parent / f"base-{LOGITS}", said / LOGITS))
     expected = np.load(reference / LOGITS) if reference is not None else run
-    bound = rounding_bound((kind, *others, asked["dtype"]), asked["layers"])
+    formats = [_DTYPES.get(each, each) for each in (kind, *others, asked["dtype"])]
+    bound = rounding_bound(formats, asked["layers"])
+    routed = bool(asked.get("routed")) and set(formats) != {"F32"}
     parted = [_parted(a, b, c) for a, b, c in zip(asked["answers"], heard["answers"], asked["clear"], strict=True)]
     wanted = asked["references"]
     texts = [
@@ -119,8 +123,8 @@ def prove_export(
         program=program,
         format=kind,
         bound=bound,
-        difference=_difference(other, expected),
-        moved=_difference(alone, run),
+        difference=_difference(other, expected, routed=routed),
+        moved=_difference(alone, run, routed=routed),
         kl=_kl(run, other),
         base_kl=_kl(run, alone),
         loss=_loss(said),
@@ -129,7 +133,11 @@ def prove_export(
         answers=len(parted),
         same_answers=sum(clear is None for clear in parted),
         # both logits may be off by the bound, which is an rms; four of it is beyond chance
-        unlike=sum(clear is not None and clear > 8 * bound for clear in parted if reference is None),
+        unlike=sum(
+            clear is not None and clear > 8 * (max(bound, ROUTED) if routed else bound)
+            for clear in parted
+            if reference is None
+        ),
         exact=sum(texts[0]),
         run_exact=sum(texts[1]),
         references=len(wanted),
@@ -152,8 +160,10 @@ def _parted(run: Sequence[int], other: Sequence[int], clear: Sequence[float]) ->
     return clear[min(at, len(clear) - 1)]
 
 
-def _difference(got: np.ndarray, expected: np.ndarray) -> float:
-    return distance(centred(torch.from_numpy(got)), centred(torch.from_numpy(expected)))
+def _difference(got: np.ndarray, expected: np.ndarray, *, routed: bool) -> float:
+    """`routed`: of the median position, as of the others rounding may turn a choice among experts."""
+    a, b = centred(torch.from_numpy(got)), centred(torch.from_numpy(expected))
+    return float(row_distances(a, b).median()) if routed else distance(a, b)
 
 
 def _log_softmax(logits: np.ndarray) -> Iterator[torch.Tensor]:
