@@ -113,6 +113,21 @@ def test_some_architectures_learn_what_plain_peft_learns(kind: str) -> None:
     assert compare(kind)[1] == []
 
 
+@pytest.mark.parametrize("scaling", ["longrope", "dynamic"])
+def test_a_row_has_the_rotary_frequencies_of_its_own_length(scaling: str) -> None:
+    """Beside a row of 40 tokens in a pack, those of up to 16 would have its frequencies."""
+    rope = {"rope_type": scaling, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+    factors = {"short_factor": [1 + 0.1 * i for i in range(8)], "long_factor": [2 + 0.3 * i for i in range(8)]}
+    changes = {"rope_parameters": rope | (factors if scaling == "longrope" else {}), "max_position_embeddings": 16}
+    rows = plain_peft.texts((5, 40, 9, 23), small_models.VOCAB)  # transformers' dynamic ones are reset by a short text
+    model = small_models.build("llama", **changes)
+    wanted = plain_peft.learn(plain_peft.adapt(copy.deepcopy(model), ["q_proj", "down_proj"]), rows)
+    got = as_train(plain_peft.adapt(model, ["q_proj", "down_proj"]), rows)
+    assert differs("train", got, wanted) == [] and got[2] == "single"
+    short = small_models.build("llama", **changes)
+    assert prove_packing(short, 16).layout == "cu_seq_lens"
+
+
 @pytest.mark.slow
 def test_every_architecture_learns_what_plain_peft_learns(capsys: pytest.CaptureFixture[str]) -> None:
     layouts: Counter[str] = Counter()

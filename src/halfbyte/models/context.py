@@ -13,6 +13,7 @@ from halfbyte.models.families import FAMILIES
 from halfbyte.types import Config, ConfigFile, Document
 
 _STRETCHED = ("linear", "dynamic")
+CHANGING_ROPES = {"dynamic", "longrope"}  # other frequencies for all of a text, where it is longer
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,16 @@ def context_of(config: Config) -> Context | None:
     name = _field(text.model_type)
     positions = _usable(text.model_type, getattr(text, name, None), getattr(text, "pad_token_id", None))
     return _context(name, positions, getattr(text, "rope_parameters", None) or {})
+
+
+def rope_changes_at(config: Config) -> int | None:
+    """The tokens of the longest text that is turned by the frequencies of short ones; None where all texts are."""
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    each = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict)]
+    scaled = [kind for kind in each if kind.get("rope_type") in CHANGING_ROPES]
+    edges = [kind.get("original_max_position_embeddings") or text.max_position_embeddings for kind in scaled]
+    return min(edges, default=None)
 
 
 def context_in(config: ConfigFile) -> Context | None:

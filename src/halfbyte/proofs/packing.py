@@ -16,6 +16,7 @@ from torch import Tensor
 from halfbyte.layers.experts.layout import is_routed
 from halfbyte.layers.packing import Layout, asked_attention, install, layouts
 from halfbyte.models import structure
+from halfbyte.models.context import rope_changes_at
 from halfbyte.proofs import setting
 from halfbyte.proofs.closeness import row_distances
 from halfbyte.proofs.setting import StartProof
@@ -47,6 +48,10 @@ def prove_packing(model: Model, longest: int | None = None, *, alone: bool = Fal
     install(lm, "single")
     stock: str = lm.config._attn_implementation
     tried: list[str] = []
+    edge = None if alone or longest is None else rope_changes_at(lm.config)
+    if edge is not None and longest is not None and longest > edge:  # a proof of so long a row is not affordable
+        why = f"texts of more than {edge:,} tokens have other rotary frequencies, in a pack all of it"
+        return StartProof(False, f"{why}; data.max_length {edge} packs them", math.inf)
     with setting.as_given(model), torch.no_grad():
         model.eval()
         for layout in layouts(lm):

@@ -23,13 +23,12 @@ from halfbyte.layers.decoding.linears import Unsupported
 from halfbyte.layers.decoding.operands import Int8Head
 from halfbyte.layers.decoding.tape import Tape, TextAdapters
 from halfbyte.models import structure
+from halfbyte.models.context import CHANGING_ROPES
 from halfbyte.quant import bnb, policy
 from halfbyte.types import Config, Model
 
 FINAL_NORMS = "norm", "final_layernorm", "ln_f", "final_layer_norm", "norm_f", "embedding_norm"
 POSITIONS, EMBEDDING_NORMS = ("wpe", "embed_positions"), ("word_embeddings_layernorm",)
-# Rotary embeddings that are another function of the position when a text is longer.
-_CHANGING_ROPES = {"dynamic", "longrope"}
 
 
 def decoder(
@@ -160,7 +159,7 @@ def _ropes(decoder: Decoder, rotary: nn.Module | None, config: Config, kind: str
     if rotary is None:
         return tape.buffer(tape.m, 1), tape.buffer(tape.m, 1)
     parameters = parameters[kind] if kind is not None else parameters
-    if parameters.get("rope_type") in _CHANGING_ROPES:
+    if parameters.get("rope_type") in CHANGING_ROPES:
         raise Unsupported(f"rotary embedding of type {parameters['rope_type']}")
     positions, like = torch.arange(tape.max_tokens)[None], torch.zeros(1, dtype=torch.float32)
     tables = rotary(like, positions) if kind is None else rotary(like, positions, kind)
