@@ -733,6 +733,25 @@ CASES = [
         "error: the run has no held-out rows (data.eval).\n  fix: halfbyte eval done --data ROWS.jsonl",
     ),
     Case(
+        "a folder of rows to score",
+        ["eval", "done", "--data", "my rows"],
+        "error: my rows is a folder; it holds 1 .jsonl.\n  fix: halfbyte eval done --data 'my rows/a.jsonl'",
+        all_of(lambda: Path("my rows").mkdir(), write("my rows/a.jsonl", row(prompt="a", completion="b"))),
+    ),
+    Case(
+        "a store where a file is",
+        "quantize model --set quant.type=nf4 --out rows.txt",
+        "error: rows.txt is not a store: it has no halfbyte-store.json, which is written last.\n"
+        "  fix: name another folder: --out DIR",
+        write("rows.txt", "kept\n"),
+    ),
+    Case(
+        "a store where a folder is, and a model that would have to be fetched",
+        "quantize org/name --set quant.type=nf4 --out model",
+        "error: model is not a store: it has no halfbyte-store.json, which is written last.\n"
+        "  fix: name another folder: --out DIR",
+    ),
+    Case(
         "a folder that is no run",
         "generate done/checkpoints --prompt x",
         "error: done/checkpoints is not a run folder: it has no recipe.yaml and no checkpoints/.",

@@ -85,6 +85,11 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_work(
         (".", ". is a folder, and a page is a file.\n  fix: name another file: --out FILE.html"),
         ("..", ".. is a folder, and a page is a file.\n  fix: name another file: --out FILE.html"),
         ("rows.jsonl", "rows.jsonl does not end in .html, and a page does.\n  fix: name another file: --out FILE.html"),
+        (
+            "mine.html",
+            "mine.html is not a page of halfbyte's, and nothing else is replaced.\n"
+            "  fix: name another file: --out FILE.html",
+        ),
         ("no/x.html", "there is no folder no for the page.\n  fix: mkdir -p no"),
         ("", "-o is given nothing.\n  fix: give it a value, or leave -o out"),
     ],
@@ -95,6 +100,7 @@ def test_a_page_takes_the_place_of_a_page_alone(
     for name in ("a", "b"):
         made.run(tmp_path / f"runs/{name}", made.metrics(5))
     (tmp_path / "rows.jsonl").write_text("{}\n")
+    (tmp_path / "mine.html").write_text("<title>mine</title>\n")
     before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
     ended = cli(*command.split(), "-o", out)
     assert (ended.code, ended.out, ended.err) == (2, "", f"error: {refusal}\n")

@@ -413,6 +413,19 @@ def test_a_command_goes_on_without_the_server_and_is_found_and_stopped(client: T
     assert client.post(f"/api/jobs/{job['id']}/stop").status_code == 409
 
 
+@pytest.mark.parametrize(
+    ("code", "state"), [("0", "done"), ("3", "failed"), ("-9", "failed"), ("143", "stopped"), ("130", "stopped"),
+                        ("-15", "stopped"), ("-2", "stopped"), (None, "ended")],
+)  # fmt: skip
+def test_a_command_that_was_asked_to_end_has_not_failed(studio: Studio, code: str | None, state: str) -> None:
+    folder = studio.workspace.jobs / "20260101-120000-abcd"
+    folder.mkdir()
+    (folder / "job.json").write_text('{"words": ["train", "recipes/rows.yaml"], "began": 1}')
+    for name, text in (("log", "step 1/9\n"), ("lock", "1"), *([("code", code)] if code else [])):
+        (folder / name).write_text(text)
+    assert studio.jobs.read(folder.name)["state"] == state
+
+
 def test_commands_take_no_module_from_the_folder(tmp_path: Path) -> None:
     """As `python -m` does of its working directory: a file of rows may not become code."""
     for name in ("halfbyte", "typer", "json", "yaml"):

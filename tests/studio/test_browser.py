@@ -134,6 +134,21 @@ def test_bad_files_are_told_in_words(server: Server, page: Any, tmp_path: Path) 
     assert not [problem for problem in page.problems if "Failed to load resource" not in problem]
 
 
+NAMES = {
+    "Данные 1.jsonl": "Данные 1", "u\u0308ber.jsonl": "\u00fcber", "😀.jsonl": "rows", "-r.jsonl": "r", "a😀'b.jsonl": "a--b",
+}  # fmt: skip
+
+
+def test_a_file_keeps_its_name_in_any_script(server: Server, page: Any, tmp_path: Path) -> None:
+    page.wait_for_selector("#state.ready")
+    page.fill("#base", "tiny")
+    for name, stem in NAMES.items():
+        (tmp_path / name).write_text('{"prompt": "red", "completion": "cup"}\n' * 20)
+        page.set_input_files("#file", tmp_path / name)
+        page.wait_for_selector(f"#upload:has-text('{stem}.jsonl is in data/')", timeout=MINUTE)
+        assert (server.folder / "data" / f"{stem}.jsonl").is_file()
+
+
 def test_runs_are_compared_and_deleted_when_that_is_confirmed(server: Server, page: Any, axe: str) -> None:
     for name in ("left", "right"):
         made.run(server.folder / "runs" / name, made.metrics(30, evals=3))

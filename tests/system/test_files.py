@@ -136,6 +136,14 @@ def test_a_folder_takes_the_place_of_an_older_one(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["x"]
 
 
+def test_files_of_a_folder_are_as_readable_as_it_is(tmp_path: Path) -> None:
+    with files.new_folder(tmp_path / "x") as folder:
+        for name in ("a", "b"):
+            (folder / name).touch(0o600)
+        folder.chmod(0o750)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "x").iterdir()} == {0o640}
+
+
 def test_a_file_takes_the_place_of_no_folder(tmp_path: Path) -> None:
     folder = fill(tmp_path / "x", "old")
     with pytest.raises(IsADirectoryError):

@@ -204,8 +204,6 @@ def writer(
         config.save_pretrained(str(folder))
         state = {k: v.to("cpu", dtype or v.dtype).contiguous() for k, v in chosen.items()}
         save_file(state, folder / ADAPTER_FILES[0], metadata={"format": "pt"})
-        # safetensors makes files that only their owner reads; this one is as readable as its neighbour
-        (folder / ADAPTER_FILES[0]).chmod((folder / ADAPTER_FILES[1]).stat().st_mode & 0o777)
 
     return write
 

@@ -229,6 +229,7 @@ def quantize(
     quiet: shared.Quiet = False,
 ) -> None:
     """Quantise a base once, in bounded memory; train, eval and chat then open it at once."""
+    from halfbyte.base.store import manifest
     from halfbyte.models.sources import lookup
     from halfbyte.plan import number_format
     from halfbyte.recipe.command import recipe_or_model
@@ -237,6 +238,7 @@ def quantize(
         raise RecipeError(
             "--text and --limit say what --report reads.", fix=f"halfbyte quantize {typed(model)} --report"
         )
+    manifest.check_place(out)
     recipe = number_format.settle(recipe_or_model(model, set_)).recipe
     lookup.look(recipe)
     if text is not None:

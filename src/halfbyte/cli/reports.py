@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 STYLES = {"running": "cyan", "finished": "green", "stopped": "yellow"}
 STYLES |= dict.fromkeys(("crashed", "worse", "diverged"), "red")
+TITLE_END = " · halfbyte</title>".encode()
 Page = Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE.html", help="Where to write the page.")]
 
 
@@ -29,7 +30,7 @@ def report(
 
     folder = RunFolder.open(run, need_adapter=False)
     if out is not None or not is_current(folder):
-        _check_page(out or folder.page)
+        _check_page(out, folder.page)
         from halfbyte.report import page
 
         page.write(run, out)
@@ -44,10 +45,10 @@ def compare(
     """Runs side by side: figures, scores with intervals, what differs in their recipes; and a page of their curves."""
     from halfbyte.report import compare as comparing
 
-    out = out or runs[0].resolve().parent / "compare.html"
-    _check_page(out)
+    usual = runs[0].resolve().parent / "compare.html"
+    _check_page(out, usual)
     value = comparing.compare(runs)
-    written = comparing.write(value, out)
+    written = comparing.write(value, out or usual)
     if json_:
         show.document({**value.to_json(), "page": str(written)})
     else:
@@ -55,16 +56,19 @@ def compare(
         show.text(f"\ncurves   {written}")
 
 
-def _check_page(page: Path) -> None:
-    """Raise a RunError for what is no place for a page: nothing but a page is replaced."""
+def _check_page(named: Path | None, usual: Path) -> None:
+    """Raise a RunError for what is no place for a page: nothing but a page is replaced. `usual`: where it is written if
+    nobody names a place."""
     from halfbyte.errors import RunError, typed
     from halfbyte.runs.folder import check_writable
 
-    another = "name another file: --out FILE.html"
+    page, another = named or usual, "name another file: --out FILE.html"
     if page.is_dir():
         raise RunError(f"{page} is a folder, and a page is a file.", fix=another)
     if page.suffix != ".html":
         raise RunError(f"{page} does not end in .html, and a page does.", fix=another)
+    if named is not None and named.is_file() and TITLE_END not in named.read_bytes():
+        raise RunError(f"{page} is not a page of halfbyte's, and nothing else is replaced.", fix=another)
     if not page.parent.exists():
         raise RunError(f"there is no folder {page.parent} for the page.", fix=f"mkdir -p {typed(page.parent)}")
     check_writable(page.parent, another)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from halfbyte.data.reading import read
+from halfbyte.data.reading.files import IsFolder
 from halfbyte.errors import AdapterError, DataError, RunError, SourceError, typed
 from halfbyte.models.sources import hub, pypi
 from halfbyte.plan import number_format
@@ -63,6 +64,11 @@ def held_out(recipe: Recipe, run: Path, data: Path | None) -> Sources | None:
         raise DataError("the run has no held-out rows (data.eval).", fix=fix)
     try:
         read.look(names, recipe.data)
+    except IsFolder as folder:
+        if data is None or folder.fix is None:
+            raise
+        fix = f"halfbyte eval {typed(run)} --data {typed(folder.pattern)}"
+        raise DataError(folder.message, fix=fix) from None
     except DataError as error:
         if not (error.fix or "").startswith("--set train."):
             raise

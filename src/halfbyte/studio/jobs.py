@@ -30,6 +30,7 @@ from halfbyte.types import Document
 LOG_BYTES, SHOWN = 20_000, 20
 _ID = re.compile(r"[\d-]{15}-[0-9a-f]{4}")
 _ADDRESS = re.compile(r"at http://127\.0\.0\.1:(\d+)/v1")
+_STOPPED = {code for asked in (signal.SIGINT, signal.SIGTERM) for code in (-asked, 128 + asked)}  # exit codes
 _PYTHON = (sys.executable, "-P", "-m", "halfbyte")
 _WORKER = (sys.executable, "-P", "-m", "halfbyte.cli.worker")  # a process for each would take three seconds to begin
 
@@ -57,7 +58,8 @@ class Jobs:
         return self.read(name)
 
     def read(self, name: str) -> Document:
-        """What became of a command: running, done, failed; ended where that is not known. `port`: where it serves."""
+        """What became of a command: running, done, failed, stopped by a signal that asks for it; ended where that is not
+        known. `port`: where it serves."""
         folder = self._folder(name)
         job, runs = read_json(folder / "job.json"), _runs(folder / "lock")
         with (folder / "log").open("rb") as file:
@@ -65,7 +67,8 @@ class Jobs:
             log = file.read().decode("utf-8", "replace")
         code = int((folder / "code").read_text()) if (folder / "code").is_file() else None
         failed = code or (code is None and re.search(r"^error: ", log, re.MULTILINE))
-        state = "running" if runs else "failed" if failed else "ended" if code is None else "done"
+        ended = "stopped" if code in _STOPPED else "failed" if failed else "ended" if code is None else "done"
+        state = "running" if runs else ended
         address = _ADDRESS.search(log) if runs and job["words"][0] == "serve" else None
         command, port = " ".join(map(typed, ("halfbyte", *job["words"]))), address and int(address[1])
         return {**job, "id": name, "command": command, "state": state, "code": code, "port": port, "log": log}

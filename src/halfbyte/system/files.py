@@ -79,12 +79,16 @@ def finite(value: object) -> object:
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """An empty folder to write into; when the block ends it is called `path`, and an older `path` is gone. After an
-    error nothing is left of it, and the older one is untouched."""
+    error nothing is left of it, and the older one is untouched. Its files are as readable as the folder: safetensors
+    makes some that only their owner reads."""
     temporary = beside(path)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         yield temporary
+        readable = temporary.stat().st_mode & 0o444
+        for file in temporary.rglob("*"):
+            file.chmod(file.stat().st_mode | readable)
         put(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -206,6 +206,14 @@ def test_a_key_that_is_given_twice_is_told(tmp_path: Path, name: str) -> None:
     assert [record for _, record in seen(path)] == [json.loads(whole), *told, json.loads(whole)]
 
 
+@pytest.mark.parametrize("text", ['{"a": 1, "b": 2, "a": 3}', '{"rows": [{"a": 1}, {"b": 2, "a": 1, "a": 2}]}'])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_a_key_that_is_given_twice_in_one_object_of_several_lines_is_told(tmp_path: Path, text: str, mark: bytes) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(mark + re.sub(r"([{,\[])", r"\1\n  ", text).encode())
+    assert seen(path) == [(1, "the key 'a' is given twice")]
+
+
 @pytest.mark.parametrize("mark", ["a,b\n", "a,b", "\n", ""])
 def test_a_csv_without_rows(tmp_path: Path, make_data: Any, mark: str) -> None:
     path = make(tmp_path, "a.csv", mark)

@@ -29,8 +29,8 @@ def test_texts_and_conversations_as_tokens_and_back(running: Running) -> None:
         ("/tokenize", {}, "prompt or messages"),
         ("/tokenize", {"prompt": "a" * 1_000_000}, "1,000,000 characters"),
         ("/tokenize", {"prompt": "\ud800"}, ""),
-        ("/detokenize", {"tokens": [5, 320]}, "one is none of the model's"),
-        ("/detokenize", {"tokens": [-1]}, "one is none of the model's"),
+        ("/detokenize", {"tokens": [5, 320]}, "tokens: 320 is none of the model's tokens, which are 0 to 319"),
+        ("/detokenize", {"tokens": [-1]}, "tokens: -1 is none of the model's tokens"),
     ],
 )
 def test_what_is_none_is_refused(running: Running, path: str, body: Any, words: str) -> None:

@@ -56,12 +56,21 @@ def write(folder: Path, manifest: Manifest) -> None:
     files.write(folder / MANIFEST, json.dumps(asdict(manifest), indent=1).encode() + b"\n")
 
 
+def check_place(out: Path | None) -> None:
+    """Raise a StoreError for a place of a new store that has something else already."""
+    if out is not None and (out.exists() or out.is_symlink()):
+        try:
+            read(out)
+        except StoreError as error:
+            raise StoreError(error.message, fix="name another folder: --out DIR") from None
+
+
 def read(folder: Path) -> Manifest:
     """The manifest of a folder. Raises StoreError: none is there, it is not one, or it is of another format version."""
     path = folder / MANIFEST
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise StoreError(f"{folder} is not a store: it has no {MANIFEST}, which is written last.") from None
     except (OSError, ValueError) as error:
         raise StoreError(f"{path} cannot be read: {error}.") from error

@@ -10,7 +10,7 @@ from halfbyte.errors import DataError
 from halfbyte.serving.engine import Ask
 from halfbyte.serving.http import wire
 from halfbyte.serving.http.answers import OpenAIReply
-from halfbyte.serving.http.refusal import Refusal
+from halfbyte.serving.http.refusal import Refusal, check_tokens
 from halfbyte.serving.http.service import Service, as_events
 from halfbyte.serving.http.wire import ChatRequest, CompletionRequest
 from halfbyte.serving.models import ServedModel
@@ -44,8 +44,7 @@ async def complete(service: Service, http: Http) -> Response:
             prompt = await service.aside(partial(token_ids, model, given))
         else:
             prompt = given
-            if any(not 0 <= token < models.vocabulary for token in prompt):
-                raise Refusal(400, "prompt: a token is none of the model's.", code="invalid_value", param="prompt")
+            check_tokens("prompt", prompt, models.vocabulary)
         params = service.params(asked, prompt, asked.max_tokens or 16, asked.logprobs)
         asks.append(Ask(model, prompt, params, asked.n or 1))
     reply = OpenAIReply(asks, chat=False, likely=asked.logprobs, usage=asked.with_usage)

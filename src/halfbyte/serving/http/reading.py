@@ -25,7 +25,7 @@ from halfbyte.inference.vectors import unit
 from halfbyte.recipe.task import CLASSIFY, EMBED, REGRESS
 from halfbyte.scoring.labels import probabilities
 from halfbyte.serving.http import wire
-from halfbyte.serving.http.refusal import HANDLERS, Json, Refusal
+from halfbyte.serving.http.refusal import HANDLERS, Json, Refusal, check_tokens
 from halfbyte.serving.http.service import failed
 from halfbyte.serving.reader import TextReader, Texts, Values
 from halfbyte.types import Document
@@ -114,8 +114,8 @@ async def embeddings(reader: TextReader, body: bytes) -> Document:
     prompt = {"query": data.query_prompt, "document": data.passage_prompt, None: ""}[asked.prompt_name]
     every = [given] if isinstance(given, str) or isinstance(given[0], int) else given
     texts: Texts = [(prompt + one,) if isinstance(one, str) else list(one) for one in every]
-    if any(token >= reader.vocabulary for text in texts if isinstance(text, list) for token in text):
-        raise Refusal(400, "input: a token is none of the model's.", code="invalid_value", param="input")
+    tokens = (token for text in texts if isinstance(text, list) for token in text)
+    check_tokens("input", tokens, reader.vocabulary)
     vectors, about = await _read(reader, asked, texts, EMBED)
     if (most := asked.dimensions or vectors.shape[1]) > vectors.shape[1]:
         what = f"dimensions: a vector has {vectors.shape[1]:,} numbers."

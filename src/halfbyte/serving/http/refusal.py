@@ -5,7 +5,7 @@ Source: the `openai` package, 3.57: its client's handling of errors.
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
 
@@ -26,6 +26,13 @@ class Refusal(Exception):
         super().__init__(message)
         self.status, self.headers = status, headers
         self.body: Document = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def check_tokens(param: str, tokens: Iterable[int], vocabulary: int) -> None:
+    """Raise a Refusal for a token id that the model does not have: its ids are 0 to `vocabulary` - 1."""
+    if (strange := next((token for token in tokens if not 0 <= token < vocabulary), None)) is not None:
+        what = f"{param}: {strange} is none of the model's tokens, which are 0 to {vocabulary - 1:,}."
+        raise Refusal(400, what, code="invalid_value", param=param)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from halfbyte.inference.generate import chat_ids
 from halfbyte.serving import tools
 from halfbyte.serving.engine import Ask, Engine, Full, Stopping, Unloaded
 from halfbyte.serving.http.answers import Reply
-from halfbyte.serving.http.refusal import Json, Refusal
+from halfbyte.serving.http.refusal import Json, Refusal, check_tokens
 from halfbyte.serving.http.wire import ChatRequest, Request
 from halfbyte.serving.models import ServedModel
 from halfbyte.types import Document, Tokenizer
@@ -161,8 +161,7 @@ class Service:
         if (asked.n or 1) > models.places:
             raise Refusal(400, f"n: at most {models.places} texts are written at once here.", code="invalid_value",
                           param="n")  # fmt: skip
-        if any(not 0 <= token < models.vocabulary for token in asked.logit_bias or ()):
-            raise Refusal(400, "logit_bias: a token is none of the model's.", code="invalid_value", param="logit_bias")
+        check_tokens("logit_bias", asked.logit_bias or (), models.vocabulary)
         return asked.sampling(max_tokens or left, logprobs)
 
     # ---------------------------------------------------------------- the answer

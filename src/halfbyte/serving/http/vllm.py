@@ -18,7 +18,7 @@ from halfbyte.serving.engine import Change, Stopping
 from halfbyte.serving.folders import AdapterFolders
 from halfbyte.serving.http import wire
 from halfbyte.serving.http.chat import token_ids
-from halfbyte.serving.http.refusal import Json, Refusal
+from halfbyte.serving.http.refusal import Json, Refusal, check_tokens
 from halfbyte.serving.http.service import Service, failed
 from halfbyte.serving.http.wire import ChatRequest, Message, Tool
 from halfbyte.serving.models import Models, put_adapter, take_adapter
@@ -70,8 +70,7 @@ async def tokenize(service: Service, http: Http) -> Response:
 async def detokenize(service: Service, http: Http) -> Response:
     asked, models = wire.read(DetokenizeRequest, await http.body()), service.engine.models
     model = service.model_named(asked.model or models.base)
-    if any(not 0 <= token < models.vocabulary for token in asked.tokens):
-        raise Refusal(400, "tokens: one is none of the model's.", code="invalid_value", param="tokens")
+    check_tokens("tokens", asked.tokens, models.vocabulary)
     return Json({"prompt": str(await service.aside(partial(model.tokenizer.decode, asked.tokens)))})
 
 

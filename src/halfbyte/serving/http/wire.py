@@ -251,10 +251,14 @@ def read(kind: type[Asked], body: bytes | Document) -> Asked:
         return kind.model_validate_json(body) if isinstance(body, bytes) else kind.model_validate(body)
     except ValidationError as error:
         problems = error.errors(include_url=False, include_context=False, include_input=False)
-        first = problems[0]
-        if first["type"] == "json_invalid":
-            raise Refusal(400, f"the body is not JSON: {first['msg']}", code="invalid_json") from None
-        where = ".".join(_place(first, from_json(body) if isinstance(body, bytes) else body))
+        if problems[0]["type"] == "json_invalid":
+            raise Refusal(400, f"the body is not JSON: {problems[0]['msg']}", code="invalid_json") from None
+        there = from_json(body) if isinstance(body, bytes) else body
+        places = [tuple(_place(each, there)) for each in problems]
+        # of a field that may have several shapes the problem inside of the one that it has
+        inside = [i for i, place in enumerate(places) if place[: len(places[0])] == places[0]]
+        first = problems[best := max(inside, key=lambda i: len(places[i]))]
+        where = ".".join(places[best])
         what = "is not known here" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
         code = "unsupported_parameter" if first["type"] == "extra_forbidden" else "invalid_value"
         more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""

@@ -193,7 +193,9 @@ async function drop(files) {
   const file = files[0];
   if (!file) return;
   $("upload").textContent = "taking " + file.name;
-  const name = file.name.replace(/[^\w.+@ -]/g, "-").replace(/^[^\w]+/, "");
+  // As the server has names: letters and digits of any script, then a few signs; of signs alone it is "rows".
+  const name = file.name.normalize().replace(/[^\p{L}\p{N}_.+@ -]/gu, "-")
+    .replace(/^[^\p{L}\p{N}_]*(?=\.\w+(\.gz)?$)/u, "rows").replace(/^[^\p{L}\p{N}_]+/u, "");
   const response = await fetch("api/data/" + encodeURIComponent(name), { method: "PUT", headers: headers(), body: file });
   const taken = await read(response).then((answer) => answer.name).catch((error) => {
     $("upload").textContent = "";
