@@ -640,6 +640,17 @@ def test_an_error_is_json_too_where_json_was_asked_for(halfbyte: Cli, monkeypatc
     assert (error["message"], error["exit_code"]) == ("/somewhere: Input/output error", 1)
 
 
+def test_a_full_disk_is_told_with_its_file_and_what_helps(halfbyte: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    assert halfbyte("report", "done").code == 0
+    monkeypatch.setattr(files, "put", full)
+    ended = halfbyte("report", "done", "--out", "x.html")
+    what = "error: x.html: No space left on device\n  fix: free some space, or write elsewhere\n"
+    assert (ended.code, ended.err) == (1, what)
+
+
 @pytest.mark.parametrize("words", [["--json", "--bogus"], ["--json", "--max-new-tokens", "0"], ["--bogus", "--json"]])
 def test_what_the_parser_refuses_is_json_too(halfbyte: Cli, words: list[str]) -> None:
     said = halfbyte("eval", "done", *words)

@@ -136,6 +136,14 @@ def test_a_folder_takes_the_place_of_an_older_one(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["x"]
 
 
+def test_a_full_disk_is_told_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "beside", lambda path: Path("/dev/full"))
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
+    with pytest.raises(OSError, match="No space") as error:
+        files.write(tmp_path / "x", b"y" * 100_000)
+    assert error.value.filename == str(tmp_path / "x") and files.is_full(error.value)
+
+
 def test_files_of_a_folder_are_as_readable_as_it_is(tmp_path: Path) -> None:
     with files.new_folder(tmp_path / "x") as folder:
         for name in ("a", "b"):

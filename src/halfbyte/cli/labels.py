@@ -12,7 +12,7 @@ from halfbyte.cli import progress, show
 from halfbyte.cli.options import Force, Json, Run, Set, argument, flag, open_run, option
 from halfbyte.cli.show import out, visible
 from halfbyte.errors import RunError, typed
-from halfbyte.system import libraries
+from halfbyte.system import files, libraries
 from halfbyte.system.words import duration
 from halfbyte.types import Document
 
@@ -72,7 +72,7 @@ def predict(
             best, every = row.get("prediction", row.get("vector")), row.get("probabilities", {})
             show.text(f"{best}{f' ({every[best]:.1%})' if isinstance(best, str) else ''}: {visible(one)}")
         return
-    with progress.counting("rows", silent=json_) as tell:
+    with progress.counting("rows", silent=json_) as tell, files.naming(to):
         done = labels.predict(ready, data, to, lambda rows: tell(rows, rows), temperature=heat)
     more = f", {done['resumed']:,} of them by an earlier call" if done["resumed"] else ""
     bad = f"; {done['bad']:,} could not be read (column error)" if done["bad"] else ""

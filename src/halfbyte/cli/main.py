@@ -19,7 +19,7 @@ from halfbyte.cli import options as shared
 from halfbyte.cli.options import argument, flag, option
 from halfbyte.cli.store import stores
 from halfbyte.errors import HalfbyteError, RecipeError, typed
-from halfbyte.system import libraries
+from halfbyte.system import files, libraries
 
 app = typer.Typer(
     name="halfbyte",
@@ -320,7 +320,9 @@ def _guard(call: Callable[[], object], words: Sequence[str] = ()) -> int:
         return 141
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        show.failed(f"{where}{error.strerror or error}", 1)
+        fix = "free some space, or write elsewhere" if files.is_full(error) else None
+        refused = HalfbyteError(f"{where}{error.strerror or error}", fix=fix)
+        show.failed(str(refused), 1, message=refused.message, fix=fix)
         return 1
     except Exception as error:
         if type(error).__module__.partition(".")[0] in ("click", "typer"):

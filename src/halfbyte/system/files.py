@@ -35,12 +35,24 @@ def beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}")
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError in the block that names no file, as of a full disk, names this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
 def write(path: Path, content: bytes) -> None:
     """Write or replace a small file in one step. After an OSError or a kill the file is as it was before."""
     temporary = beside(path)
     try:
-        temporary.write_bytes(content)
-        put(temporary, path)
+        with naming(path):
+            temporary.write_bytes(content)
+            put(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
