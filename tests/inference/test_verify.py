@@ -128,6 +128,17 @@ def test_a_record_that_cannot_be_read_is_said(run: Path, content: str) -> None:
     assert "proof.json cannot be read" in failed(verify(run, hashes=False))["adapter"]
 
 
+@pytest.mark.parametrize("name", ["plan.json", "report.json"])
+def test_a_file_that_is_cut_short_and_says_nothing_of_the_adapter_is_in_no_ones_way(
+    run: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = runner(run.parent, capsys)
+    (run / name).write_text('{"steps":')
+    for command in (f"verify {run}", f"generate {run} --prompt red --max-new-tokens 2", f"train {run} --resume"):
+        ended = call(*command.split())
+        assert ended.code == 0, (command, ended)
+
+
 def test_the_command(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     call = runner(run.parent, capsys)
     ended = call("verify", str(run), "--quick")

@@ -3,7 +3,6 @@
 Cost: loading the base once; the base alone is the same model with its adapter switched off.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from halfbyte.plan import GENERATED_TOKENS, InferencePlan, Job, Rows, RunChoices
 from halfbyte.proofs.memory import Proofs, RememberedProofs
 from halfbyte.recipe.schema import Recipe
 from halfbyte.recipe.task import CAUSAL_LM, EMBED, TASKS
+from halfbyte.runs.folder import read_json
 from halfbyte.system import device, threads
 from halfbyte.types import Document, Model, Tokenizer
 
@@ -102,7 +102,7 @@ def open_target(
         words = tokenizer if one is subject else tokenizer_of(one, checkpoint)
         for text in check_belongs(one, base, words, force=force):
             (tell or supply.Tell()).say(text, label="note")
-    trained = RunChoices.from_json(json.loads(run.plan.read_text())) if run is not None and run.plan.is_file() else None
+    trained = RunChoices.from_json(read_json(run.plan)) if run is not None else None
     if recipe.task != CAUSAL_LM and subject.adapter is not None:
         head = None if recipe.task == EMBED else Labels.at(subject.adapter)
         names = [spec.name for spec in base.specs]

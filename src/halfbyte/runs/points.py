@@ -14,7 +14,7 @@ from halfbyte.errors import RunError, typed
 from halfbyte.recipe.adapter_folder import is_adapter
 from halfbyte.recipe.fields import GOES_ON, MAY_CHANGE, REWARDED, shown
 from halfbyte.recipe.schema import Recipe, leaves
-from halfbyte.runs.folder import RunFolder
+from halfbyte.runs.folder import RunFolder, read_json
 from halfbyte.system import files
 from halfbyte.types import Document
 
@@ -193,9 +193,9 @@ def check_rows(point: Point, recipe: Recipe, rows: Document) -> None:
 def complete(recipe: Recipe) -> Document | None:
     """The report of a run that is finished, where nothing asks for more; None where there is something to do."""
     run = RunFolder(Path(recipe.output))
-    if not run.report.is_file() or not (run.adapter / "adapter_config.json").is_file():
+    report = read_json(run.report)
+    if not report or not (run.adapter / "adapter_config.json").is_file():
         return None
-    report: Document = json.loads(run.report.read_text())
     try:
         point = newest(run.checkpoints)
     except RunError:
