@@ -265,7 +265,7 @@ def _turn_alike(config: Config, read: Config) -> bool:
     """Whether scaled rotary positions are turned by the same frequencies, of short and of long texts, and cos and sin
     multiplied by the same factor; of two configs whose types of scaling are alike."""
     params: Document = config.rope_parameters or {}
-    kinds = [kind for kind, each in params.items() if isinstance(each, dict)]
+    kinds: list[str | None] = [kind for kind, each in params.items() if isinstance(each, dict)]
     for kind in kinds or [None]:
         function = ROPE_INIT_FUNCTIONS.get((params if kind is None else params[kind]).get("rope_type"))
         for length in (1, 10**9) if function is not None else ():
