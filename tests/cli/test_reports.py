@@ -77,6 +77,9 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_work(
     assert cli("report", "runs/a", "--out", "pages/x.html").code == 0
 
 
+ANOTHER = "\n  fix: name another file: --out FILE.html"
+
+
 @pytest.mark.parametrize("command", ["report runs/a", "compare runs/a runs/b"])
 @pytest.mark.parametrize(
     ("out", "refusal"),
@@ -85,11 +88,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_work(
         (".", ". is a folder, and a page is a file.\n  fix: name another file: --out FILE.html"),
         ("..", ".. is a folder, and a page is a file.\n  fix: name another file: --out FILE.html"),
         ("rows.jsonl", "rows.jsonl does not end in .html, and a page does.\n  fix: name another file: --out FILE.html"),
-        (
-            "mine.html",
-            "mine.html is not a page of halfbyte's, and nothing else is replaced.\n"
-            "  fix: name another file: --out FILE.html",
-        ),
+        ("mine.html", "mine.html is not a page of halfbyte's, and nothing else is replaced." + ANOTHER),
         ("no/x.html", "there is no folder no for the page.\n  fix: mkdir -p no"),
         ("", "-o is given nothing.\n  fix: give it a value, or leave -o out"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -194,6 +195,14 @@ def test_what_the_hub_refuses(hub: Hub, export: Path, push: Cli, monkeypatch: py
     done = push(str(export), "me/orders")
     assert done.code == 1 and "the hub refused me/orders" in done.err and "hf auth login" in done.err
     assert "Traceback" not in done.err and "hf_another_0123456789" not in done.err and not hub.repos
+
+
+def test_a_hub_that_is_not_there(export: Path, push: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as nobody:  # a port that nobody listens at
+        nobody.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{nobody.getsockname()[1]}")
+        done = push(str(export), "me/orders")
+    assert done.code == 1 and "error: the hub cannot be reached: " in done.err and "HF_ENDPOINT" in done.err
 
 
 def test_what_cannot_be_pushed(tmp_path: Path) -> None:

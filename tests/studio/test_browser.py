@@ -135,7 +135,8 @@ def test_bad_files_are_told_in_words(server: Server, page: Any, tmp_path: Path) 
 
 
 NAMES = {
-    "Данные 1.jsonl": "Данные 1", "u\u0308ber.jsonl": "\u00fcber", "😀.jsonl": "rows", "-r.jsonl": "r", "a😀'b.jsonl": "a--b",
+    "Данные 1.jsonl": "Данные 1", "u\u0308ber.jsonl": "\u00fcber", "😀.jsonl": "rows", "-r.jsonl": "r",
+    "a😀'b.jsonl": "a--b",
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ reads the token (`hf auth login`, HF_TOKEN), which is never shown.
 
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -194,12 +195,12 @@ def shipped(value: object) -> object:
 def push(path: Path, repo: str, *, public: bool = False) -> str:
     """Upload a folder; returns its address. Raises ExportError: nothing that can be pushed, a name that is none, or
     what the hub has refused."""
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, get_session
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     if HUB_ID.fullmatch(repo) is None or "/" not in repo:
         raise ExportError(f"{repo!r} is no name of a repository.", fix="USER/NAME")
-    api = HfApi()
+    api, client = HfApi(), sys.modules[type(get_session()).__module__.partition(".")[0]]  # httpx, by one of two names
     try:
         with folder_of(path) as folder:
             address = api.create_repo(repo, private=not public, exist_ok=True)
@@ -212,6 +213,7 @@ def push(path: Path, repo: str, *, public: bool = False) -> str:
         status = getattr(getattr(error, "response", None), "status_code", None)
         fix = "hf auth login, with a token that may write" if status in (401, 403) else None
         raise ExportError(f"the hub refused {repo}: {first_line(error)}", fix=fix) from error
-    except OSError as error:
-        raise ExportError(f"the hub cannot be reached: {first_line(error)}") from error
+    except (OSError, client.TransportError) as error:
+        fix = "check the network (HF_ENDPOINT, proxy)"
+        raise ExportError(f"the hub cannot be reached: {first_line(error)}", fix=fix) from error
     return str(address)

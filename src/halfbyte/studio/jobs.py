@@ -58,8 +58,8 @@ class Jobs:
         return self.read(name)
 
     def read(self, name: str) -> Document:
-        """What became of a command: running, done, failed, stopped by a signal that asks for it; ended where that is not
-        known. `port`: where it serves."""
+        """What became of a command: running, done, failed, stopped (as asked); ended where that is not known.
+        `port`: where it serves."""
         folder = self._folder(name)
         job, runs = read_json(folder / "job.json"), _runs(folder / "lock")
         with (folder / "log").open("rb") as file:

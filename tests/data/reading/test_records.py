@@ -208,7 +208,7 @@ def test_a_key_that_is_given_twice_is_told(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("text", ['{"a": 1, "b": 2, "a": 3}', '{"rows": [{"a": 1}, {"b": 2, "a": 1, "a": 2}]}'])
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
-def test_a_key_that_is_given_twice_in_one_object_of_several_lines_is_told(tmp_path: Path, text: str, mark: bytes) -> None:
+def test_a_key_that_is_given_twice_in_an_object_of_several_lines(tmp_path: Path, text: str, mark: bytes) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(mark + re.sub(r"([{,\[])", r"\1\n  ", text).encode())
     assert seen(path) == [(1, "the key 'a' is given twice")]

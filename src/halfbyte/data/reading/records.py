@@ -227,20 +227,13 @@ def _wrapped(source: RowSource) -> list[tuple[int, Record]]:
             if len(raw) > MAX_ROW_BYTES:
                 return []
             record = parse(raw.removeprefix(b"\xef\xbb\xbf"))
-    except BadRow as bad:  # of JSON, such as a key that is given twice; else lines are read
-        return [(1, bad)] if _is_json(raw) else []
-    except _CUT:
+    except (BadRow, *_CUT) as error:
+        with contextlib.suppress(ValueError, RecursionError):  # of JSON as a whole a key is given twice
+            return [(1, error)] if isinstance(error, BadRow) and json.loads(raw) else []
         return []
     lists = [v for v in record.values() if isinstance(v, list) and v and all(isinstance(item, dict) for item in v)]
     is_row = len(lists) != 1 or {"role", "from", "type"} & set(lists[0][0])  # messages, or tools
     return [(1, record)] if is_row else list(enumerate(lists[0], start=1))
-
-
-def _is_json(raw: bytes) -> bool:
-    with contextlib.suppress(ValueError, RecursionError):
-        json.loads(raw)
-        return True
-    return False
 
 
 def _item(text: str, position: int) -> tuple[Document | BadRow, int]:
