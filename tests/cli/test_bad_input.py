@@ -1045,7 +1045,7 @@ def whole(run: RunFolder) -> list[int]:
     return [points.step_of(path) for path in saved]
 
 
-FREE = "  fix: free some space, then go on from the newest whole checkpoint: halfbyte train RUN --resume\n"
+FREE = "  fix: free some space, then go on from the newest whole checkpoint: halfbyte train run --resume\n"
 FULL = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 

@@ -44,7 +44,7 @@ def test_how_many_rows_are_held_out(asked: Any, rows: int, held: int) -> None:
     assert data.eval_names == ("64.jsonl" if asked == "64.jsonl" else None)
 
 
-@pytest.mark.parametrize("asked", ["0%", "100%", "250%", 0.0, -3, True, [], [5]])
+@pytest.mark.parametrize("asked", [0, "0", "0%", "100%", "250%", 0.0, -3, True, [], [5]])
 def test_what_holds_out_no_row_or_all_of_them(asked: Any) -> None:
     with pytest.raises(ValueError, match="5% or a number of the training rows; none; or auto"):
         Data(train="t.jsonl", eval=asked)

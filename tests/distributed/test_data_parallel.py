@@ -94,6 +94,22 @@ def test_sources_in_shares_and_streamed_rows_on_other_processes_are_those_of_one
         assert columns[0] == pytest.approx(columns[1], rel=CLOSE)
 
 
+def by_command(run: Path) -> None:
+    from halfbyte.cli import main
+
+    main.app(["train", str(run), "--resume", "--set", "train.max_steps=6", "-q"])
+
+
+def test_the_command_goes_on_with_a_run_on_other_processes(tmp_path: Path) -> None:
+    """The folder of a run, which only the first process reads, is what is given."""
+    every = {"train__save_strategy": "steps", "train__save_steps": 3, "train__lr_scheduler_type": "constant"}
+    one = trained(tmp_path, 1, **every)
+    part = tiny_run.recipe(tmp_path, **(BASE | every | {"train__max_steps": 3}), output=tmp_path / "part")
+    finetune.train(part)
+    together.run(2, by_command, tmp_path / "part")
+    same(one, RunFolder(tmp_path / "part"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize(

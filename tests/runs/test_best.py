@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from halfbyte.errors import TrainError
+from halfbyte.errors import RunError, TrainError
 from halfbyte.recipe.schema import Recipe
+from halfbyte.runs import points
 from halfbyte.runs.checkpoint import Best
 from halfbyte.runs.folder import RunFolder
 
@@ -43,6 +44,19 @@ def test_the_next_process_goes_on_from_it(run: RunFolder) -> None:
     assert (again.folder / "weights").read_text() == "second"
     assert again.is_better(0.2) and not again.is_better(0.25) and not again.is_better(float("nan"))
     assert [p.name for p in run.checkpoints.iterdir()] == ["best"]
+
+
+@pytest.mark.parametrize("harm", ["shorter", "changed", "gone"])
+def test_a_damaged_one_is_refused_with_what_to_do(run: RunFolder, harm: str) -> None:
+    Best.of(recipe(), run).keep({"value": 0.5, "step": 3}, writes("what has won"))
+    points.check_best(run.checkpoints)
+    weights = run.checkpoints / "best" / "weights"
+    weights.write_text({"shorter": "what has", "changed": "what was won"}.get(harm, ""))
+    if harm == "gone":
+        weights.unlink()
+    with pytest.raises(RunError, match=r"best adapter so far, .*/best, is damaged: weights ") as caught:
+        points.check_best(run.checkpoints)
+    assert caught.value.fix is not None and caught.value.fix.startswith(f"rm -r {run.checkpoints / 'best'}: ")
 
 
 def test_of_another_metric_it_starts_anew(run: RunFolder) -> None:

@@ -124,12 +124,16 @@ def test_a_full_disk_is_told_and_ends_nothing(error: Exception, tmp_path: Path) 
     assert not list(tmp_path.glob(".step-*"))
 
 
-def test_another_error_is_raised_where_the_run_is(tmp_path: Path) -> None:
+def test_another_error_is_raised_where_the_run_is_with_its_command(tmp_path: Path) -> None:
+    (tmp_path / "my run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "my run" / "recipe.yaml").touch()
+
     def refuses(folder: Path) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    writing = Told().writing(tmp_path)
+    writing = Told().writing(tmp_path / "my run" / "checkpoints")
     writing.start(taken(1, refuses), "")
-    with pytest.raises(TrainError, match="a checkpoint could not be written: Permission denied"):
+    with pytest.raises(TrainError, match="a checkpoint could not be written: Permission denied") as caught:
         writing.finish()
+    assert caught.value.fix is not None and caught.value.fix.endswith(f"halfbyte train '{tmp_path}/my run' --resume")
     writing.finish()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from halfbyte import finetune
+from halfbyte.errors import TrainError
 from halfbyte.recipe.schema import Loaded
 from halfbyte.runs.folder import RunFolder
 from tests import tiny_run
@@ -75,3 +77,16 @@ def test_a_run_stops_when_no_evaluation_is_better(patience: int, threshold: floa
 
 def adapter(run: Path) -> bytes:
     return (run / "adapter/adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(("at", "how"), [(1, "crash"), (5, "signal")])
+def test_the_evaluation_before_the_first_step_counts_once(at: int, how: str, whole: Path) -> None:
+    """Also of a run that begins anew, as it was ended before its first checkpoint."""
+    values = {"train__eval_on_start": True, "train__eval_steps": 4, "train__max_steps": 8, "train__report_to": "none"}
+    loaded = tiny_run.recipe(
+        whole, **(OVERSHOOTS | values), data__eval=whole / "eval.jsonl", output=whole / f"start-{how}"
+    )
+    with suppress(TrainError):
+        finetune.train(loaded, listener=Interrupt(at, how))
+    run = finetune.train(loaded, resume=True).run
+    assert [row["step"] for row in RunFolder(run).read_metrics() if "eval_loss" in row] == [0, 4, 8]

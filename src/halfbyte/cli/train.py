@@ -120,15 +120,15 @@ def _run(
 def _loaded(world: "World", recipe: str, data: str | None, overrides: list[str], *, resume: bool) -> "Loaded":
     """The recipe that is trained. That of a run is read by the first process, since others may not have its folder."""
     from halfbyte.recipe import command
-    from halfbyte.recipe.schema import Loaded, Recipe
+    from halfbyte.recipe.schema import Loaded, Origin, Recipe
 
     if not resume:
         return command.to_train(recipe, data, overrides)
     loaded = command.to_resume(recipe, overrides) if world.first else None
     if world.alone and loaded is not None:
         return loaded
-    sent = world.from_first(lambda: loaded.recipe.model_dump(mode="json") if loaded else {})
-    return loaded or Loaded(Recipe.model_validate(sent), {}, (), None)
+    sent = world.from_first(lambda: [loaded.recipe.model_dump(mode="json"), loaded.origins] if loaded else [])
+    return loaded or Loaded(Recipe.model_validate(sent[0]), {k: Origin(*o) for k, o in sent[1].items()}, (), None)
 
 
 def _trained(

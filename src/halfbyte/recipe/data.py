@@ -72,7 +72,7 @@ def false_is(word: str) -> BeforeValidator:
 
 
 _LIKE = "rows: files, a glob, a hub: dataset, or a list of them; 5% or a number of the training rows; none; or auto"
-_SPLIT = re.compile(r"(?P<count>[1-9]\d*)|(?P<percent>\d+(\.\d+)?)\s*%|(?P<share>0?\.\d+)")
+_SPLIT = re.compile(r"(?P<count>\d+)|(?P<percent>\d+(\.\d+)?)\s*%|(?P<share>0?\.\d+)")
 AUTO_PERCENT = 5  # of the rows
 AUTO_MIN_ROWS, AUTO_MAX_HELD_OUT = 200, 200
 
@@ -86,7 +86,7 @@ def _held_out(value: object) -> object:
     if match is None:
         return text if isinstance(value, str | None) else value
     percent = float(match["percent"] or 100 * float(match["share"] or 0))
-    if match["count"] is None and not 0 < percent < 100:
+    if not (int(match["count"]) > 0 if match["count"] else 0 < percent < 100):
         raise ValueError(f"must be {_LIKE}")
     return match["count"] or f"{percent:g}%"
 

@@ -33,10 +33,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from halfbyte.errors import DiskFull, RunError, TrainError
+from halfbyte.errors import DiskFull, RunError, TrainError, typed
 from halfbyte.recipe.schema import Recipe, Train
 from halfbyte.runs.folder import RunFolder
-from halfbyte.runs.points import FORMAT_VERSION, MANIFEST, checkpoints, damage, is_whole
+from halfbyte.runs.points import BEST, FORMAT_VERSION, MANIFEST, checkpoints, damage, is_whole
 from halfbyte.system import accelerator, files
 from halfbyte.types import Document
 
@@ -123,17 +123,22 @@ def write(folder: Path, taken: Snapshot, have_read: Callable[[], None] = lambda:
         (temporary / "trainer_state.json").write_text(taken.trainer_state)
         (temporary / OPTIMIZER_JSON).write_text(taken.state)
         save_file(taken.random, temporary / RNG_TENSORS)
-        listed = {p.name: {"bytes": p.stat().st_size, "sha256": files.sha256(p)} for p in sorted(temporary.iterdir())}
-        manifest = {"format": FORMAT_VERSION, "step": taken.step, "trained": taken.trained, "files": listed}
-        (temporary / MANIFEST).write_text(json.dumps(files.seal(manifest), indent=1))
+        _write_manifest(temporary, step=taken.step, trained=taken.trained)
     for path in final.iterdir():
         files.forget(path)
     if (wrong := damage(final, hashes=True)) is not None:
         raise TrainError(
             f"checkpoint {final} is not what was written: {wrong}. The older ones were kept.",
-            fix="look at the disk (dmesg, smartctl), then go on from an older one: halfbyte train RUN --resume",
+            fix=f"look at the disk (dmesg, smartctl){_go_on(final)}",
         )
     return final
+
+
+def _write_manifest(folder: Path, **more: object) -> None:
+    """Sizes and hashes of all files of a folder, which `points.damage` compares."""
+    listed = {p.name: {"bytes": p.stat().st_size, "sha256": files.sha256(p)} for p in sorted(folder.iterdir())}
+    manifest = {"format": FORMAT_VERSION, **more, "files": listed}
+    (folder / MANIFEST).write_text(json.dumps(files.seal(manifest), indent=1))
 
 
 @contextmanager
@@ -152,9 +157,14 @@ def unwritable(what: str, path: Path, error: OSError | SafetensorError) -> Train
     why = files.no_room(path) if full else getattr(error, "strerror", None) or error
     return (DiskFull if full else TrainError)(
         f"{what} could not be written: {why}.",
-        fix=f"{'free some space' if full else 'look at the disk'}, then go on from the newest whole checkpoint: "
-        "halfbyte train RUN --resume",
+        fix=f"{'free some space' if full else 'look at the disk'}{_go_on(path)}",
     )
+
+
+def _go_on(path: Path) -> str:
+    """The command that goes on with the run that a path lies in, if it lies in one."""
+    run = next((above for above in path.parents if (above / "recipe.yaml").is_file()), None)
+    return "" if run is None else f", then go on from the newest whole checkpoint: halfbyte train {typed(run)} --resume"
 
 
 def prune(folder: Path, keep: int | None) -> None:
@@ -266,7 +276,7 @@ class Best:
     @classmethod
     def of(cls, recipe: Recipe, run: RunFolder) -> Self:
         """The best of a run so far, also of an earlier process, which may have been killed between two renames."""
-        best = cls(metric_name(recipe.train), run.checkpoints / "best", recipe.train.best_is_greatest)
+        best = cls(metric_name(recipe.train), run.checkpoints / BEST, recipe.train.best_is_greatest)
         older = files.aside(best.folder)
         if not best.folder.exists() and older.exists():
             older.rename(best.folder)
@@ -290,6 +300,7 @@ class Best:
         with whole_or_absent(f"the best adapter {self.folder}", self.folder) as temporary:
             write_adapter(temporary)
             (temporary / BEST_JSON).write_text(json.dumps({"metric": self.metric, **entry}))
+            _write_manifest(temporary)
         self._take(entry)
 
 

@@ -19,7 +19,7 @@ from halfbyte.system import files
 from halfbyte.types import Document
 
 FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
+MANIFEST, BEST = "manifest.json", "best"
 CAUSAL_LM = "causal_lm"
 BACK = "put back what the run had; or start a new run: "
 
@@ -133,6 +133,16 @@ def newest(folder: Path) -> Point | None:
         f"no whole checkpoint to resume from in {folder}; found only damaged ones: {', '.join(sorted(damaged))}.",
         fix="start again with another `output:` (`--set output=runs/NAME`)",
     )
+
+
+def check_best(folder: Path) -> None:
+    """Raises RunError: the best adapter so far of a run's checkpoints is not as it was written."""
+    best = folder / BEST
+    if (best / MANIFEST).is_file() and (wrong := damage(best, hashes=True)) is not None:
+        raise RunError(
+            f"the best adapter so far, {best}, is damaged: {wrong}.",
+            fix=f"rm -r {typed(best)}: the adapter is then the best of the evaluations that follow, else the last step's",
+        )
 
 
 def check_recipe(point: Point, recipe: Recipe) -> None:

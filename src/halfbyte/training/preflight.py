@@ -64,9 +64,11 @@ def begin(world: World, recipe: Recipe, *, resume: bool) -> RunStart:
 
 def _newest(recipe: Recipe) -> points.Point | None:
     """The newest whole checkpoint of the recipe's run, which has trained as the recipe says."""
-    point = points.newest(RunFolder.open(Path(recipe.output), need_adapter=False).checkpoints)
+    folder = RunFolder.open(Path(recipe.output), need_adapter=False).checkpoints
+    point = points.newest(folder)
     if point is not None:
         points.check_recipe(point, recipe)
+    points.check_best(folder)
     return point
 
 

@@ -50,7 +50,7 @@ def run_steps(setup: Setup, folder: RunFolder, stop: StopRequest, tell: Listener
     train, point = setup.run.prepared.recipe.train, setup.start.point
     resume = None if point is None else agree.share_checkpoint(world, point.path, folder.path)
     if world.first:
-        folder.truncate_metrics(setup.start.step)
+        folder.truncate_metrics(-1 if point is None else point.step)  # an evaluation before the first step is of step 0
         folder.report.unlink(missing_ok=True)  # of the shorter run that goes on
     early = None
     if train.early_stopping_patience is not None:
@@ -234,8 +234,10 @@ def _compared(comparison: Comparison, trainer: StepTrainer) -> Rows:
 def _trainer(setup: Setup, folder: RunFolder, hooks: RunHooks) -> StepTrainer:
     prepared, assembled = setup.run.prepared, setup.model.assembled
     train = prepared.recipe.train
+    own: Document = {"eval_on_start": train.eval_on_start and setup.start.point is None}
+    own |= {} if setup.world.first else {"report_to": "none"}
     arguments = training_arguments(
-        train if setup.world.first else train.model_copy(update={"report_to": "none"}), folder=folder.path,
+        train.model_copy(update=own), folder=folder.path,
         total_steps=len(setup.steps), fp16=assembled.base.compute_dtype == "fp16",
         use_cpu=assembled.base.model.device.type == "cpu", eval_steps=eval_every(prepared),
     )  # fmt: skip
