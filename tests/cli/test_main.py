@@ -740,6 +740,21 @@ def test_a_finished_run_is_told_at_once_and_goes_on_when_asked(here: Path, halfb
     assert [row["step"] for row in RunFolder(Path("run")).read_metrics() if "loss" in row] == [*range(1, 9)]
 
 
+@pytest.mark.parametrize("how", ["its time is over", "without a checkpoint"])
+def test_what_a_finished_run_advises_is_a_run_from_its_weights(how: str, here: Path, halfbyte: Cli) -> None:
+    values = ["train.save_strategy=steps", "output=run", "lora.target_modules=all-linear"]
+    values += ["train.within=30m", "train.learning_rate=0.001"] if "time" in how else []
+    changes = [part for value in values for part in ("--set", value)]
+    assert halfbyte("train", "recipe.yaml", "-q", *changes).code == 0
+    if "time" not in how:
+        shutil.rmtree("run/checkpoints/step-000004")
+    command = halfbyte("train", "run", "--resume").out.partition("to go on: halfbyte ")[2].strip()
+    assert command.startswith("train run/recipe.yaml --output run-2 --set lora.adapter=run/adapter")
+    ended = halfbyte(*command.split(), "-q")
+    assert ended.code == 0, (command, ended.out, ended.err)
+    assert json.loads(Path("run-2/report.json").read_text())["steps"] == 4
+
+
 def test_the_best_is_counted_over_all_processes(here: Path, halfbyte: Cli) -> None:
     changes = ("train.save_strategy=steps", "train.save_steps=2", "train.eval_strategy=steps", "train.eval_steps=1")
     assert halfbyte("train", "recipe.yaml", "-q", *(part for value in changes for part in ("--set", value))).code == 0

@@ -121,3 +121,5 @@ def test_a_plan_of_several_machines() -> None:
 def test_what_is_no_link_is_told_in_one_line() -> None:
     done = CliRunner().invoke(app, ["plan", "llama-2-7b", "--nodes", "4", "--link", "fast"])
     assert done.exit_code != 0 and "1Gb/s" in str(done.exception)
+    done = CliRunner().invoke(app, ["plan", "llama-2-7b", "--link", "10Mb/s"])
+    assert "is not read without --nodes" in str(done.exception)

@@ -71,7 +71,9 @@ def plan(
     length: int | None = option(None, "--length", "Tokens of each row, instead of the data.", min=2),
     compare: bool = flag("--compare", "Full fine-tuning, 16-bit LoRA and 4-bit QLoRA side by side."),
     nodes: int | None = option(None, "--nodes", "Also on so many machines like this one.", min=1, max=4096),
-    link: str = option("1Gb/s", "--link", "With --nodes: what joins them, 1Gb/s or 125MB/s; with a delay 1Gb/s,5ms."),
+    link: str | None = option(
+        None, "--link", "With --nodes: what joins them, 1Gb/s (the default) or 125MB/s; with a delay 1Gb/s,5ms."
+    ),
     json_: shared.Json = False,
 ) -> None:
     """What a training takes (memory, disk, time) and how it fits, before anything is downloaded or loaded. Exit code 3
@@ -82,6 +84,8 @@ def plan(
     from halfbyte.recipe.command import NO_ROWS, recipe_or_model
     from halfbyte.recipe.start import START
 
+    if link is not None and nodes is None:
+        raise RecipeError(f"--link {link} is not read without --nodes.", fix=f"--nodes 2 --link {typed(link)}")
     loaded = number_format.settle(recipe_or_model(target, set_, START), device=device, length=length)
     if device is None and length is None and loaded.recipe.data.train != NO_ROWS and at_hand(loaded.recipe):
         with libraries.loading():
@@ -94,7 +98,7 @@ def plan(
     if nodes is not None:
         from halfbyte.distributed import scaling
 
-        scaled = scaling.expect(planned, nodes, scaling.link_of(link))
+        scaled = scaling.expect(planned, nodes, scaling.link_of(link or "1Gb/s"))
     cores = of_plan(planned.plan, planned.job, planned.device) if device is None else None
     if json_:
         more = {"nodes": scaled and scaled.to_json(), "cores": cores and asdict(cores)}

@@ -156,8 +156,7 @@ def unwritable(what: str, path: Path, error: OSError | SafetensorError) -> Train
     full = files.is_full(error)
     why = files.no_room(path) if full else getattr(error, "strerror", None) or error
     return (DiskFull if full else TrainError)(
-        f"{what} could not be written: {why}.",
-        fix=f"{'free some space' if full else 'look at the disk'}{_go_on(path)}",
+        f"{what} could not be written: {why}.", fix=f"{'free some space' if full else 'look at the disk'}{_go_on(path)}"
     )
 
 

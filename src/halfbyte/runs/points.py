@@ -6,9 +6,11 @@ Cost: the hashes of one checkpoint's files (1 GB/s); no torch.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 
 from halfbyte.errors import RunError, typed
 from halfbyte.recipe.adapter_folder import is_adapter
@@ -141,7 +143,7 @@ def check_best(folder: Path) -> None:
     if (best / MANIFEST).is_file() and (wrong := damage(best, hashes=True)) is not None:
         raise RunError(
             f"the best adapter so far, {best}, is damaged: {wrong}.",
-            fix=f"rm -r {typed(best)}: the adapter is then the best of the evaluations that follow, else the last step's",
+            fix=f"rm -r {typed(best)}: the adapter is then the best of those that follow, else the last step's",
         )
 
 
@@ -158,16 +160,24 @@ def check_recipe(point: Point, recipe: Recipe) -> None:
             f"  What may change: data.train and data.eval (the same rows elsewhere), quant.placement, lora.save_dtype; "
             f"under train: {', '.join(of_train)}",
             fix=f"{BACK}halfbyte train {typed(f'{recipe.output}/recipe.yaml')} --output runs/NAME"
-            + _from_its_weights(point, recipe.output, {name: now for name, (_, now) in strange.items()}),
+            + _from_its_weights(point, recipe, {name: now for name, (_, now) in strange.items()}),
         )
 
 
-def _from_its_weights(point: Point, run: str, asked: Document) -> str:
+def _from_its_weights(point: Point, recipe: Recipe, asked: Document) -> str:
     """What to add to the command of a new run for the weights of this one, where they allow what is asked."""
     if not all(name.startswith(("train.", "data.")) for name in asked):
         return ""
-    values = {"lora.adapter": run if is_adapter(run) else point.path, **asked}
-    return "; from its weights, add" + "".join(f" --set {typed(f'{name}={shown(x)}')}" for name, x in values.items())
+    run = recipe.output
+    return f"; from its weights, add {from_weights(recipe, run if is_adapter(run) else point.path, asked)}"
+
+
+def from_weights(recipe: Recipe, adapter: str | Path, asked: Mapping[str, object] = MappingProxyType({})) -> str:
+    """What a command adds to begin a run of this recipe with an adapter's weights, and with other values."""
+    values = {"lora.adapter": adapter, **asked}
+    if recipe.lora.target_modules == "all-linear":  # the adapter has them by their names
+        values["lora.target_modules"] = "auto"
+    return " ".join(f"--set {typed(f'{name}={shown(x)}')}" for name, x in values.items())
 
 
 def _is_moved(name: str, was: object, now: object) -> bool:

@@ -139,12 +139,11 @@ def check_resumed(start: RunStart, objective: str, rows: Document, total_steps: 
 
 
 def more_steps_command(recipe: Recipe) -> str:
-    """The command with which a finished run goes on, for twice its length; without a checkpoint, a new run."""
+    """The command with which a finished run goes on, for twice its length; without a checkpoint, or where its time is
+    over, a new run."""
     run, train = recipe.output, recipe.train
-    if not points.checkpoints(RunFolder(Path(run)).checkpoints):
-        return (
-            f"halfbyte train {typed(f'{run}/recipe.yaml')} --output {typed(f'{run}-2')} "
-            f"--set {typed(f'lora.adapter={run}/adapter')}"
-        )
+    if train.within is not None or not points.checkpoints(RunFolder(Path(run)).checkpoints):
+        begins = points.from_weights(recipe, f"{run}/adapter")
+        return f"halfbyte train {typed(f'{run}/recipe.yaml')} --output {typed(f'{run}-2')} {begins}"
     name, now = ("max_steps", train.max_steps) if train.max_steps > 0 else ("num_train_epochs", train.num_train_epochs)
     return f"halfbyte train {typed(run)} --resume --set train.{name}={2 * now:g}"
