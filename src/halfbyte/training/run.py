@@ -234,10 +234,10 @@ def _compared(comparison: Comparison, trainer: StepTrainer) -> Rows:
 def _trainer(setup: Setup, folder: RunFolder, hooks: RunHooks) -> StepTrainer:
     prepared, assembled = setup.run.prepared, setup.model.assembled
     train = prepared.recipe.train
-    own: Document = {"eval_on_start": train.eval_on_start and setup.start.point is None}
-    own |= {} if setup.world.first else {"report_to": "none"}
+    update: Document = {"eval_on_start": train.eval_on_start and setup.start.point is None}
+    update |= {} if setup.world.first else {"report_to": "none"}
     arguments = training_arguments(
-        train.model_copy(update=own), folder=folder.path,
+        train.model_copy(update=update), folder=folder.path,
         total_steps=len(setup.steps), fp16=assembled.base.compute_dtype == "fp16",
         use_cpu=assembled.base.model.device.type == "cpu", eval_steps=eval_every(prepared),
     )  # fmt: skip
