@@ -215,6 +215,27 @@ def test_logits_of_a_loss_alone_are_made_when_they_are_read(converted: bool, mon
     assert isinstance(ours(**batch, return_dict=False), tuple)
 
 
+@pytest.mark.parametrize("more", [{}, {"num_items_in_batch": torch.tensor(9)}])
+def test_an_adapter_that_begins_within_rows_learns_there(more: dict[str, torch.Tensor]) -> None:
+    """PEFT's aLoRA: its forward counts from each row's end, padding and all, where the layers begin to add."""
+    batch = padded()
+    batch["input_ids"][:, 2] = 250
+    found = []
+    for model in pair("llama"):
+        config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[250])
+        gradients(model, model(**batch, **more).loss)
+        torch.manual_seed(0)
+        model.add_adapter("late", config)
+        model.set_adapter("late")
+        torch.nn.init.constant_(
+            model.get_submodule("base_model.model.model.layers.1.self_attn.q_proj.lora_B.late").weight, 0.1
+        )
+        loss = model(**batch, **more).loss
+        found.append({"loss": loss.detach(), **gradients(model, loss)})
+    same(found[1], found[0])
+    assert any(bool(gradient.any()) for name, gradient in found[0].items() if "lora_" in name)
+
+
 def test_a_learned_prompt_comes_before_the_rows() -> None:
     losses = []
     for package in (peft, halfbyte):
@@ -254,7 +275,15 @@ def test_a_model_is_saved_whole_and_opened_again() -> None:
     torch.save(ours.merge_and_unload(), io.BytesIO())
 
 
-@pytest.mark.parametrize("where", ["lm_head", "model.layers.0.mlp.act_fn", "model.layers.0.mlp.gate_proj"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        "lm_head", "model.layers.0.mlp.act_fn", "model.layers.0.mlp.gate_proj",
+        *(f"model.layers.0.self_attn.q_proj.{part}" for part in (
+            "base_layer", "lora_A.default", "lora_B.default", "lora_dropout.default"
+        )),
+    ],
+)  # fmt: skip
 def test_a_hook_of_a_script_is_called_after_the_first_step(where: str) -> None:
     plain, ours = pair("llama")
     gradients(ours, ours(**padded()).loss)
@@ -265,6 +294,17 @@ def test_a_hook_of_a_script_is_called_after_the_first_step(where: str) -> None:
             handle = module.register_forward_hook(lambda module, args, output: output * 0.5)
             losses.append(model(**padded(), **more).loss)
             handle.remove()
+        torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-6)
+
+
+def test_an_activation_that_a_script_changes_after_the_first_step_is_the_one_that_is_computed() -> None:
+    """By one that is known, and by one that is not."""
+    for activation in (torch.nn.GELU(), torch.nn.Softplus()):
+        losses = []
+        for model in pair("llama"):
+            gradients(model, model(**padded()).loss)
+            structure.causal_lm(model).get_submodule("model.layers.0.mlp").act_fn = activation
+            losses.append(model(**padded()).loss)
         torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-6)
 
 

@@ -38,6 +38,7 @@ NOT_RIGHT = "rows are not padded on the right"
 NOT_PROVEN = "packing is not proven on this model"
 READ = "the loss reads what stands at padding"
 NOISE = "NEFTune's noise goes by the length of padded rows"
+ACTIVATED = "an adapter begins within each row, at its invocation tokens"
 # Whether a causal LM takes packed examples, once it has been seen.
 _PROVEN: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
 
@@ -83,9 +84,10 @@ def _beyond(given: Document, taken: frozenset[str]) -> str:
 
 
 class Unpad(BodyHooks):
-    """Padded rows of a training forward become a pack. `why` the last one's did not; `reads`: whether the script's loss
-    reads what stands at padding, None until a backward has shown it."""
+    """Padded rows of a training forward become a pack. `never`: why none may, empty if some may; `why` the last one's
+    did not; `reads`: whether the script's loss reads what stands at padding, None until a backward has shown it."""
 
+    never = ""
     why = ""
     reads: bool | None = None
     _plain = False
@@ -94,7 +96,7 @@ class Unpad(BodyHooks):
         if not body.training or sight.looks() or self._plain:
             return None
         whole, given = given, {k: v for k, v in given.items() if v is not None and v is not False}
-        self.why = _beyond(given, _PLAIN) or (NOISE if _is_noisy(body) else "")
+        self.why = self.never or _beyond(given, _PLAIN) or (NOISE if _is_noisy(body) else "")
         name = "input_ids" if "input_ids" in given else "inputs_embeds"
         x = given.get(name)
         if self.why or x is None:
@@ -160,14 +162,20 @@ def _is_noisy(body: torch.nn.Module) -> bool:
     return getattr(body.get_input_embeddings(), "neftune_noise_alpha", None) is not None
 
 
+def _is_activated(model: Model) -> bool:
+    """Whether PEFT's forward tells the layers where an adapter begins in each padded row: aLoRA (arXiv:2504.12397)."""
+    configs = getattr(model, "peft_config", {}).values()
+    return any(getattr(config, "alora_invocation_tokens", None) for config in configs)
+
+
 def attach(model: Model) -> bool:
     """Put the hooks on the body of a model that takes packed examples. Returns whether they are there."""
     lm = structure.causal_lm(model)
     body = structure.body(lm)
     if body is lm or not packs(lm):
         return False
-    if Unpad.attached(body) is None:
-        Unpad(body)
+    hooks = Unpad.attached(body) or Unpad(body)
+    hooks.never = ACTIVATED if _is_activated(model) else ""
     return True
 
 
@@ -214,6 +222,8 @@ def training_batch(model: Model, inputs: dict[str, Tensor]) -> tuple[Batch | Non
         return None, "it asks for a tuple"
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         return None, "a learned prompt comes before the rows"
+    if _is_activated(model):
+        return None, ACTIVATED
     if not upstream.has_plain_loss(lm := structure.causal_lm(model)):
         return None, "the model has a loss function of its own"
     if _is_noisy(lm):

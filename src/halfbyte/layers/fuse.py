@@ -70,7 +70,8 @@ class _FastLoraLinear(_Fast):
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         base, why = self.base_layer, unfused_reason(self)
         alone = why == ADAPTERS_DISABLED and not self.merged
-        if args or kwargs or (why and not alone) or not _computes(base, x):
+        uncalled = base, *(m for part in (self.lora_A, self.lora_B, self.lora_dropout) for m in part.values())
+        if args or kwargs or (why and not alone) or not _computes(base, x) or any(map(is_hooked, uncalled)):
             return super().forward(x, *args, **kwargs)
         if alone:  # a reference model is computed as its policy is
             return frozen_linear(x, base, bias_after=True)
@@ -171,9 +172,9 @@ class _FastGatedMlp(_Fast):
         return y if factor == 1.0 else y * factor
 
     def takes(self, x: Tensor) -> bool:
-        """Whether x is computed here; not where an activation has hooks, as it is not called."""
+        """Whether x is computed here; not where an activation has hooks, as it is not called, or is another by now."""
         plain = (m for m in self.children() if not isinstance(m, (nn.Linear, LoraLayer)))
-        return available(x) and not any(map(is_hooked, plain))
+        return available(x) and not any(map(is_hooked, plain)) and formulas.gated_mlp(self) is not None
 
     def unscaled(self, x: Tensor) -> tuple[Tensor, float]:
         """What it returns, and what that has to be multiplied with; for what it `takes`."""
