@@ -270,6 +270,21 @@ def test_integer_products_are_asked_for_and_decided_at_the_first_training_forwar
         halfbyte.prepare_model_for_kbit_training(tiny.model("llama"), compute="fast")  # type: ignore[arg-type]
 
 
+def test_a_model_that_a_script_compiles_computes_by_its_own_kernels_and_nothing_is_traced() -> None:
+    def refuse(graph: Any, inputs: Any) -> Any:
+        raise AssertionError("torch has traced a part of it")
+
+    plain = plain_peft.adapt(windowed(), "all-linear")
+    wanted = plain(**batch_of_a_script()).loss
+    wanted.backward()
+    model = adapted_by_name()
+    compiled = torch.compile(model, backend=refuse)
+    loss = compiled(**batch_of_a_script()).loss
+    loss.backward()
+    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-6)
+    assert plain_peft.apart(plain_peft.gradients(model), plain_peft.gradients(plain)) < 1e-5
+
+
 def test_apples_gpu_is_refused_in_one_line() -> None:
     """Nothing of ours has run there: a model on it, or a batch that its Trainer has moved there."""
 

@@ -100,6 +100,7 @@ class _Ours:
     def from_pretrained(cls, model: Model, model_id: str, *args: Any, **kwargs: Any) -> Model:
         return PeftModel.from_pretrained(model, model_id, *args, **kwargs)
 
+    @torch.compiler.disable  # its kernels are compiled already; torch would trace the proofs too, for many minutes
     def forward(self, *args: object, **kwargs: object) -> ModelOutput:
         with torch.autocast(self.device.type, enabled=False):
             if not (self.training and torch.is_grad_enabled()):
