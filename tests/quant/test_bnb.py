@@ -10,6 +10,7 @@ import pytest
 import torch
 from bitsandbytes.nn import modules as bnb_modules
 
+from halfbyte.errors import BaseModelError
 from halfbyte.models.tensors import TensorSpec
 from halfbyte.quant import bnb as codec
 from halfbyte.quant import formats, policy
@@ -100,6 +101,15 @@ def test_settling_unpacks_what_an_eval_forward_packed(double: bool) -> None:
     with torch.no_grad():
         made.eval()(x)
     assert not getattr(made.weight.quant_state, "packing_format_for_cpu", False)
+
+
+def test_a_layer_that_nobody_quantised_is_named() -> None:
+    """As transformers leaves a new head of a 4-bit base: bitsandbytes' class around a plain parameter."""
+    new = layer(torch.bfloat16, torch.bfloat16)
+    new.weight = torch.nn.Parameter(torch.zeros(3, 64))
+    with pytest.raises(BaseModelError, match="the checkpoint has no weights of score, which") as told:
+        formats.settle(torch.nn.ModuleDict({"body": layer(torch.bfloat16, torch.bfloat16), "score": new}))
+    assert "llm_int8_skip_modules=['score']" in str(told.value.fix)
 
 
 def test_a_safe_layer_has_the_same_gradient_after_an_evaluation() -> None:

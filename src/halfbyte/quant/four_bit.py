@@ -137,16 +137,24 @@ class FourBit(NumberFormat):
 
     def settle(self, model: nn.Module) -> None:
         """Keep an eval forward from repacking weights in place; what an earlier one has repacked is unpacked by reading
-        the layer's state dict once (bitsandbytes' own inverse, `Linear4bit._save_to_state_dict`)."""
+        the layer's state dict once (bitsandbytes' own inverse, `Linear4bit._save_to_state_dict`). Raises
+        BaseModelError: a layer, as a new head, that the checkpoint has no weights for, which nobody quantised."""
         if "bitsandbytes" not in sys.modules:  # seconds; who made such a layer has imported it
             return
         import bitsandbytes as bnb
 
-        for module in model.modules():
-            if isinstance(module, bnb.nn.Linear4bit):
-                module.support_avx512bf16_for_cpu = False
-                if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
-                    module.state_dict()
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
+        new = [name for name, layer in layers.items() if not isinstance(layer.weight, bnb.nn.Params4bit)]
+        if new:
+            more = f" and {len(new) - 1} more" if len(new) > 1 else ""
+            raise BaseModelError(
+                f"the checkpoint has no weights of {new[0]}{more}, which was begun anew and is not in 4 bits.",
+                fix=f"keep a new head in 16 bits, BitsAndBytesConfig(..., llm_int8_skip_modules={new[:1]})",
+            )
+        for module in layers.values():
+            module.support_avx512bf16_for_cpu = False
+            if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+                module.state_dict()
 
     def holds(self, module: nn.Module) -> bool:
         state = getattr(own_weight(module), "quant_state", None)
