@@ -46,7 +46,7 @@ def of(root: nn.Module, mixin: type) -> list[Any]:
 def is_hooked(m: nn.Module) -> bool:
     """Whether a hook of torch's is on this module, other than those that cast masters (`adapters/masters.py`)."""
     every = (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
-    owners = (getattr(hook, "__self__", None) for hooks in every for hook in hooks.values())
+    owners = (getattr(hook, "__self__", None) for hooks in every if hooks for hook in hooks.values())
     return any(not getattr(owner, "is_cast", False) for owner in owners)
 
 
