@@ -83,7 +83,7 @@ def _parts_of_layers(adapted: Model) -> list[nn.Module]:
 class _Cast:
     """Two hooks around a forward: masters in the dtype that is computed in, and back."""
 
-    is_cast = True  # which what computes without its call does by itself
+    is_cast = True  # which an output head does by itself
 
     places: list[tuple[nn.Module, str]]  # modules and the names of their parameters
     like: nn.Parameter  # a frozen parameter of that dtype, now and later

@@ -71,7 +71,8 @@ class _FastLoraLinear(_Fast):
         base, why = self.base_layer, unfused_reason(self)
         alone = why == ADAPTERS_DISABLED and not self.merged
         uncalled = base, *(m for part in (self.lora_A, self.lora_B, self.lora_dropout) for m in part.values())
-        if args or kwargs or (why and not alone) or not _computes(base, x) or any(map(is_hooked, uncalled)):
+        slow = args or kwargs or (why and not alone) or not _computes(base, x)
+        if slow or any(is_hooked(m, known="is_cast") for m in uncalled):
             return super().forward(x, *args, **kwargs)
         if alone:  # a reference model is computed as its policy is
             return frozen_linear(x, base, bias_after=True)
@@ -173,8 +174,8 @@ class _FastGatedMlp(_Fast):
 
     def takes(self, x: Tensor) -> bool:
         """Whether x is computed here; not where an activation has hooks, as it is not called, or is another by now."""
-        plain = (m for m in self.children() if not isinstance(m, (nn.Linear, LoraLayer)))
-        return available(x) and not any(map(is_hooked, plain)) and formulas.gated_mlp(self) is not None
+        plain = not any(is_hooked(m) for m in self.children() if not isinstance(m, (nn.Linear, LoraLayer)))
+        return plain and available(x) and formulas.gated_mlp(self) is not None
 
     def unscaled(self, x: Tensor) -> tuple[Tensor, float]:
         """What it returns, and what that has to be multiplied with; for what it `takes`."""
@@ -377,10 +378,9 @@ def unfused_reason(layer: nn.Module) -> str:
         return ADAPTERS_DISABLED
     if layer.merged:
         return "merged"
-    names = [n for n in layer.active_adapters if n in layer.lora_A]
     if len(layer.active_adapters) != 1:
         return "several adapters" if layer.active_adapters else NO_ADAPTER
-    return not_plain(layer, names)
+    return not_plain(layer, [n for n in layer.active_adapters if n in layer.lora_A])
 
 
 def not_plain(layer: nn.Module, names: list[str]) -> str:

@@ -43,11 +43,11 @@ def of(root: nn.Module, mixin: type) -> list[Any]:
     return [module for module in root.modules() if isinstance(module, mixin)]
 
 
-def is_hooked(m: nn.Module) -> bool:
-    """Whether a hook of torch's is on this module, other than those that cast masters (`adapters/masters.py`)."""
+def is_hooked(m: nn.Module, *, known: str = "") -> bool:
+    """Whether a hook of torch's is on this module: one whose object does not say that it is `known`."""
     every = (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
     owners = (getattr(hook, "__self__", None) for hooks in every if hooks for hook in hooks.values())
-    return any(not getattr(owner, "is_cast", False) for owner in owners)
+    return any(not (known and getattr(owner, known, False)) for owner in owners)
 
 
 def plain_class(cls: type) -> type:

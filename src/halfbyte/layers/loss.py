@@ -208,7 +208,7 @@ def head_of(model: Model) -> Head | None:
         return None
     lm = structure.causal_lm(model)
     linear, dtype, rows = _linear_head(lm)
-    if type(linear) is not torch.nn.Linear or structure.body(lm) is lm or instances.is_hooked(linear):
+    if type(linear) is not torch.nn.Linear or structure.body(lm) is lm or instances.is_hooked(linear, known="is_cast"):
         return None
     scale, softcap = _scaling(lm.config.get_text_config())
     head = Head(linear.weight, linear.bias, scale, softcap, dtype, *rows)
