@@ -217,7 +217,7 @@ def test_scores_are_raw_or_refused(embeds: tuple[Running, reader.TextReader]) ->
     ("more", "param"),
     [
         ({"stop": 5}, "stop"),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content.0.text"),
         ({"messages": [{"role": "user", "content": "red"}], "tools": [{"type": "function"}]}, "tools.0.function"),
     ],
 )
