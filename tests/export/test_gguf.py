@@ -109,6 +109,16 @@ def test_llama_cpp_computes_the_same(name: str, tmp_path: Path) -> None:
         assert program.tokens(text) == tiny_run.tokenizer()(text)["input_ids"], text
 
 
+@pytest.mark.parametrize("name", sorted(writing.READ_WHOLE))
+def test_llama_cpp_reads_past_a_window(name: str, tmp_path: Path) -> None:
+    """Of a model with a window of 8 it says of 24 tokens what the model says without one, which the export tells."""
+    pytest.importorskip("llama_cpp_py_sync", reason="llama.cpp is not installed: pip install 'halfbyte[gguf]'")
+    narrow, merged = build(tmp_path, name, sliding_window=8)
+    whole, _ = build(tmp_path / "whole", name)
+    seen = programs.LlamaCpp(str(write(merged, tmp_path / "m.gguf")), tokens=64).logits(IDS, range(len(IDS)))
+    assert np.abs(seen - logits(whole)).max() < 1e-2 < 1.0 < np.abs(seen - logits(narrow)).max()
+
+
 @pytest.mark.parametrize("name", sorted(set(CONFIGS) - {"granite", "smollm3", "qwen3"}))  # not read, or not whole
 def test_transformers_reads_the_same(name: str, tmp_path: Path) -> None:
     model, merged = build(tmp_path, name)

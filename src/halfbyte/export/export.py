@@ -220,8 +220,8 @@ def _write_gguf(job: ExportJob, run: Target, base: BaseKind, path: Path, kind: s
     job.tell.say(f"from {describe(base)}, in {kind}", label="gguf")
     first, remarks = path.with_suffix(".f16") if plain != kind else path, list[str]()
     window = getattr(merged.config.get_text_config(), "sliding_window", None)
-    if merged.config.model_type == "mistral" and window:
-        remarks.append(f"llama.cpp has no place for this model's window of {window} tokens: longer texts differ")
+    if _model_type(run) in gguf.READ_WHOLE and window:
+        remarks.append(f"llama.cpp takes no notice of this model's window of {window} tokens: longer texts differ")
     if ours:
         gguf.write(merged, first, plain, add_tokenizer(run, merged))
     else:

@@ -30,6 +30,7 @@ ARCHITECTURES = {
     "gemma3_text": "gemma3", "phi3": "phi3", "gpt2": "gpt2", "bloom": "bloom", "granite": "granite",
     "smollm3": "smollm3",
 }  # fmt: skip
+READ_WHOLE = frozenset({"mistral", "phi3"})  # llama.cpp's layers of these look at all tokens, whatever their window
 FTYPES = {kind.name.partition("_")[2]: kind.value for kind in gguf.LlamaFileType}
 _KEYS = (
     "context_length", "embedding_length", "feed_forward_length", "attention.head_count", "attention.head_count_kv",
