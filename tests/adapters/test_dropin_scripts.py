@@ -102,7 +102,7 @@ def test_a_collator_that_pads_on_the_left_is_told(tmp_path: Path, caplog: pytest
     script = CLASSIC + "trainer = train(OUT, collator=lambda features: pad(features, left=True))"
     names, line = run(script, tmp_path, caplog)
     why = "rows are not padded on the right"
-    assert f"its layers ({LAYERS}). Not: rows with their padding ({why}); the script's own loss ({why})." in line
+    assert f"its layers ({LAYERS}). Not: rows as they come ({why}); the script's own loss ({why})." in line
     assert all(bool(value.any()) for name, value in adapter(names["trainer"].model).items() if "lora_B" in name)
 
 

@@ -48,7 +48,7 @@ class FirstStep:
             padded = why_logits
         parts = (
             (self.layers, "PEFT's own layers", self.problem),
-            ("rows without padding", "rows with their padding", padded),
+            ("rows without padding", "rows as they come", padded),
             ("logits of labelled tokens alone", "the script's own loss", why_logits),
         )[: 3 if model.writes else 2]
         fast = [text for text, _, why in parts if not why]
