@@ -428,7 +428,7 @@ CASES = [
     Case(
         "no held-out file",
         train("data.eval=nowhere/nope.jsonl"),
-        "error: nowhere/nope.jsonl: no such file.\n  fix: check the path",
+        "error: nowhere/nope.jsonl: no such file.\n  fix: check the path; it is read relative to where halfbyte runs",
     ),
     # the model
     Case("unknown model", train("model=xyz"), f"error: unknown model 'xyz'; {ALLOWED}"),

@@ -102,9 +102,8 @@ def _files(name: str) -> list[RowSource]:
             raise DataError(f"{name} matches no file.", fix=fix)
     elif not path.exists():
         near = files.near_name(path, [p.name for p in path.parent.glob("*") if _kind(p)[0] is not None])
-        raise DataError(
-            f"{name}: no such file.", fix=f"did you mean {path.parent / near}?" if near else "check the path"
-        )
+        check = "check the path" if path.is_absolute() else "check the path; it is read relative to where halfbyte runs"
+        raise DataError(f"{name}: no such file.", fix=f"did you mean {path.parent / near}?" if near else check)
     return [source_of(p) for p in matched]
 
 
