@@ -59,6 +59,13 @@ def test_a_damaged_one_is_refused_with_what_to_do(run: RunFolder, harm: str) -> 
     assert caught.value.fix is not None and caught.value.fix.startswith(f"rm -r {run.checkpoints / 'best'}: ")
 
 
+def test_one_of_an_older_version_whose_score_is_cut_short_is_none(run: RunFolder) -> None:
+    (run.checkpoints / "best").mkdir(parents=True)
+    (run.checkpoints / "best" / "best.json").write_text('{"metric": "eval_lo')
+    points.check_best(run.checkpoints)  # it has no hashes
+    assert Best.of(recipe(), run).value is None
+
+
 def test_of_another_metric_it_starts_anew(run: RunFolder) -> None:
     Best.of(recipe(), run).keep({"value": 0.5, "step": 3, "compared": [[3.5, 2.0]]}, writes("x"))
     other = Best.of(recipe("perplexity"), run)

@@ -35,7 +35,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from halfbyte.errors import DiskFull, RunError, TrainError, typed
 from halfbyte.recipe.schema import Recipe, Train
-from halfbyte.runs.folder import RunFolder
+from halfbyte.runs.folder import RunFolder, read_json
 from halfbyte.runs.points import BEST, FORMAT_VERSION, MANIFEST, checkpoints, damage, is_whole
 from halfbyte.system import accelerator, files
 from halfbyte.types import Document
@@ -279,8 +279,7 @@ class Best:
         older = files.aside(best.folder)
         if not best.folder.exists() and older.exists():
             older.rename(best.folder)
-        path = best.folder / BEST_JSON
-        row = json.loads(path.read_text()) if path.is_file() else {}
+        row = read_json(best.folder / BEST_JSON)
         if row.get("metric") == best.metric:
             best._take(row)
         return best
