@@ -354,7 +354,7 @@ CASES = [
     Case(
         "data is a folder",
         train("data.train=model"),
-        "error: model is a folder; it holds <...> .json, <...>.\n  fix: data.train: model/*.json",
+        "error: model is a folder; it holds <...> .json, <...>.\n  fix: name its files: model/*.json",
     ),
     Case(
         "empty data",
@@ -737,6 +737,12 @@ CASES = [
         ["eval", "done", "--data", "my rows"],
         "error: my rows is a folder; it holds 1 .jsonl.\n  fix: halfbyte eval done --data 'my rows/a.jsonl'",
         all_of(lambda: Path("my rows").mkdir(), write("my rows/a.jsonl", row(prompt="a", completion="b"))),
+    ),
+    Case(
+        "a key that is not there",
+        ["serve", "done", "--api-key-file", "my key"],
+        "error: --api-key-file my key cannot be read: No such file or directory.\n"
+        "  fix: openssl rand -hex 24 > 'my key'",
     ),
     Case(
         "a store where a file is",

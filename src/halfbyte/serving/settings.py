@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from halfbyte.errors import RecipeError
+from halfbyte.errors import RecipeError, typed
 
 LIBRARIES = ("starlette", "uvicorn", "sse_starlette", "prometheus_client", "llguidance")
 KEY = "HALFBYTE_API_KEY"
@@ -36,7 +36,9 @@ def key_of(file: Path | None) -> str | None:
         try:
             key = file.read_text(encoding="ascii").strip()
         except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"--api-key-file {file} cannot be read: {error}.") from error
+            why = getattr(error, "strerror", None) or "it is not ASCII"
+            fix = None if file.exists() else f"openssl rand -hex 24 > {typed(file)}"
+            raise RecipeError(f"--api-key-file {file} cannot be read: {why}.", fix=fix) from error
     else:
         key = os.environ.get(KEY, "").strip()
         if not key:

@@ -143,7 +143,7 @@ def more_steps_command(recipe: Recipe) -> str:
     over, a new run."""
     run, train = recipe.output, recipe.train
     if train.within is not None or not points.checkpoints(RunFolder(Path(run)).checkpoints):
-        begins = points.from_weights(recipe, f"{run}/adapter")
-        return f"halfbyte train {typed(f'{run}/recipe.yaml')} --output {typed(f'{run}-2')} {begins}"
+        another = f"halfbyte train {typed(f'{run}/recipe.yaml')} --output {typed(f'{run}-2')}"
+        return f"{another} {points.from_weights(recipe, f'{run}/adapter')}"
     name, now = ("max_steps", train.max_steps) if train.max_steps > 0 else ("num_train_epochs", train.num_train_epochs)
     return f"halfbyte train {typed(run)} --resume --set train.{name}={2 * now:g}"

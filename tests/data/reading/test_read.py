@@ -272,7 +272,7 @@ def test_a_folder(tmp_path: Path, make_data: Any) -> None:
     write(tmp_path, GOOD, "rows.jsonl")
     with pytest.raises(DataError) as error:
         read_rows(tmp_path, make_data())
-    expected = f"{tmp_path} is a folder; it holds 1 .jsonl.\n  fix: data.train: {tmp_path / 'rows.jsonl'}"
+    expected = f"{tmp_path} is a folder; it holds 1 .jsonl.\n  fix: name its files: {tmp_path / 'rows.jsonl'}"
     assert str(error.value) == expected
     (tmp_path / "deep").mkdir()
     for name in ("a.md", "deep/b.md", "c.md.gz", "deep/picture.png", "README"):
@@ -282,7 +282,7 @@ def test_a_folder(tmp_path: Path, make_data: Any) -> None:
     assert error.value.message.startswith(f"{tmp_path} is a folder; it holds 2 .md, 1 ")
     assert error.value.message.endswith(" and others.")
     names = [str(tmp_path / name) for name in ("**/*.md", "*.jsonl", "*.md.gz")]
-    assert error.value.fix == f"data.train: [{', '.join(names)}]"
+    assert error.value.fix == f"name its files: [{', '.join(names)}]"
     assert [row.text for row in read_rows(names[0], make_data())] == ["text", "text"]
     (tmp_path / "deep" / "b.md").unlink()
     with pytest.raises(DataError, match=r"is a folder; it holds 1 \.png\.$"):

@@ -64,7 +64,7 @@ class IsFolder(DataError):
         names = [str(rows[0])] if len(rows) == 1 else sorted(str(path / g) for g in globs)
         deep = any("**" in name for name in names)
         self.pattern = names[0] if len(names) == 1 else str(path / ("**/*" if deep else "*"))
-        fix = f"data.train: {names[0] if len(names) == 1 else '[' + ', '.join(names) + ']'}" if rows else None
+        fix = f"name its files: {names[0] if len(names) == 1 else '[' + ', '.join(names) + ']'}" if rows else None
         super().__init__(f"{path} is a folder; {told}.", fix=fix)
 
 
