@@ -145,11 +145,14 @@ def test_a_full_disk_is_told_with_the_file(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_files_of_a_folder_are_as_readable_as_it_is(tmp_path: Path) -> None:
+    (elsewhere := tmp_path / "key").touch(0o600)
     with files.new_folder(tmp_path / "x") as folder:
         for name in ("a", "b"):
             (folder / name).touch(0o600)
+        (folder / "c").symlink_to(elsewhere)
         folder.chmod(0o750)
-    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "x").iterdir()} == {0o640}
+    assert {(tmp_path / "x" / name).stat().st_mode & 0o777 for name in ("a", "b")} == {0o640}
+    assert elsewhere.stat().st_mode & 0o777 == 0o600
 
 
 def test_a_file_takes_the_place_of_no_folder(tmp_path: Path) -> None:

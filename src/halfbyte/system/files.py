@@ -100,7 +100,8 @@ def new_folder(path: Path) -> Iterator[Path]:
         yield temporary
         readable = temporary.stat().st_mode & 0o444
         for file in temporary.rglob("*"):
-            file.chmod(file.stat().st_mode | readable)
+            if not file.is_symlink():  # what it leads to may be another's
+                file.chmod(file.stat().st_mode | readable)
         put(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
