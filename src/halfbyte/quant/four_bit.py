@@ -144,7 +144,7 @@ class FourBit(NumberFormat):
         import bitsandbytes as bnb
 
         layers = {name: m for name, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
-        new = [name for name, layer in layers.items() if not isinstance(layer.weight, bnb.nn.Params4bit)]
+        new = [name for name, layer in layers.items() if not hasattr(layer.weight, "quant_state")]
         if new:
             more = f" and {len(new) - 1} more" if len(new) > 1 else ""
             raise BaseModelError(

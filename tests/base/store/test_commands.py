@@ -69,7 +69,7 @@ def test_quantize_into_a_folder_that_is_a_model(halfbyte: Cli, tmp_path: Path) -
         (("model", "--set", "quant.type=none"), "error: quant.type none keeps the base in 16 bits"),
         (("model", "--set", "quant.typ=nf4"), "quant.typ"),
         (("nothing-here",), "error: "),
-        (("model", "--out", "model"), "error: TMP/model is not a store"),
+        (("model", "--out", "model"), "error: model is not a store"),
     ],
 )
 def test_a_mistake_is_one_message(arguments: tuple[str, ...], said: str, halfbyte: Cli) -> None:
