@@ -406,6 +406,20 @@ def test_adamw_is_one_call_on_a_cpu_and_as_asked_on_a_card(tmp_path: Path) -> No
     assert run.training_arguments(Train(optim="sgd"), **how, use_cpu=True).optim == "sgd"
 
 
+def test_gradients_are_cleared_of_what_trains_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cleared, plain = list[torch.nn.Module](), torch.nn.Module.zero_grad
+
+    def zero_grad(module: torch.nn.Module, set_to_none: bool = True) -> None:
+        plain(module, set_to_none)
+        cleared.append(module)
+
+    monkeypatch.setattr(torch.nn.Module, "zero_grad", zero_grad)
+    finetune.train(tiny_run.recipe(tmp_path))
+    of_steps = [module for module in cleared if isinstance(module, torch.nn.ParameterList)]
+    assert len(of_steps) >= 4 and len({*map(id, of_steps)}) == 1 and len(of_steps[0]) > 0
+    assert all(parameter.grad is None for parameter in of_steps[0])
+
+
 def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     loaded = tiny_run.recipe(tmp_path, train__save_strategy="steps")
     finetune.train(loaded)

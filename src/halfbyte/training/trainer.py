@@ -27,6 +27,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerControl, TrainingArguments, get_scheduler
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import TrainOutput
 
 from halfbyte.adapters.lora import loraplus_optimizer
 from halfbyte.data import collate, pack
@@ -179,7 +180,6 @@ class StepTrainer(Trainer):
         self.evaluated: tuple[int, NDArray[np.float64]] = -1, np.empty((0, 0))  # the last evaluation's step and rows
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=[])
         self.loss_is_scaled_for_ga = True
-        vars(model)["zero_grad"] = self._trained.zero_grad  # after each step, as `_clip_grad_norm`
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self._ended = time.perf_counter()
@@ -191,6 +191,14 @@ class StepTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader[Document]:
         """Items in their order, one at a time: the order was drawn when the steps were planned."""
         return DataLoader(self.train_dataset, batch_size=1, shuffle=False, collate_fn=itemgetter(0))
+
+    def train(self, *args: object, **kwargs: object) -> TrainOutput:
+        """While it lasts the model clears the gradients of what trains alone, as `_clip_grad_norm` clips them."""
+        self.model.__dict__["zero_grad"] = self._trained.zero_grad
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            del self.model.__dict__["zero_grad"]
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> Optimizer:
         if self.loraplus_lr_ratio is None or self.optimizer is not None:
