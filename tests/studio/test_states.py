@@ -188,6 +188,29 @@ def test_a_preset_a_format_and_bases_that_are_stored(server: Server, page: Any, 
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
 
 
+def test_an_upload_that_ends_later_leaves_the_user_where_he_went(server: Server, page: Any, odd: Path) -> None:
+    page.fill("#base", "org/mine")
+    page.evaluate(
+        """() => {
+            const plain = window.fetch;
+            window.fetch = async (...args) => {
+                const answer = await plain(...args);
+                if ((args[1] || {}).method === "PUT") await new Promise((resolve) => { window.release = resolve; });
+                return answer;
+            };
+        }"""
+    )
+    page.set_input_files("#file", odd)
+    page.wait_for_function("Boolean(window.release)", timeout=SECONDS)
+    page.evaluate("location.hash = 'runs'")
+    page.wait_for_selector("#runs:not([hidden])", timeout=SECONDS)
+    page.evaluate("window.release()")
+    page.wait_for_function("document.querySelector('#upload').textContent.includes('is in data/')", timeout=SECONDS)
+    page.wait_for_timeout(500)
+    assert page.evaluate("location.hash") == "#runs" and page.locator("#runs").is_visible()
+    assert page.evaluate("[...document.querySelector('#rows').options].some((o) => o.value === 'odd.csv')")
+
+
 def test_each_tick_of_a_chart_has_a_label_of_its_own(page: Any) -> None:
     """Each label is its value: equally far from the next, as ticks are."""
     ticks = """(ys) => {

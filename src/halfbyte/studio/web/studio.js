@@ -192,6 +192,7 @@ function stopButton(parent, job) {
 async function drop(files) {
   const file = files[0];
   if (!file) return;
+  const at = location.hash;
   $("upload").textContent = "taking " + file.name;
   // As the server has names: letters and digits of any script, then a few signs; of signs alone it is "rows".
   const name = file.name.normalize().replace(/[^\p{L}\p{N}_.+@ -]/gu, "-")
@@ -202,8 +203,9 @@ async function drop(files) {
     throw error;
   });
   $("upload").textContent = taken + " is in data/";
-  leaveRecipe();
   now.data.unshift(taken);
+  if (location.hash !== at) return options($("rows"), ["", ...new Set(now.data)], "choose"); // the user is elsewhere by now
+  leaveRecipe();
   options($("rows"), ["", ...new Set(now.data)], "choose", taken);
   await begin(taken);
 }
