@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-from halfbyte.system import topology
+from halfbyte.system.platforms import calls
 from halfbyte.types import Document
 
 KINDS = ("cuda", "xpu")  # AMD's cards are "cuda" in torch
@@ -101,10 +101,7 @@ def choose(cards: tuple[Card, ...]) -> tuple[tuple[Card, ...], tuple[str, ...]]:
 def torch_build() -> str:
     """What the installed torch is built for: cuda, rocm, xpu; empty for CPUs alone. Read from its version file."""
     spec = importlib.util.find_spec("torch")
-    try:
-        text = Path(spec.origin).with_name("version.py").read_text() if spec is not None and spec.origin else ""
-    except OSError:
-        return ""
+    text = calls.text(Path(spec.origin).with_name("version.py")) if spec is not None and spec.origin else ""
     for name, build in (("hip", "rocm"), ("cuda", "cuda"), ("xpu", "xpu")):
         if re.search(rf"^{name}\b[^=\n]*= *['\"]", text, re.MULTILINE):
             return build
@@ -180,15 +177,15 @@ def _present(root: Path) -> list[tuple[str, str, str]]:
     Intel's on bus 0 are part of a processor and do not count."""
     by_vendor: dict[str, tuple[str, str, str]] = {}
     for folder in sorted((root / "sys/bus/pci/devices").glob("*")):
-        vendor, kind = (topology.text(folder / name).strip() for name in ("vendor", "class"))
+        vendor, kind = (calls.text(folder / name).strip() for name in ("vendor", "class"))
         if vendor not in _VENDORS or not kind.startswith((_DISPLAY, _ACCELERATOR)):
             continue
         if vendor == "0x8086" and folder.name.startswith("0000:00:"):
             continue
-        told = topology.text(root / f"proc/driver/nvidia/gpus/{folder.name}/information")
+        told = calls.text(root / f"proc/driver/nvidia/gpus/{folder.name}/information")
         name = re.search(r"Model:\s*(\S.*)", told)
         by_vendor.setdefault(vendor, (*_VENDORS[vendor], name[1].strip() if name else ""))
-    jetson = topology.text(root / "proc/device-tree/model").strip(" \n\0")
+    jetson = calls.text(root / "proc/device-tree/model").strip(" \n\0")
     if jetson.startswith("NVIDIA"):
         by_vendor.setdefault("0x10de", ("NVIDIA", "cuda", jetson))
     return list(by_vendor.values())

@@ -67,7 +67,7 @@ class Device:
 def detect(root: Path = Path("/"), env: Mapping[str, str] = os.environ) -> Device:
     """Look at the machine; `root` holds `proc` and `sys`, and CUDA_VISIBLE_DEVICES is read from `env`."""
     free, (cpu, isa) = ram_available(root), _cpu(root)
-    huge = topology.text(root / "sys/kernel/mm/transparent_hugepage/enabled")
+    huge = calls.text(root / "sys/kernel/mm/transparent_hugepage/enabled")
     cards = card_list.find(root, env, free)
     return Device(
         kind=cards.kind,
@@ -117,7 +117,7 @@ def _best_on_card(cards: tuple[Card, ...]) -> tuple[str, str]:
 
 
 def _cpu(root: Path) -> tuple[str, tuple[str, ...]]:
-    text = topology.text(root / "proc/cpuinfo")
+    text = calls.text(root / "proc/cpuinfo")
     # all cores of one machine report the same; big.LITTLE kernels list the common set
     flags = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
     have = flags[1].split() if flags else ()
@@ -135,8 +135,8 @@ def core_share(root: Path = Path("/")) -> float:
     """Cores that this process may use, by its affinity and the control group's quota, which need not be whole."""
     count: float = calls.cores()
     for folder in _cgroup_folders(root, "cpu"):
-        old = topology.text(folder / "cpu.cfs_quota_us") + topology.text(folder / "cpu.cfs_period_us")
-        quota = (topology.text(folder / "cpu.max") or old).split()
+        old = calls.text(folder / "cpu.cfs_quota_us") + calls.text(folder / "cpu.cfs_period_us")
+        quota = (calls.text(folder / "cpu.max") or old).split()
         if len(quota) == 2 and quota[0].isdigit() and quota[1].isdigit() and int(quota[1]) > 0:
             count = min(count, int(quota[0]) / int(quota[1]))
     return count
@@ -144,7 +144,7 @@ def core_share(root: Path = Path("/")) -> float:
 
 def _memory(root: Path) -> tuple[int, int]:
     """Of the machine: total, and available."""
-    fields = dict(re.findall(r"^(\w+):\s*(\d+) kB$", topology.text(root / "proc/meminfo"), re.MULTILINE))
+    fields = dict(re.findall(r"^(\w+):\s*(\d+) kB$", calls.text(root / "proc/meminfo"), re.MULTILINE))
     if "MemTotal" in fields and "MemAvailable" in fields:
         return int(fields["MemTotal"]) * 1024, int(fields["MemAvailable"]) * 1024
     import psutil
@@ -158,10 +158,10 @@ def _cgroup_memory(root: Path) -> Iterator[tuple[int, int]]:
     for folder in _cgroup_folders(root, "memory"):
         # v2, then v1: limit, usage, prefix of the reclaimable parts
         for names in (("max", "current", ""), ("limit_in_bytes", "usage_in_bytes", "total_")):
-            limit, used = (topology.text(folder / f"memory.{name}").strip() for name in names[:2])
+            limit, used = (calls.text(folder / f"memory.{name}").strip() for name in names[:2])
             if limit.isdigit() and used.isdigit():
                 droppable = rf"^{names[2]}(?:in)?active_file (\d+)$"
-                parts = re.findall(droppable, topology.text(folder / "memory.stat"), re.MULTILINE)
+                parts = re.findall(droppable, calls.text(folder / "memory.stat"), re.MULTILINE)
                 yield int(limit), max(0, int(used) - sum(map(int, parts)))
 
 
@@ -170,7 +170,7 @@ def _cgroup_folders(root: Path, controller: str) -> Iterator[Path]:
     the path that `/proc/self/cgroup` gives may be the host's; the mount's root then is the group, and it is always
     among the parents."""
     mount = root / "sys/fs/cgroup"
-    for line in topology.text(root / "proc/self/cgroup").splitlines():
+    for line in calls.text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = [*line.split(":", 2), "", ""][:3]
         tops = [mount / controllers, mount / controller] if controller in controllers.split(",") else []
         for top in dict.fromkeys(tops if controllers else [mount, mount / "unified"]):

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from halfbyte.system import files
+from halfbyte.system.platforms import calls
 from halfbyte.types import Document
 
 LIBRARIES = (
@@ -47,10 +48,8 @@ def surroundings(threads: int, root: Path = Path("/")) -> Document:
     the processor says of itself, its flags among it. `root` holds `proc`."""
     package = Path(__file__).parents[1]
     code = [(str(file.relative_to(package)), files.sha256(file)) for file in sorted(package.rglob("*.py"))]
-    try:
-        core = (root / "proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
-    except OSError:
-        core = [platform.machine(), platform.processor()]
+    told = calls.text(root / "proc/cpuinfo").partition("\n\n")[0].splitlines()
+    core = told or [platform.machine(), platform.processor()]
     return {
         **versions(),
         **{name: version(name) for name in ("numba", "llvmlite", "jinja2")},

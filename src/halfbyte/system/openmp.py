@@ -61,10 +61,7 @@ def region() -> Any | None:
 def libraries(maps: Path = Path("/proc/self/maps")) -> list[str]:
     """Where the OpenMP library in this process lies: as Linux lists it, else the one that torch's wheel brings, which
     torch will load."""
-    try:
-        lines = maps.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
+    lines = calls.text(maps).splitlines()
     mapped = {line.split(maxsplit=5)[5] for line in lines if "omp" in line}  # a path may hold spaces
     if not (paths := _named(mapped)) and (torch := find_spec("torch")) is not None:
         paths = _named(str(path) for path in (Path(torch.origin or "").parent / "lib").glob("lib*omp*"))

@@ -20,10 +20,13 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
+
+from halfbyte.system.platforms import calls
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
@@ -85,12 +88,7 @@ def heap() -> tuple[Span, ...]:
 
 def _maps() -> Iterator[tuple[Span, list[str]]]:
     """Each part of this process's memory, with its line of `/proc/self/maps`; none where there is no such file."""
-    try:
-        with open("/proc/self/maps", encoding="utf-8", errors="replace") as file:
-            lines = file.read().splitlines()
-    except OSError:
-        return
-    for fields in (line.split(maxsplit=5) for line in lines):
+    for fields in (line.split(maxsplit=5) for line in calls.text(Path("/proc/self/maps")).splitlines()):
         start, end = fields[0].split("-")
         yield Span(int(start, 16), int(end, 16)), fields
 

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from halfbyte.system import device, openmp, topology
+from halfbyte.system.platforms import calls
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 MALLOC_VARIABLES = (
@@ -106,8 +107,4 @@ def _allocator(env: Mapping[str, str]) -> str:
 
 def _huge_pages() -> str:
     """The choice in brackets of `always [madvise] never`; no block of ours is advised."""
-    try:
-        text = _HUGE_PAGES.read_text(encoding="ascii")
-    except OSError:
-        return "unknown"
-    return text.partition("[")[2].partition("]")[0] or "unknown"
+    return calls.text(_HUGE_PAGES).partition("[")[2].partition("]")[0] or "unknown"

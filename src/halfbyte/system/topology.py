@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from halfbyte.system.platforms import calls
+from halfbyte.system.platforms.calls import text
 
 # Beside a fast core of a hybrid at the same clock: half as many numbers are multiplied at once.
 SLOW_CORE = 0.5
@@ -107,11 +108,3 @@ def stay_on_node(place: int, processes: int, root: Path = Path("/")) -> int | No
     node = nodes[place * len(nodes) // processes]
     os.sched_setaffinity(0, topology.of_node(node))
     return node
-
-
-def text(path: Path) -> str:
-    """A small system file, or nothing where it does not exist or may not be read."""
-    try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError):
-        return ""

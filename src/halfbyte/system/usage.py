@@ -102,11 +102,8 @@ def cpu_time(root: Path = Path("/proc/self")) -> CpuTime | None:
 
 def pressure(path: Path = Path("/proc/pressure/cpu")) -> float | None:
     """The share of the last ten seconds in which some task in the machine waited for a core; None if it is not told."""
-    try:
-        match = re.search(r"^some avg10=([\d.]+)", path.read_text(encoding="ascii"))
-        return float(match[1]) / 100 if match else None
-    except OSError:
-        return None
+    match = re.search(r"^some avg10=([\d.]+)", calls.text(path))
+    return float(match[1]) / 100 if match else None
 
 
 class Peak:

@@ -48,6 +48,14 @@ def handed_on(descriptor: int) -> tuple[int, ...]:
     return () if sys.platform == "win32" else (descriptor,)
 
 
+def text(path: Path) -> str:
+    """A small system file, or nothing where it does not exist or may not be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
 def alias(link: Path, target: Path) -> None:
     """Another name for a file: a symbolic link, or a hard one where users may not make those (Windows)."""
     try:
