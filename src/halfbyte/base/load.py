@@ -132,7 +132,11 @@ def open_base(
     stored, spec = None, None
     if checkpoint.blocks:
         origin = f"mapped from {checkpoint.blocks[0]}"
-        _check_blocks(checkpoint, config, device)
+        if device.on_card:
+            raise BaseModelError(
+                "quant.type gguf computes on the CPU: no kernel here reads a GGUF's blocks on a card.",
+                fix="--set quant.type=nf4; or CUDA_VISIBLE_DEVICES= in front of the command, to compute on the CPU",
+            )
     elif use_store and quant.quantises and not quantised and not hasattr(config, "auto_map"):
         spec = store_spec(checkpoint, config, quant, device, specs)
         stored, why = stored_base(spec, device, tell)
@@ -228,14 +232,6 @@ class _Opening:
             ) from error
         residency.check_complete(model, info, self.checkpoint, self.quant)
         return model
-
-
-def _check_blocks(checkpoint: Checkpoint, config: Config, device: machine.Device) -> None:
-    if device.on_card:
-        raise BaseModelError(
-            "quant.type gguf computes on the CPU: no kernel here reads a GGUF's blocks on a card.",
-            fix="--set quant.type=nf4; or CUDA_VISIBLE_DEVICES= in front of the command, to compute on the CPU",
-        )
 
 
 def open_store(spec: shelf.StoreSpec, folder: Path) -> Model:

@@ -18,7 +18,10 @@ def distance(got: Tensor | Mapping[str, Tensor], expected: Tensor | Mapping[str,
     got, expected = ({"": x} if isinstance(x, Tensor) else x for x in (got, expected))
     off = sum(_square_of_difference(got.get(name), wanted) for name, wanted in expected.items())
     size = sum(float(wanted.double().square().sum()) for wanted in expected.values())
-    return _ratio(off, size)
+    if size == 0:
+        return 0.0 if off == 0 else math.inf
+    ratio = math.sqrt(off / size)
+    return ratio if math.isfinite(ratio) else math.inf
 
 
 def row_distances(got: Tensor, expected: Tensor) -> Tensor:
@@ -45,12 +48,4 @@ def _square_of_difference(got: Tensor | None, expected: Tensor) -> float:
         return math.inf
     if torch.equal(got, expected):
         return 0.0
-    square = float((got.double() - expected.double()).square().sum())
-    return square if math.isfinite(square) else math.inf
-
-
-def _ratio(off: float, size: float) -> float:
-    if size > 0:
-        ratio = math.sqrt(off / size)
-        return ratio if math.isfinite(ratio) else math.inf
-    return 0.0 if off == 0 else math.inf
+    return float((got.double() - expected.double()).square().sum())
