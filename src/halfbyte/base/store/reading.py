@@ -8,6 +8,7 @@ are never mapped, so they count in no process's resident memory.
 import math
 import mmap
 import os
+import zipfile
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -123,7 +124,8 @@ class PickledSource(Source):
         self._values: dict[str, torch.Tensor] = {}
         for file in self.files:
             try:
-                content = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
+                mapped = zipfile.is_zipfile(file)  # torch's format since 1.6, the one that can be mapped
+                content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
             except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
                 raise StoreError(f"{file} cannot be read: {first_line(error)}.") from error
             for name, value in content.items():
@@ -152,12 +154,6 @@ def unsafe_pickle(checkpoint: Checkpoint, error: UnpicklingError) -> BaseModelEr
         f"{checkpoint.id}: its pickled weights hold more than tensors, so they were not read: {blocked.rstrip('.')}.",
         fix="use a copy of the model with safetensors",
     )
-
-
-def _is_zip(file: Path) -> bool:
-    """torch's format since 1.6, the one that can be mapped."""
-    with file.open("rb") as stream:
-        return stream.read(2) == b"PK"
 
 
 def _stamp(file: Path) -> tuple[int, int, int]:
