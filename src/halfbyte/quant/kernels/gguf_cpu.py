@@ -7,6 +7,8 @@ Source: `gguf.quants`, whose operations are repeated one by one in fp32: no fuse
 Cost: a read of the blocks and a write of the weights (docs/log).
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -130,42 +132,10 @@ def _block_of_32(block: _OneBlock, *, less: int = 0, least: bool = False, fifth:
         block.put(first, block.plus(numbers, block.half(2)) if least else numbers)
 
 
-@instruction(types.void, types.int64, None)
-def _q4_0(b: Value, w: Value, out: Value) -> None:
-    _block_of_32(_OneBlock(b, w, out), less=8)
-
-
-@instruction(types.void, types.int64, None)
-def _q4_1(b: Value, w: Value, out: Value) -> None:
-    _block_of_32(_OneBlock(b, w, out), least=True)
-
-
-@instruction(types.void, types.int64, None)
-def _q5_0(b: Value, w: Value, out: Value) -> None:
-    _block_of_32(_OneBlock(b, w, out), less=16, fifth=True)
-
-
-@instruction(types.void, types.int64, None)
-def _q5_1(b: Value, w: Value, out: Value) -> None:
-    _block_of_32(_OneBlock(b, w, out), least=True, fifth=True)
-
-
-@instruction(types.void, types.int64, None)
-def _q8_0(b: Value, w: Value, out: Value) -> None:
-    block = _OneBlock(b, w, out)
+def _q8_0(block: _OneBlock) -> None:
     d = block.half(0)
     for first in (0, 16):
         block.put(first, block.times(d, block.number(block.bytes(2 + first, 16), signed=True)))
-
-
-@instruction(types.void, types.int64, None)
-def _q4_k(b: Value, w: Value, out: Value) -> None:
-    _k_block(_OneBlock(b, w, out), codes_at=16, bits_at=None)
-
-
-@instruction(types.void, types.int64, None)
-def _q5_k(b: Value, w: Value, out: Value) -> None:
-    _k_block(_OneBlock(b, w, out), codes_at=48, bits_at=16)
 
 
 def _k_block(block: _OneBlock, codes_at: int, bits_at: int | None) -> None:
@@ -183,10 +153,8 @@ def _k_block(block: _OneBlock, codes_at: int, bits_at: int | None) -> None:
             block.put(32 * part, block.minus(numbers, b.fmul(dmin, b.uitofp(least, F32))))
 
 
-@instruction(types.void, types.int64, None)
-def _q6_k(b: Value, w: Value, out: Value) -> None:
-    block = _OneBlock(b, w, out)
-    d = block.half(208)
+def _q6_k(block: _OneBlock) -> None:
+    b, d = block.b, block.half(208)
     for n in range(8):  # of 32 weights: four of each half, by the two bits that they have in a byte of 32
         half, quarter = divmod(n, 4)
         for k in (0, 16):
@@ -198,24 +166,53 @@ def _q6_k(b: Value, w: Value, out: Value) -> None:
             block.put(32 * n + k, block.times(scale, block.less(block.number(codes), 32)))
 
 
-@instruction(types.void, types.int64, None)
-def _iq4_nl(b: Value, w: Value, out: Value) -> None:
-    block = _OneBlock(b, w, out)
-    d, codes = block.half(0), block.bytes(2, 16)
-    block.put(0, block.times(d, block.level(block.low(codes), IQ4_NL)))
-    block.put(16, block.times(d, block.level(block.high(codes), IQ4_NL)))
+def _levels_by_codes(block: _OneBlock, d: Value, at: int, levels: tuple[int, ...]) -> None:
+    """32 weights, each d x what its 4-bit code stands for; the codes are from byte `at` on."""
+    codes = block.bytes(at, 16)
+    block.put(0, block.times(d, block.level(block.low(codes), levels)))
+    block.put(16, block.times(d, block.level(block.high(codes), levels)))
 
 
-@instruction(types.void, types.int64, None)
-def _mxfp4(b: Value, w: Value, out: Value) -> None:
-    block = _OneBlock(b, w, out)
-    e, codes = block.byte(0), block.bytes(1, 16)
+def _iq4_nl(block: _OneBlock) -> None:
+    _levels_by_codes(block, block.half(0), 2, IQ4_NL)
+
+
+def _mxfp4(block: _OneBlock) -> None:
+    b, e = block.b, block.byte(0)
     # half of 2^(e - 127); the two smallest are subnormal
     small = b.shl(ir.Constant(I32, 0x00200000), b.and_(e, ir.Constant(I32, 1)))
     usual = b.shl(b.sub(e, ir.Constant(I32, 1)), ir.Constant(I32, 23))
     d = b.bitcast(b.select(b.icmp_unsigned("<", e, ir.Constant(I32, 2)), small, usual), F32)
-    block.put(0, block.times(d, block.level(block.low(codes), MXFP4)))
-    block.put(16, block.times(d, block.level(block.high(codes), MXFP4)))
+    _levels_by_codes(block, d, 1, MXFP4)
+
+
+_WRITERS: dict[str, Callable[[_OneBlock], None]] = {
+    "Q4_0": partial(_block_of_32, less=8),
+    "Q4_1": partial(_block_of_32, least=True),
+    "Q5_0": partial(_block_of_32, less=16, fifth=True),
+    "Q5_1": partial(_block_of_32, least=True, fifth=True),
+    "Q8_0": _q8_0,
+    "Q4_K": partial(_k_block, codes_at=16, bits_at=None),
+    "Q5_K": partial(_k_block, codes_at=48, bits_at=16),
+    "Q6_K": _q6_k,
+    "IQ4_NL": _iq4_nl,
+    "MXFP4": _mxfp4,
+}
+
+
+@instruction(types.void, types.int64, types.int64, types.int64, None)
+def _block(b: Value, kind: Value, w: Value, i: Value, out: Value) -> None:
+    """Block `i` of those from address `w` on -> `out`, by ggml's number of its type."""
+    end = b.append_basic_block()
+    switch = b.switch(kind, end)
+    for name, write_block in _WRITERS.items():
+        number, _, nbytes = BLOCKS[name]
+        here = b.append_basic_block(name)
+        switch.add_case(ir.Constant(kind.type, number), here)
+        b.position_at_end(here)
+        write_block(_OneBlock(b, b.add(w, b.mul(i, ir.Constant(i.type, nbytes))), out))
+        b.branch(end)
+    b.position_at_end(end)
 
 
 # No fastmath: with it a product and a sum may become one operation, which rounds once.
@@ -227,27 +224,7 @@ def row(kind, w, out, blocks):  # type: ignore[no-untyped-def]
     """The blocks of one row, from address `w` on -> `out`, bf16 (as uint16) or fp32."""
     n = out.size // blocks
     for i in range(blocks):
-        to = out[i * n : (i + 1) * n]
-        if kind == 2:
-            _q4_0(w + 18 * i, to)
-        elif kind == 3:
-            _q4_1(w + 20 * i, to)
-        elif kind == 6:
-            _q5_0(w + 22 * i, to)
-        elif kind == 7:
-            _q5_1(w + 24 * i, to)
-        elif kind == 8:
-            _q8_0(w + 34 * i, to)
-        elif kind == 12:
-            _q4_k(w + 144 * i, to)
-        elif kind == 13:
-            _q5_k(w + 176 * i, to)
-        elif kind == 14:
-            _q6_k(w + 210 * i, to)
-        elif kind == 20:
-            _iq4_nl(w + 18 * i, to)
-        elif kind == 39:
-            _mxfp4(w + 17 * i, to)
+        _block(kind, w, i, out[i * n : (i + 1) * n])
 
 
 @_inlined
