@@ -809,6 +809,11 @@ CASES = [
         "generate done/adapter --prompt x --set lora.r=3",
         "error: --set lora.r=3: an adapter is used with the values that it was trained with; allowed here: model<...>",
     ),
+    Case(
+        "another rank for a run that is verified",
+        "verify done --set lora.r=3",
+        "error: --set lora.r=3: an adapter is used with the values that it was trained with; allowed here: quant.<...>",
+    ),
     Case("a file is no run", "chat recipe.yaml", "error: recipe.yaml is a file, not a run folder."),
     Case(
         "no run",

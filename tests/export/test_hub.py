@@ -19,7 +19,7 @@ from huggingface_hub import ModelCard, constants
 
 from halfbyte import finetune
 from halfbyte.base.store.supply import Tell
-from halfbyte.errors import ExportError
+from halfbyte.errors import RecipeError, RunError
 from halfbyte.export import hub as shipping
 from halfbyte.export import ollama
 from halfbyte.export.job import check_passport
@@ -206,11 +206,13 @@ def test_a_hub_that_is_not_there(export: Path, push: Cli, monkeypatch: pytest.Mo
 
 
 def test_what_cannot_be_pushed(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="neither a run nor an export"):
+    with pytest.raises(RunError, match="neither a run nor an export"):
         shipping.push(tmp_path, "me/x")
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ExportError, match="no name of a repository"):
-        shipping.push(tmp_path, "x")
+    for name in ("x", "me/x@main", "me/x/y"):
+        with pytest.raises(RecipeError, match="no name of a repository") as refused:
+            shipping.push(tmp_path, name)
+        assert refused.value.exit_code == 2
 
 
 def test_a_card_says_what_is_known(tmp_path: Path) -> None:

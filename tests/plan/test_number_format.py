@@ -75,6 +75,11 @@ def test_a_run_keeps_what_was_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert report["steps"] == 4 and passport["belongs_to"]["quant"]["type"] == "none"
     assert target.find(run).recipe.quant.type == "none"
     assert open_target(target.find(run)).model is not None
+    saved = run / "checkpoints" / "step-000002"
+    monkeypatch.chdir(saved)
+    for one in (target.find(saved), target.find(Path())):
+        assert one.recipe.quant.type == "none" and one.run is None, "a checkpoint is used on its run's base"
+    assert target.find(saved).adapter == saved
 
     def other(*_: object, **__: object) -> dict[str, str]:
         return {"name": "nf4", "why": "less memory is free now"}

@@ -107,6 +107,8 @@ def test_open_without_an_adapter_says_how_far_it_got(folder: RunFolder) -> None:
         RunFolder.open(folder.path)
     with RunFolder.open(folder.path, need_adapter=False).lock() as again:
         assert again == folder
+        with pytest.raises(RunError, match=rf"fix: wait for process {os.getpid()}$"):
+            RunFolder.open(folder.path)
 
 
 HOLD = """

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from halfbyte.base import load as base_load
 from halfbyte.base import stream
+from halfbyte.errors import RecipeError
 from halfbyte.layers.decoding.llama import Decoder
 from halfbyte.layers.decoding.tape import TextAdapters, isa
 from halfbyte.serving import models, names
@@ -249,3 +251,10 @@ def test_a_small_base_is_copied_where_there_are_large_pages(large_pages: bool, m
     opened = models.open_all(words, max_length=64, places=1)
     assert opened.opened.plan.placement == ("resident" if large_pages else "mapped")
     assert stream.is_mapped(opened.model) is not large_pages
+
+
+def test_a_context_beyond_the_models_is_refused_before_the_base_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = names.find([str(served.folder(adapters={}) / served.BASE)])
+    monkeypatch.setattr(base_load, "open_base", None)
+    with pytest.raises(RecipeError, match=r"--context 257 is more than the model reads, 256 .*\n  fix: --context 256$"):
+        models.open_all(words, max_length=257)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import pairwise
 from typing import Any
 
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 from llguidance import LLMatcher
 from llguidance.hf import from_tokenizer
 
+from halfbyte.errors import DataError
 from halfbyte.serving.http.answers import Choice
-from halfbyte.serving.tools import LLAMA, MARKED, CallForm, CallRules, form_of, grammar
+from halfbyte.serving.tools import LLAMA, MARKED, CallForm, CallRules, constraint, form_of, grammar
 from halfbyte.writing.text import TextChunk
 from tests import tiny_run
 
@@ -133,6 +135,22 @@ def test_a_schema_may_refer_to_parts_of_itself() -> None:
     matcher = LLMatcher(table, text, log_level=0)
     call = '<tool_call>\n{"name": "f", "arguments": [1, 2]}\n</tool_call>'
     assert matcher.consume_tokens(tiny_run.tokenizer()(call)["input_ids"]) and matcher.is_accepting()
+
+
+@pytest.mark.parametrize(
+    ("rules", "said"),
+    [
+        (CallRules(schema={"type": "nothing"}), r"response_format: .* cannot be followed: Invalid type: nothing\."),
+        (CallRules(TOOLS, schema={"pattern": "("}), r"response_format: .*: regex parse error: .* unclosed group\."),
+        (CallRules([*TOOLS, tool("ill", {"anyOf": []})], must=True), r"tools: ill: .* anyOf is empty\."),
+    ],
+)
+@pytest.mark.parametrize("form", [MARKED, LLAMA])
+def test_a_schema_that_cannot_be_followed_is_named(form: CallForm, rules: CallRules, said: str) -> None:
+    table = from_tokenizer(tiny_run.tokenizer())
+    with pytest.raises(DataError) as refused:
+        constraint(table, form, rules)
+    assert re.fullmatch(said, refused.value.message), refused.value.message
 
 
 def test_free_text_needs_no_grammar() -> None:

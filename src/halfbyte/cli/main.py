@@ -204,9 +204,13 @@ def verify(
     json_: shared.Json = False,
 ) -> None:
     """Is a run as it was written, and does its adapter say what it said when it was trained? Exit code 1 if not."""
+    from halfbyte.inference import target
+    from halfbyte.recipe.task import TASKS
     from halfbyte.runs.folder import RunFolder
 
     RunFolder.open(run)
+    if set_:
+        target.find(run, set_, TASKS)
     with progress.waiting("hashing, and opening base and adapter", silent=json_):
         with libraries.loading():
             from halfbyte.inference import verify as verifying

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from halfbyte.errors import ExportError, HalfbyteError, first_line
+from halfbyte.errors import ExportError, HalfbyteError, RecipeError, RunError, first_line
 from halfbyte.inference import target
 from halfbyte.inference.target import Target
 from halfbyte.models.sources import pypi
@@ -161,7 +161,7 @@ NOT_PUSHED = ("lock", "*.lock", "checkpoints/*", "*.tmp", ".*")
 def folder_of(path: Path) -> Iterator[Path]:
     """What is pushed: an export's folder; of a run's adapter a copy, with a card; of both no path of this machine."""
     if not any((path / name).is_file() for name in ("recipe.yaml", "config.json", *ADAPTER_FILES[1:], "export.json")):
-        raise ExportError(f"{path} is neither a run nor an export.", fix="halfbyte merge RUN, halfbyte export RUN")
+        raise RunError(f"{path} is neither a run nor an export.", fix="halfbyte merge RUN, halfbyte export RUN")
     source, modelfile = RunFolder.open(path).adapter if (path / "recipe.yaml").is_file() else path, path / MODELFILE
     text = modelfile.read_text(encoding="utf-8") if modelfile.is_file() else ""
     origin = re.search(r"^FROM ((?:[A-Za-z]:)?[/\\].*)$", text, re.MULTILINE)
@@ -193,13 +193,13 @@ def shipped(value: object) -> object:
 
 
 def push(path: Path, repo: str, *, public: bool = False) -> str:
-    """Upload a folder; returns its address. Raises ExportError: nothing that can be pushed, a name that is none, or
-    what the hub has refused."""
+    """Upload a folder; returns its address. Raises RunError: nothing that can be pushed. RecipeError: a name
+    that is none. ExportError: what the hub has refused."""
     from huggingface_hub import HfApi, get_session
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    if HUB_ID.fullmatch(repo) is None or "/" not in repo:
-        raise ExportError(f"{repo!r} is no name of a repository.", fix="USER/NAME")
+    if (name := HUB_ID.fullmatch(repo)) is None or name["revision"]:
+        raise RecipeError(f"{repo!r} is no name of a repository.", fix="USER/NAME")
     api, client = HfApi(), sys.modules[type(get_session()).__module__.partition(".")[0]]  # httpx, by one of two names
     try:
         with folder_of(path) as folder:

@@ -79,6 +79,9 @@ def held_out(recipe: Recipe, run: Path, data: Path | None) -> Sources | None:
 
 def _adapter(path: Path, overrides: Sequence[str]) -> Target:
     config = read_config(path)
+    around = path.absolute().parent
+    if around.name == "checkpoints" and (of_run := around.parent / "recipe.yaml").is_file():  # it has no passport
+        return Target(path, to_use(of_run, overrides), path)
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not base and not any(text.startswith("model=") for text in overrides):
         raise AdapterError(f"{path / ADAPTER_FILES[1]} names no base.", fix="say which it is: --set model=MODEL")

@@ -111,7 +111,8 @@ class RunFolder:
             hint = " It is an adapter: give the run folder that it lies in." if is_adapter else ""
             raise RunError(f"{path} is not a run folder: it has no {' and no '.join(missing)}.{hint}")
         if need_adapter and not (run.adapter / "adapter_config.json").is_file():
-            fix = f"halfbyte train {typed(path)} --resume"
+            writer = run.writer()
+            fix = f"halfbyte train {typed(path)} --resume" if writer is None else f"wait for process {writer}"
             if saved := max(run.checkpoints.glob("step-*/adapter_config.json"), default=None):  # by six digits
                 fix += "; or use its checkpoint, as generate, chat and serve can too: "
                 fix += f"halfbyte eval {typed(saved.parent)} --data ROWS.jsonl"

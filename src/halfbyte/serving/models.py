@@ -94,7 +94,15 @@ def open_all(
     targets = list(names.adapters.items())
     internal = {name: "default" if i == 0 else f"adapter{i}" for i, (name, _) in enumerate(targets)}
     beside = {internal[name]: target for name, target in targets[1:]}
-    opened = load.open_target(names.first, tell, beside=beside, force=force, lasting=True)
+
+    def check(tokenizer: Tokenizer, context: Context | None) -> None:
+        if max_length is not None and context is not None and max_length > context.tokens:
+            raise RecipeError(
+                f"--context {max_length:,} is more than the model reads, {context.tokens:,} ({context.why}).",
+                fix=f"--context {context.tokens}",
+            )
+
+    opened = load.open_target(names.first, tell, check, beside=beside, force=force, lasting=True)
     checkpoint = find_model(names.first.recipe)
     by_name = {}
     for name, one in targets:
@@ -116,11 +124,6 @@ def served(model: Model, name: str, adapter: str | None, tokenizer: Tokenizer) -
 def _sized(opened: load.Opened, max_length: int | None, places: int | None) -> tuple[int, int, int]:
     """Tokens of a text, texts at once, and bytes of their caches, within half of what is free now."""
     context = context_of(opened.model.config)
-    if max_length is not None and context is not None and max_length > context.tokens:
-        raise RecipeError(
-            f"--context {max_length:,} is more than the model reads, {context.tokens:,} ({context.why}).",
-            fix=f"--context {context.tokens}",
-        )
     max_length = max_length or min(MAX_LENGTH, context.tokens if context is not None else MAX_LENGTH)
     each = cache_bytes(opened.job, max_length)
     free = _CACHE_SHARE * choose.available_bytes(device.detect())

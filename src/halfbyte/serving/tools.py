@@ -99,6 +99,21 @@ def grammar(form: CallForm, rules: CallRules) -> str:
     return "\n".join([f"start: {start}", *lines])
 
 
+def constraint(table: LLTokenizer, form: CallForm, rules: CallRules) -> Grammar:
+    """What an answer is bound to. Raises DataError: a schema that cannot be followed, with the field that has it."""
+    try:
+        return Grammar(table, grammar(form, rules))
+    except DataError:
+        alone = {"response_format": CallRules(schema=rules.schema)} if rules.schema is not None else {}
+        alone |= {f"tools: {tool['function']['name']}": CallRules([tool], must=True) for tool in rules.tools}
+        for field_, one in alone.items():
+            try:
+                Grammar(table, grammar(form, one))
+            except DataError as error:
+                raise DataError(f"{field_}: {error.message}") from None
+        raise
+
+
 def _function(number: int, tool: Document, key: str) -> str:
     function = tool["function"]
     parameters = function.get("parameters") or {"type": "object", "properties": {}, "additionalProperties": False}
@@ -288,7 +303,9 @@ class Grammar:
         self._table, self._grammar = table, grammar
         self._matcher = LLMatcher(table, grammar, log_level=0)
         if self._matcher.is_error():
-            raise DataError(f"the schema cannot be followed: {self._matcher.get_error()[:300]}")
+            text = re.split(r"\n\s+\d+ \| ", self._matcher.get_error())[0]  # then lines of our own grammar follow
+            why = " ".join(text.rpartition("failed to compile JSON schema: ")[2].split())
+            raise DataError(f"the schema cannot be followed: {why[:300].removesuffix('.')}.")
 
     def copy(self) -> Grammar:
         return Grammar(self._table, self._grammar)

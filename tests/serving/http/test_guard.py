@@ -126,6 +126,11 @@ def test_one_host_that_is_an_address_or_a_name_of_ours(hosts: list[str], reaches
     assert bool(app.reached) == reaches
 
 
+def test_a_studios_paths_are_not_ollamas() -> None:
+    answer, _ = tried(JSON, ("host", "evil.example"), path="/api/page", settings=Settings(uploads="/api/data/"))
+    assert (answer.status, answer.code) == (421, "wrong_host")
+
+
 @pytest.mark.parametrize(
     ("origin", "reaches"),
     [

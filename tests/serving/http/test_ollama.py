@@ -87,3 +87,19 @@ def test_what_there_is_is_told(running: Running) -> None:
 def test_errors_have_ollamas_form(running: Running, change: Any, status: int, words: str) -> None:
     made = running.post({"model": "first", "messages": asked("red"), **change}, "/api/chat")
     assert made.status_code == status and made.json().keys() == {"error"} and words in made.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "status", "words"),
+    [
+        ("/api/generate", "application/json", 404, "POST /api/generate: Not Found"),
+        ("/api/tags", "application/json", 405, "POST /api/tags: Method Not Allowed"),
+        ("/api/chat", "text/plain", 415, "Content-Type has to be application/json."),
+    ],
+)
+def test_so_have_those_of_what_is_not_read(running: Running, path: str, kind: str, status: int, words: str) -> None:
+    with httpx2.Client(trust_env=False) as client:
+        refused = client.post(f"{running.url}{path}", content=b"{}", headers={"Content-Type": kind})
+        assert (refused.status_code, refused.json()) == (status, {"error": words})
+        openai = client.post(f"{running.url}/v1{path}", content=b"{}", headers={"Content-Type": kind})
+        assert openai.json()["error"].keys() == {"message", "type", "param", "code"}

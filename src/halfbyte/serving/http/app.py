@@ -14,6 +14,7 @@ from types import FrameType
 import uvicorn
 from sse_starlette.sse import AppStatus
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request as Http
 from starlette.responses import Response
 from starlette.routing import Route
@@ -21,7 +22,7 @@ from starlette.routing import Route
 from halfbyte.serving.engine import Engine
 from halfbyte.serving.folders import AdapterFolders
 from halfbyte.serving.http import chat, ollama, pages, reading, responses, vllm
-from halfbyte.serving.http.refusal import HANDLERS, Json, Refusal
+from halfbyte.serving.http.refusal import HANDLERS, Json, Refusal, not_there
 from halfbyte.serving.http.service import Gauges, Gone, Service
 from halfbyte.serving.models import ServedModel
 from halfbyte.serving.reader import TextReader
@@ -42,9 +43,10 @@ def application(service: Service, folders: AdapterFolders) -> Starlette:
     async def refused(http: Http, error: Exception) -> Response:
         assert isinstance(error, Refusal)
         service.gauges.refused(error)
-        if http.url.path.startswith("/api/"):  # Ollama's
-            return Json({"error": str(error)}, error.status, error.headers)
-        return Json.of(error)
+        return Json.of(error, http.url.path)
+
+    async def unknown(http: Http, error: Exception) -> Response:
+        return Json.of(not_there(http, error), http.url.path)
 
     async def gone(http: Http, error: Exception) -> Response:
         return Response(status_code=499)  # nobody reads it
@@ -60,7 +62,7 @@ def application(service: Service, folders: AdapterFolders) -> Starlette:
         Route("/metrics", partial(_metrics, service)),
         *pages.routes(pages.TALK),
     ]
-    handlers = {**HANDLERS, Refusal: refused, Gone: gone}
+    handlers = {**HANDLERS, Refusal: refused, HTTPException: unknown, Gone: gone}
     return Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
 
 

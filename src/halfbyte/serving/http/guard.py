@@ -64,7 +64,8 @@ class Guard:
             upload = below is not None and scope["method"] == "PUT" and scope["path"].startswith(below)
             passed = receive if upload else _replayed(await self._body(scope, receive), receive)
         except Refusal as refusal:
-            await Json.of(refusal, close=True)(scope, receive, with_headers)
+            ours = self.settings.uploads is not None  # of a studio, not Ollama's
+            await Json.of(refusal, "" if ours else scope["path"], close=True)(scope, receive, with_headers)
         else:
             await self.app(scope, passed, with_headers)
         finally:

@@ -59,9 +59,11 @@ class Json(Response):
         super().__init__(json.dumps(content).encode(), status_code, headers)
 
     @classmethod
-    def of(cls, refusal: Refusal, *, close: bool = False) -> "Json":
+    def of(cls, refusal: Refusal, path: str = "", *, close: bool = False) -> "Json":
+        """In Ollama's form where a server of models was asked at a `path` of Ollama's."""
         headers = {**refusal.headers, **({"Connection": "close"} if close else {})}
-        return cls(refusal.body, refusal.status, headers)
+        body = {"error": str(refusal)} if path.startswith("/api/") else refusal.body
+        return cls(body, refusal.status, headers)
 
 
 async def refused(http: Http, error: Exception) -> Response:
@@ -69,9 +71,13 @@ async def refused(http: Http, error: Exception) -> Response:
     return Json.of(error)
 
 
-async def unknown(http: Http, error: Exception) -> Response:
+def not_there(http: Http, error: Exception) -> Refusal:
     assert isinstance(error, HTTPException)
-    return Json.of(Refusal(error.status_code, f"{http.method} {http.url.path[:200]}: {error.detail}"))
+    return Refusal(error.status_code, f"{http.method} {http.url.path[:200]}: {error.detail}")
+
+
+async def unknown(http: Http, error: Exception) -> Response:
+    return Json.of(not_there(http, error))
 
 
 async def unforeseen(http: Http, error: Exception) -> Response:

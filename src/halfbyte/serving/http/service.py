@@ -113,9 +113,8 @@ class Service:
         form = tools.form_of(template) if rules.tools else None
         constraint = None
         if rules.bound:
-            text = tools.grammar(form or tools.MARKED, rules)
             of = partial(tools.table_of, model, self.engine.models.vocabulary)
-            constraint = await self.aside(lambda: tools.Grammar(of(), text))
+            constraint = await self.aside(lambda: tools.constraint(of(), form or tools.MARKED, rules))
         return Ask(model, prompt, params, asked.n or 1, constraint), form
 
     async def prompt(self, asked: ChatRequest, model: ServedModel) -> tuple[list[int], str]:
