@@ -123,12 +123,14 @@ def test_experts_from_the_store(tmp_path: Path) -> None:
     assert checked == 4
 
 
-def test_a_residual_start_is_not_added_to_16_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("subject", "adapter"), [("run", "run/adapter"), ("run/checkpoints/step-000002",) * 2])
+def test_a_residual_start_is_not_added_to_16_bits(subject: str, adapter: str, tmp_path: Path) -> None:
     """Into 16 bits goes what was learned since the start; factors that have learned nothing change nothing."""
-    loaded = tiny_run.recipe(tmp_path, lora__init_lora_weights="residual", lora__r=8)
+    saves = {"train__save_strategy": "steps", "train__save_steps": 2}
+    loaded = tiny_run.recipe(tmp_path, lora__init_lora_weights="residual", lora__r=8, **saves)
     finetune.train(loaded)
-    found = target.find(tmp_path / "run")
-    saved = load_file(tmp_path / "run/adapter/adapter_model.safetensors")
+    found = target.find(tmp_path / subject)
+    saved = load_file(tmp_path / adapter / "adapter_model.safetensors")
     full = dict(plain_base(tmp_path / "model", "16bit").named_parameters())
     held = dict(plain_base(tmp_path / "model", "4bit").named_parameters())
     got = written(found, "16bit", tmp_path / "out")

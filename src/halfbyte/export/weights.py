@@ -33,7 +33,8 @@ from halfbyte.quant import formats
 from halfbyte.quant.number_format import torch_dtypes
 from halfbyte.quant.stack import ExpertStack
 from halfbyte.recipe.adapter import read_config
-from halfbyte.recipe.adapter_folder import HEAD, folder_of, read_passport
+from halfbyte.recipe.adapter_folder import HEAD, folder_of, read_passport, recipe_around
+from halfbyte.recipe.command import to_use
 from halfbyte.recipe.schema import Lora
 from halfbyte.system import device, pages
 from halfbyte.types import Config, Model
@@ -311,11 +312,15 @@ class MergedModel:
 def starts_residual(adapter: Path) -> bool:
     """Whether an adapter, or the one that it was trained on from, began with `init_lora_weights: residual`. Raises
     AdapterError: it was trained on from one that is gone, so nobody knows."""
-    passport = read_passport(adapter)
-    recipe = (passport or {}).get("recipe", {})
-    if recipe.get("lora.init_lora_weights") == "residual":
+    if (file := recipe_around(adapter)) is not None:
+        lora = to_use(file).lora
+        start, first = lora.init_lora_weights, lora.adapter
+    else:
+        recipe = (read_passport(adapter) or {}).get("recipe", {})
+        start, first = recipe.get("lora.init_lora_weights"), recipe.get("lora.adapter")
+    if start == "residual":
         return True
-    if not (first := recipe.get("lora.adapter")):
+    if not first:
         return False
     if not (folder_of(first) / "adapter_config.json").is_file():
         raise AdapterError(

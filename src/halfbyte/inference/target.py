@@ -11,7 +11,7 @@ from halfbyte.errors import AdapterError, DataError, RunError, SourceError, type
 from halfbyte.models.sources import hub, pypi
 from halfbyte.plan import number_format
 from halfbyte.recipe.adapter import read_config
-from halfbyte.recipe.adapter_folder import ADAPTER_FILES, HEAD, read_passport
+from halfbyte.recipe.adapter_folder import ADAPTER_FILES, HEAD, read_passport, recipe_around
 from halfbyte.recipe.command import to_use, to_use_alone
 from halfbyte.recipe.data import Sources
 from halfbyte.recipe.schema import Lora, Recipe
@@ -79,9 +79,8 @@ def held_out(recipe: Recipe, run: Path, data: Path | None) -> Sources | None:
 
 def _adapter(path: Path, overrides: Sequence[str]) -> Target:
     config = read_config(path)
-    around = path.absolute().parent
-    if around.name == "checkpoints" and (of_run := around.parent / "recipe.yaml").is_file():  # it has no passport
-        return Target(path, to_use(of_run, overrides), path)
+    if (file := recipe_around(path)) is not None:
+        return Target(path, to_use(file, overrides), path)
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not base and not any(text.startswith("model=") for text in overrides):
         raise AdapterError(f"{path / ADAPTER_FILES[1]} names no base.", fix="say which it is: --set model=MODEL")

@@ -23,6 +23,14 @@ def is_adapter(name: str | Path) -> bool:
     return (folder_of(name) / ADAPTER_FILES[1]).is_file()
 
 
+def recipe_around(folder: Path) -> Path | None:
+    """The recipe of the run that a checkpoint belongs to, which stands for the passport that it has not; None of any
+    other folder."""
+    around = folder.absolute().parent
+    file = around.parent / "recipe.yaml"
+    return file if around.name == "checkpoints" and file.is_file() else None
+
+
 def read_passport(folder: Path) -> Document | None:
     """The passport of an adapter's folder (`adapters/passport.py`); None where it has none, as PEFT's own have none.
     Raises AdapterError: it cannot be read, or is of another version."""
