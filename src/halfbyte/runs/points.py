@@ -23,7 +23,6 @@ from halfbyte.types import Document
 FORMAT_VERSION = 1
 MANIFEST, BEST = "manifest.json", "best"
 CAUSAL_LM = "causal_lm"
-BACK = "put back what the run had; or start a new run: "
 
 
 @dataclass(frozen=True)
@@ -120,8 +119,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def newest(folder: Path) -> Point | None:
-    """The newest checkpoint whose every hash is right. None if a run was ended before its first one, and begins anew;
-    a RunError if there are only damaged ones."""
+    """The newest checkpoint whose every hash is right; None if there is none yet; a RunError if all are damaged."""
     damaged: list[str] = []
     for path in reversed(every(folder)):
         wrong = damage(path, hashes=True)
@@ -159,9 +157,13 @@ def check_recipe(point: Point, recipe: Recipe) -> None:
             f"the run {recipe.output} was trained until step {point.step} with other values:\n{listed}\n"
             f"  What may change: data.train and data.eval (the same rows elsewhere), quant.placement, lora.save_dtype; "
             f"under train: {', '.join(of_train)}",
-            fix=f"{BACK}halfbyte train {typed(f'{recipe.output}/recipe.yaml')} --output runs/NAME"
-            + _from_its_weights(point, recipe, {name: now for name, (_, now) in strange.items()}),
+            fix=_new_run(recipe) + _from_its_weights(point, recipe, {name: now for name, (_, now) in strange.items()}),
         )
+
+
+def _new_run(recipe: Recipe) -> str:
+    command = f"halfbyte train {typed(f'{recipe.output}/recipe.yaml')} --output runs/NAME"
+    return f"put back what the run had; or start a new run: {command}"
 
 
 def _from_its_weights(point: Point, recipe: Recipe, asked: Document) -> str:
@@ -188,11 +190,8 @@ def _is_moved(name: str, was: object, now: object) -> bool:
 def check_objective(point: Point, recipe: Recipe, objective: str) -> None:
     """Refuse to go on with another objective (RunError)."""
     if point.objective != objective:
-        raise RunError(
-            f"the run {recipe.output} was trained until step {point.step} with the objective {point.objective}, and "
-            f"now {objective} is asked for.",
-            fix=f"{BACK}halfbyte train {typed(f'{recipe.output}/recipe.yaml')} --output runs/NAME",
-        )
+        was = f"the run {recipe.output} was trained until step {point.step} with the objective {point.objective}"
+        raise RunError(f"{was}, and now {objective} is asked for.", fix=_new_run(recipe))
 
 
 def check_rows(point: Point, recipe: Recipe, rows: Document) -> None:
@@ -203,11 +202,8 @@ def check_rows(point: Point, recipe: Recipe, rows: Document) -> None:
         if a is None or b is None or a == b:
             continue
         what = f"{a['rows']:,} rows, now {b['rows']:,} rows" if a["rows"] != b["rows"] else f"{a['rows']:,} other rows"
-        raise RunError(
-            f"data.{name} ({shown(getattr(recipe.data, name))}) has changed since step {point.step} of the run "
-            f"{recipe.output}: it was {what}.",
-            fix=f"{BACK}halfbyte train {typed(f'{recipe.output}/recipe.yaml')} --output runs/NAME",
-        )
+        since = f"data.{name} ({shown(getattr(recipe.data, name))}) has changed since step {point.step}"
+        raise RunError(f"{since} of the run {recipe.output}: it was {what}.", fix=_new_run(recipe))
 
 
 def complete(recipe: Recipe) -> Document | None:
