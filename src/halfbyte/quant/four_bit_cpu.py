@@ -18,7 +18,7 @@ from numba.core import cgutils
 from torch import Tensor
 
 from halfbyte.layers.kernels.cpu import tiles
-from halfbyte.layers.kernels.cpu.parallel import BLOCK_ELEMENTS, array, each_block, kernel, per_dtype, run
+from halfbyte.layers.kernels.cpu.parallel import BLOCK_ELEMENTS, array, each_block, per_dtype, run
 from halfbyte.layers.kernels.cpu.scalar import Value, broadcast, call, inlined, instruction
 from halfbyte.quant.number_format import Codes
 
@@ -133,7 +133,6 @@ def _blocks(codes, scales, nested, table, registers, out, first, last):  # type:
 
 @per_dtype
 def _write_kernel(element: type) -> object:
-    @kernel
     def write_codes(p):  # type: ignore[no-untyped-def]
         s, f = carray(p, (32,), np.int64), carray(p, (32,), np.float64)
         out = array(s[6], (s[1] * s[7] * LANES,), element)

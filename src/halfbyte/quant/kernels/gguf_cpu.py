@@ -4,7 +4,6 @@ What: a block is a few scales and the codes of 32 or 256 weights. Each type is w
 32 numbers, which the processor's own registers are made of: AVX2, AVX-512 or NEON. A row may come from another row of
 the file, so that what a converter has permuted is read in the model's order and nothing is copied.
 Source: `gguf.quants`, whose operations are repeated one by one in fp32: no fused multiply-add, no other order.
-Cost: a read of the blocks and a write of the weights (docs/log).
 """
 
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from llvmlite import ir
 from numba import carray, njit, types
 
 from halfbyte.layers.kernels.cpu import parallel
-from halfbyte.layers.kernels.cpu.parallel import array, each_block, kernel, per_dtype
+from halfbyte.layers.kernels.cpu.parallel import array, each_block, per_dtype
 from halfbyte.layers.kernels.cpu.scalar import Value, broadcast, instruction
 from halfbyte.models.gguf.blocks import BLOCKS
 
@@ -241,7 +240,6 @@ def _rows(slots, like, first, last):  # type: ignore[no-untyped-def]
 
 @per_dtype
 def _kernel(element: type) -> object:
-    @kernel
     def dequantise(p):  # type: ignore[no-untyped-def]
         slots = carray(p, (parallel.SLOTS,), np.int64)
         each_block(slots, _rows, (slots, array(slots[9], (1,), element)))

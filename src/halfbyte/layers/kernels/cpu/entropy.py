@@ -9,7 +9,7 @@ from llvmlite import ir
 from numba import carray, types
 from torch import Tensor
 
-from halfbyte.layers.kernels.cpu.parallel import array, block_rows, kernel, per_dtype, run
+from halfbyte.layers.kernels.cpu.parallel import array, block_rows, per_dtype, run
 from halfbyte.layers.kernels.cpu.scalar import Value, exp_f32, inlined, instruction, load, store, take
 
 
@@ -60,7 +60,6 @@ def _gradient(a, lse, low):  # type: ignore[no-untyped-def]
 @per_dtype
 def _kernel(element: type) -> object:
     # One loop of its own, not `each_block`: split in two, LLVM rounds the gradient's last bit in another way.
-    @kernel
     def cross_entropy(p):  # type: ignore[no-untyped-def]
         s, f = carray(p, (32,), np.int64), carray(p, (32,), np.float64)
         n, width = s[1], s[6]

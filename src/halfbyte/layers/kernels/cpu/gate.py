@@ -5,7 +5,7 @@ from numba import carray
 from torch import Tensor
 
 from halfbyte.layers.kernels import pool
-from halfbyte.layers.kernels.cpu.parallel import BLOCK_ELEMENTS, array, block_rows, each_block, kernel, per_dtype, run
+from halfbyte.layers.kernels.cpu.parallel import BLOCK_ELEMENTS, array, block_rows, each_block, per_dtype, run
 from halfbyte.layers.kernels.cpu.scalar import SILU, counter_bits, drop_pair, hash_u32, inlined, load, sigmoid, store
 
 _K, _C = np.float32(0.7978845608028654), np.float32(0.044715)  # sqrt(2/pi)
@@ -103,7 +103,6 @@ def _mask_rows(x, out, low, seed, keys, first, last):  # type: ignore[no-untyped
 
 @per_dtype
 def _forward_kernel(element: type) -> object:
-    @kernel
     def glu(p):  # type: ignore[no-untyped-def]
         s, f = carray(p, (32,), np.int64), carray(p, (32,), np.float64)
         n, width = s[1], s[6]
@@ -117,7 +116,6 @@ def _forward_kernel(element: type) -> object:
 
 @per_dtype
 def _backward_kernel(element: type) -> object:
-    @kernel
     def glu_backward(p):  # type: ignore[no-untyped-def]
         s, f = carray(p, (32,), np.int64), carray(p, (32,), np.float64)
         n, width = s[1], s[8]
@@ -132,7 +130,6 @@ def _backward_kernel(element: type) -> object:
 
 @per_dtype
 def _activation_kernel(element: type) -> object:
-    @kernel
     def activation(p):  # type: ignore[no-untyped-def]
         s = carray(p, (32,), np.int64)
         each_block(s, _activate, (array(s[3], (s[1],), element), array(s[4], (s[1],), element), s[5]))
@@ -142,7 +139,6 @@ def _activation_kernel(element: type) -> object:
 
 @per_dtype
 def _activation_backward_kernel(element: type) -> object:
-    @kernel
     def activation_backward(p):  # type: ignore[no-untyped-def]
         s = carray(p, (32,), np.int64)
         dy, x = array(s[3], (s[1],), element), array(s[4], (s[1],), element)
@@ -156,7 +152,6 @@ def _mask_kernel(element: type) -> object:
     """A pair of elements, which is one word, has 2 x 16 random bits from one hash of its number."""
     word = np.uint32 if element is np.uint16 else np.uint64
 
-    @kernel
     def drop(p):  # type: ignore[no-untyped-def]
         s = carray(p, (32,), np.int64)
         x, out = array(s[3], (s[1],), word), array(s[4], (s[1],), word)
@@ -170,7 +165,6 @@ def _mask_rows_kernel(element: type) -> object:
     """As `_mask_kernel`, with a seed for each row of words."""
     word = np.uint32 if element is np.uint16 else np.uint64
 
-    @kernel
     def drop_rows(p):  # type: ignore[no-untyped-def]
         s = carray(p, (32,), np.int64)
         x, out = array(s[3], (s[1], s[8]), word), array(s[4], (s[1], s[8]), word)

@@ -11,7 +11,7 @@ from numba import carray
 from torch import Tensor
 
 from halfbyte.layers.kernels import pool
-from halfbyte.layers.kernels.cpu.parallel import array, block_rows, each_block, kernel, per_dtype, run
+from halfbyte.layers.kernels.cpu.parallel import array, block_rows, each_block, per_dtype, run
 from halfbyte.layers.kernels.cpu.scalar import inlined, load, store
 
 
@@ -75,7 +75,6 @@ def _backward_rows(dy, x, w, mean, rstd, beside, dx, one_plus, first, last):  # 
 
 @per_dtype
 def _forward_kernel(element: type) -> object:
-    @kernel
     def norm(p):  # type: ignore[no-untyped-def]
         s, f = carray(p, (32,), np.int64), carray(p, (32,), np.float64)
         n, d = s[1], s[7]
@@ -89,7 +88,6 @@ def _forward_kernel(element: type) -> object:
 
 @per_dtype
 def _backward_kernel(element: type) -> object:
-    @kernel
     def norm_backward(p):  # type: ignore[no-untyped-def]
         s = carray(p, (32,), np.int64)
         n, d = s[1], s[8]

@@ -133,13 +133,13 @@ def block_rows(width: int) -> int:
 
 
 def per_dtype(make: Callable[[type], object]) -> "Callable[[torch.dtype], object]":
-    """A kernel for bf16 and fp32 from one source, `make(element type)`, compiled when first used. What `make` closes
-    over must be the element type alone: numba looks its cache up by the values of a closure, and a compiled function
-    among them would be another one in each process."""
+    """A kernel for bf16 and fp32 from one source, the function of a pointer that `make(element type)` returns, compiled
+    when first used. What that closes over must be the element type alone: numba looks its cache up by the values of a
+    closure, and a compiled function among them would be another one in each process."""
 
     @cache
     def get(dtype: "torch.dtype") -> object:
-        return make(np.uint16 if dtype.itemsize == 2 else np.float32)
+        return kernel(make(np.uint16 if dtype.itemsize == 2 else np.float32))
 
     get.per_dtype = True  # type: ignore[attr-defined]  # `ahead.py` looks for it
     return get

@@ -12,7 +12,7 @@ from numba import carray
 from torch import Tensor
 
 from halfbyte.layers.kernels import pool
-from halfbyte.layers.kernels.cpu.parallel import array, block_rows, each_block, kernel, per_dtype, run
+from halfbyte.layers.kernels.cpu.parallel import array, block_rows, each_block, per_dtype, run
 from halfbyte.layers.kernels.cpu.scalar import exp_f32, inlined, load, store
 
 
@@ -70,7 +70,6 @@ def _dot_rows(a, b, start, length, out, heads, d, first, last):  # type: ignore[
 
 @per_dtype
 def _move_kernel(element: type) -> object:
-    @kernel
     def move(p):  # type: ignore[no-untyped-def]
         s = carray(p, (32,), np.int64)
         n, stride, between = s[1], s[12], s[14]
@@ -88,7 +87,6 @@ def _move_kernel(element: type) -> object:
 
 @per_dtype
 def _softmax_kernel(element: type) -> object:
-    @kernel
     def softmax_backward(p):  # type: ignore[no-untyped-def]
         s, f = carray(p, (32,), np.int64), carray(p, (32,), np.float64)
         n, width = s[1], s[9]
@@ -102,7 +100,6 @@ def _softmax_kernel(element: type) -> object:
 
 @per_dtype
 def _dots_kernel(element: type) -> object:
-    @kernel
     def row_dots(p):  # type: ignore[no-untyped-def]
         s = carray(p, (32,), np.int64)
         heads, d = s[8], s[9]

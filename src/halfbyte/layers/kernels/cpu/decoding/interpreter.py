@@ -35,7 +35,7 @@ from halfbyte.layers.kernels.cpu.decoding import (
     slots,
 )
 from halfbyte.layers.kernels.cpu.decoding.emit import ask
-from halfbyte.layers.kernels.cpu.parallel import SLOTS, array, kernel, per_dtype
+from halfbyte.layers.kernels.cpu.parallel import SLOTS, array, per_dtype
 from halfbyte.layers.kernels.cpu.scalar import SILU, give, inlined, load, pause, read, sigmoid, store, take
 from halfbyte.quant.kernels import gguf_cpu
 
@@ -321,7 +321,6 @@ def _make(element: type, blocks: int | None = None, states: int | None = None) -
     `states`, recurrent layers."""
     amx = 1 if AMX and element == np.uint16 else None
 
-    @kernel
     def token(address):  # type: ignore[no-untyped-def]
         """`address`: of the slots TAPE_*. Counters of an operation, each in a line: taken of each share; items done."""
         run = carray(address, (SLOTS,), np.int64)
@@ -362,7 +361,7 @@ def _make(element: type, blocks: int | None = None, states: int | None = None) -
     return token
 
 
-compiled = per_dtype(partial(_make))
+compiled = per_dtype(_make)
 compiled_with_blocks = per_dtype(partial(_make, blocks=1))
 compiled_with_states = per_dtype(partial(_make, states=1))
 compiled_with_blocks_states = per_dtype(partial(_make, blocks=1, states=1))

@@ -23,7 +23,7 @@ from numba.core import cgutils
 from torch import Tensor
 
 from halfbyte.layers.kernels import pool
-from halfbyte.layers.kernels.cpu.parallel import array, block_rows, each_block, kernel, per_dtype, run
+from halfbyte.layers.kernels.cpu.parallel import array, block_rows, each_block, per_dtype, run
 from halfbyte.layers.kernels.cpu.scalar import Value, broadcast, call, inlined, instruction, load, store
 
 LANES = 16  # numbers of a register
@@ -356,7 +356,6 @@ def _onto_evenly(y, sums, rows, add, first, last):  # type: ignore[no-untyped-de
 def _rows_kernel(element: type) -> object:
     size = 2 if element is np.uint16 else 4
 
-    @kernel
     def rounded_rows(p):  # type: ignore[no-untyped-def]
         s, f = carray(p, (32,), np.int64), carray(p, (32,), np.float64)
         like, steps = array(s[3], (s[1], s[7]), element), array(s[6], (s[1],), np.float32)
@@ -369,7 +368,6 @@ def _rows_kernel(element: type) -> object:
 def _groups_kernel(element: type) -> object:
     size = 2 if element is np.uint16 else 4
 
-    @kernel
     def rounded_groups(p):  # type: ignore[no-untyped-def]
         s, f = carray(p, (32,), np.int64), carray(p, (32,), np.float64)
         like, steps = array(s[3], (s[6], s[7]), element), array(s[5], (s[1] * MOST,), np.float32)
@@ -380,7 +378,6 @@ def _groups_kernel(element: type) -> object:
 
 @per_dtype
 def _onto_kernel(element: type) -> object:
-    @kernel
     def scaled_onto(p):  # type: ignore[no-untyped-def]
         s = carray(p, (32,), np.int64)
         shape = (s[1], s[7])

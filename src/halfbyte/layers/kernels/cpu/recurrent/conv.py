@@ -14,7 +14,7 @@ from numba import carray
 from torch import Tensor
 
 from halfbyte.layers.kernels import pool
-from halfbyte.layers.kernels.cpu.parallel import array, block_rows, each_block, kernel, per_dtype, run
+from halfbyte.layers.kernels.cpu.parallel import array, block_rows, each_block, per_dtype, run
 from halfbyte.layers.kernels.cpu.scalar import fill_registers, inlined, load, sigmoid, store
 
 # What a pass makes of x: the convolution; SiLU of it; dy through SiLU; and the other way round, dy through the taps.
@@ -70,7 +70,6 @@ def _rows(x, row, w, bias, places, dy, out, out_row, what, here, first, last):  
 
 @per_dtype
 def _kernel(element: type) -> object:
-    @kernel
     def conv(p):  # type: ignore[no-untyped-def]
         s = carray(p, (32,), np.int64)
         tokens, width = s[1], s[9]

@@ -12,7 +12,7 @@ from numba import carray
 from torch import Tensor
 
 from halfbyte.layers.kernels import pool
-from halfbyte.layers.kernels.cpu.parallel import array, block_rows, each_block, kernel, per_dtype, run
+from halfbyte.layers.kernels.cpu.parallel import array, block_rows, each_block, per_dtype, run
 from halfbyte.layers.kernels.cpu.scalar import fill_registers, inlined, load, sigmoid, store
 
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
@@ -88,7 +88,6 @@ def _given(s, element):  # type: ignore[no-untyped-def]
 
 @per_dtype
 def _forward_kernel(element: type) -> object:
-    @kernel
     def gated_norm(p):  # type: ignore[no-untyped-def]
         s, f = carray(p, (32,), np.int64), carray(p, (32,), np.float64)
         x, z, w, sizes = _given(s, element)
@@ -100,7 +99,6 @@ def _forward_kernel(element: type) -> object:
 
 @per_dtype
 def _backward_kernel(element: type) -> object:
-    @kernel
     def gated_norm_backward(p):  # type: ignore[no-untyped-def]
         s, f = carray(p, (32,), np.int64), carray(p, (32,), np.float64)
         x, z, w, sizes = _given(s, element)

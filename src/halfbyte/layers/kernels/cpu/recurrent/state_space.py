@@ -15,7 +15,7 @@ from numba import carray
 from torch import Tensor
 
 from halfbyte.layers.kernels import pool
-from halfbyte.layers.kernels.cpu.parallel import array, kernel, per_dtype, run
+from halfbyte.layers.kernels.cpu.parallel import array, per_dtype, run
 from halfbyte.layers.kernels.cpu.recurrent import chunks
 from halfbyte.layers.kernels.cpu.recurrent.chunks import matrices, numbers
 
@@ -261,7 +261,6 @@ def _thread_matrices(s, sizes, operand):  # type: ignore[no-untyped-def]
 def _forward_kernel(element: type) -> object:
     operand, amx = operands_of(element), chunks.AMX
 
-    @kernel
     def state_space(pointer):  # type: ignore[no-untyped-def]
         s = carray(pointer, (32,), np.int64)
         sizes, given, starts, out = _given(s, element)
@@ -276,7 +275,6 @@ def _forward_kernel(element: type) -> object:
 def _backward_kernel(element: type) -> object:
     operand, amx = operands_of(element), chunks.AMX
 
-    @kernel
     def state_space_backward(pointer):  # type: ignore[no-untyped-def]
         s = carray(pointer, (32,), np.int64)
         sizes, given, starts, dout = _given(s, element)
