@@ -212,6 +212,13 @@ def test_names_that_peft_turns_into_fused_experts_are_left_out_or_refused() -> N
         resolve_targets(model, ["q_proj", "gate_proj", "up_proj"])
 
 
+@pytest.mark.parametrize("asked", [["q_proj", "gate"], r".*\.(q_proj|gate)"])
+def test_a_router_is_no_expert_and_may_train_whole(asked: str | list[str]) -> None:
+    with pytest.raises(AdapterError, match="routers of mixtral") as refused:
+        resolve_targets(_meta("mixtral"), asked)
+    assert "lora.modules_to_save: [gate]" in str(refused.value) and "target_parameters" not in str(refused.value)
+
+
 def test_towers_are_left_alone_by_a_regex() -> None:
     model = _meta("gemma3")
     targets = auto_targets(model)
@@ -266,8 +273,10 @@ def test_limits(llama: Any) -> None:
     assert matched(llama, targets, fourth) == ["model.layers.3.self_attn.q_proj"]
     with pytest.raises(AdapterError, match="nothing is left after layers_to_transform"):
         matched(llama, Targets(("q_proj",), ""), Lora(layers_to_transform=(77,)))
-    with pytest.raises(AdapterError, match="needs target_modules as a list"):
-        matched(llama, Targets(r".*q_proj", ""), Lora(layers_to_transform=(1,)))
+    regex = resolve_targets(llama, r".*q_proj", Lora(layers_to_transform=(1, 3)))
+    assert matched(llama, regex) == ["model.layers.1.self_attn.q_proj", "model.layers.3.self_attn.q_proj"]
+    with pytest.raises(AdapterError, match="nothing is left in layers"):
+        resolve_targets(llama, r".*q_proj", Lora(layers_to_transform=77))
     with pytest.raises(AdapterError, match="PEFT refuses these settings"):
         matched(llama, targets, Lora(layers_pattern="layers"))
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from halfbyte.adapters import targets
+from halfbyte.adapters import lora, targets
 from halfbyte.base.config import open_config
 from halfbyte.base.store import conversion
 from halfbyte.models import tensors, text_half
 from halfbyte.models.structure import meta_model
+from halfbyte.recipe.schema import Lora
 from tests import small_models
 
 KINDS = small_models.WHOLE
@@ -105,6 +106,19 @@ def test_an_adapter_of_the_half_works_on_the_whole(saved: tuple[Path, Any], tmp_
         alone = again.unload()(input_ids=IDS).logits
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
     assert (got - alone).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("asked", ["auto", ["q_proj", "k_proj"]])
+def test_only_some_layers_of_the_half_get_an_adapter(asked: Any, saved: tuple[Path, Any]) -> None:
+    half = opened(saved[0])
+    settings = Lora(target_modules=asked, layers_to_transform=(1,))
+    chosen, modules = lora.choose_targets(half, settings)
+    every = [n for n, m in half.named_modules() if isinstance(m, torch.nn.Linear) and ".layers.1." in n]
+    if asked != "auto":
+        assert modules == [name for name in every if name.endswith(tuple(asked))]
+    adapted = lora.add(half, settings, chosen, seed=0)
+    layers = {n.removesuffix(".lora_A") for n, _ in adapted.named_modules() if n.endswith(".lora_A")}
+    assert modules and layers == {f"base_model.model.{name}" for name in modules} and set(modules) <= set(every)
 
 
 def test_sizes_that_a_file_leaves_out_are_those_of_the_config_class() -> None:

@@ -48,7 +48,7 @@ Saved: TypeAlias = list[tuple[torch.nn.Parameter, torch.Tensor]]
 
 def lora_config(lora: Lora, targets: Targets) -> LoraConfig:
     """The recipe's `lora:` as PEFT's own config. The two share their names, so every set value is passed on."""
-    values = lora.model_dump(exclude={"target_modules", *OWN_FIELDS}, exclude_none=True)
+    values = lora.model_dump(exclude={"target_modules", *OWN_FIELDS, *targets.holds}, exclude_none=True)
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
     if lora.init_lora_weights == "residual":  # ours; its factors are put in afterwards
         values["init_lora_weights"] = True
@@ -89,7 +89,7 @@ def choose_targets(model: Model, lora: Lora) -> tuple[Targets, list[str]]:
     if parameters and not lora.target_modules:
         chosen, modules = Targets((), "no module"), []
     else:
-        chosen = resolve_targets(model, lora.target_modules)
+        chosen = resolve_targets(model, lora.target_modules, lora)
         modules = matched(model, chosen, lora)
     check_names(model, lora, [*modules, *parameters])
     chosen = replace(chosen, reason=chosen.reason + remark_on_experts(model, parameters))

@@ -51,6 +51,11 @@ class Targets:
     def for_peft(self) -> list[str] | str:
         return self.names if isinstance(self.names, str) else list(self.names)
 
+    @property
+    def holds(self) -> frozenset[str]:
+        """Fields under `lora:` that a regex has in itself, and PEFT does not take beside one."""
+        return frozenset({"layers_to_transform", "layers_pattern"} if isinstance(self.names, str) else ())
+
 
 def auto_targets(model: nn.Module) -> Targets:
     """The projections of every layer's token mixer; of every linear layer where the mixer has none (XLNet)."""
@@ -90,14 +95,24 @@ def all_linear(model: nn.Module) -> Targets:
     return Targets(_shortest_names(model, chosen), reason)
 
 
-def resolve_targets(model: nn.Module, asked: str | Sequence[str]) -> Targets:
+def resolve_targets(model: nn.Module, asked: str | Sequence[str], lora: Lora | None = None) -> Targets:
     """`lora.target_modules` as the recipe has it -> what PEFT is given. Every entry must match something. For a text
-    half a regex over full names, as towers have layers of the same endings. Raises AdapterError: nothing matches; names
-    near to what was asked and the linear layers that exist are listed."""
+    half a regex over full names, as towers have layers of the same endings; a regex holds the `layers_to_transform` of
+    `lora`, which PEFT does not read beside one. Raises AdapterError: nothing matches; names near to what was asked and
+    the linear layers that exist are listed."""
     targets = _resolved(model, asked)
-    if is_half(model) and not isinstance(targets.names, str):
-        return Targets(_regex(set(matched(model, targets))), targets.reason)
-    return targets
+    layers = None if lora is None else lora.layers_to_transform
+    layers = (layers,) if isinstance(layers, int) else layers
+    if isinstance(targets.names, str) and layers is not None:
+        every = matched(model, targets)
+        chosen = {n for n in every if n.removeprefix(split_at_layer(n)[0]).startswith(tuple(f".{i}." for i in layers))}
+    elif is_half(model) and not isinstance(targets.names, str):
+        chosen = set(matched(model, targets, lora))
+    else:
+        return targets
+    if not chosen:
+        raise AdapterError(f"lora.target_modules: {_show(targets)} match, but nothing is left in layers {layers}")
+    return Targets(_regex(chosen, r"\d+" if layers is None else f"({'|'.join(map(str, layers))})"), targets.reason)
 
 
 def _resolved(model: nn.Module, asked: str | Sequence[str]) -> Targets:
@@ -119,7 +134,7 @@ def matched(model: nn.Module, targets: Targets, lora: Lora | None = None) -> lis
     from peft.tuners.tuners_utils import check_target_module_exists
 
     _refuse_unmatched(model, targets)
-    asked = {key: getattr(lora, key, None) for key in _LIMITS}
+    asked = {key: getattr(lora, key, None) for key in _LIMITS if key not in targets.holds}
     # PEFT takes lists, a recipe holds tuples
     limits = {k: list(v) if isinstance(v, tuple) else v for k, v in asked.items() if v not in (None, ())}
     config = _peft_config(model, targets, **limits)
@@ -205,8 +220,8 @@ def _shortest_names(model: nn.Module, chosen: set[str]) -> tuple[str, ...] | str
     return tuple(endings)
 
 
-def _regex(chosen: set[str]) -> str:
-    """One regex over full names: of each stack of layers its modules at any depth, and the modules beside them."""
+def _regex(chosen: set[str], layers: str = r"\d+") -> str:
+    """One regex over full names: of each stack of `layers` its modules at any depth, and the modules beside them."""
     stacks: dict[str, set[str]] = {}
     whole = set()
     for name in chosen:
@@ -219,7 +234,7 @@ def _regex(chosen: set[str]) -> str:
     by_inner: dict[str, list[str]] = {}
     for stack, patterns in sorted(stacks.items()):
         by_inner.setdefault("|".join(sorted(patterns)), []).append(stack)
-    parts = [rf"({'|'.join(names)})\.\d+\.({inner})" for inner, names in by_inner.items()]
+    parts = [rf"({'|'.join(names)})\.{layers}\.({inner})" for inner, names in by_inner.items()]
     return "|".join([*parts, *sorted(whole)])
 
 
@@ -227,11 +242,6 @@ def _peft_config(model: nn.Module, targets: Targets, **limits: object) -> LoraCo
     """The LoraConfig as PEFT will see it, after its renames for fused experts."""
     from peft import LoraConfig
 
-    if isinstance(targets.names, str) and limits.get("layers_to_transform") is not None:
-        raise AdapterError(
-            f"lora.layers_to_transform needs target_modules as a list; here they are one regex: {targets.names}",
-            fix="write the layers into the regex, or list name endings",
-        )
     try:
         config = LoraConfig(target_modules=targets.for_peft, **limits)
     except ValueError as error:
@@ -242,6 +252,13 @@ def _peft_config(model: nn.Module, targets: Targets, **limits: object) -> LoraCo
         experts = sorted(config.target_parameters or ())
     except ValueError as error:
         experts = [str(error)]
+    if routers := [name.removesuffix(".weight") for name in experts if name.endswith(".weight")]:
+        raise AdapterError(
+            f"lora.target_modules: {_show(targets)} match routers of {_architecture(model)} ({', '.join(routers)}), "
+            "which cannot carry an adapter.",
+            fix=f"lora.modules_to_save: [{', '.join(routers)}] trains them whole; or lora.target_modules: auto, or "
+            "all-linear (both leave them out)",
+        )
     if experts:
         raise AdapterError(
             f"lora.target_modules: {_show(targets)} name fused experts of {_architecture(model)} "
