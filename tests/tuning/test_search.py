@@ -10,9 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from halfbyte.adapters import lora
+from halfbyte.models.structure import meta_model
+from halfbyte.recipe.schema import Lora
 from halfbyte.training.deadline import Clock
-from halfbyte.tuning import results
-from halfbyte.tuning.search import RATE, Result, Search, SearchState, of_rate, probe_rate
+from halfbyte.tuning import budget, results
+from halfbyte.tuning.search import RATE, TARGETS, Result, Search, SearchState, of_all, of_rate, probe_rate
+from tests import small_models
 
 HELD_OUT = 24
 NOISE = np.random.default_rng(3).normal(0, 0.2, HELD_OUT)
@@ -149,3 +153,29 @@ def test_more_time_is_told_from_the_line_through_finished_runs(tmp_path: Path) -
     assert results.more(state, rows=1600, seconds=2000.0, sums=sums, at_end=True).startswith("more time brings nothing")
     state.rungs.clear()
     assert results.more(state, rows=1600, seconds=2000.0, sums=sums, at_end=False).endswith("as nothing was probed")
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked"),
+    [
+        ("mixtral", {"target_modules": ["q_proj"], "target_parameters": ["gate_up_proj", "down_proj"]}),
+        ("mixtral", {"target_modules": [], "target_parameters": ["down_proj"]}),
+        ("qwen3", {"target_modules": r".*layers\.1\..*(q|v)_proj"}),
+        ("qwen3", {"target_modules": ["layers.0.self_attn.q_proj", "up_proj"]}),
+        ("rwkv", {"target_modules": "auto"}),
+    ],
+)
+def test_a_search_begins_with_the_layers_that_were_asked_for(kind: str, asked: dict[str, Any]) -> None:
+    model, settings = meta_model(small_models.config(kind)), Lora(lora_dropout=0.0, **asked)
+    targets, modules = lora.choose_targets(model, settings)
+    begins = Lora(**settings.model_dump() | {"target_modules": budget.first_targets(settings, targets)})
+    assert lora.choose_targets(model, begins)[1] == modules
+
+
+def test_what_a_search_begins_with_is_not_tried_twice() -> None:
+    arms = of_all(["layers.0.attn.q", "layers.0.attn.v", "layers.0.mlp.up"])["targets"]
+    tried = {str(now): [arm[TARGETS] for arm in arms({TARGETS: now})[1:]] for now in ("all-linear", ["v", "q"], ".*q")}
+    every, attention, gate = ["q", "up", "v"], ["q", "v"], ["up"]
+    assert tried == {
+        "all-linear": [attention, gate], "['v', 'q']": [every, gate], ".*q": [every, attention, gate],
+    }  # fmt: skip

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from halfbyte.adapters import lora
+from halfbyte.adapters.targets import Targets
 from halfbyte.distributed.world import World
 from halfbyte.errors import DiskFull, RecipeError, RunError, TrainError, typed
 from halfbyte.models.structure import meta_model
@@ -50,6 +51,12 @@ QUIET: Document = {
     "train.early_stopping_patience": None,
     "train.report_to": "none",
 }
+
+
+def first_targets(asked: Lora, targets: Targets) -> str | list[str]:
+    """The `lora.target_modules` that a search begins with: the endings that were chosen; else as the recipe has it."""
+    names = targets.names if isinstance(targets.names, tuple) else asked.target_modules
+    return names if isinstance(names, str) else list(names)
 
 
 class Probes:
@@ -217,7 +224,7 @@ class TimeBudget:
             train = prepared.recipe.train
             start: Document = {RATE: float(train.learning_rate)}
             if self.alone:
-                start |= {TARGETS: sorted({name.rpartition(".")[2] for name in setup.run.modules})}
+                start[TARGETS] = first_targets(prepared.recipe.lora, setup.run.targets)
                 start |= {RANK: prepared.recipe.lora.r, BATCH: train.rows_per_step, ACCUMULATION: 1}
             self.state = SearchState(
                 within_s=self.within_s,

@@ -18,6 +18,7 @@ from typing import Self
 
 import numpy as np
 
+from halfbyte.models.lora_sites import ALL_LINEAR
 from halfbyte.runs.folder import read_json, write_json
 from halfbyte.scoring import intervals
 from halfbyte.scoring.intervals import Interval, RowSums
@@ -139,7 +140,9 @@ def of_all(linear: Sequence[str]) -> dict[str, Arms]:
         groups.setdefault(name.rpartition(".")[0].rpartition(".")[2], set()).add(name.rpartition(".")[2])
 
     def targets(best: Document) -> list[Document]:
-        other = [sorted(names) for names in groups.values() if names != set(best[TARGETS])]
+        now = best[TARGETS]
+        same = groups[""] if now == ALL_LINEAR else {now} if isinstance(now, str) else set(now)
+        other = [sorted(names) for names in groups.values() if names != same]
         return [best, *({**best, TARGETS: names} for names in other)]
 
     def rows(best: Document) -> list[Document]:
