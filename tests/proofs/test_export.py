@@ -22,6 +22,7 @@ from halfbyte.export import folder, job, witness
 from halfbyte.export.job import HeldOut
 from halfbyte.export.weights import BaseKind, MergedModel
 from halfbyte.inference import target
+from halfbyte.models.context import Context
 from halfbyte.proofs import export as proof
 from halfbyte.proofs import programs
 from halfbyte.scoring.intervals import RowSums
@@ -57,6 +58,17 @@ def test_what_is_right_passes(world: Path, tmp_path: Path) -> None:
     assert seen.difference < seen.bound < 1e-4 < seen.moved and seen.kl < 1e-8 < seen.base_kl
     assert seen.answers == seen.references == 5 and not seen.unlike and not seen.tokenized
     assert seen.loss == pytest.approx(seen.run_loss, rel=1e-5)
+
+
+def test_answers_end_where_the_context_of_the_model_ends(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(witness, "context_of", lambda config: Context(40, "as a test has it"))
+    (tmp_path / "run").mkdir()
+    witness.write(witness.RunQuestions(str(world / "trained"), str(tmp_path / "run"), prompts=5))
+    asked = json.loads((tmp_path / "run" / witness.WITNESS).read_text())
+    assert 40 in [len(ids) + len(answer) for ids, answer in zip(asked["prompts"], asked["answers"], strict=True)]
+    assert not proven(tmp_path, world / "merged", tmp_path / "said").problems
 
 
 def _mixture(folder: Path, *, at: tuple[int, ...], apart: float, clear: float, routed: bool) -> proof.Proof:
@@ -225,7 +237,7 @@ def test_the_child_that_opens_an_export_leaves_cores_to_others(tmp_path: Path, m
     monkeypatch.setattr(programs, "Transformers", lambda path: None)
     monkeypatch.setattr(programs, "ask", lambda *_: None)
     witness, task = tmp_path / "witness.json", tmp_path / "task.json"
-    witness.write_text(json.dumps({"rows": [], "prompts": [[1]], "new_tokens": 1}))
+    witness.write_text(json.dumps({"rows": [], "prompts": [[1]], "new_tokens": [1]}))
     task.write_text(json.dumps({"witness": str(witness), "path": "m", "out": str(tmp_path)}))
     programs.main("transformers", task)
     assert watched == [(device.cores(), device.core_share())]

@@ -87,7 +87,9 @@ def write(questions: RunQuestions) -> None:
     prompts = [list(row.prompt_ids) for row in rows if row.completion][: questions.prompts]
     prompts = prompts or [list(row.input_ids[: 1 + len(row.input_ids) // 2]) for row in rows[: questions.prompts]]
     prompts = [] if questions.unquantised else prompts  # which is asked for logits alone
-    answers = [_answer(opened, ids) for ids in prompts]
+    context = context_of(opened.model.config)
+    most = [NEW_TOKENS if context is None else context.fitting(len(ids), NEW_TOKENS) for ids in prompts]
+    answers = [_answer(opened, ids, new) for ids, new in zip(prompts, most, strict=True)]
     texts = [*TEXTS, *(tokenizer.decode(ids) for ids in prompts)]
     document: Document = {
         "rows": chosen,
@@ -98,7 +100,7 @@ def write(questions: RunQuestions) -> None:
         "texts": [tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in answers],
         "tokenized": [{"text": t, "ids": tokenizer(t, add_special_tokens=False)["input_ids"]} for t in texts],
         "stop": stop_ids(opened.model, tokenizer),
-        "new_tokens": NEW_TOKENS,
+        "new_tokens": most,  # of each prompt
         "vocabulary": int(np.load(out / programs.LOGITS, mmap_mode="r").shape[1]),
         "dtype": str(opened.model.dtype).removeprefix("torch."),
         "layers": int(opened.model.config.get_text_config().num_hidden_layers),
@@ -159,10 +161,9 @@ def _chosen(rows: Sequence[Example]) -> list[Document]:
     return chosen
 
 
-def _answer(opened: Opened, prompt: list[int]) -> tuple[list[int], list[float]]:
+def _answer(opened: Opened, prompt: list[int], max_tokens: int) -> tuple[list[int], list[float]]:
     """The greedy answer's tokens, and by how much each led, in units of the spread of all logits there."""
-    model, context = opened.model, context_of(opened.model.config)
-    max_tokens = NEW_TOKENS if context is None else context.fitting(len(prompt), NEW_TOKENS)
+    model = opened.model
     (answer,) = generate_ids(model, opened.tokenizer, [prompt], SamplingParams(max_tokens))
     at = range(len(prompt) - 1, len(prompt) - 1 + len(answer))
     logits = logits_at(model, [*prompt, *answer], list(at))

@@ -165,7 +165,8 @@ def observe(
 def ask(program: Transformers | LlamaCpp, asked: Document, out: Path) -> None:
     """Put a witness' questions to a program."""
     observe(asked["rows"], program.logits, out, vocabulary=asked["vocabulary"])
-    answers = [program.answer(ids, asked["stop"], asked["new_tokens"]) for ids in asked["prompts"]]
+    prompts = [*zip(asked["prompts"], asked["new_tokens"], strict=True)]
+    answers = [program.answer(ids, asked["stop"], most) for ids, most in prompts]
     answer = {
         "tokenized": [program.tokens(each["text"]) for each in asked["tokenized"]],
         "answers": answers,
@@ -177,7 +178,8 @@ def ask(program: Transformers | LlamaCpp, asked: Document, out: Path) -> None:
 def main(program: str, task: Path) -> None:
     values: dict[str, Any] = json.loads(task.read_text(encoding="utf-8"))
     asked = json.loads(Path(values["witness"]).read_text(encoding="utf-8"))
-    longest = max([len(r["ids"]) for r in asked["rows"]] + [len(ids) + asked["new_tokens"] for ids in asked["prompts"]])
+    lengths = [len(ids) + most for ids, most in zip(asked["prompts"], asked["new_tokens"], strict=True)]
+    longest = max([len(r["ids"]) for r in asked["rows"]] + lengths)
     path, adapter = values["path"], values.get("adapter")
     openmp.watch(device.cores(), device.core_share())  # beside busy programs a merge was 6.5 times as long without
     opened = LlamaCpp(path, adapter, longest + 8) if program == "llama.cpp" else Transformers(path)
