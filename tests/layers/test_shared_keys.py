@@ -73,7 +73,7 @@ def test_keys_whose_gradient_is_lost_are_seen(kind: str) -> None:
     adapted = plain_peft.adapt(model, TARGETS)
     wanted = plain_peft.learn(adapted, rows)[1]
     holder, name = structure.layer_list(adapted)
-    with structure.replaced(holder, name, torch.nn.ModuleList(map(LostKeys, getattr(holder, name)))):
+    with structure.replaced((holder, name, torch.nn.ModuleList(map(LostKeys, getattr(holder, name))))):
         _, got = plain_peft.learn(adapted, rows)
     got = {key.replace(".layer.", "."): value for key, value in got.items()}
     assert plain_peft.apart(got, wanted) > 100 * TOLERANCE

@@ -129,12 +129,8 @@ class Unpad(BodyHooks):
     def _padded(self, body: torch.nn.Module, given: Document) -> Tensor:
         """Hidden states (B, L, D) of the rows as they came, for what stands at padding; random numbers stay as they
         were, so that a training that is resumed draws the same."""
-        self._plain = True
-        try:
-            with accelerator.keep_random_state([body.device]):
-                hidden: Tensor = body(**given)[0]
-        finally:
-            self._plain = False
+        with structure.replaced((self, "_plain", True)), accelerator.keep_random_state([body.device]):
+            hidden: Tensor = body(**given)[0]
         return hidden
 
     def _watched(self, tokens: Tensor, hidden: Tensor) -> Tensor:

@@ -8,9 +8,10 @@ A norm, an activation or an MLP is taken only after it was seen to compute what 
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +28,7 @@ from halfbyte.layers.kernels import dropout, last_layer
 from halfbyte.layers.kernels.cpu import available
 from halfbyte.layers.lora_linear import REMAKE, Remake, frozen_linear, lora_linear
 from halfbyte.layers.packed_attention import head_size, lengths_for
-from halfbyte.models import families
+from halfbyte.models import families, structure
 from halfbyte.quant import formats
 from halfbyte.upstream.peft import LORA_LAYER
 
@@ -399,24 +400,18 @@ def _become(module: nn.Module, mixin: type) -> None:
         instances.become(module, mixin)
 
 
-_as_trained = False
+_now = SimpleNamespace(as_trained=False)
 
 
-@contextmanager
-def as_trained() -> Iterator[None]:
+def as_trained() -> AbstractContextManager[None]:
     """While it lasts forwards without gradients compute as those of a training do, but for what is random in these."""
-    global _as_trained
-    before, _as_trained = _as_trained, True
-    try:
-        yield
-    finally:
-        _as_trained = before
+    return structure.replaced((_now, "as_trained", True))
 
 
 def computes_as_trained(module: nn.Module | None = None) -> bool:
     """Whether a forward now, of this module, is one of a training: also one without gradients, as of DPO's reference,
     whose numbers are compared with the policy's, or of an evaluation."""
-    return torch.is_grad_enabled() or _as_trained or (module is not None and module.training)
+    return torch.is_grad_enabled() or _now.as_trained or (module is not None and module.training)
 
 
 def _computes(layer: nn.Module, x: Tensor) -> bool:

@@ -168,7 +168,8 @@ def _hidden(lm: Model, inputs: dict[str, Tensor], keep: Tensor) -> Tensor:
     # where its forward is done again it would not be asked again; a mask drawn for all rows is not that of some
     able = last is not None and fuse.computes_as_trained(last) and not last.gradient_checkpointing
     if able and texts == 1 and 0 < count < tokens and (dropout.by_row() or not lm.training):
-        with last_layer.only_rows(last_layer.LastLayerRows(last, keep, count)) as some:
+        some = last_layer.LastLayerRows(last, keep, count)
+        with last_layer.only_rows(some):
             hidden: Tensor = body(**inputs)[0][0]  # (count, D), or (T, D)
         if some.selected:
             return hidden[: len(keep)]

@@ -118,7 +118,7 @@ def look(body: nn.Module, length: int) -> None:
         inputs["use_cache"] = False
     token = _MARKS.set(marks)
     try:
-        with structure.replaced(holder, name, nn.ModuleList(stands)), torch.no_grad(), _restoring(body):
+        with structure.replaced((holder, name, nn.ModuleList(stands))), torch.no_grad(), _restoring(body):
             body(**inputs)
     except Exception:  # the last stand-in stops the forward; any other error leaves layers unknown
         pass

@@ -155,16 +155,18 @@ def shallow(model: Model) -> Iterator[int]:
     enough = max(kinds.index(kind) for kind in set(kinds)) + 1
     trained = [i for i, layer in enumerate(layers) if any(p.requires_grad for p in layer.parameters())]
     count = min(len(layers), max(2, enough, *[i + 1 for i in trained[:1]]))
-    with replaced(holder, name, nn.ModuleList(layers[:count])):
+    with replaced((holder, name, nn.ModuleList(layers[:count]))):
         yield count
 
 
 @contextmanager
-def replaced(holder: nn.Module, name: str, child: nn.Module) -> Iterator[None]:
-    """`child` in the place of `holder.name`, which is put back afterwards."""
-    original = getattr(holder, name)
-    setattr(holder, name, child)
+def replaced(*changes: tuple[object, str, object]) -> Iterator[None]:
+    """Attributes with other values while it lasts, (owner, name, value) each; put back afterwards, the last first."""
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
     try:
+        for owner, name, value in changes:
+            setattr(owner, name, value)
         yield
     finally:
-        setattr(holder, name, original)
+        for owner, name, value in reversed(before):
+            setattr(owner, name, value)

@@ -120,12 +120,9 @@ def random_b(model: Model) -> Iterator[None]:
     """LoRA's B is 0 at first, and then A's gradient is 0 whatever the code does: give B numbers for the moment."""
     generator = torch.Generator().manual_seed(1)
     parts = [b.weight for m in model.modules() if isinstance(m, LoraLayer) for b in m.lora_B.values()]
-    saved = [(p, p.detach().clone()) for p in parts if isinstance(p, nn.Parameter)]
-    try:
-        for p, before in saved:
-            noise = torch.randn(p.shape, generator=generator).to(p.device, p.dtype)
-            p.data.copy_(before + noise / p.shape[1] ** 0.5 * 0.1)
+    changes = list[tuple[object, str, object]]()
+    for p in (p for p in parts if isinstance(p, nn.Parameter)):
+        noise = torch.randn(p.shape, generator=generator).to(p.device, p.dtype)
+        changes.append((p, "data", p.data + noise / p.shape[1] ** 0.5 * 0.1))
+    with structure.replaced(*changes):
         yield
-    finally:
-        for p, before in saved:
-            p.data.copy_(before)

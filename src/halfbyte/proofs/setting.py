@@ -188,13 +188,9 @@ def affordable_tokens(model: Model) -> int:
 @contextmanager
 def as_given(model: Model) -> Iterator[None]:
     """Every module's mode and the random state as they were, afterwards."""
-    training = {m: m.training for m in model.modules()}
-    try:
-        with accelerator.keep_random_state(p.device for p in model.parameters()):
-            yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+    modes = structure.replaced(*((m, "training", m.training) for m in model.modules()))
+    with modes, accelerator.keep_random_state(p.device for p in model.parameters()):
+        yield
 
 
 def precisions(model: Model) -> tuple[bool, ...]:
@@ -210,18 +206,10 @@ def precisions(model: Model) -> tuple[bool, ...]:
 CHUNK = 32
 
 
-@contextmanager
-def small_chunks(model: Model) -> Iterator[None]:
+def small_chunks(model: Model) -> AbstractContextManager[None]:
     """Mamba-2's layers with chunks of at most `CHUNK` tokens."""
     scans = [m for m in model.modules() if hasattr(m, "ssm_state_size") and isinstance(vars(m).get("chunk_size"), int)]
-    sizes = [m.chunk_size for m in scans]
-    try:
-        for module in scans:
-            module.chunk_size = min(CHUNK, module.chunk_size)
-        yield
-    finally:
-        for module, size in zip(scans, sizes, strict=True):
-            module.chunk_size = size
+    return structure.replaced(*((m, "chunk_size", min(CHUNK, m.chunk_size)) for m in scans))
 
 
 @contextmanager

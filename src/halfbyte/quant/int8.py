@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from halfbyte.errors import BaseModelError
+from halfbyte.models.structure import replaced
 from halfbyte.quant.number_format import NumberFormat, StoredPart, own_weight
 from halfbyte.recipe.schema import Quant
 from halfbyte.types import Config, Document
@@ -116,16 +117,9 @@ class RowWise8(NumberFormat):
     def rounds_inputs(self, quant: Quant) -> bool:
         return quant.llm_int8_threshold is not None
 
-    @contextmanager
-    def without_rounding(self, model: nn.Module) -> Iterator[None]:
-        saved = [(m.state, m.state.threshold) for m in model.modules() if isinstance(m, _layer_class())]
-        try:
-            for state, _ in saved:
-                state.threshold = EVERY_COLUMN
-            yield
-        finally:
-            for state, threshold in saved:
-                state.threshold = threshold
+    def without_rounding(self, model: nn.Module) -> AbstractContextManager[None]:
+        states = [m.state for m in model.modules() if isinstance(m, _layer_class())]
+        return replaced(*((state, "threshold", EVERY_COLUMN) for state in states))
 
     def settle(self, model: nn.Module) -> None:
         """Make every 8-bit layer one that dequantises always, with its scales where its weight is."""

@@ -10,15 +10,17 @@ Cost: a hash for each token of a micro-batch, and one in every layer, beside tho
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from halfbyte.data import prefixes
+from halfbyte.models import structure
 
 _WORD = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B97F4A7C15  # splitmix64
@@ -79,44 +81,32 @@ class RowMasks:
     filled: dict[int, Tensor] = field(default_factory=dict)
 
 
-_now: RowMasks | None = None
+_now = SimpleNamespace(masks=None)
 
 
-@contextmanager
 def row_masks(
     sites: dict[int, int], beginnings: Tensor, *, seed: int, step: int, anywhere: bool = False
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """While it lasts (forward and backward), masks are those of these tokens.
 
     Args:
         sites: as `sites_of` makes them. beginnings: (T,) int64, a batch's.
         anywhere: also on cards and without kernels, where drawing one mask for all is faster.
     """
-    global _now
     keys = torch.from_numpy(token_keys(beginnings.numpy(), seed=seed, step=step))
-    before, _now = _now, RowMasks(keys, sites, anywhere)
-    try:
-        yield
-    finally:
-        _now = before
+    return structure.replaced((_now, "masks", RowMasks(keys, sites, anywhere)))
 
 
 def by_row() -> bool:
     """Whether masks are those of rows of the data now."""
-    return _now is not None
+    return _now.masks is not None
 
 
-@contextmanager
-def select_tokens(rows: Tensor) -> Iterator[None]:
+def select_tokens(rows: Tensor) -> AbstractContextManager[None]:
     """While it lasts, only these rows (K,) of the micro-batch's tokens are computed; their masks are as ever."""
-    global _now
-    before = _now
-    if _now is not None:
-        _now = RowMasks(_now.keys[rows], _now.sites, _now.anywhere)
-    try:
-        yield
-    finally:
-        _now = before
+    now: RowMasks | None = _now.masks
+    some = None if now is None else RowMasks(now.keys[rows], now.sites, now.anywhere)
+    return structure.replaced((_now, "masks", some))
 
 
 def sites_of(model: nn.Module) -> dict[int, int]:
@@ -127,15 +117,16 @@ def sites_of(model: nn.Module) -> dict[int, int]:
 def token_seed(layer: nn.Module, x: Tensor, *, by_kernel: bool) -> TokenSeed | None:
     """The seed of a layer's mask for x (N, D). None where its rows are not the tokens of the micro-batch, perhaps with
     some of no text behind them; the mask then is drawn."""
-    if _now is None or id(layer) not in _now.sites or not (by_kernel or _now.anywhere):
+    now: RowMasks | None = _now.masks
+    if now is None or id(layer) not in now.sites or not (by_kernel or now.anywhere):
         return None
-    keys, count = _now.keys, x.shape[0]
+    keys, count = now.keys, x.shape[0]
     more = count - keys.shape[0]
     if more < 0:
         return None
-    if more and count not in _now.filled:
-        _now.filled[count] = torch.cat([keys, keys.new_zeros(more)])
-    return TokenSeed(_now.filled[count] if more else keys, _now.sites[id(layer)])
+    if more and count not in now.filled:
+        now.filled[count] = torch.cat([keys, keys.new_zeros(more)])
+    return TokenSeed(now.filled[count] if more else keys, now.sites[id(layer)])
 
 
 def some_seed(layer: nn.Module, x: Tensor) -> TokenSeed:

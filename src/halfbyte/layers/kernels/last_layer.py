@@ -9,15 +9,16 @@ Cost: a copy of the rows, twice, forward and back.
 Letters: T tokens, K rows that are read, D width.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from halfbyte.layers.kernels import pool
+from halfbyte.models import structure
 
 
 class SelectRows(torch.autograd.Function):
@@ -55,23 +56,18 @@ class LastLayerRows:
         return rows[None]
 
 
-_now: LastLayerRows | None = None
+_now = SimpleNamespace(rows=None)
 
 
-@contextmanager
-def only_rows(needed: LastLayerRows) -> Iterator[LastLayerRows]:
+def only_rows(needed: LastLayerRows) -> AbstractContextManager[None]:
     """While it lasts (a forward), `needed.layer` need make no other rows."""
-    global _now
-    before, _now = _now, needed
-    try:
-        yield needed
-    finally:
-        _now = before
+    return structure.replaced((_now, "rows", needed))
 
 
 def rows_for(module: nn.Module) -> LastLayerRows | None:
     """The rows that this layer, or the attention of a layer that has begun, need make; None for all rows."""
-    if _now is None:
+    rows: LastLayerRows | None = _now.rows
+    if rows is None:
         return None
-    asked = module is _now.layer or (_now.selected and module is getattr(_now.layer, "self_attn", None))
-    return _now if asked else None
+    asked = module is rows.layer or (rows.selected and module is getattr(rows.layer, "self_attn", None))
+    return rows if asked else None
