@@ -284,6 +284,12 @@ def test_what_is_no_config_is_said(tmp_path: Path, text: str) -> None:
         peers.read(tmp_path / "c.yaml")
 
 
+def test_rows_in_the_place_of_a_config_are_told_where_they_belong(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    with pytest.raises(RecipeError, match=r"rows\.jsonl:2 cannot be read: .*\n  fix: .*halfbyte train MODEL ROWS"):
+        peers.read(tmp_path / "rows.jsonl")
+
+
 def test_the_command_writes_a_recipe_once(tmp_path: Path, halfbyte: Cli) -> None:
     (tmp_path / "c.yml").write_text(AXOLOTL)
     line = ("import", str(tmp_path / "c.yml"), "--out", str(tmp_path / "recipe.yaml"))

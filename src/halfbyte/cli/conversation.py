@@ -94,7 +94,7 @@ class Chat:
         self._sessions: dict[bool, Session] = {}  # of the base, and of the adapter
 
     def run(self) -> None:
-        """Until the user leaves: /quit, Ctrl-D, or Ctrl-C twice at the prompt, where the first drops what is typed."""
+        """Until the user leaves: /quit, Ctrl-D, or Ctrl-C twice at the prompt with no line sent between."""
         who = self._speaker
         show.text(f"{who.recipe.model}{'' if who.alone else f' with the adapter of {who.run}'}\n{HELP}")
         ask, leaving = show.asker(), False

@@ -74,7 +74,12 @@ def read(path: Path) -> ImportedConfig:
         text = path.read_text(encoding="utf-8")
         given = script(text, notebook=path.suffix == ".ipynb") if path.suffix in SCRIPTS else yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError, RecursionError, SyntaxError) as error:
-        raise RecipeError(f"{path} cannot be read: {str(error).splitlines()[0]}.") from None
+        mark = getattr(error, "problem_mark", None)  # YAML's; a script's error says its line itself
+        where = path if mark is None else f"{path}:{mark.line + 1}"
+        raise RecipeError(
+            f"{where} cannot be read: {str(error).splitlines()[0]}.",
+            fix="a config in YAML, a script (.py) or a notebook (.ipynb); of rows: halfbyte train MODEL ROWS",
+        ) from None
     common, known = tables.pop("common"), set(given) if isinstance(given, dict) else set()
     tool = max(tables, key=lambda name: len(known & {*tables[name]["tells"]}))
     tool = "trl" if path.suffix in SCRIPTS else tool
