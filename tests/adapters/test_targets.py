@@ -275,6 +275,14 @@ def test_limits(llama: Any) -> None:
         matched(llama, Targets(("q_proj",), ""), Lora(layers_to_transform=(77,)))
     regex = resolve_targets(llama, r".*q_proj", Lora(layers_to_transform=(1, 3)))
     assert matched(llama, regex) == ["model.layers.1.self_attn.q_proj", "model.layers.3.self_attn.q_proj"]
+    some = resolve_targets(
+        llama, r".*layers\.(0\.self_attn\.q_proj|1\.self_attn\.v_proj)", Lora(layers_to_transform=(1, 2))
+    )
+    assert matched(llama, some) == ["model.layers.1.self_attn.v_proj"]
+    mixed = resolve_targets(
+        llama, r".*layers\.(1\.self_attn\.q_proj|2\.self_attn\.v_proj)", Lora(layers_to_transform=(1, 2))
+    )
+    assert matched(llama, mixed) == ["model.layers.1.self_attn.q_proj", "model.layers.2.self_attn.v_proj"]
     with pytest.raises(AdapterError, match="nothing is left in layers"):
         resolve_targets(llama, r".*q_proj", Lora(layers_to_transform=77))
     with pytest.raises(AdapterError, match="PEFT refuses these settings"):

@@ -105,14 +105,22 @@ def resolve_targets(model: nn.Module, asked: str | Sequence[str], lora: Lora | N
     layers = (layers,) if isinstance(layers, int) else layers
     if isinstance(targets.names, str) and layers is not None:
         every = matched(model, targets)
-        chosen = {n for n in every if n.removeprefix(split_at_layer(n)[0]).startswith(tuple(f".{i}." for i in layers))}
+        chosen = {n for n in every if _layer(n) in map(str, layers)}
     elif is_half(model) and not isinstance(targets.names, str):
         chosen = set(matched(model, targets, lora))
     else:
         return targets
     if not chosen:
         raise AdapterError(f"lora.target_modules: {_show(targets)} match, but nothing is left in layers {layers}")
-    return Targets(_regex(chosen, r"\d+" if layers is None else f"({'|'.join(map(str, layers))})"), targets.reason)
+    if layers is None:
+        return Targets(_regex(chosen), targets.reason)
+    each = (_regex({n for n in chosen if _layer(n) == str(i)}, str(i)) for i in sorted(layers))  # they may differ
+    return Targets("|".join(filter(None, each)), targets.reason)
+
+
+def _layer(name: str) -> str:
+    """The number of the layer that a module is in; empty for one beside them."""
+    return name.removeprefix(split_at_layer(name)[0]).partition(".")[2].partition(".")[0]
 
 
 def _resolved(model: nn.Module, asked: str | Sequence[str]) -> Targets:
