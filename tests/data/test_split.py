@@ -132,6 +132,8 @@ def test_the_run_keeps_them_scores_them_and_resumes_with_them(tmp_path: Path) ->
     made = scored(open_run(run.path))
     assert [question.where for question in made.questions] == kept
     assert loss(made) == pytest.approx(report["eval_loss"], rel=1e-3)
+    saved = scored(open_run(run.checkpoints / "step-000004"))
+    assert [question.where for question in saved.questions] == kept and loss(saved) == loss(made)
 
     (tmp_path / "train.jsonl").write_text(rows)
     shutil.rmtree(run.adapter)

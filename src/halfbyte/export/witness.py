@@ -31,7 +31,6 @@ from halfbyte.layers.experts.layout import is_routed
 from halfbyte.models.context import context_of
 from halfbyte.proofs import programs
 from halfbyte.proofs.adapter import logits_at
-from halfbyte.runs.folder import RunFolder
 from halfbyte.system import device, files
 from halfbyte.system.children import child, run_child
 from halfbyte.types import Document, Tokenizer
@@ -115,7 +114,7 @@ def rows_of(opened: Opened, data: Path | None, max_rows: int) -> list[Example]:
     try:
         names = target.held_out(recipe, opened.run, data)
         if names is None:
-            return list(split.load(RunFolder(opened.run).held_out).examples[:max_rows])
+            return list(split.load(target.rows_kept(opened.run)).examples[:max_rows])
     except HalfbyteError:
         names = None
     with resources.as_file(base_text.FILE) as sample:

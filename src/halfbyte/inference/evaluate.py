@@ -235,8 +235,8 @@ def rows_to_score(opened: Opened, data: Path | None) -> tuple[EncodedRows, str]:
     recipe = opened.recipe
     names = target.held_out(recipe, opened.run, data)
     if names is None:
-        source = str(RunFolder(opened.run).held_out)
-        encoded = split.load(RunFolder(opened.run).held_out)
+        source = str(target.rows_kept(opened.run))
+        encoded = split.load(target.rows_kept(opened.run))
     else:
         source = ", ".join(map(str, names)) if isinstance(names, tuple | list) else str(names)
         encoded = encode.encode(names, opened.tokenizer, recipe.data, cores=device.cores())

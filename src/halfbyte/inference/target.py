@@ -53,11 +53,17 @@ def _find(path: Path, overrides: Sequence[str]) -> Target:
     return Target(path, to_use(run.recipe, overrides), run.adapter, run)
 
 
+def rows_kept(run: Path) -> Path:
+    """The file of the held-out rows that a run has kept; of a checkpoint, its run's."""
+    recipe = recipe_around(run)
+    return RunFolder(run if recipe is None else recipe.parent).held_out
+
+
 def held_out(recipe: Recipe, run: Path, data: Path | None) -> Sources | None:
     """The rows that `halfbyte eval` scores: `data`, else the recipe's own; None for those that the run has kept. Raises
     DataError: there are none."""
     names = data or recipe.data.eval_names
-    if not names and RunFolder(run).held_out.is_file():
+    if not names and rows_kept(run).is_file():
         return None
     if not names:
         fix = f"halfbyte eval {typed(run)} --data ROWS.jsonl"
