@@ -31,6 +31,7 @@ from halfbyte.layers.experts.layout import is_routed
 from halfbyte.models.context import context_of
 from halfbyte.proofs import programs
 from halfbyte.proofs.adapter import logits_at
+from halfbyte.recipe.data import Fields
 from halfbyte.system import device, files
 from halfbyte.system.children import child, run_child
 from halfbyte.types import Document, Tokenizer
@@ -118,11 +119,13 @@ def rows_of(opened: Opened, data: Path | None, max_rows: int) -> list[Example]:
     except HalfbyteError:
         names = None
     with resources.as_file(base_text.FILE) as sample:
-        plain = recipe.data.model_copy(update={"overlong": "truncate", "packing": "rows"})
+        context = context_of(opened.model.config)
+        most = recipe.data.max_length if context is None else min(recipe.data.max_length, context.tokens)
+        plain = recipe.data.model_copy(update={"overlong": "truncate", "packing": "rows", "max_length": most})
         for rows in (names, recipe.data.train or None, sample):
             try:
                 if rows is not None:
-                    how = plain if rows is not sample else plain.model_copy(update={"format": "auto", "fields": {}})
+                    how = plain if rows is not sample else plain.model_copy(update={"format": "auto", "fields": Fields()})
                     read = some_rows if rows is recipe.data.train else partial(encode.encode, cores=device.cores())
                     return list(read(rows, opened.tokenizer, how).examples[:max_rows])
             except HalfbyteError:
