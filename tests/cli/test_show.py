@@ -59,3 +59,10 @@ def test_a_signal_is_acknowledged(number: signal.Signals, said: str, capsys: pyt
         with progress.training(quiet=quiet, silent=silent) as listener:
             listener.stopping(number)
         assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize(
+    ("interval", "words"), [([0.25, 1.0], "0.5000 [0.2500, 1.0000]"), (None, "0.5000"), ([None, None], "0.5000")]
+)
+def test_a_value_and_its_interval(interval: list[float] | None, words: str) -> None:
+    assert show.estimate(0.5, interval) == words

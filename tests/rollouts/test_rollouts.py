@@ -91,6 +91,12 @@ def test_a_part_that_never_applies_is_null_and_warned_of_once(tmp_path: Path, ca
     assert caplog.text.count("applies to none of 3 answers, so it does not count") == 1
 
 
+def test_answers_that_are_all_cut_off_are_warned_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    finetune.train(loaded := recipe(tmp_path, train__mask_truncated_completions=True, train__max_completion_length=1))
+    assert [(row["cut_off"], row["tokens"]) for row in metrics(loaded)] == [(1.0, 0)] * 2
+    assert caplog.text.count("learns nothing: its answers are cut off at train.max_completion_length 1,") == 1
+
+
 def gain(folder: Path, method: str, rate: float) -> tuple[float, float]:
     """How much higher the reward is in the last four of 14 steps than in the first four; how far it went."""
     more = {"train__num_generations": 8, "train__per_device_train_batch_size": 16, "train__max_steps": 14}

@@ -119,9 +119,7 @@ def table(scored: Document, folder: Path | None, run: Path) -> None:
 
 
 def _shown(score: Document | None) -> str:
-    if not score:
-        return ""
-    return f"{score['value']:.4f}" + (" [{:.4f}, {:.4f}]".format(*score["interval"]) if score["interval"] else "")
+    return show.estimate(score["value"], score["interval"]) if score else ""
 
 
 def _labels(one: Document, names: Sequence[str]) -> None:

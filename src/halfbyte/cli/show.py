@@ -9,7 +9,7 @@ import logging
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +69,11 @@ def paragraph(line: str, *, indent: int = 2) -> None:
         under = " " * indent
         line = textwrap.fill(line, out.width, subsequent_indent=under, break_long_words=False, break_on_hyphens=False)
     text(line)
+
+
+def estimate(value: float, interval: Sequence[float | None] | None) -> str:
+    """A value, and its interval where it has one."""
+    return f"{value:.4f}" + (" [{:.4f}, {:.4f}]".format(*interval) if interval and None not in interval else "")
 
 
 def warning(value: str) -> None:
@@ -207,7 +212,8 @@ def report(outcome: Outcome) -> None:
     verdict = row.get("verdict") or {}
     text(f"verdict  {verdict.get('text', 'not compared with the base')}")
     if reward := row.get("reward"):
-        text(f"reward   {reward['first']:.4f} -> {reward['best']:.4f} on the held-out rows ({reward['intervals']})")
+        first, best = map(estimate, (reward["first"], reward["best"]), reward["intervals"])
+        text(f"reward   {first} -> {best} on the held-out rows")
     if forgotten := row.get("base_text"):
         text(f"base text  {forgotten['text']}")
     if verdict.get("useless"):

@@ -141,6 +141,7 @@ class Rollouts:
         self.groups = GroupWriter(self.model, setup.world, params, self.count, ends, self.at_once)
         self.notes = Document()
         self.idle = set[str]()  # parts that were said to apply to nothing
+        self.told_cut_off = False
 
     def joined(self) -> Setup:
         """The run's setup with these in it."""
@@ -164,6 +165,12 @@ class Rollouts:
         self.notes |= self._figures(answers, groups, parts, advantages)
         self.notes["sample"] = self._sample(asking[0], attempts[: self.count], advantages[: self.count])
         step = self._arranged(step, rows := self._rows(asking, answers, attempts, advantages), pace)
+        if not rows and advantages.any() and self.setup.world.first and not self.told_cut_off:
+            self.told_cut_off = True
+            _log.warning(
+                f"step {step.index + 1} learns nothing: its answers are cut off at train.max_completion_length "
+                f"{self.most}, and those are left out; a longer one, or --set train.mask_truncated_completions=false"
+            )
         if rows and self.setup.world.first:
             self.notes["kl"] = self._divergence(rows, pace)
         return {"step": step, "micro_batches": collate.Batches(rows, step.micro_batches, self.prepared.lay_out)}

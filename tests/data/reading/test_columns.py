@@ -110,7 +110,11 @@ def test_of_several_files_the_entry_of_this_one_is_named(tmp_path: Path, make_da
 
 @pytest.mark.parametrize(
     ("header", "named"),
-    [("ticket_id,subject,body,priority,label", ("body", "label")), ("id,issue,priority", ("issue", "priority"))],
+    [
+        ("ticket_id,subject,body,priority,label", ("body", "label")),
+        ("id,issue,priority", ("issue", "priority")),
+        ("id,Prompt,Completion", ("Prompt", "Completion")),
+    ],
 )
 def test_the_fix_names_columns_that_the_file_has(
     tmp_path: Path, make_data: Any, header: str, named: tuple[str, str]

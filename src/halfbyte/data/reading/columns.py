@@ -27,8 +27,9 @@ def likely(records: Sequence[Document]) -> tuple[str, str] | None:
     """The column that asks and the one that answers: by their names; else the longest texts, and what looks like their
     answer."""
     chars = {c: sum(len(r[c]) for r in records if isinstance(r.get(c), str)) for c in records[0]}
-    asking = next((n for n in ASKING if n in chars), max(chars, key=lambda c: chars[c], default=""))
-    answers = [n for n in ANSWERING if n in chars and n != asking] or [*answering(records, asking)]
+    named = {column.lower(): column for column in reversed(chars)}
+    asking = next((named[n] for n in ASKING if n in named), max(chars, key=lambda c: chars[c], default=""))
+    answers = [named[n] for n in ANSWERING if n in named and named[n] != asking] or [*answering(records, asking)]
     return (asking, answers[0]) if answers else None
 
 
