@@ -15,7 +15,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from halfbyte import finetune
+from halfbyte.base.store.supply import Tell
 from halfbyte.errors import AdapterError, DataError, RunError
+from halfbyte.export.job import check_passport
 from halfbyte.inference import target
 from halfbyte.inference.load import Opened, open_run
 from halfbyte.training.prepare import prepare
@@ -71,6 +73,22 @@ def test_an_adapter_that_names_no_base_is_told_how_to_say_it(world: Path, tmp_pa
         target.find(tmp_path / "lost")
     found = target.find(tmp_path / "lost", [f"model={world / 'model'}"])
     assert (found.recipe.model, found.recipe.lora.bias, found.run) == (str(world / "model"), "all", None)
+
+
+def test_an_adapter_without_a_passport_says_which_number_format_is_taken(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "run/adapter", tmp_path / "peft")
+    (tmp_path / "peft/halfbyte.json").unlink()
+    told: list[tuple[str, str]] = []
+    tell = Tell(note=lambda label, text: told.append((label, text)))
+    for overrides, words in (([], "it is used on nf4; --set quant.type=none"), (["quant.type=none"], None)):
+        told.clear()
+        assert open_run(tmp_path / "peft", tell, overrides).recipe.quant.type == ("none" if overrides else "nf4")
+        opened = [text for label, text in told if label == "note"]
+        told.clear()
+        check_passport(target.find(tmp_path / "peft", overrides), tell)
+        assert opened == [text for label, text in told] and len(opened) == (words is not None)
+        assert words is None or words in opened[0]
+    assert target.find(world / "run/adapter").assumed is None
 
 
 @pytest.mark.parametrize("limit", [6, 2])

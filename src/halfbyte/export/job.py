@@ -261,7 +261,8 @@ class DraftExport:
 
 
 def check_passport(run: Target, tell: supply.Tell, *, force: bool = False) -> None:
-    """Whether an adapter belongs to the base that is here, without opening it; one without a passport passes.
+    """Whether an adapter belongs to the base that is here, without opening it; one without a passport passes, and `tell`
+    is told what is assumed of it.
 
     Opening a run checks this too, but an export may be unproven, and an adapter's folder is never opened here.
 
@@ -269,6 +270,8 @@ def check_passport(run: Target, tell: supply.Tell, *, force: bool = False) -> No
         AdapterError: it belongs to another base, quantiser, tokenizer or chat template, or is not the file that was
             trained.
     """
+    if run.assumed:
+        tell.say(run.assumed, label="note")
     if run.adapter is None or read_passport(run.adapter) is None:
         return
     recipe, machine = run.recipe, device.detect()

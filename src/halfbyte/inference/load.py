@@ -134,7 +134,8 @@ def check_belongs(subject: target.Target, base: load.Base, tokenizer: Tokenizer,
     if subject.adapter is None:
         return []
     here = passport.belongs_to(base, subject.recipe.quant, tokenizer, chat_template(tokenizer, subject.recipe.data))
-    return passport.check(subject.adapter, here, force=force)
+    assumed = [subject.assumed] if subject.assumed else []
+    return assumed + passport.check(subject.adapter, here, force=force)
 
 
 def tokenizer_of(subject: target.Target, checkpoint: Checkpoint) -> Tokenizer:

@@ -21,12 +21,14 @@ from halfbyte.runs.folder import RunFolder
 
 @dataclass(frozen=True)
 class Target:
-    """`adapter` is None for a base alone; `run` is None where there is no run folder."""
+    """`adapter` is None for a base alone; `run` is None where there is no run folder. `assumed`: what is to be told of an
+    adapter that does not say in which number format its base was."""
 
     path: Path
     recipe: Recipe
     adapter: Path | None = None
     run: RunFolder | None = None
+    assumed: str | None = None
 
 
 def find(path: Path, overrides: Sequence[str] = (), tasks: Collection[str] = (CAUSAL_LM,)) -> Target:
@@ -101,7 +103,11 @@ def _adapter(path: Path, overrides: Sequence[str]) -> Target:
         named += [f"task={task}"]
     recipe = number_format.settle(to_use_alone(str(base), overrides, named)).recipe
     lora = Lora.model_validate({name: config[name] for name in ("r", "bias", "use_dora") if name in config})
-    return Target(path, recipe.model_copy(update={"lora": lora}), path)
+    assumed = None
+    if passport is None and not any(text.startswith("quant.type=") for text in overrides):
+        assumed = f"{path} does not say in which number format its base was: it is used on {recipe.quant.type}; "
+        assumed += "--set quant.type=none, fp4 or int8 where it was another"
+    return Target(path, recipe.model_copy(update={"lora": lora}), path, assumed=assumed)
 
 
 def _is_base(path: Path) -> bool:
