@@ -261,8 +261,8 @@ class DraftExport:
 
 
 def check_passport(run: Target, tell: supply.Tell, *, force: bool = False) -> None:
-    """Whether an adapter belongs to the base that is here, without opening it; one without a passport passes, and `tell`
-    is told what is assumed of it.
+    """Whether an adapter belongs to the base that is here, without opening it; one without a passport passes, and what
+    is assumed of it is told.
 
     Opening a run checks this too, but an export may be unproven, and an adapter's folder is never opened here.
 

@@ -222,7 +222,7 @@ def write_peft(merged: MergedModel, folder: Path, program: Program | None = None
     max_rank = next(each for each in VLLM_RANKS if each >= rank)
     notes = [f"vLLM: --enable-lora --max-lora-rank {max_rank} --lora-modules NAME=FOLDER"]
     if merged.run.recipe.quant.quantises:
-        notes += ["it was trained on quantised weights: on the 16-bit base of vLLM it says what `merge --base 16bit` says"]
+        notes += ["its base was quantised: on the 16-bit base of vLLM it says what `merge --base 16bit` says"]
     return notes
 
 

@@ -122,10 +122,11 @@ def rows_of(opened: Opened, data: Path | None, max_rows: int) -> list[Example]:
         context = context_of(opened.model.config)
         most = recipe.data.max_length if context is None else min(recipe.data.max_length, context.tokens)
         plain = recipe.data.model_copy(update={"overlong": "truncate", "packing": "rows", "max_length": most})
+        ours = plain.model_copy(update={"format": "auto", "fields": Fields()})
         for rows in (names, recipe.data.train or None, sample):
             try:
                 if rows is not None:
-                    how = plain if rows is not sample else plain.model_copy(update={"format": "auto", "fields": Fields()})
+                    how = ours if rows is sample else plain
                     read = some_rows if rows is recipe.data.train else partial(encode.encode, cores=device.cores())
                     return list(read(rows, opened.tokenizer, how).examples[:max_rows])
             except HalfbyteError:

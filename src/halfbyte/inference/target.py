@@ -21,8 +21,8 @@ from halfbyte.runs.folder import RunFolder
 
 @dataclass(frozen=True)
 class Target:
-    """`adapter` is None for a base alone; `run` is None where there is no run folder. `assumed`: what is to be told of an
-    adapter that does not say in which number format its base was."""
+    """`adapter` is None for a base alone; `run` is None where there is no run folder. `assumed`: what is to be told of
+    an adapter that does not say in which number format its base was."""
 
     path: Path
     recipe: Recipe
