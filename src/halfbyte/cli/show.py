@@ -73,7 +73,8 @@ def paragraph(line: str, *, indent: int = 2) -> None:
 
 def estimate(value: float, interval: Sequence[float | None] | None) -> str:
     """A value, and its interval where it has one."""
-    return f"{value:.4f}" + (" [{:.4f}, {:.4f}]".format(*interval) if interval and None not in interval else "")
+    limits = [f"{limit:.4f}" for limit in interval or () if limit is not None]
+    return f"{value:.4f}" + (f" [{', '.join(limits)}]" if limits else "")
 
 
 def warning(value: str) -> None:
