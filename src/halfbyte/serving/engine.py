@@ -225,7 +225,9 @@ class Engine:
         future.set_result(None)
 
     def _serves(self, ask: Ask) -> bool:
-        return self.models.by_name.get(ask.model.name) is ask.model
+        """Whether a model of its name is there. One that has taken the place of that which was asked answers."""
+        ask.model = self.models.by_name.get(ask.model.name, ask.model)
+        return ask.model.name in self.models.by_name
 
     def _next(self) -> list[Ask]:
         """The first of those that wait; with `pack` also others of its adapter, as far as there are places."""

@@ -180,9 +180,9 @@ _NAME = re.compile(r"[\w.:@+-]{1,64}")
 
 
 def put_adapter(models: Models, name: str, one: Target) -> tuple[Models, TextWriter, str]:
-    """One more adapter, and who writes from then on. Raises AdapterError: it belongs to another base, does not fit, or
-    would change its neighbours. Nothing has changed."""
-    opened, first = models.opened, models.first
+    """One more adapter, or another one under its name, and who writes from then on. Raises AdapterError: it belongs to
+    another base, does not fit, or would change its neighbours. Nothing has changed."""
+    opened, first, before = models.opened, models.first, models.by_name.get(name)
     assert one.adapter is not None and opened.base is not None
     if not _NAME.fullmatch(name):
         raise AdapterError(f"{name[:64]!r} is no name: letters, digits and .:@+-_ of at most 64 are.")
@@ -197,10 +197,13 @@ def put_adapter(models: Models, name: str, one: Target) -> tuple[Models, TextWri
         put_beside(opened.model, opened.recipe, one.adapter, internal, packed=opened.job.packed)
     try:
         by_name = {**models.by_name, name: served(opened.model, name, internal, tokenizer)}
-        return _with(replace(models, by_name=by_name))
+        changed = _with(replace(models, by_name=by_name))
     except Exception:
         take_away(opened.model, internal)
         raise
+    if before is not None and before.adapter is not None:
+        take_away(opened.model, before.adapter)
+    return changed
 
 
 def take_adapter(models: Models, name: str) -> tuple[Models, TextWriter, str]:

@@ -39,8 +39,8 @@ def running(where: Path) -> Iterator[Running]:
     made.end()
 
 
-def load(server: Running, name: str, path: object) -> httpx2.Response:
-    return server.post({"lora_name": name, "lora_path": str(path)}, "/v1/load_lora_adapter")
+def load(server: Running, name: str, path: object, **more: bool) -> httpx2.Response:
+    return server.post({"lora_name": name, "lora_path": str(path), **more}, "/v1/load_lora_adapter")
 
 
 def unload(server: Running, name: str) -> httpx2.Response:
@@ -88,6 +88,37 @@ def test_one_that_is_loaded_answers_as_one_that_was_there(where: Path, settings:
         finally:
             server.end()
     assert answers[0] == answers[1] == answers[2] and len(set(answers[0])) == 3
+
+
+def test_another_takes_its_place_and_no_client_is_refused(
+    running: Running, where: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was begun is the first one's, what waits and what comes later is the second's, also read beside others."""
+    assert load(running, "one", "first", load_inplace=True).status_code == 200
+    step, answers = running.engine._step, dict[str, str]()
+    monkeypatch.setattr(running.engine, "_step", lambda: (time.sleep(0.02), step()))
+
+    def ask(when: str) -> threading.Thread:
+        thread = threading.Thread(target=lambda: answers.update({when: said(running, "one")}))
+        thread.start()
+        return thread
+
+    threads = [ask("before")]
+    until(lambda: running.engine.running == 1)
+    threads.append(threading.Thread(target=lambda: load(running, "one", "second", load_inplace=True)))
+    threads[-1].start()
+    until(lambda: len(running.engine.changes) == 1)
+    threads.append(ask("meanwhile"))
+    for thread in threads:
+        thread.join()
+    first, second = right(where, "first"), right(where, "second")
+    assert first != second and answers == {"before": first, "meanwhile": second}
+    assert said(running, "one") == second and said(running, served.BASE) == right(where, None)
+    assert [one.id for one in running.client().models.list()] == [served.BASE, "one"]
+    model = running.engine.models.opened.model
+    assert [name for name in model.peft_config if name.startswith("adapter")] == [
+        running.engine.models.by_name["one"].adapter
+    ]
 
 
 def test_it_waits_for_what_is_being_written_and_what_waits_goes_on(
@@ -155,7 +186,10 @@ def test_errors_are_those_of_vllm_and_change_nothing(running: Running, where: Pa
     for made, status, kind, words in (
         (load(running, "", "first"), 400, "InvalidUserInput", "Both 'lora_name' and 'lora_path' must be provided."),
         (load(running, "one", "second"), 400, "InvalidUserInput", "The lora adapter 'one' has already been loaded."),
+        (load(running, "one", "second", load_inplace=False), 400, "InvalidUserInput", "set 'load_inplace' to True"),
         (load(running, served.BASE, "second"), 400, "InvalidUserInput", "already been loaded"),
+        (load(running, served.BASE, "second", load_inplace=True), 400, "InvalidUserInput", "already been loaded"),
+        (load(running, "one", "broken", load_inplace=True), 400, "InvalidUserInput", "damaged"),
         (load(running, "a b", "second"), 400, "InvalidUserInput", "is no name"),
         (load(running, "x", "nowhere"), 404, "NotFoundError", "there is no adapter of this name"),
         (load(running, "x", "other"), 400, "InvalidUserInput", "cannot share a base"),

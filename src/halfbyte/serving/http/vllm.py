@@ -78,8 +78,11 @@ INVALID, NOT_FOUND = "InvalidUserInput", "NotFoundError"
 
 
 class LoadRequest(wire.Strict):
+    """`load_inplace`: take the place of an adapter of this name, if there is one."""
+
     lora_name: str = ""
     lora_path: str = ""
+    load_inplace: bool = False
 
 
 class UnloadRequest(wire.Strict):
@@ -92,7 +95,7 @@ async def load(service: Service, folders: AdapterFolders, http: Http) -> Respons
     name = asked.lora_name
     if not name or not asked.lora_path:
         raise Refusal(400, "Both 'lora_name' and 'lora_path' must be provided.", kind=INVALID)
-    _check_new(service.engine.models, name)
+    _check_name(service.engine.models, name, replaces=asked.load_inplace)
     try:
         folder = await service.aside(partial(folders.find, asked.lora_path))
     except HalfbyteError as error:
@@ -102,7 +105,7 @@ async def load(service: Service, folders: AdapterFolders, http: Http) -> Respons
                       kind=NOT_FOUND, param="lora_path")  # fmt: skip
 
     def work(models: Models) -> tuple[Models, TextWriter, str]:
-        _check_new(models, name)
+        _check_name(models, name, replaces=asked.load_inplace)
         return put_adapter(models, name, folder)
 
     await _changed(service, work)
@@ -123,9 +126,12 @@ async def unload(service: Service, http: Http) -> Response:
     return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")
 
 
-def _check_new(models: Models, name: str) -> None:
-    if name in models.by_name:
-        raise Refusal(400, f"The lora adapter '{name[:64]}' has already been loaded.", kind=INVALID)
+def _check_name(models: Models, name: str, *, replaces: bool) -> None:
+    there = models.by_name.get(name)
+    if there is None or (replaces and there.adapter is not None):
+        return
+    more = "" if there.adapter is None else " If you want to load the adapter in place, set 'load_inplace' to True."
+    raise Refusal(400, f"The lora adapter '{name[:64]}' has already been loaded.{more}", kind=INVALID)
 
 
 async def _changed(service: Service, work: Change) -> None:
