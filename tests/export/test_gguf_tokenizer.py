@@ -11,7 +11,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from halfbyte.errors import ExportError
@@ -54,16 +54,18 @@ def trained(rule: str) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
-def file_of(tokenizer: Any, folder: Path, checkpoint: Checkpoint | None = None) -> tuple[Path, Any]:
-    """A tiny model with this tokenizer as a GGUF file."""
+def file_of(
+    tokenizer: Any, folder: Path, checkpoint: Checkpoint | None = None, name: str = "model"
+) -> tuple[Path, Any]:
+    """A tiny model of this name with this tokenizer as a GGUF file."""
     rows = len(tokenizer)
     config = LlamaConfig(
         hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=rows,
         tie_word_embeddings=True, max_position_embeddings=512,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
-        LlamaForCausalLM(config).save_pretrained(folder / "model")
-    recipe = tiny_run.recipe(folder, quant__type="none").recipe
+        LlamaForCausalLM(config).save_pretrained(folder / name)
+    recipe = tiny_run.recipe(folder, quant__type="none", model=str(folder / name)).recipe
     merged = MergedModel(Target(folder, recipe), "16bit")
     origin = checkpoint or merged.checkpoint
     path = folder / "m.gguf"
@@ -106,6 +108,15 @@ def test_a_sentencepiece_like_tokenizer(tmp_path: Path) -> None:
     """BPE with byte fallback, as tokenizer.json has Llama 2's: scores are the order of its merges."""
     if not programs.has_llama():
         pytest.skip("llama.cpp is not installed: pip install 'halfbyte[gguf]'")
+    tokenizer = sentencepiece()
+    path, _ = file_of(tokenizer, tmp_path)
+    program = programs.LlamaCpp(str(path), tokens=64)
+    wanted = {text: tokenizer(text, add_special_tokens=False)["input_ids"] for text in strings()}
+    wrong = [text for text, ids in wanted.items() if program.tokens(text) != ids]
+    assert not wrong, (len(wrong), wrong[:3])
+
+
+def sentencepiece() -> Any:
     made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
@@ -117,14 +128,31 @@ def test_a_sentencepiece_like_tokenizer(tmp_path: Path) -> None:
     vocabulary = parsed["model"]["vocab"]
     for token in special[3:]:
         vocabulary.setdefault(token, len(vocabulary))
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(parsed)), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
-    path, _ = file_of(tokenizer, tmp_path)
-    program = programs.LlamaCpp(str(path), tokens=64)
-    wanted = {text: tokenizer(text, add_special_tokens=False)["input_ids"] for text in strings()}
-    wrong = [text for text, ids in wanted.items() if program.tokens(text) != ids]
-    assert not wrong, (len(wrong), wrong[:3])
+
+
+@pytest.mark.parametrize("name", ["model", "tiny-Phi3"])
+@pytest.mark.parametrize("strips", [False, True])
+def test_white_space_after_whole_tokens(tmp_path: Path, name: str, strips: bool) -> None:
+    """llama.cpp takes it away, as Phi-3's tokenizer does, by the file's name, and opens no file of such a name without
+    Phi-3's tokens."""
+    tokenizer = sentencepiece() if strips else trained("gpt-2")
+    if strips:
+        tokenizer.add_tokens([AddedToken("<|endoftext|>", special=True, normalized=False)])
+        tokenizer.add_tokens([AddedToken("<|end|>", special=True, normalized=False, rstrip=True)])
+    path, config = file_of(tokenizer, tmp_path, name=name)
+    called = gguf.GGUFReader(path).fields["general.name"].contents()
+    assert called == {("model", True): "phi-3 model", ("tiny-Phi3", False): "tiny-Phi_3"}.get((name, strips), name)
+    text = "red<|end|>\n cup"
+    wanted = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if programs.has_llama():
+        assert programs.LlamaCpp(str(path), tokens=64).tokens(text) == wanted
+    (tmp_path / "alone").mkdir()
+    path.rename(tmp_path / "alone" / "m.gguf")
+    read = tokenizer_of(str(tmp_path / "alone"), "m.gguf", read_header(tmp_path / "alone" / "m.gguf"), config)
+    assert read(text, add_special_tokens=False)["input_ids"] == wanted
 
 
 @pytest.mark.slow

@@ -7,20 +7,32 @@ Source: llama.cpp, src/llama-vocab.cpp, for what each kind computes.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
 from halfbyte.errors import ExportError
-from halfbyte.models.gguf.tokenizer import PROBE, SPLITS, WHOLE_WORDS, cutting
+from halfbyte.models.gguf.tokenizer import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    PROBE,
+    SPLITS,
+    UNKNOWN,
+    UNSTRIPPED,
+    UNUSED,
+    USER,
+    WHOLE_WORDS,
+    cutting,
+    strips_after_special,
+)
 from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.sources.gguf_file import NOTE
 from halfbyte.types import Document, Tokenizer
 from halfbyte.upstream.transformers import GGUF_RULES, gguf_splits
 
-# llama.cpp's kinds of tokens, 1 to 6.
-NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)
 PROBES = (
     PROBE, " A b\n\n  c's 1234567.5 Straße naïve 日本語 🙂\tend ", "I'LL we've DON'T 3.14 a1b22c333 x==y;{}\r\n\n z",
     "Привет, мир!  مرحبا १२३४ ١٢٣٤ — “q” … e\u0301 ﬁ £5 C++ foo_bar  \t\tz\u00a0nbsp …،۔ 1.2,3|4",
@@ -40,8 +52,9 @@ def source_file(checkpoint: Checkpoint) -> Path | None:
 
 
 def add(writer: GGUFWriter, tokenizer: Tokenizer, rows: int, checkpoint: Checkpoint, template: str | None) -> None:
-    """Put a tokenizer into a writer. `rows`: of the embedding; those without a token are padded. `template`: the chat
-    template that the run was trained with."""
+    """Put a tokenizer into a writer, and the file's name. `rows`: of the embedding; those without a token are padded.
+    `template`: the chat template that the run was trained with."""
+    writer.add_name(_name(checkpoint, tokenizer))
     if (file := source_file(checkpoint)) is not None:
         _copy(writer, file, tokenizer, template)
         return
@@ -69,6 +82,17 @@ def add(writer: GGUFWriter, tokenizer: Tokenizer, rows: int, checkpoint: Checkpo
     writer.add_add_eos_token(special[-1:] == [tokenizer.eos_token_id] and len(special) > len(plain))
     if template:
         writer.add_chat_template(template)
+
+
+def _name(checkpoint: Checkpoint, tokenizer: Tokenizer) -> str:
+    """The model's, so that llama.cpp takes away white space after whole tokens where the tokenizer does: it goes by the
+    name, and opens no file of such a name without these tokens."""
+    name = Path(checkpoint.id).name
+    needed, added = {*UNSTRIPPED, "</s>"}, tokenizer.added_tokens_decoder.values()
+    strips = any(token.rstrip for token in added) and needed <= tokenizer.get_vocab().keys()
+    if strips == strips_after_special(name):
+        return name
+    return f"phi-3 {name}" if strips else re.sub("(?i)(phi)-?3", r"\1_3", name)
 
 
 _BY_HAND = "`halfbyte merge RUN`, then convert_hf_to_gguf.py of llama.cpp on that folder"

@@ -6,13 +6,14 @@ are llama.cpp's (src/llama-vocab.cpp); a file with another one is refused.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from halfbyte.models.gguf.header import GgufHeader
 from halfbyte.models.gguf.reader import GgufError
-from halfbyte.types import Config, Tokenizer
-from halfbyte.upstream.transformers import GGUF_RULES, gguf_splits
+from halfbyte.types import Config, Document, Tokenizer
+from halfbyte.upstream.transformers import GGUF_RULES, gguf_splits, gguf_tokens
 
 if TYPE_CHECKING:
     from tokenizers.pre_tokenizers import PreTokenizer
@@ -45,6 +46,10 @@ WITH_BOS = frozenset(
 )
 # A word that is a token as a whole is not put together from merges (`ignore_merges` of a tokenizer.json).
 WHOLE_WORDS = WITH_BOS | {"glm4", "glm5"}
+# llama.cpp's kinds of tokens, 1 to 6.
+NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)
+# After these white space stays, in a file that `strips_after_special`; it does not open without them.
+UNSTRIPPED = ("<unk>", "<s>", "<|endoftext|>")
 PROBE = "Hello  world, it's 12345 + 6.  7\n\n\tdef f(x):\n    return x  # é 日本\n"
 
 
@@ -65,7 +70,7 @@ def tokenizer_of(folder: str, name: str, header: GgufHeader, config: Config) -> 
         raise GgufError(f"its tokenizer (tokenizer.ggml.model = {kind!r}) cannot be read: {error}") from error
     if kind == "gpt2" and rule in SPLITS:
         tokenizer.backend_tokenizer.pre_tokenizer = cutting(rule)
-    tokenizer = _mended(tokenizer, header, rule if kind == "gpt2" else "")
+    tokenizer = _as_llama_cpp_reads(tokenizer, header, *gguf_tokens(f"{folder}/{name}"))
     context = header.metadata.get(f"{header.architecture}.context_length")
     if isinstance(context, int) and context > 0:
         tokenizer.model_max_length = context
@@ -91,22 +96,75 @@ def cutting(rule: str) -> "PreTokenizer":
     return pre_tokenizers.Sequence([*cuts, bytes_])
 
 
-def _mended(tokenizer: Tokenizer, header: GgufHeader, rule: str) -> Tokenizer:
-    """Without the tokens that transformers' class adds to the file's: no row of the embedding is theirs."""
+def _as_llama_cpp_reads(tokenizer: Tokenizer, header: GgufHeader, tokens: Sequence[str], kinds: Sequence[int]) -> Tokenizer:
+    """The file's tokens and no others, as no row of the embedding is theirs; text begins, is spelled, and is searched
+    for whole tokens, as llama.cpp does it (transformers' classes add tokens, leave some out, and spell by their own
+    rules)."""
     from tokenizers import Tokenizer as Backend
     from transformers import PreTrainedTokenizerFast
 
-    count = header.metadata["tokenizer.ggml.tokens"]
-    if len(tokenizer) <= count and rule not in WHOLE_WORDS:
-        return tokenizer
-    values = json.loads(tokenizer.backend_tokenizer.to_str())
-    values["added_tokens"] = [token for token in values["added_tokens"] if token["id"] < count]
+    said = {key: header.metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre", "add_bos_token")}
+    sentencepiece, rule = said["model"] == "llama", said["pre"] if said["model"] == "gpt2" else ""
+    read = tokenizer.backend_tokenizer.to_str()
+    values = json.loads(read)
+    values["added_tokens"] = [token for token in values["added_tokens"] if token["id"] < len(tokens)]
+    _add_whole(values, tokens, kinds)
+    if strips_after_special(header.metadata.get("general.name")):
+        for token in values["added_tokens"]:
+            token["rstrip"] = token["content"] not in UNSTRIPPED
     if rule in WHOLE_WORDS:
         values["model"]["ignore_merges"] = True
+    if sentencepiece:
+        prefix = header.metadata.get("tokenizer.ggml.add_space_prefix", True)
+        values |= _spelling(prefix=bool(prefix))
+    if values == json.loads(read):
+        return tokenizer
     names = ("bos_token", "eos_token", "unk_token", "pad_token", "chat_template", "add_eos_token")
     settings = {name: tokenizer.init_kwargs[name] for name in names if tokenizer.init_kwargs.get(name) is not None}
-    settings["add_bos_token"] = header.metadata.get("tokenizer.ggml.add_bos_token", rule in WITH_BOS)
+    first = said["add_bos_token"]
+    settings["add_bos_token"] = first if first is not None else sentencepiece or rule in WITH_BOS
     return PreTrainedTokenizerFast(tokenizer_object=Backend.from_str(json.dumps(values)), **settings)
+
+
+def _add_whole(values: Document, tokens: Sequence[str], kinds: Sequence[int]) -> None:
+    """Control tokens, and those of users, are found in a text as the file writes them, and are no product of merges."""
+    model, added = values["model"], {token["id"] for token in values["added_tokens"]}
+    vocabulary = model["vocab"]
+    if not isinstance(vocabulary, dict):
+        return
+    spelled, renamed = {number: token for token, number in vocabulary.items()}, set()
+    for number, (token, kind) in enumerate(zip(tokens, kinds, strict=False)):
+        if kind not in (CONTROL, USER) or number in added or number not in spelled:
+            continue
+        if spelled[number] != token:
+            if token in vocabulary or spelled[number] == token.replace(" ", "▁"):  # Gemma's runs of spaces are merges too
+                continue
+            renamed.add(spelled[number])
+            vocabulary[token] = vocabulary.pop(spelled[number])
+        form = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        values["added_tokens"].append({"id": number, "content": token, **form, "special": kind == CONTROL})
+    values["added_tokens"].sort(key=lambda token: token["id"])
+    if renamed:
+        model["merges"] = [(a, b) for a, b in model["merges"] if not renamed & {a, b, a + b}]
+
+
+def _spelling(*, prefix: bool) -> Document:
+    """How SentencePiece's vocabularies spell a text between whole tokens; `prefix`: with a space before it."""
+    normalizers: list[Document] = [{"type": "Prepend", "prepend": "▁"}] if prefix else []
+    normalizers.append({"type": "Replace", "pattern": {"String": " "}, "content": "▁"})
+    decoders: list[Document] = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}]
+    decoders += [{"type": "ByteFallback"}, {"type": "Fuse"}]
+    decoders += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
+    return {
+        "normalizer": {"type": "Sequence", "normalizers": normalizers},
+        "pre_tokenizer": None,
+        "decoder": {"type": "Sequence", "decoders": decoders},
+    }
+
+
+def strips_after_special(name: object) -> bool:
+    """Whether llama.cpp takes away white space after whole tokens: it goes by the name that a file has."""
+    return isinstance(name, str) and any(each in name.lower() for each in ("phi-3", "phi3"))
 
 
 def check_tokenizer(target: Path, tokenizer: Tokenizer, header: GgufHeader) -> None:

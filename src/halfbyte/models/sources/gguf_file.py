@@ -24,7 +24,7 @@ from halfbyte.system.platforms import calls
 
 log = logging.getLogger("halfbyte")
 # Raised when what is written changes, so that older conversions are not found again.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 BF16_BYTES = 2
 # Tokenizer, config and chat template beside the weights; 262,144 tokens take 33 MB.
 TOKENIZER_BYTES = 100_000_000
