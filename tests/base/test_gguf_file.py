@@ -196,6 +196,11 @@ def test_a_run_is_opened_verified_and_knows_its_file(tmp_path: Path, cache: Path
     file.unlink()
     file.write_bytes(same)
     assert open_target(target.find(run)).base is not None
+    elsewhere = file.rename(tmp_path / "elsewhere.gguf")
+    assert open_target(target.find(run, [f"model={elsewhere}"])).base is not None
+    elsewhere.write_bytes(values)
+    with pytest.raises(AdapterError, match=r"here is .*elsewhere"):
+        open_target(target.find(run, [f"model={elsewhere}"]))
 
 
 def test_what_cannot_be_held_is_refused_by_name(tmp_path: Path) -> None:

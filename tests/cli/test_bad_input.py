@@ -593,7 +593,7 @@ CASES = [
         "another rank for a trained adapter",
         "eval done --data train.jsonl --set lora.r=4",
         "error: --set lora.r=4: an adapter is used with the values that it was trained with; allowed here: "
-        "quant.placement, data.*, eval.*, train.per_device_eval_batch_size.",
+        "model, quant.placement, data.*, eval.*, train.per_device_eval_batch_size.",
     ),
     Case(
         "saved whole, but in 4 bits",
@@ -812,7 +812,7 @@ CASES = [
     Case(
         "another rank for a run that is verified",
         "verify done --set lora.r=3",
-        "error: --set lora.r=3: an adapter is used with the values that it was trained with; allowed here: quant.<...>",
+        "error: --set lora.r=3: an adapter is used with the values that it was trained with; allowed here: model, quant.<...>",
     ),
     Case("a file is no run", "chat recipe.yaml", "error: recipe.yaml is a file, not a run folder."),
     Case(

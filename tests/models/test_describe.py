@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -84,7 +85,7 @@ def test_a_quantised_folder_is_what_it_was_made_of(tmp_path: Path) -> None:
     assert describe.describe(str(tmp_path)).parameters == 6_738_415_616
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "rwkv6"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "minimax-m2"])
 def test_a_gguf_by_its_header(tmp_path: Path, name: str) -> None:
     from gguf import GGUFWriter
 
@@ -100,8 +101,6 @@ def test_a_gguf_by_its_header(tmp_path: Path, name: str) -> None:
     writer.add_token_list(["a"] * 96)
     like = tiny.config("qwen3" if name == "qwen3" else "llama", vocab_size=96, changes={"tie_word_embeddings": True})
     wanted = tensors_of(json.loads(like.to_json_string(use_diff=False)))
-    import numpy as np
-
     for number, spec in enumerate(wanted):
         gguf_name = "token_embd.weight" if spec.role == "embedding" else f"blk.{spec.layer or 0}.t{number}.weight"
         writer.add_tensor(gguf_name, np.zeros(spec.shape, np.float16))
@@ -113,6 +112,20 @@ def test_a_gguf_by_its_header(tmp_path: Path, name: str) -> None:
     assert found.parameters == sum(s.numel for s in wanted)
     assert (found.facts.layers, found.facts.hidden, found.facts.vocab) == (2, 64, 96)
     assert found.read_bytes < file.stat().st_size
+
+
+def test_a_gguf_that_no_run_could_read_is_no_plan(tmp_path: Path) -> None:
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(tmp_path / "m.gguf", "rwkv6")
+    writer.add_token_list(["a"])
+    writer.add_tensor("token_embd.weight", np.zeros((1, 64), np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(SourceError, match=r"m\.gguf cannot be used: its architecture 'rwkv6' .* allowed: arcee"):
+        describe.describe(str(tmp_path / "m.gguf"))
 
 
 def test_a_mixture_in_a_gguf_is_no_dense_model(tmp_path: Path) -> None:

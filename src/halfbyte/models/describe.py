@@ -26,6 +26,7 @@ from halfbyte.models import tensors
 from halfbyte.models.families import FAMILIES, LLAMA, Layout, layout_of
 from halfbyte.models.gguf import header as gguf_header
 from halfbyte.models.gguf.blocks import BLOCKS
+from halfbyte.models.gguf.reader import GgufError
 from halfbyte.models.sources import hub, lookup, safetensors
 from halfbyte.models.tensors import Facts, TensorSpec, facts_of, spec_of
 from halfbyte.types import ConfigFile, Document
@@ -264,7 +265,13 @@ def _of(
 def _of_gguf(path: Path, name: str) -> Shape:
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
+    from halfbyte.models.gguf.architectures import check_architecture  # what it imports takes half a second
+
     header = gguf_header.read_header(path)
+    try:
+        check_architecture(header)
+    except GgufError as refusal:
+        raise SourceError(f"{path} cannot be used: {refusal}") from refusal
     kind = header.architecture
     values = {key: header.metadata.get(f"{kind}.{field}") for key, field in _GGUF_FIELDS.items()}
     config: Document = {key: value for key, value in values.items() if isinstance(value, int)}

@@ -124,9 +124,10 @@ def with_type(loaded: Loaded, name: str, why: str) -> Loaded:
     )
 
 
-# What may be another than in training where an adapter is used: where the base lies, and what rows are read, and how.
-USABLE = ("quant.placement", "data.", "eval.", "train.per_device_eval_batch_size")
-USABLE_ALONE = ("model", "revision", "quant.", "vectors.", "trust_remote_code", "allow_pickle", *USABLE[1:])  # no run's
+# What may be another than in training where an adapter is used: where the base lies (its passport knows another one),
+# and what rows are read, and how.
+USABLE = ("model", "quant.placement", "data.", "eval.", "train.per_device_eval_batch_size")
+USABLE_ALONE = ("model", "revision", "quant.", "vectors.", "trust_remote_code", "allow_pickle", *USABLE[2:])  # no run's
 
 
 def to_use(file: Path, overrides: Sequence[str] = ()) -> Recipe:

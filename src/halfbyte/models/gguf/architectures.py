@@ -35,11 +35,8 @@ _SOFTMAX, _SIGMOID = 1, 2
 def config_of(header: GgufHeader) -> Config:
     """transformers' config for a file. Raises GgufError: the architecture is not known here, or the file says something
     that the config has no place for."""
+    check_architecture(header)
     file = GgufReader(header)
-    if header.architecture not in ARCHITECTURES:
-        raise GgufError(
-            f"its architecture {header.architecture!r} is not supported; allowed: {', '.join(sorted(ARCHITECTURES))}"
-        )
     _check_numbers(file)
     try:
         return _config_of(file)
@@ -47,6 +44,14 @@ def config_of(header: GgufHeader) -> Config:
         raise GgufError(
             f"what it says of itself is no {header.architecture} of transformers: {first_line(error)}"
         ) from error
+
+
+def check_architecture(header: GgufHeader) -> None:
+    """Raises GgufError: none that is known here."""
+    if header.architecture not in ARCHITECTURES:
+        raise GgufError(
+            f"its architecture {header.architecture!r} is not supported; allowed: {', '.join(sorted(ARCHITECTURES))}"
+        )
 
 
 def _check_numbers(file: GgufReader) -> None:
