@@ -812,7 +812,8 @@ CASES = [
     Case(
         "another rank for a run that is verified",
         "verify done --set lora.r=3",
-        "error: --set lora.r=3: an adapter is used with the values that it was trained with; allowed here: model, quant.<...>",
+        "error: --set lora.r=3: an adapter is used with the values that it was trained with; allowed here: model, "
+        "quant.<...>",
     ),
     Case("a file is no run", "chat recipe.yaml", "error: recipe.yaml is a file, not a run folder."),
     Case(

@@ -175,8 +175,8 @@ def names_of(config: Config, items: list[Item], metadata: FileMetadata) -> dict[
 
 
 def write(merged: MergedModel, path: Path, kind: str, add_tokenizer: Callable[[gguf.GGUFWriter], None]) -> None:
-    """Write one file in a format of `inputs.OWN_FORMATS`. `add_tokenizer`: puts `tokenizer.*` and the name into a writer.
-    Raises ExportError: the architecture, or something that it computes with, has no place in the file."""
+    """Write one file in a format of `inputs.OWN_FORMATS`. `add_tokenizer`: puts `tokenizer.*` and the name into a
+    writer. Raises ExportError: the architecture, or something that it computes with, has no place in the file."""
     config = merged.config.get_text_config()
     metadata, tables = describe(config)
     writer = gguf.GGUFWriter(path, metadata.architecture)

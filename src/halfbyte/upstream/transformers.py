@@ -83,8 +83,8 @@ def gguf_tokens(file: str) -> tuple[list[str], list[int]]:
     """A GGUF file's tokens as it spells them, and llama.cpp's kind of each, where it says that."""
     from transformers.integrations.gguf.gguf_tokenizer_mapping import get_gguf_tokenizer
 
-    _, said, _ = get_gguf_tokenizer(file)
-    return said["tokens"], said.get("token_type") or []
+    _, vocabulary, _ = get_gguf_tokenizer(file)
+    return vocabulary["tokens"], vocabulary.get("token_type") or []
 
 
 def has_plain_loss(lm: Model) -> bool:

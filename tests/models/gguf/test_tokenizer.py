@@ -106,7 +106,7 @@ def sentencepiece(folder: Path, name: str = "any", prefix: bool | None = None, f
     return pieces
 
 
-SPELLED = "<s> <|user|> ▁ <0x0A> ▁he <|end|> ▁ <0x0A> ▁the <s> ▁ ▁he".split()
+SPELLED = ["<s>", "<|user|>", "▁", "<0x0A>", "▁he", "<|end|>", "▁", "<0x0A>", "▁the", "<s>", "▁", "▁he"]
 
 
 @pytest.mark.parametrize(
@@ -114,8 +114,8 @@ SPELLED = "<s> <|user|> ▁ <0x0A> ▁he <|end|> ▁ <0x0A> ▁the <s> ▁ ▁he
     [
         ({}, SPELLED),
         ({"prefix": True}, SPELLED),
-        ({"prefix": False}, "<s> <|user|> <0x0A> ▁he <|end|> <0x0A> ▁the <s> ▁he".split()),
-        ({"name": "My Phi-3 tune"}, "<s> <|user|> ▁he <|end|> ▁the <s> ▁ ▁he".split()),
+        ({"prefix": False}, ["<s>", "<|user|>", "<0x0A>", "▁he", "<|end|>", "<0x0A>", "▁the", "<s>", "▁he"]),
+        ({"name": "My Phi-3 tune"}, ["<s>", "<|user|>", "▁he", "<|end|>", "▁the", "<s>", "▁", "▁he"]),
         ({"first": "<pad>"}, SPELLED),
     ],
 )

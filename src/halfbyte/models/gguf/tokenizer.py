@@ -96,15 +96,17 @@ def cutting(rule: str) -> "PreTokenizer":
     return pre_tokenizers.Sequence([*cuts, bytes_])
 
 
-def _as_llama_cpp_reads(tokenizer: Tokenizer, header: GgufHeader, tokens: Sequence[str], kinds: Sequence[int]) -> Tokenizer:
+def _as_llama_cpp_reads(
+    tokenizer: Tokenizer, header: GgufHeader, tokens: Sequence[str], kinds: Sequence[int]
+) -> Tokenizer:
     """The file's tokens and no others, as no row of the embedding is theirs; text begins, is spelled, and is searched
     for whole tokens, as llama.cpp does it (transformers' classes add tokens, leave some out, and spell by their own
     rules)."""
     from tokenizers import Tokenizer as Backend
     from transformers import PreTrainedTokenizerFast
 
-    said = {key: header.metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre", "add_bos_token")}
-    sentencepiece, rule = said["model"] == "llama", said["pre"] if said["model"] == "gpt2" else ""
+    stated = {key: header.metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre", "add_bos_token")}
+    rule = stated["pre"] if stated["model"] == "gpt2" else ""
     read = tokenizer.backend_tokenizer.to_str()
     values = json.loads(read)
     values["added_tokens"] = [token for token in values["added_tokens"] if token["id"] < len(tokens)]
@@ -114,15 +116,14 @@ def _as_llama_cpp_reads(tokenizer: Tokenizer, header: GgufHeader, tokens: Sequen
             token["rstrip"] = token["content"] not in UNSTRIPPED
     if rule in WHOLE_WORDS:
         values["model"]["ignore_merges"] = True
-    if sentencepiece:
+    if stated["model"] == "llama":
         prefix = header.metadata.get("tokenizer.ggml.add_space_prefix", True)
         values |= _spelling(prefix=bool(prefix))
     if values == json.loads(read):
         return tokenizer
     names = ("bos_token", "eos_token", "unk_token", "pad_token", "chat_template", "add_eos_token")
     settings = {name: tokenizer.init_kwargs[name] for name in names if tokenizer.init_kwargs.get(name) is not None}
-    first = said["add_bos_token"]
-    settings["add_bos_token"] = first if first is not None else sentencepiece or rule in WITH_BOS
+    settings["add_bos_token"] = tokenizer.add_bos_token or (stated["add_bos_token"] is None and rule in WITH_BOS)
     return PreTrainedTokenizerFast(tokenizer_object=Backend.from_str(json.dumps(values)), **settings)
 
 
@@ -137,7 +138,8 @@ def _add_whole(values: Document, tokens: Sequence[str], kinds: Sequence[int]) ->
         if kind not in (CONTROL, USER) or number in added or number not in spelled:
             continue
         if spelled[number] != token:
-            if token in vocabulary or spelled[number] == token.replace(" ", "▁"):  # Gemma's runs of spaces are merges too
+            # Gemma's runs of spaces are merges too
+            if token in vocabulary or spelled[number] == token.replace(" ", "▁"):
                 continue
             renamed.add(spelled[number])
             vocabulary[token] = vocabulary.pop(spelled[number])
