@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from halfbyte.writing.sampling import Sampler, SamplingParams, top_p_of
 from halfbyte.writing.text import Detokenizer, Text, TextChunk, _stop_begun, token_bytes
@@ -134,3 +136,13 @@ def test_the_bytes_of_a_token_are_those_of_its_text() -> None:
         assert b"".join(token_bytes(tokenizer, token) for token in tokenizer(text)["input_ids"]) == text.encode()
     word = SimpleNamespace(convert_ids_to_tokens=lambda token: "\u00e9", decode=lambda tokens: "\u00e9")
     assert token_bytes(word, 5) == "\u00e9".encode(), "of a tokenizer whose words are not of bytes"
+
+
+def test_a_byte_that_is_no_letter_ends_no_answer() -> None:
+    """With byte fallback a run of bytes that is no text changes what was sent of its beginning."""
+    tokens = {token: number for number, token in enumerate(["▁a", *(f"<0x{n:02X}>" for n in range(256))])}
+    backend = Tokenizer(models.BPE(vocab=tokens, merges=[], byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    detokenizer = Detokenizer(PreTrainedTokenizerFast(tokenizer_object=backend))
+    pieces = [detokenizer.add(tokens[token]) for token in ("▁a", "<0x50>", "<0xE6>", "▁a", "▁a")]
+    assert "".join(pieces) + detokenizer.rest() == " aP\ufffd a a"

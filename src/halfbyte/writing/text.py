@@ -38,9 +38,13 @@ class Detokenizer:
     def add(self, token: int) -> str:
         """What is new; nothing as long as a letter is incomplete."""
         self.ids.append(token)
+        new = ""
         if self.stream is not None:
-            new = self.stream.step(self.tokenizer.backend_tokenizer, token) or ""
-        else:
+            try:
+                new = self.stream.step(self.tokenizer.backend_tokenizer, token) or ""
+            except Exception:  # of tokenizers: a byte that is no letter changes what was sent of the bytes before it
+                self.stream = None
+        if self.stream is None:
             text = self._decoded()
             new = "" if text.endswith("\ufffd") else text[len(self.sent) :]
         self.sent += new
@@ -49,7 +53,7 @@ class Detokenizer:
     def rest(self) -> str:
         """What was held back of a letter that never was complete."""
         text = self._decoded()
-        return text[len(self.sent) :] if text.startswith(self.sent) else ""
+        return text[len(self.sent) :] if self.stream is None or text.startswith(self.sent) else ""
 
     def _decoded(self) -> str:
         return str(self.tokenizer.decode(self.ids, skip_special_tokens=self.skips))
