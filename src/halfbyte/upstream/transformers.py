@@ -79,14 +79,6 @@ def gguf_splits() -> Mapping[str, str]:
     return gguf_tokenizer_mapping.GGUF_PRE_TOKENIZER_SPLITS
 
 
-def gguf_tokens(file: str) -> tuple[list[str], list[int]]:
-    """A GGUF file's tokens as it spells them, and llama.cpp's kind of each, where it says that."""
-    from transformers.integrations.gguf.gguf_tokenizer_mapping import get_gguf_tokenizer
-
-    _, vocabulary, _ = get_gguf_tokenizer(file)
-    return vocabulary["tokens"], vocabulary.get("token_type") or []
-
-
 def has_plain_loss(lm: Model) -> bool:
     """Whether a causal LM's loss is transformers' own: cross-entropy of each token by those before it."""
     from transformers.loss.loss_utils import LOSS_MAPPING

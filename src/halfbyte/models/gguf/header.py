@@ -11,6 +11,7 @@ import mmap
 import re
 import struct
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -105,6 +106,13 @@ def read_header(path: Path) -> GgufHeader:
     return _checked(files[0], GgufHeader(parts[0].architecture, parts[0].metadata, tensors, header_bytes, files))
 
 
+def vocabulary(header: GgufHeader) -> tuple[list[str], list[int]]:
+    """A file's tokens as it spells them, and llama.cpp's kind of each, where it says that."""
+    names = ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type")
+    tokens, kinds = (_read_file(header.files[0], whole=names).metadata.get(name) for name in names)
+    return tokens, kinds or []
+
+
 def parts_of(path: Path) -> list[Path]:
     """The files of a model by the name of one of them, as far as they are there; itself where it is the only one."""
     match = _PART.search(path.name)
@@ -150,7 +158,8 @@ def _checked(path: Path, header: GgufHeader) -> GgufHeader:
     return header
 
 
-def _read_file(path: Path) -> GgufHeader:
+def _read_file(path: Path, whole: Sequence[str] = ()) -> GgufHeader:
+    """`whole`: long arrays of which all values are read."""
     parser = None
     try:
         size_bytes = path.stat().st_size
@@ -159,7 +168,7 @@ def _read_file(path: Path) -> GgufHeader:
             if magic != MAGIC:
                 raise SourceError(f"{path} is not a GGUF file: it starts with {magic!r}, not {MAGIC!r}")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as blob:
-                parser = _Parser(path, blob, size_bytes)
+                parser = _Parser(path, blob, size_bytes, whole)
                 return parser.header()
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
@@ -173,8 +182,8 @@ def _read_file(path: Path) -> GgufHeader:
 class _Parser:
     """A position in the file, moved forward by each read; `field` is what is being read, for errors."""
 
-    def __init__(self, path: Path, blob: mmap.mmap, size_bytes: int) -> None:
-        self.path, self.blob, self.size_bytes = path, blob, size_bytes
+    def __init__(self, path: Path, blob: mmap.mmap, size_bytes: int, whole: Sequence[str]) -> None:
+        self.path, self.blob, self.size_bytes, self.whole = path, blob, size_bytes, whole
         self.position, self.field = len(MAGIC), "version"
 
     def header(self) -> GgufHeader:
@@ -256,11 +265,13 @@ class _Parser:
         element, count = self._unpack("IQ")
         if element in SCALARS:
             self._check_count(count, struct.calcsize(f"<{SCALARS[element]}"))
-            if count <= KEPT_VALUES:
+            if count <= KEPT_VALUES or self.field in self.whole:
                 return list(self._unpack(f"{count}{SCALARS[element]}"))
             self._skip(count * struct.calcsize(f"<{SCALARS[element]}"))
         elif element == STRING:
             self._check_count(count, 8)
+            if self.field in self.whole:
+                return [self._string() for _ in range(count)]
             for _ in range(count):
                 self._skip(self._unpack("Q")[0])
         else:

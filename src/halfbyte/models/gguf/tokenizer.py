@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from halfbyte.models.gguf.header import GgufHeader
+from halfbyte.models.gguf.header import GgufHeader, vocabulary
 from halfbyte.models.gguf.reader import GgufError
 from halfbyte.types import Config, Document, Tokenizer
-from halfbyte.upstream.transformers import GGUF_RULES, gguf_splits, gguf_tokens
+from halfbyte.upstream.transformers import GGUF_RULES, gguf_splits
 
 if TYPE_CHECKING:
     from tokenizers.pre_tokenizers import PreTokenizer
@@ -70,7 +70,7 @@ def tokenizer_of(folder: str, name: str, header: GgufHeader, config: Config) -> 
         raise GgufError(f"its tokenizer (tokenizer.ggml.model = {kind!r}) cannot be read: {error}") from error
     if kind == "gpt2" and rule in SPLITS:
         tokenizer.backend_tokenizer.pre_tokenizer = cutting(rule)
-    tokenizer = _as_llama_cpp_reads(tokenizer, header, *gguf_tokens(f"{folder}/{name}"))
+    tokenizer = _as_llama_cpp_reads(tokenizer, header, *vocabulary(header))
     context = header.metadata.get(f"{header.architecture}.context_length")
     if isinstance(context, int) and context > 0:
         tokenizer.model_max_length = context
@@ -130,19 +130,19 @@ def _as_llama_cpp_reads(
 def _add_whole(values: Document, tokens: Sequence[str], kinds: Sequence[int]) -> None:
     """Control tokens, and those of users, are found in a text as the file writes them, and are no product of merges."""
     model, added = values["model"], {token["id"] for token in values["added_tokens"]}
-    vocabulary = model["vocab"]
-    if not isinstance(vocabulary, dict):
+    numbers = model["vocab"]
+    if not isinstance(numbers, dict):
         return
-    spelled, renamed = {number: token for token, number in vocabulary.items()}, set()
+    spelled, renamed = {number: token for token, number in numbers.items()}, set()
     for number, (token, kind) in enumerate(zip(tokens, kinds, strict=False)):
         if kind not in (CONTROL, USER) or number in added or number not in spelled:
             continue
         if spelled[number] != token:
             # Gemma's runs of spaces are merges too
-            if token in vocabulary or spelled[number] == token.replace(" ", "▁"):
+            if token in numbers or spelled[number] == token.replace(" ", "▁"):
                 continue
             renamed.add(spelled[number])
-            vocabulary[token] = vocabulary.pop(spelled[number])
+            numbers[token] = numbers.pop(spelled[number])
         form = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
         values["added_tokens"].append({"id": number, "content": token, **form, "special": kind == CONTROL})
     values["added_tokens"].sort(key=lambda token: token["id"])
