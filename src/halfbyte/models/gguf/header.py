@@ -109,8 +109,8 @@ def read_header(path: Path) -> GgufHeader:
 def vocabulary(header: GgufHeader) -> tuple[list[str], list[int]]:
     """A file's tokens as it spells them, and llama.cpp's kind of each, where it says that."""
     names = ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type")
-    tokens, kinds = (_read_file(header.files[0], whole=names).metadata.get(name) for name in names)
-    return tokens, kinds or []
+    values = _read_file(header.files[0], whole=names).metadata
+    return values[names[0]], values.get(names[1], [])
 
 
 def parts_of(path: Path) -> list[Path]:
