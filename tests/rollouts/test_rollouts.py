@@ -97,6 +97,15 @@ def test_answers_that_are_all_cut_off_are_warned_of_once(tmp_path: Path, caplog:
     assert caplog.text.count("learns nothing: its answers are cut off at train.max_completion_length 1,") == 1
 
 
+def test_answers_that_are_all_worth_the_same_are_warned_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "same.py").write_text("def score(completions, **k):\n    return [0.5] * len(completions)\n")
+    finetune.train(loaded := recipe(tmp_path, train__rewards=f"{tmp_path / 'same.py'}:score"))
+    assert [(row["reward"], row["labelled_tokens"]) for row in metrics(loaded)] == [(0.5, 0)] * 2
+    assert caplog.text.count("learns nothing: the answers to each prompt have the same reward;") == 1
+
+
 def gain(folder: Path, method: str, rate: float) -> tuple[float, float]:
     """How much higher the reward is in the last four of 14 steps than in the first four; how far it went."""
     more = {"train__num_generations": 8, "train__per_device_train_batch_size": 16, "train__max_steps": 14}

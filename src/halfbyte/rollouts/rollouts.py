@@ -140,8 +140,7 @@ class Rollouts:
         ends = stop_ids(self.model, self.tokenizer)
         self.groups = GroupWriter(self.model, setup.world, params, self.count, ends, self.at_once)
         self.notes = Document()
-        self.idle = set[str]()  # parts that were said to apply to nothing
-        self.told_cut_off = False
+        self.idle = set[str]()  # what was said already: parts that apply to nothing, why a step learns nothing
 
     def joined(self) -> Setup:
         """The run's setup with these in it."""
@@ -165,15 +164,22 @@ class Rollouts:
         self.notes |= self._figures(answers, groups, parts, advantages)
         self.notes["sample"] = self._sample(asking[0], attempts[: self.count], advantages[: self.count])
         step = self._arranged(step, rows := self._rows(asking, answers, attempts, advantages), pace)
-        if not rows and advantages.any() and self.setup.world.first and not self.told_cut_off:
-            self.told_cut_off = True
-            _log.warning(
-                f"step {step.index + 1} learns nothing: its answers are cut off at train.max_completion_length "
-                f"{self.most}, and those are left out; a longer one, or --set train.mask_truncated_completions=false"
-            )
+        if not rows and self.setup.world.first:
+            self._tell_idle(step.index + 1, same=not advantages.any())
         if rows and self.setup.world.first:
             self.notes["kl"] = self._divergence(rows, pace)
         return {"step": step, "micro_batches": collate.Batches(rows, step.micro_batches, self.prepared.lay_out)}
+
+    def _tell_idle(self, step: int, *, same: bool) -> None:
+        """Why a step learns nothing, each reason once."""
+        why = f"its answers are cut off at train.max_completion_length {self.most}, and those are left out; a longer one, "
+        why += "or --set train.mask_truncated_completions=false"
+        if same:
+            why = "the answers to each prompt have the same reward; rewards that tell them apart, a higher train.temperature, "
+            why += "or more train.num_generations"
+        if why not in self.idle:
+            self.idle.add(why)
+            _log.warning(f"step {step} learns nothing: {why}")
 
     def _rows(
         self, asking: Sequence[Example], answers: Sequence[TextSample], attempts: Sequence[Attempt], advantages: Floats
