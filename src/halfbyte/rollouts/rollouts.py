@@ -172,11 +172,12 @@ class Rollouts:
 
     def _tell_idle(self, step: int, *, same: bool) -> None:
         """Why a step learns nothing, each reason once."""
-        why = f"its answers are cut off at train.max_completion_length {self.most}, and those are left out; a longer one, "
-        why += "or --set train.mask_truncated_completions=false"
         if same:
-            why = "the answers to each prompt have the same reward; rewards that tell them apart, a higher train.temperature, "
-            why += "or more train.num_generations"
+            why = "the answers to each prompt have the same reward; rewards that tell them apart, "
+            why += "a higher train.temperature, or more train.num_generations"
+        else:
+            why = f"its answers are cut off at train.max_completion_length {self.most}, and those are left out; "
+            why += "a longer one, or --set train.mask_truncated_completions=false"
         if why not in self.idle:
             self.idle.add(why)
             _log.warning(f"step {step} learns nothing: {why}")
