@@ -68,12 +68,12 @@ def test_the_better_half_goes_on_to_more_rows_and_the_best_is_found(tmp_path: Pa
     first, second = state.rungs
     assert [arm[RATE] for arm in first.arms] == [1e-3, 2e-3, 5e-4, 4e-3]
     assert len(second.arms) == 2 and second.rows >= 1.5 * first.rows
-    assert state.winner == {RATE: pytest.approx(2e-3 * (1600 / 1516) ** 0.08, rel=1e-2)}, "of the rows that are left"
+    assert state.winner == {RATE: pytest.approx(2e-3 * (1600 / 1516) ** 0.1, rel=1e-2)}, "of the rows that are left"
     assert bench.t <= 400.0 and bench.t > 0.7 * 400.0, "the time for probes is used, and no more"
 
 
 def test_a_probe_has_the_rate_of_its_rows() -> None:
-    assert probe_rate({RATE: 1e-3}, 100, 1600) == pytest.approx(1e-3 * 16**0.08)
+    assert probe_rate({RATE: 1e-3}, 100, 1600) == pytest.approx(1e-3 * 16**0.1)
 
 
 @pytest.mark.parametrize("kills", [{0}, {1, 3}, {2, 4}, {5}])

@@ -4,7 +4,7 @@ What: a rung is some arms (values of a recipe) that train on the same number of 
 within them. The better half goes on to a rung with more rows, until one is left or the time is over. What is decided is
 written down before it is done, so a search that is killed goes on with the probe that was under way.
 Why so: a rate that does not fall to 0 says nothing of a run that ends; the best rate falls a little with the rows of a
-run, as rows^-0.08, so an arm's rate is that of the run that the search is for, and a probe of fewer rows has more.
+run, as rows^-0.1, so an arm's rate is that of the run that the search is for, and a probe of fewer rows has more.
 Source: successive halving, arXiv:1502.07943. Best rates over rows: measured at 32 and 320 rows on two models
 (docs/log/2026-12.md; the 0.26 of arXiv:2602.04998 is of far longer runs); over rows a step as in `plan/rate.py`; with a
 constant lora_alpha they do not depend on the rank ("LoRA Without Regret").
@@ -29,7 +29,7 @@ from halfbyte.types import Document
 RATE = "train.learning_rate"
 TARGETS, RANK = "lora.target_modules", "lora.r"
 BATCH, ACCUMULATION = "train.per_device_train_batch_size", "train.gradient_accumulation_steps"
-ROWS_EXPONENT, STEP_EXPONENT = 0.08, 0.5
+ROWS_EXPONENT, STEP_EXPONENT = 0.1, 0.5
 TIMES = (1.0, 2.0, 0.5, 4.0)  # of the rate that is known beforehand, the likeliest first
 LEAST_STEPS = 6  # of a probe, and of a run: fewer show nothing of a rate that falls to 0
 MOST_LONGER = 4.0  # a rung's rows over those of the rung before
