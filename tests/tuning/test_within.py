@@ -231,6 +231,26 @@ def test_less_than_a_pass_is_said_before_a_model_is_built(tmp_path: Path) -> Non
     assert fits.forecast(recipe(tmp_path, train__within=None), 0.0) is None
 
 
+def test_where_starting_took_long_a_second_process_is_given_as_much(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Enough(Exception):
+        pass
+
+    tails, real = list[float](), fits.fit
+
+    def and_no_more(*of: Any, **more: Any) -> fits.Fit:
+        tails.append(real(*of, **more).tail_s)
+        raise Enough
+
+    monkeypatch.setattr(fits, "fit", and_no_more)
+    for started_s in (0.0, 2.0, 20.0):
+        with pytest.raises(Enough):
+            finetune.train(recipe(tmp_path / str(started_s), train__within="600s"), clock=Clock(lambda: 0.0, started_s))
+    assert tails[1] == pytest.approx(tails[0]), "the least that it is given"
+    assert tails[2] - tails[0] == pytest.approx(1.3 * 20.0 - 5.0)
+
+
 def test_steps_that_are_given_are_said_to_be_the_limit(tmp_path: Path) -> None:
     tiny_run.rows(tmp_path / "train.jsonl", 400)
     fit = fits.forecast(recipe(tmp_path, train__max_steps=2, train__within="59s", train__learning_rate=1e-3), 5.0)

@@ -134,19 +134,21 @@ NOTHING_HELD_OUT = "no rows are held out that would tell a better one, and the a
 
 @dataclass
 class TimeBudget:
-    """`state` is None until the run's folder is begun. `alone`: the search is all (`halfbyte tune`)."""
+    """`state` is None until the run's folder is begun. `alone`: the search is all (`halfbyte tune`). `started_s`: what
+    the start of this process took."""
 
     within_s: float
     clock: Clock
     rate_is_open: bool
     alone: bool
     state: SearchState | None
+    started_s: float
     fit: fits.Fit | None = None
 
     @classmethod
     def of(cls, loaded: Loaded, clock: Clock, world: World, *, resume: bool, alone: bool) -> "TimeBudget | None":
         """What a recipe asks for; None where it gives no time."""
-        run, within_s = loaded.recipe.output, loaded.recipe.train.within_s
+        run, within_s, started_s = loaded.recipe.output, loaded.recipe.train.within_s, clock.spent
         if within_s is None:
             return None
         if not world.alone:
@@ -155,7 +157,7 @@ class TimeBudget:
         if state is not None and state.alone != alone:
             what, command = ("search", "tune") if state.alone else ("training", "train")
             raise RunError(f"the run {run} is a {what}.", fix=f"halfbyte {command} {typed(run)} --resume")
-        return cls(within_s, clock, loaded.origins[RATE].kind == "auto", alone, state)
+        return cls(within_s, clock, loaded.origins[RATE].kind == "auto", alone, state, started_s)
 
     def limit(self, run: PlannedRun, tell: Listener) -> PlannedRun:
         """The same with as many held-out rows as the time has room for. Says what fits; RecipeError where nothing."""
@@ -167,7 +169,10 @@ class TimeBudget:
             tell.note("within", f"{spent} were spent until the last probe")
         elif not self.alone:
             held_out, now = 0 if before is None else len(before.examples), self.clock.spent
-            self.fit = fits.fit(prepared, run.plan, self.within_s, now, probes=self.rate_is_open, held_out=held_out)
+            self.fit = fits.fit(
+                prepared, run.plan, self.within_s, now,
+                probes=self.rate_is_open, held_out=held_out, started_s=self.started_s,
+            )  # fmt: skip
             tell.note("within", self.fit.line)
         elif before is None:
             raise RecipeError("tune compares on held-out rows, and none are held out.", fix="--set data.eval=10%")

@@ -27,7 +27,8 @@ from halfbyte.tuning.search import LEAST_STEPS
 
 PROBES_SHARE = 0.15  # of the time, at most
 EVALUATION_SHARE, FEWEST_ROWS = 0.03, 8  # of the time; base and source are measured on the same rows, once
-PROCESS_S, VERIFIED_FROM_S = 5.0, 60.0  # a second process looks at the adapter of a run of so many seconds
+VERIFIED_FROM_S = 60.0  # a second process looks at the adapter of a run of so many seconds
+PROCESS_S, PROCESS_STARTS = 5.0, 1.3  # that one takes so long, or so many times what this one took to start
 
 
 @dataclass(frozen=True)
@@ -97,18 +98,22 @@ class Fit:
         return ""
 
 
-def fit(prepared: Prepared, plan: Plan, within_s: float, spent_s: float, *, probes: bool, held_out: int = 0) -> Fit:
+def fit(
+    prepared: Prepared, plan: Plan, within_s: float, spent_s: float, *,
+    probes: bool, held_out: int = 0, started_s: float = 0.0,
+) -> Fit:  # fmt: skip
     """What fits. Raises RecipeError where not even a few steps do: names the least time.
 
     Args:
         prepared: with the held-out rows that are evaluated, of `held_out`.
-        spent_s: seconds of the time that are spent. probes: whether the rate is open.
+        spent_s: seconds of the time that are spent. probes: whether the rate is open. started_s: what the start of this
+            process took, imports included.
     """
     time, rows = plan.time, prepared.evaluation
     evaluated_s = 0.0 if rows is None else time.forward_s * float(rows.lengths.sum())
     tail_s = evaluated_s + time.around.get("saving", 0.0) + text_reading_s(prepared, plan)
     if within_s > VERIFIED_FROM_S:
-        tail_s += PROCESS_S + time.around.get("opening", 0.0)
+        tail_s += max(PROCESS_S, PROCESS_STARTS * started_s) + time.around.get("opening", 0.0)
     before_s = spent_s + _opening_s(plan) + 2 * evaluated_s  # base and source
     probes_s = PROBES_SHARE * within_s if probes and rows is not None else 0.0
     value = Fit(prepared, within_s, before_s, probes_s, tail_s, max(time.step_s, 1e-9), held_out)
