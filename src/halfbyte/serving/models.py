@@ -182,7 +182,8 @@ _NAME = re.compile(r"[\w.:@+-]{1,64}")
 def put_adapter(models: Models, name: str, one: Target) -> tuple[Models, TextWriter, str]:
     """One more adapter, or another one under its name, and who writes from then on. Raises AdapterError: it belongs to
     another base, does not fit, or would change its neighbours. Nothing has changed."""
-    opened, first, before = models.opened, models.first, models.by_name.get(name)
+    opened, first = models.opened, models.first
+    before = models.by_name.get(name)
     assert one.adapter is not None and opened.base is not None
     if not _NAME.fullmatch(name):
         raise AdapterError(f"{name[:64]!r} is no name: letters, digits and .:@+-_ of at most 64 are.")

@@ -148,7 +148,8 @@ class TimeBudget:
     @classmethod
     def of(cls, loaded: Loaded, clock: Clock, world: World, *, resume: bool, alone: bool) -> "TimeBudget | None":
         """What a recipe asks for; None where it gives no time."""
-        run, within_s, started_s = loaded.recipe.output, loaded.recipe.train.within_s, clock.spent
+        started_s = clock.spent
+        run, within_s = loaded.recipe.output, loaded.recipe.train.within_s
         if within_s is None:
             return None
         if not world.alone:
