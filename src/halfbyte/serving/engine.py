@@ -113,7 +113,7 @@ class Engine:
         with self._changed:
             if self._draining or not self.alive:
                 raise self._stopping()
-            if gone := next((ask for ask in asks if not self._serves(ask)), None):
+            if gone := next((ask for ask in asks if not self._moved(ask)), None):
                 raise Unloaded(f"there is no model {gone.model.name!r} any more.")
             texts = sum(ask.n for ask in asks)
             free = self.models.places - len(self.ask_of)  # also where others that came just now wait for them
@@ -219,13 +219,13 @@ class Engine:
             return
         self.writers = [writer]
         with self._changed:
-            gone = [ask for ask in self.queue if not self._serves(ask)]
-            self.queue = deque(filter(self._serves, self.queue))
+            gone = [ask for ask in self.queue if not self._moved(ask)]
+            self.queue = deque(filter(self._moved, self.queue))
         self._post([(ask, Unloaded(f"there is no model {ask.model.name!r} any more.")) for ask in gone])
         future.set_result(None)
 
-    def _serves(self, ask: Ask) -> bool:
-        """Whether a model of its name is there. One that has taken the place of that which was asked answers."""
+    def _moved(self, ask: Ask) -> bool:
+        """Move it to the model that now has the name of the one that was asked; whether there is one."""
         ask.model = self.models.by_name.get(ask.model.name, ask.model)
         return ask.model.name in self.models.by_name
 
