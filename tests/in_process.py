@@ -6,10 +6,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from halfbyte.cli import main
+from halfbyte.training.deadline import Clock
 from tests.forked import Ended
 
 Cli = Callable[..., Ended]
@@ -17,12 +19,13 @@ Cli = Callable[..., Ended]
 
 def runner(here: Path, capsys: pytest.CaptureFixture[str]) -> Cli:
     """`run("train", "recipe.yaml")` as `halfbyte train recipe.yaml` in the current folder, which is `here` and reads
-    TMP in what it printed on stderr."""
+    TMP in what it printed on stderr. A command's time begins with it, not with the process of all tests."""
 
     def run(*args: str) -> Ended:
         capsys.readouterr()
         try:
-            code = main._guard(lambda: main.app(list(args)), args)
+            with mock.patch.object(Clock, "of_process", Clock):
+                code = main._guard(lambda: main.app(list(args)), args)
         except SystemExit as left:
             code = int(left.code or 0)
         printed = capsys.readouterr()
