@@ -1,27 +1,36 @@
-"""Classification beside the plain stack: transformers' class with PEFT on padded batches, LoRA.
+"""Classification beside the plain stack: transformers' class with PEFT on padded batches, LoRA on attention.
 
-Use: `python -m benchmarks.labels smollm2|modernbert [nf4]`: of a base in 16 bits, or in 4 bits on both sides. Each
-side runs in a process of its own, on the same rows of 20 to 300 tokens: training steps of `ROWS` rows, and predictions,
-whose plain batches are sorted by length as the pipeline takes them; the best of `ROUNDS` each, after one to warm up.
-Weights are random, of the shapes of SmolLM2-135M and ModernBERT-base.
+    plain      as its users write it, in 4 bits: `prepare_model_for_kbit_training` with its default checkpointing
+    tuned      the plain stack at its best: no checkpointing
+    halfbyte   exact products
+    integer    quant.compute int8
+
+Use: `python -m benchmarks.labels smollm2|modernbert [nf4] [--stacks plain halfbyte ...]`: of a base in 16 bits, where
+plain is tuned, or in 4 bits for all. Each stack is a process of its own; they take turns, a round each, on the same
+rows of 20 to 300 tokens: `STEPS` training steps of `ROWS` rows, then predictions, whose plain batches are sorted by
+length as the pipeline takes them. The first round warms up. Weights are random, of the shapes of SmolLM2-135M and
+ModernBERT-base.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-ROWS, PREDICTED, BATCH, ROUNDS = 16, 48, 8, 4
+ROWS, STEPS, PREDICTED, BATCH = 16, 2, 48, 8
 LABELS = ("a", "b", "c", "d")
-FOUR_BITS = "nf4" in sys.argv
+Sides = tuple[Callable[[Any], float], Callable[[Any], Any]]
 
 
 def model(kind: str, folder: Path) -> None:
@@ -45,7 +54,7 @@ def rows(count: int, seed: int) -> list[tuple[list[int], int]]:
     return [([draw.randrange(5, 40000) for _ in range(n)], draw.randrange(len(LABELS))) for n in lengths]
 
 
-def ours(folder: Path) -> tuple[Callable[[Any], float], Callable[[Any], Any]]:
+def halfbyte(folder: Path, four_bits: bool, compute: str) -> Sides:
     import torch
 
     from halfbyte.adapters.assembly import assemble
@@ -60,11 +69,12 @@ def ours(folder: Path) -> tuple[Callable[[Any], float], Callable[[Any], Any]]:
 
     machine = device.detect()
     threads.configure(machine.cores)
-    quant = Quant(type="nf4" if FOUR_BITS else "none")
+    quant = Quant(type="nf4" if four_bits else "none", compute=compute)
     base, objective = load.open_base(resolve(str(folder)), quant, machine), Labels(LABELS)
     names = [spec.name for spec in base.specs]
     drawn = heads.attach(base.model, *heads.wanted(objective), seed=0, names=names)
-    recipe = Recipe(model=str(folder), data={"train": "x"}, lora=Lora(r=16, lora_dropout=0.0, modules_to_save=drawn))
+    lora = Lora(r=16, lora_dropout=0.0, modules_to_save=drawn)
+    recipe = Recipe(model=str(folder), data={"train": "x"}, lora=lora, quant=quant)
     assembled = assemble(base, recipe)
     print(assembled.packed.layout, assembled.engine, file=sys.stderr)
     adapted = assembled.model.train()
@@ -96,17 +106,19 @@ def ours(folder: Path) -> tuple[Callable[[Any], float], Callable[[Any], Any]]:
     return step, predict
 
 
-def plain(folder: Path) -> tuple[Callable[[Any], float], Callable[[Any], Any]]:
+def plain(folder: Path, four_bits: bool, again: bool) -> Sides:
     import torch
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                              bnb_4bit_compute_dtype=torch.bfloat16,
                              llm_int8_skip_modules=["classifier", "score"])  # fmt: skip  # PEFT trains a copy of it
     lm = AutoModelForSequenceClassification.from_pretrained(
-        folder, num_labels=len(LABELS), dtype=torch.bfloat16, quantization_config=nf4 if FOUR_BITS else None
+        folder, num_labels=len(LABELS), dtype=torch.bfloat16, quantization_config=nf4 if four_bits else None
     )
+    if again:
+        lm = prepare_model_for_kbit_training(lm)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"] if "Llama" in type(lm).__name__ else ["Wqkv", "attn.Wo"]
     adapted = get_peft_model(lm, LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="SEQ_CLS")).train()
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-4)
@@ -134,37 +146,66 @@ def plain(folder: Path) -> tuple[Callable[[Any], float], Callable[[Any], Any]]:
     return step, predict
 
 
-def side(name: str, folder: Path) -> None:
-    step, predict = {"ours": ours, "plain": plain}[name](folder)
+def serve(stack: str, folder: Path, four_bits: bool) -> None:
+    """Answer each line of the standard input, `train` or `predict`, with the seconds and the peak so far."""
+    if stack in ("halfbyte", "integer"):
+        step, predict = halfbyte(folder, four_bits, "int8" if stack == "integer" else "exact")
+    else:
+        step, predict = plain(folder, four_bits, four_bits and stack == "plain")
+    for asked in sys.stdin:
+        began = time.perf_counter()
+        if asked.strip() == "predict":
+            predict(rows(PREDICTED, STEPS))
+        else:
+            for number in range(STEPS):
+                step(rows(ROWS, number))
+        seconds, peak = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        print(json.dumps({"seconds": seconds, "peak_GB": peak / 1e6}), flush=True)
 
-    def best(call: Callable[[Any], Any], some: list[Any]) -> float:
-        seconds = []
-        for _ in range(ROUNDS + 1):
-            began = time.perf_counter()
-            call(some)
-            seconds.append(time.perf_counter() - began)
-        return min(seconds[1:])
 
-    trained, predicted = best(step, rows(ROWS, 1)), best(predict, rows(PREDICTED, 2))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    print(json.dumps({"step_s": trained, "predict_s": predicted, "peak_GB": peak}))
+def compare(stacks: list[str], folder: Path, four_bits: bool, rounds: int) -> None:
+    words = [sys.executable, "-m", "benchmarks.labels", str(folder), *["nf4"] * four_bits, "--serve"]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    processes: dict[str, Any] = {name: subprocess.Popen([*words, name], **pipes) for name in stacks}
+
+    def round_of(task: str, number: int, name: str) -> dict[str, float]:
+        process = processes[name]
+        process.stdin.write(f"{task}\n")
+        process.stdin.flush()
+        found: dict[str, float] = json.loads(process.stdout.readline() or sys.exit(f"{name} ended"))
+        print(task, number, name, found, flush=True)
+        return found
+
+    try:
+        for task in ("train", "predict"):  # bitsandbytes packs a weight anew for predictions, and trains on that slowly
+            seen = [{name: round_of(task, number, name) for name in stacks} for number in range(rounds + 1)][1:]
+            for what in ("seconds", "peak_GB"):
+                for other, own in product(("plain", "tuned"), ("halfbyte", "integer")):
+                    ratios = [row[other][what] / row[own][what] for row in seen if {other, own} <= set(row)]
+                    if ratios:
+                        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+                        print(f"{task}, {what}: {other} / {own} = {spread}", flush=True)
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.wait()
 
 
 def main() -> None:
-    if sys.argv[1] in ("ours", "plain"):
-        side(sys.argv[1], Path(sys.argv[2]))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("base", help="smollm2 or modernbert")
+    parser.add_argument("format", nargs="?", choices=["nf4"])
+    parser.add_argument("--stacks", nargs="+", default=["plain", "tuned", "halfbyte", "integer"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve:
+        serve(args.serve, Path(args.base), args.format == "nf4")
         return
     with tempfile.TemporaryDirectory() as made:
-        folder = Path(made) / sys.argv[1]
-        model(sys.argv[1], folder)
-        seen = {}
-        for name in ("ours", "plain"):
-            command = [sys.executable, "-m", "benchmarks.labels", name, str(folder), *sys.argv[2:]]
-            run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            seen[name] = json.loads(run.stdout.splitlines()[-1])
-            print(name, seen[name], flush=True)
-        for what in ("step_s", "predict_s", "peak_GB"):
-            print(f"{what}: plain / ours = {seen['plain'][what] / seen['ours'][what]:.2f}")
+        folder = Path(made) / args.base
+        model(args.base, folder)
+        compare(args.stacks, folder, args.format == "nf4", args.rounds)
 
 
 if __name__ == "__main__":
