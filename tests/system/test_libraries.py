@@ -12,6 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from halfbyte.system import libraries
 from halfbyte.system.libraries import outside_ranges, version, versions
 from tests.version_sets import MIDDLE, PYPROJECT, constraints, oldest, prereleases, resolve, resolved
 
@@ -45,10 +46,18 @@ def test_versions_name_what_is_installed_without_importing_it() -> None:
 def test_a_version_outside_the_ranges_of_pyproject_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metadata, "requires", lambda name: ["peft<0.22,>=0.21", "torch>=2.9", "trl>=9; extra == 'x'"])
     installed = {"peft": "0.21.0", "torch": "2.9.0+cpu", "trl": "1.0"}
-    monkeypatch.setattr(metadata, "version", installed.__getitem__)
+    monkeypatch.setattr(libraries, "version", installed.__getitem__)
     assert outside_ranges() == {}
     installed |= {"peft": "0.22.0", "torch": "2.8.1"}
     assert outside_ranges() == {"peft<0.22,>=0.21": "0.22.0", "torch>=2.9": "2.8.1"}
+
+
+def test_what_is_installed_meanwhile_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert version("no-such-library-yet") == ""
+    monkeypatch.setattr(metadata, "version", lambda name: "1.2")
+    assert version("no-such-library-yet") == "1.2"
+    monkeypatch.undo()
+    libraries._installed.cache_clear()
 
 
 def test_the_oldest_versions_are_the_lower_bounds_of_pyproject() -> None:
