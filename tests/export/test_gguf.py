@@ -3,6 +3,8 @@ transformers' own reading of such files, and by ours; what the file has no place
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from halfbyte.errors import ExportError
 from halfbyte.export import gguf as writing
 from halfbyte.export import gguf_tokenizer
+from halfbyte.export import job as exporting
+from halfbyte.export.export import to_gguf, to_gguf_lora
+from halfbyte.export.job import ExportJob
 from halfbyte.export.weights import MergedModel
 from halfbyte.inference.target import Target
 from halfbyte.models.sources.gguf_file import checkpoint_of
@@ -117,6 +122,41 @@ def test_llama_cpp_reads_past_a_window(name: str, tmp_path: Path) -> None:
     whole, _ = build(tmp_path / "whole", name)
     seen = programs.LlamaCpp(str(write(merged, tmp_path / "m.gguf")), tokens=64).logits(IDS, range(len(IDS)))
     assert np.abs(seen - logits(whole)).max() < 1e-2 < 1.0 < np.abs(seen - logits(narrow)).max()
+
+
+@pytest.mark.parametrize("name", sorted(writing.READ_WHOLE))
+def test_a_run_is_asked_within_a_window_that_llama_cpp_does_not_read(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp_py_sync", reason="llama.cpp is not installed: pip install 'halfbyte[gguf]'")
+    model, _ = build(tmp_path, name, sliding_window=8, initializer_range=0.05)
+    layer = {"mistral": "q_proj", "phi3": "qkv_proj"}[name]
+    job = adapted(tmp_path, model, layer)
+    written = to_gguf(job, "F16")
+    assert written.proven is not None and written.proven.answers == 4
+    assert sum("no notice of this model's window of 8" in note for note in written.notes) == 1
+
+
+def adapted(folder: Path, model: Any, layer: str) -> ExportJob:
+    """What is asked of an export of an adapter of `model`, a checkpoint in `folder`."""
+    runs.adapter(model, folder / "adapter", {"target_modules": [layer]})
+    config = folder / "adapter/adapter_config.json"
+    values = json.loads(config.read_text()) | {"base_model_name_or_path": str(folder / "model")}
+    config.write_text(json.dumps(values))
+    data = tiny_run.rows(folder / "train.jsonl")
+    return ExportJob(folder / "adapter", folder / "out", ("quant.type=none",), data=data, prompts=4)
+
+
+@pytest.mark.parametrize("export", [lambda job: to_gguf(job, "Q8_0"), to_gguf_lora])
+def test_what_it_has_no_place_for_is_told_before_the_run_is_asked(
+    export: Callable[[ExportJob], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = build(tmp_path, "llama", hidden_act="gelu")
+    job = adapted(tmp_path, model, "q_proj")
+    monkeypatch.setattr(exporting, "ask_run", lambda questions: pytest.fail("the run was asked"))
+    monkeypatch.setattr(MergedModel, "value", lambda merged, item: pytest.fail("a weight was read"))
+    monkeypatch.setattr(programs, "has_llama", lambda: True)
+    with pytest.raises(ExportError, match=r"hidden_act: 'gelu', read back 'silu'\.\n.*halfbyte merge "):
+        export(job)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", sorted(set(CONFIGS) - {"granite", "smollm3", "qwen3"}))  # not read, or not whole

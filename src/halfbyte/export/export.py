@@ -7,6 +7,7 @@ what the proof asks.
 
 import gc
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from halfbyte.models.sources.lookup import find_model
 from halfbyte.proofs import programs
 from halfbyte.proofs.export import Exported
 from halfbyte.recipe.task import CAUSAL_LM, HEADS
-from halfbyte.types import Tokenizer
+from halfbyte.types import Config, Tokenizer
 
 NO_LLAMA = f"not proven: llama.cpp is not installed ({programs.INSTALL})"
 
@@ -129,12 +130,14 @@ def to_gguf(
     if kind in inputs.K_QUANTS or repair:
         llama_cpp.need("a repaired file" if repair else kind)
     out = job.out_folder(f"gguf-{kind.lower()}")
-    if (model_type := _model_type(job.target())) not in gguf.ARCHITECTURES:
+    if (model_type := str(_config(job.target()).model_type)) not in gguf.ARCHITECTURES:
         llama_cpp.converter(model_type)
     run = job.checked_target()
     kinds = bases(run, choice)
-    with job.draft(run, out, copies=2) as draft:
-        remarks = list[str]()
+    window = _unread_window(run)
+    _refuse_early(run, MergedModel(run, kinds[-1]))
+    with job.draft(run, out, copies=2, window=window) as draft:
+        remarks = _of_window(window)
         for each in kinds if _proves(draft) else [better({}, {}, kinds)]:
             (place := draft.folder / each).mkdir()
             path = place / f"{file_name(run)}-{kind}.gguf"
@@ -146,7 +149,7 @@ def to_gguf(
         if repair:
             name, remark = _repaired(job, draft, base, kind)
             remarks.append(remark)
-        result = draft.result(f"GGUF file in {kind}", name, remarks)
+        result = draft.result(f"GGUF file in {kind}", name, [*dict.fromkeys(remarks)])
         draft.keep(name)
         if modelfile:
             file = next(draft.folder.glob("*.gguf"))
@@ -187,10 +190,14 @@ def to_gguf_lora(job: ExportJob, *, modelfile: bool = False) -> Exported:
     out = job.out_folder("gguf-lora")
     run = job.checked_target()
     merged = MergedModel(run, "16bit", job.tell)
-    with job.draft(run, out) as draft:
+    file = merged.checkpoint.blocks[0] if merged.checkpoint.blocks else None
+    window = _unread_window(run)
+    lora.GgufLayers.of(merged)  # refuses before the run is asked
+    if file is None and job.prove and programs.has_llama():
+        _refuse_early(run, merged)
+    with job.draft(run, out, window=window) as draft:
         path = draft.folder / f"{file_name(run)}-lora.gguf"
         lora.write_gguf(merged, path)
-        file = merged.checkpoint.blocks[0] if merged.checkpoint.blocks else None
         if _proves(draft) and file is not None:
             _prove(draft, file, "Q8_0", "16bit", path)  # its weights are the run's: what it rounds are inputs
         elif _proves(draft):
@@ -203,7 +210,7 @@ def to_gguf_lora(job: ExportJob, *, modelfile: bool = False) -> Exported:
             known = blocks.read(merged.checkpoint.path)
             use = f"llama-cli -m {file.name} --lora {path.name}: the very file that it was trained on"
             use += f" (sha256 {known.sha256[0]})" if known is not None else ""
-        result = draft.result("GGUF adapter", "16bit", [use, *_notes(draft, ["16bit"], "16bit")])
+        result = draft.result("GGUF adapter", "16bit", [use, *_of_window(window), *_notes(draft, ["16bit"], "16bit")])
         if modelfile:
             name = "BASE.gguf" if file is None else str(file.absolute())
             ollama.write(draft.folder / "Modelfile", name, _tokenizer(run), run.recipe, adapter=path.name)
@@ -213,15 +220,12 @@ def to_gguf_lora(job: ExportJob, *, modelfile: bool = False) -> Exported:
 def _write_gguf(job: ExportJob, run: Target, base: BaseKind, path: Path, kind: str) -> list[str]:
     """Write one file; returns what a user should know of it."""
     merged = MergedModel(run, base, job.tell)
-    ours = _model_type(run) in gguf.ARCHITECTURES
+    ours = _config(run).model_type in gguf.ARCHITECTURES
     plain = "F16" if kind in inputs.K_QUANTS or not (ours or kind in ("F32", "BF16", "Q8_0")) else kind
     weights = sum(item.source.nbytes for item in merged.items)
     folder.check_space(path.parent, 2 * weights + folder.BESIDE_BYTES)
     job.tell.say(f"from {describe(base)}, in {kind}", label="gguf")
     first, remarks = path.with_suffix(".f16") if plain != kind else path, list[str]()
-    window = getattr(merged.config.get_text_config(), "sliding_window", None)
-    if _model_type(run) in gguf.READ_WHOLE and window:
-        remarks.append(f"llama.cpp takes no notice of this model's window of {window} tokens: longer texts differ")
     if ours:
         gguf.write(merged, first, plain, add_tokenizer(run, merged))
     else:
@@ -256,9 +260,32 @@ def _notes(draft: DraftExport, kinds: list[BaseKind], base: str) -> list[str]:
     return list(notes(kinds, draft.proofs, draft.losses, base)) if draft.proofs or draft.witness is None else [NO_LLAMA]
 
 
-def _model_type(run: Target) -> str:
+def _config(run: Target) -> Config:
     config = open_config(find_model(run.recipe).path, trust_remote_code=run.recipe.trust_remote_code)
-    return str(config.get_text_config().model_type)
+    return config.get_text_config()
+
+
+def _refuse_early(run: Target, merged: MergedModel) -> None:
+    """Raises ExportError: what a file has no place for, before the run is asked and a weight is read."""
+    if _config(run).model_type not in gguf.ARCHITECTURES:
+        return
+    try:
+        with tempfile.TemporaryDirectory() as place:
+            gguf.write(merged, Path(place, "header.gguf"), "F16", add_tokenizer(run, merged), weights=False)
+    except ExportError as error:
+        fix = error.fix or f"halfbyte merge {run.path}: a folder for transformers has a place for all of it"
+        raise ExportError(error.message, fix=fix) from error
+
+
+def _unread_window(run: Target) -> int | None:
+    """Tokens of a window that llama.cpp takes no notice of; None where there is none."""
+    config = _config(run)
+    return getattr(config, "sliding_window", None) if config.model_type in gguf.READ_WHOLE else None
+
+
+def _of_window(window: int | None) -> list[str]:
+    what = f"llama.cpp takes no notice of this model's window of {window} tokens: longer texts differ"
+    return [] if window is None else [what]
 
 
 def add_tokenizer(run: Target, merged: MergedModel) -> Callable[[GGUFWriter], None]:

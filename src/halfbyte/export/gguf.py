@@ -7,6 +7,7 @@ Cost: one tensor in fp32 at a time, and its encoding; K-quants by llama.cpp's ow
 """
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,9 +175,13 @@ def names_of(config: Config, items: list[Item], metadata: FileMetadata) -> dict[
     return names
 
 
-def write(merged: MergedModel, path: Path, kind: str, add_tokenizer: Callable[[gguf.GGUFWriter], None]) -> None:
+def write(
+    merged: MergedModel, path: Path, kind: str, add_tokenizer: Callable[[gguf.GGUFWriter], None], *,
+    weights: bool = True,
+) -> None:  # fmt: skip
     """Write one file in a format of `inputs.OWN_FORMATS`. `add_tokenizer`: puts `tokenizer.*` and the name into a
-    writer. Raises ExportError: the architecture, or something that it computes with, has no place in the file."""
+    writer. `weights`: False leaves their place empty, and no weight is read. Raises ExportError: the architecture, or
+    something that it computes with, has no place in the file."""
     config = merged.config.get_text_config()
     metadata, tables = describe(config)
     writer = gguf.GGUFWriter(path, metadata.architecture)
@@ -201,11 +206,16 @@ def write(merged: MergedModel, path: Path, kind: str, add_tokenizer: Callable[[g
     writer.write_ti_data_to_file()
     for table in tables.values():
         writer.write_tensor_data(table)
-    with merged:
-        for name, (item, tensor_kind) in plans.items():
-            values = transform_of(metadata.architecture, name).inverse(merged.value(item).numpy(), metadata, name)
-            writer.write_tensor_data(encode(values, tensor_kind))
+    if weights:
+        with merged:
+            for name, (item, tensor_kind) in plans.items():
+                values = transform_of(metadata.architecture, name).inverse(merged.value(item).numpy(), metadata, name)
+                writer.write_tensor_data(encode(values, tensor_kind))
     writer.close()
+    if not weights:
+        unit = writer.data_alignment
+        room = unit + sum(writer.ggml_pad(info.nbytes, unit) for info in writer.tensors[0].values())
+        os.truncate(path, path.stat().st_size + room)
     check(path, config)
 
 

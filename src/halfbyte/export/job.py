@@ -153,18 +153,20 @@ class ExportJob:
         return inputs.out_folder(self.run, self.out, name)
 
     @contextmanager
-    def draft(self, run: Target, out: Path, *, prove: bool = True, copies: int = 0) -> "Iterator[DraftExport]":
+    def draft(
+        self, run: Target, out: Path, *, prove: bool = True, copies: int = 0, window: int | None = None
+    ) -> "Iterator[DraftExport]":
         """An export in the making: `out` appears when the block ends, and nothing after an error. `copies` of the
-        merged model must have room there."""
+        merged model must have room there. `window`: tokens of the longest text that both are asked of."""
         if copies:
             folder.check_space(out, copies * folder.nbytes(MergedModel(run, "16bit", self.tell)))
-        with self._witness(run, out, prove=prove) as witness, folder.whole_or_absent(out) as temporary:
+        with self._witness(run, out, window, prove=prove) as witness, folder.whole_or_absent(out) as temporary:
             yield DraftExport(run, out, temporary, witness)
         if run.run is not None:
             page.renew(run.run.path)
 
     @contextmanager
-    def _witness(self, run: Target, out: Path, *, prove: bool) -> "Iterator[RunWitness | None]":
+    def _witness(self, run: Target, out: Path, window: int | None, *, prove: bool) -> "Iterator[RunWitness | None]":
         """The run's answers, in a folder that goes with them; None where nothing is proven."""
         if not (prove and self.prove):
             yield None
@@ -174,7 +176,7 @@ class ExportJob:
         place = files.beside(above / name)
         place.mkdir()
         try:
-            yield RunWitness(self, run, place)
+            yield RunWitness(self, run, place, window)
         finally:
             shutil.rmtree(place, ignore_errors=True)
 
@@ -182,9 +184,9 @@ class ExportJob:
 class RunWitness:
     """What a run says, for exports to be compared with. Run and export are each opened in a process of their own."""
 
-    def __init__(self, job: ExportJob, run: Target, place: Path) -> None:
+    def __init__(self, job: ExportJob, run: Target, place: Path, window: int | None = None) -> None:
         self.job, self.run = job, run
-        self.place = place
+        self.place, self.window = place, window
         job.tell.say("the run is asked, to be compared with", label="proof")
         self.path = self._ask("run")
 
@@ -193,7 +195,8 @@ class RunWitness:
         out.mkdir()
         data = str(job.data) if job.data is not None else None
         overrides = tuple(job.overrides)
-        return ask_run(RunQuestions(str(job.run), str(out), overrides, job.force, unquantised, data, job.prompts))
+        run, most = str(job.run), job.prompts
+        return ask_run(RunQuestions(run, str(out), overrides, job.force, unquantised, data, most, self.window))
 
     def unquantised(self) -> Path | None:
         """The folder of what base and adapter say in 16 bits: the run's own where it was trained on those, or on its

@@ -134,26 +134,41 @@ def factors(merged: MergedModel, program: str) -> list[Factors]:
     return layers
 
 
+@dataclass(frozen=True)
+class GgufLayers:
+    """An adapter's layers as a GGUF adapter has them. `names`: of each its tensor in a GGUF file of the base."""
+
+    architecture: str
+    numbers: FileNumbers
+    names: list[str]
+    factors: list[Factors]
+
+    @classmethod
+    def of(cls, merged: MergedModel) -> "GgufLayers":
+        """Raises ExportError: the architecture, or a part of the adapter, has no place in such a file."""
+        every = factors(merged, "llama.cpp")
+        items = {item.parameter: item for item in merged.items}
+        architecture, numbers, names = _file_of(merged, [items[each.parameter] for each in every])
+        return cls(architecture, numbers, [names[items[each.parameter].name] for each in every], every)
+
+
 def write_gguf(merged: MergedModel, path: Path) -> None:
     """A GGUF adapter, for a GGUF file of the base. Raises ExportError: the architecture, or a part of the adapter, has
     no place in it."""
     assert merged.run.adapter is not None
-    every = factors(merged, "llama.cpp")
-    items = {item.parameter: item for item in merged.items}
-    architecture, numbers, names = _file_of(merged, [items[each.parameter] for each in every])
+    layers = GgufLayers.of(merged)
     alpha = float(read_config(merged.run.adapter)["lora_alpha"])
-    writer = GGUFWriter(path, architecture)
+    writer = GGUFWriter(path, layers.architecture)
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", alpha)
     writer.add_name(Path(merged.checkpoint.id).name)
-    for each in every:
-        name = names[items[each.parameter].name]
-        transform = transform_of(architecture, name)
+    for name, each in zip(layers.names, layers.factors, strict=True):
+        transform = transform_of(layers.architecture, name)
         orders = Transform(order=transform.order, columns=transform.columns)
         b = each.b.numpy() * (each.a.shape[0] / alpha)  # llama.cpp multiplies by alpha over the rank
-        writer.add_tensor(f"{name}.lora_a", replace(orders, order=None).inverse(each.a.numpy(), numbers, name))
-        writer.add_tensor(f"{name}.lora_b", replace(orders, columns=None).inverse(b, numbers, name))
+        writer.add_tensor(f"{name}.lora_a", replace(orders, order=None).inverse(each.a.numpy(), layers.numbers, name))
+        writer.add_tensor(f"{name}.lora_b", replace(orders, columns=None).inverse(b, layers.numbers, name))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -28,7 +28,7 @@ from halfbyte.inference.generate import generate_ids, stop_ids
 from halfbyte.inference.load import Opened, open_target
 from halfbyte.inference.target import Target
 from halfbyte.layers.experts.layout import is_routed
-from halfbyte.models.context import context_of
+from halfbyte.models.context import Context, context_of
 from halfbyte.proofs import programs
 from halfbyte.proofs.adapter import logits_at
 from halfbyte.recipe.data import Fields
@@ -60,6 +60,7 @@ class RunQuestions:
     unquantised: bool = False  # on the base in 16 bits, whatever it was trained on
     data: str | None = None  # other rows than those held out
     prompts: int = PROMPTS  # at most so many are answered
+    window: int | None = None  # tokens of the longest text that is asked of; None as the model reads
 
 
 def ask_run(questions: RunQuestions) -> Path:
@@ -79,6 +80,7 @@ def write(questions: RunQuestions) -> None:
         run = replace(run, recipe=run.recipe.model_copy(update={"quant": quant}))
     opened = open_target(run, force=questions.force or questions.unquantised)
     rows = rows_of(opened, Path(questions.data) if questions.data else None, max(4 * ROWS, questions.prompts))
+    rows = rows if questions.window is None else [_last(row, questions.window) for row in rows]
     chosen = _chosen(rows)
     for name, base in (("", False), ("base-", True)):
         with opened.using(base=base):
@@ -87,7 +89,7 @@ def write(questions: RunQuestions) -> None:
     prompts = [list(row.prompt_ids) for row in rows if row.completion][: questions.prompts]
     prompts = prompts or [list(row.input_ids[: 1 + len(row.input_ids) // 2]) for row in rows[: questions.prompts]]
     prompts = [] if questions.unquantised else prompts  # which is asked for logits alone
-    context = context_of(opened.model.config)
+    context = context_of(opened.model.config) if questions.window is None else Context(questions.window, "its window")
     most = [NEW_TOKENS if context is None else context.fitting(len(ids), NEW_TOKENS) for ids in prompts]
     answers = [_answer(opened, ids, new) for ids, new in zip(prompts, most, strict=True)]
     texts = [*TEXTS, *(tokenizer.decode(ids) for ids in prompts)]
@@ -148,6 +150,13 @@ def training_rows(run: Target, tokenizer: Tokenizer, tokens: int) -> list[Exampl
             break
         chosen.append(row)
     return chosen
+
+
+def _last(row: Example, tokens: int) -> Example:
+    """A row's last tokens, and of its prompt as many as leave room for an answer."""
+    ids, labels = row.input_ids[-tokens:], row.labels[-tokens:]
+    prompt = row.prompt_ids[-(tokens - min(NEW_TOKENS, tokens // 2)) :]
+    return replace(row, input_ids=ids, labels=labels, prompt_ids=prompt, starts=(0,), weights=row.weights[-tokens:])
 
 
 def _chosen(rows: Sequence[Example]) -> list[Document]:
