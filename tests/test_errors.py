@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
+
 import pytest
 
 from halfbyte import errors
-from halfbyte.errors import HalfbyteError, RecipeError, TrainError, first_line, without_secrets
+from halfbyte.errors import HalfbyteError, RecipeError, TrainError, first_line, typed, without_secrets
 
 
 def test_a_fix_has_a_line_of_its_own() -> None:
@@ -13,6 +15,11 @@ def test_a_fix_has_a_line_of_its_own() -> None:
     error = HalfbyteError("this is wrong.", fix="do that")
     assert str(error) == "this is wrong.\n  fix: do that"
     assert (error.message, error.fix) == ("this is wrong.", "do that")
+
+
+def test_a_path_as_it_is_typed_is_no_option() -> None:
+    names = ("a.yaml", "-a.yaml", "-", "my run", "-my 'run'", "a-b", "é")
+    assert [shlex.split(typed(name)) for name in names] == [["./" * name.startswith("-") + name] for name in names]
 
 
 @pytest.mark.parametrize(

@@ -103,8 +103,10 @@ class Unforeseen(HalfbyteError):
 
 
 def typed(value: object) -> str:
-    """A path or another argument as it is typed in a shell, quoted where it must be."""
-    return shlex.quote(str(value))
+    """A path or another argument as it is typed in a shell, quoted where it must be; a path that would be an option
+    (-a.yaml) as ./-a.yaml."""
+    text = str(value)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 def first_line(error: BaseException, limit: int = 300) -> str:

@@ -86,7 +86,8 @@ def test_each_pass_has_every_row_once_in_another_order(tmp_path: Path) -> None:
     assert sorted(first) == sorted(second) == sorted(f"row {n}" for n in range(160))
     assert first != second and first != [f"row {n}" for n in range(160)]
     assert asked(flow_of(tmp_path / "*.jsonl", seed=2), 0, 160) != first
-    assert flow.passes(0) == 0 and flow.passes(160) == 1 and 0 < flow.passes(100) < 1
+    assert flow.passes(0) == 0 and flow.passes(160) == 1 and flow.passes(320) == 2
+    assert [flow.passes(n) for n in range(0, 320, 8)] == pytest.approx([n / 160 for n in range(0, 320, 8)], abs=0.03)
     ends = [0, *(w[3] for w in flow.index)]
     assert len(flow._windows) <= 2 and max(b - a for a, b in itertools.pairwise(ends)) < 60
 
@@ -130,6 +131,10 @@ def test_rows_that_cannot_be_used_are_named_at_first_and_counted_later(tmp_path:
     assert len(asked(flow, 0, 200)) == 200 and flow.left_out.count == 2
     assert "a.jsonl at byte" in flow.left_out.first() and "not JSON" in flow.left_out.listing("")
     (tmp_path / "b.jsonl").write_text(good[0] + '\n{"prompt": "x"}\n')
+    flow.keep(tmp_path / "stream.json", {})
+    later = flow_of(tmp_path / "a.jsonl")
+    later.keep(None, read_json(tmp_path / "stream.json"))
+    assert asked(later, 0, 200) and later.left_out == flow.left_out, "also in a process that goes on"
     with pytest.raises(DataError, match=r"rows cannot be used\n  - .*b.jsonl at byte [0-9]+: completion: missing"):
         flow_of(tmp_path / "b.jsonl").first()
 
@@ -187,6 +192,16 @@ def test_a_run_that_goes_on_is_the_run_in_one_go(tmp_path: Path) -> None:
     tiny_run.rows(tmp_path / "train.jsonl", 61)
     with pytest.raises(RunError, match=r"data.train .* has changed"):
         finetune.train(load_recipe(part.recipe, ["train.max_steps=30"]), resume=True)
+
+
+def test_an_evaluation_is_as_far_as_its_step(tmp_path: Path) -> None:
+    tiny_run.rows(tmp_path / "train.jsonl", 60), tiny_run.rows(tmp_path / "held.jsonl", 4)
+    held_out = {"data__eval": str(tmp_path / "held.jsonl"), "train__eval_steps": 8}
+    finetune.train(recipe_of(tmp_path, "run", train__max_steps=24, **held_out))
+    rows = RunFolder(tmp_path / "run").read_metrics()
+    steps = {row["step"]: row["epoch"] for row in rows if "loss" in row}
+    assert {row["step"]: row["epoch"] for row in rows if "eval_loss" in row} == {n: steps[n] for n in (8, 16, 24)}
+    assert 0 < steps[8] < steps[16] < steps[24]
 
 
 @pytest.fixture

@@ -44,6 +44,15 @@ def test_what_differs_is_told_and_what_is_alike_is_not(tmp_path: Path) -> None:
     json.dumps(value.to_json())
 
 
+def test_rewards_are_told_without_held_out_rows_too(tmp_path: Path) -> None:
+    paths = [
+        made.finished(tmp_path / name, made.metrics(9, reward=lambda step, a=a: a + step / 8)).path
+        for name, a in (("a", 0), ("b", 1))
+    ]
+    figures = dict(compare.compare([*paths, made.finished(tmp_path / "c", made.metrics(9)).path]).figures)
+    assert figures["reward, first to last"] == ("0.1250 → 1.1250", "1.1250 → 2.1250", "")
+
+
 def test_a_path_that_is_written_otherwise_is_the_same(tmp_path: Path) -> None:
     runs = two(tmp_path)
     for run, model, rows in zip(runs, ("tiny-model", "./tiny-model"), ("rows.jsonl", "./rows.jsonl"), strict=True):

@@ -26,6 +26,11 @@ def saved(run: RunFolder, step: int) -> None:
         (lambda run: None, "crashed", "killed after no checkpoint"),
         (lambda run: (run.path / "crash.txt").write_text("boom"), "crashed", "see crash.txt"),
         (lambda run: run.metrics.unlink(), "not begun", "it ended before its first step"),
+        (
+            lambda run: (run.metrics.unlink(), (run.path / "tuning.json").write_text("{}")),
+            "stopped",
+            "while settings were searched; finished probes are kept",
+        ),
     ],
 )
 def test_a_run_that_has_not_finished(tmp_path: Path, change, name: str, why: str) -> None:  # type: ignore[no-untyped-def]
@@ -33,7 +38,7 @@ def test_a_run_that_has_not_finished(tmp_path: Path, change, name: str, why: str
     change(run)
     state = listing.state(run)
     assert (state.name, state.why) == (name, why)
-    assert state.steps == 50 and state.step == (0 if name == "not begun" else 20)
+    assert state.steps == 50 and state.step == (20 if run.metrics.exists() else 0)
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,7 @@ class Flow:
         """Go by what is `known` of these very rows from an earlier process, and keep it from now on, if anywhere."""
         if known.get("content") == self.content.hex():
             self.index = [tuple(place) for place in known["windows"]]
+            self.left_out = Problems(**known.get("left_out", {}))
         self._path = path
         self._write()
 
@@ -106,10 +107,13 @@ class Flow:
         return some
 
     def passes(self, position: int) -> float:
-        """How often all blocks have been passed over at a position, about."""
-        number = bisect_right(self.index, position, key=lambda place: place[3])
-        epoch, unit, inside, _ = self.index[min(number, len(self.index) - 1)]
-        return epoch + (unit + min(1.0, inside * WINDOW_BLOCKS / max(1, len(self._cut[1])))) / len(self._units)
+        """How often all blocks have been passed over before a position, about: of the windows so far."""
+        number = min(bisect_right(self.index, position, key=lambda place: place[3]), len(self.index) - 1)
+        epoch, unit, inside, end = self.index[number]
+        begin, blocks = self.index[number - 1][3] if number else 0, max(1, len(self._cut[1]))
+        first, last = (min(blocks, n * WINDOW_BLOCKS) for n in (inside, inside + 1))
+        read = first + (last - first) * (position - begin) / max(1, end - begin)
+        return epoch + (unit + read / blocks) / len(self._units)
 
     def _open_next(self) -> None:
         """Tokenise the window after the last one."""
@@ -171,7 +175,10 @@ class Flow:
 
     def _write(self) -> None:
         if self._path is not None:
-            files.write(self._path, files.as_json({"content": self.content.hex(), "windows": self.index}))
+            files.write(
+                self._path,
+                files.as_json({"content": self.content.hex(), "windows": self.index, "left_out": vars(self.left_out)}),
+            )
 
 
 def some_rows(names: Sources, tokenizer: Tokenizer, data: Data) -> EncodedRows:

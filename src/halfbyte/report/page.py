@@ -115,6 +115,8 @@ def facts(run: Record) -> list[tuple[str, str]]:
     figures = [("steps", f"{metrics.last_step:,}" + (f" of {run.state.steps:,}" if run.state.steps else ""))]
     if len(losses):
         figures.append(("loss, first to last", f"{losses[0]:.4f} → {losses[-1]:.4f}"))
+    if len(rewards := metrics.column("reward").known.y):
+        figures.append(("reward, first to last", f"{rewards[0]:.4f} → {rewards[-1]:.4f}"))
     if (evals := metrics.evals.get("eval_loss")) is not None:
         steps, held_out = evals.known.x, evals.known.y
         lowest = int(held_out.argmin())

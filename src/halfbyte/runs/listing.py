@@ -18,6 +18,7 @@ from halfbyte.types import Document
 
 Name = Literal["running", "finished", "worse", "diverged", "stopped", "crashed", "not begun"]
 TAIL_BYTES = 8_192
+SEARCH = "tuning.json"  # what short runs have found (`tuning/`)
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a tenth of the time: a page that follows a run looks often
 
 
@@ -75,6 +76,8 @@ def state(run: RunFolder, *, ours: bool = False) -> State:
         return State("finished", 0, 0, "a search for settings")
     if (run.path / crash.NAME).is_file():
         return State("crashed", step, steps, f"see {crash.NAME}")
+    if not step and (run.path / SEARCH).is_file():
+        return State("stopped", 0, steps, "while settings were searched; finished probes are kept")
     if not step:
         return State("not begun", 0, steps, "it ended before its first step")
     saved = run.saved_step() or 0

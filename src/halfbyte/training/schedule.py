@@ -154,7 +154,7 @@ class StreamedRows:
 
     def end(self, row: Document) -> Document:
         left_out = {"rows_left_out": self.left_out} if self.left_out else {}
-        return {"epoch": self.flow.passes(row["step"] * self.prepared.recipe.train.rows_per_step - 1), **left_out}
+        return {"epoch": self.flow.passes(row["step"] * self.prepared.recipe.train.rows_per_step), **left_out}
 
 
 def _steps_per_epoch(prepared: Prepared) -> int:

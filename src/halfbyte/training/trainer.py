@@ -394,7 +394,7 @@ class StepTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the Trainer's, whose one epoch is the whole run: here `epoch` counts passes over the data."""
-        self.state.epoch = self.train_dataset.steps.passes(self.state.global_step)
+        self.state.epoch = self.last.get("epoch", self.train_dataset.steps.passes(self.state.global_step))
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: Document) -> float:

@@ -13,6 +13,7 @@ import numpy as np
 
 from halfbyte.recipe.file import relative_to_run, to_yaml
 from halfbyte.recipe.schema import SECTIONS, Loaded, Origin, Recipe
+from halfbyte.runs import listing
 from halfbyte.runs.folder import RunFolder
 from halfbyte.system import files
 from halfbyte.system.words import duration
@@ -25,7 +26,7 @@ SAVES = 20  # checkpoints in the time that is given, at least a minute apart
 
 
 def file(run: RunFolder) -> Path:
-    return run.path / "tuning.json"
+    return run.path / listing.SEARCH
 
 
 def with_values(recipe: Recipe, values: Mapping[str, object]) -> Recipe:
