@@ -10,6 +10,7 @@ import json
 import os
 import re
 import secrets
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,7 +20,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from halfbyte.errors import typed
 from halfbyte.runs.folder import read_json, write_json
 from halfbyte.serving.http.refusal import Refusal
 from halfbyte.studio.workspace import Workspace
@@ -70,7 +70,7 @@ class Jobs:
         ended = "stopped" if code in _STOPPED else "failed" if failed else "ended" if code is None else "done"
         state = "running" if runs else ended
         address = _ADDRESS.search(log) if runs and job["words"][0] == "serve" else None
-        command, port = " ".join(map(typed, ("halfbyte", *job["words"]))), address and int(address[1])
+        command, port = shlex.join(("halfbyte", *job["words"])), address and int(address[1])
         return {**job, "id": name, "command": command, "state": state, "code": code, "port": port, "log": log}
 
     def goes_on(self, name: str) -> tuple[bool, bool]:
