@@ -231,6 +231,21 @@ def test_less_than_a_pass_is_said_before_a_model_is_built(tmp_path: Path) -> Non
     assert fits.forecast(recipe(tmp_path, train__within=None), 0.0) is None
 
 
+@pytest.mark.parametrize("spent_s", [5.0, 45.0, 52.0, 300.0])  # about the minute from which a second process looks, too
+def test_a_time_that_is_advised_does(spent_s: float, tmp_path: Path) -> None:
+    tiny_run.rows(tmp_path / "train.jsonl", 400)
+    given = {"train__max_steps": None, "train__num_train_epochs": 1}
+    with pytest.raises(RecipeError) as refused:
+        fits.forecast(recipe(tmp_path, train__within="1s", **given), spent_s)
+    few, steps, whole = re.findall(r"--within (\w+) would do for (\d+) steps, --within (\w+) ", str(refused.value.fix))[
+        0
+    ]
+    fit = fits.forecast(recipe(tmp_path, train__within=few, **given), 1.05 * spent_s)
+    assert fit is not None and fit.steps >= int(steps)
+    fit = fits.forecast(recipe(tmp_path, train__within=whole, **given), 1.05 * spent_s)
+    assert fit is not None and fit.passes == 1 and "too short" not in fit.remark
+
+
 def test_where_starting_took_long_a_second_process_is_given_as_much(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,12 +29,14 @@ PROBES_SHARE = 0.15  # of the time, at most
 EVALUATION_SHARE, FEWEST_ROWS = 0.03, 8  # of the time; base and source are measured on the same rows, once
 VERIFIED_FROM_S = 60.0  # a second process looks at the adapter of a run of so many seconds
 PROCESS_S, PROCESS_STARTS = 5.0, 1.3  # that one takes so long, or so many times what this one took to start
+MORE = 1.1  # of a time that is advised: more held-out rows are evaluated in it, and another start may be slower
 
 
 @dataclass(frozen=True)
 class Fit:
     """Of `within_s`, `before_s` are until the first step, `probes_s` for probes, `tail_s` after the last step; between
-    them are `steps` of `step_s`. `held_out`: how many rows are held out, evaluated or not."""
+    them are `steps` of `step_s`. `held_out`: how many rows are held out, evaluated or not. `verified_s`: of the second
+    process, whether this time is long enough for one or not."""
 
     prepared: Prepared
     within_s: float
@@ -43,6 +45,7 @@ class Fit:
     tail_s: float
     step_s: float
     held_out: int
+    verified_s: float
     steps: int = 0
 
     @property
@@ -56,7 +59,8 @@ class Fit:
 
     def needed(self, steps: int) -> float:
         """The time that so many steps need with all that is around them."""
-        return (self.before_s + self.tail_s + steps * self.step_s) / (1 - self.probes_s / self.within_s)
+        seconds = (self.before_s + self.tail_s + steps * self.step_s) / (1 - self.probes_s / self.within_s)
+        return seconds + self.verified_s * (self.within_s <= VERIFIED_FROM_S < MORE * seconds)
 
     @property
     def one_pass(self) -> str:
@@ -112,11 +116,11 @@ def fit(
     time, rows = plan.time, prepared.evaluation
     evaluated_s = 0.0 if rows is None else time.forward_s * float(rows.lengths.sum())
     tail_s = evaluated_s + time.around.get("saving", 0.0) + text_reading_s(prepared, plan)
-    if within_s > VERIFIED_FROM_S:
-        tail_s += max(PROCESS_S, PROCESS_STARTS * started_s) + time.around.get("opening", 0.0)
+    verified_s = max(PROCESS_S, PROCESS_STARTS * started_s) + time.around.get("opening", 0.0)
+    tail_s += verified_s * (within_s > VERIFIED_FROM_S)
     before_s = spent_s + _opening_s(plan) + 2 * evaluated_s  # base and source
     probes_s = PROBES_SHARE * within_s if probes and rows is not None else 0.0
-    value = Fit(prepared, within_s, before_s, probes_s, tail_s, max(time.step_s, 1e-9), held_out)
+    value = Fit(prepared, within_s, before_s, probes_s, tail_s, max(time.step_s, 1e-9), held_out, verified_s)
     left, total = within_s - before_s - probes_s - tail_s, count_steps(prepared)
     if left < (least := min(LEAST_STEPS, total)) * value.step_s:
         raise RecipeError(
@@ -170,7 +174,8 @@ def forecast(loaded: Loaded, spent_s: float) -> Fit | None:
 
 
 def _spoken(seconds: float) -> str:
-    """As `--within` takes it, rounded up."""
+    """As `--within` takes it: `MORE`, rounded up."""
+    seconds *= MORE
     return f"{math.ceil(seconds)}s" if seconds < 120 else f"{math.ceil(seconds / 60)}m"
 
 
