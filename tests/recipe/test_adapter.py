@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,8 @@ def test_contradictions_are_named(trained: Path) -> None:
     with pytest.raises(RecipeError) as error:
         tiny_run.recipe(trained, lora__adapter=trained / "a", lora__r=8, lora__target_modules=["up_proj"])
     text = str(error.value)
+    advised = shlex.split(str(error.value.fix).partition("; or ")[2])
+    assert load_recipe(trained / "recipe.yaml", advised[1::2]).recipe.lora.r == 4 and set(advised[::2]) == {"--set"}
     assert f"lora.r is 8, and the adapter {trained}/a has 4" in text
     assert 'lora.target_modules is ["up_proj"], and the adapter' in text and "lora_alpha" not in text
 

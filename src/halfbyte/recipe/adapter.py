@@ -10,7 +10,7 @@ from re import _parser as re_parser  # type: ignore[attr-defined]  # the only do
 
 from pydantic import ValidationError
 
-from halfbyte.errors import AdapterError, RecipeError
+from halfbyte.errors import AdapterError, RecipeError, typed
 from halfbyte.recipe.adapter_folder import ADAPTER_FILES, MOST_BYTES, folder_of, is_adapter
 from halfbyte.recipe.fields import HARMLESS, INIT_REFUSED, LORA_REFUSED, shown
 from halfbyte.recipe.schema import Lora, Origin, Recipe
@@ -112,22 +112,25 @@ def apply(recipe: Recipe, origins: dict[str, Origin]) -> tuple[Recipe, dict[str,
     if name is None or not is_adapter(name):
         return recipe, origins
     taken = {field: value for field, value in lora_settings(folder_of(name)) if field not in CHOSEN}
-    if problems := [*_contradictions(recipe.lora, taken, origins)]:
-        raise RecipeError(problems, fix="leave these fields out: lora.adapter decides them")
+    if problems := dict(_contradictions(recipe.lora, taken, origins)):
+        as_it_is = {field: "auto" if field == "target_modules" else shown(taken[field]) for field in problems}
+        sets = " ".join(f"--set {typed(f'lora.{field}={value}')}" for field, value in as_it_is.items())
+        raise RecipeError([*problems.values()], fix=f"leave these fields out: lora.adapter decides them; or {sets}")
     why = Origin("auto", f"of the adapter {name}")
     changed = {f"lora.{field}" for field, value in taken.items() if getattr(recipe.lora, field) != value}
     recipe = recipe.model_copy(update={"lora": recipe.lora.model_copy(update=taken)})
     return recipe, {field: why if field in changed else origin for field, origin in origins.items()}
 
 
-def _contradictions(lora: Lora, taken: Document, origins: dict[str, Origin]) -> Iterator[str]:
+def _contradictions(lora: Lora, taken: Document, origins: dict[str, Origin]) -> Iterator[tuple[str, str]]:
+    """Each field that says otherwise, and how."""
     for field, value in taken.items():
         given = getattr(lora, field)
         if origins[f"lora.{field}"].kind in ("default", "auto") or given in (value, "auto"):
             continue
         if isinstance(given, tuple) and isinstance(value, tuple) and set(given) == set(value):
             continue
-        yield f"lora.{field} is {shown(given)}, and the adapter {lora.adapter} has {shown(value)}"
+        yield field, f"lora.{field} is {shown(given)}, and the adapter {lora.adapter} has {shown(value)}"
 
 
 def base_warning(recipe: Recipe) -> tuple[str, ...]:
