@@ -15,7 +15,7 @@ from gguf import GGUFWriter
 
 from halfbyte.base.config import open_config
 from halfbyte.data.encoding.chatml import chat_template
-from halfbyte.errors import ExportError, HalfbyteError
+from halfbyte.errors import ExportError, HalfbyteError, typed
 from halfbyte.export import folder, gguf, gguf_tokenizer, inputs, llama_cpp, lora, ollama
 from halfbyte.export.job import BaseChoice, DraftExport, ExportJob, bases, better, describe, notes
 from halfbyte.export.lora import Program
@@ -273,7 +273,7 @@ def _refuse_early(run: Target, merged: MergedModel) -> None:
         with tempfile.TemporaryDirectory() as place:
             gguf.write(merged, Path(place, "header.gguf"), "F16", add_tokenizer(run, merged), weights=False)
     except ExportError as error:
-        fix = error.fix or f"halfbyte merge {run.path}: a folder for transformers has a place for all of it"
+        fix = error.fix or f"halfbyte merge {typed(run.path)}"
         raise ExportError(error.message, fix=fix) from error
 
 
