@@ -280,7 +280,7 @@ def _refuse_early(run: Target, merged: MergedModel) -> None:
 def _unread_window(run: Target) -> int | None:
     """Tokens of a window that llama.cpp takes no notice of; None where there is none."""
     config = _config(run)
-    return getattr(config, "sliding_window", None) if config.model_type in gguf.READ_WHOLE else None
+    return getattr(config, "sliding_window", None) or None if config.model_type in gguf.READ_WHOLE else None
 
 
 def _of_window(window: int | None) -> list[str]:

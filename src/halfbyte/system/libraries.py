@@ -39,7 +39,7 @@ def version(library: str) -> str:
 
 @cache
 def _installed(library: str) -> str:
-    """Looked up once: 1 to 3 ms each, and a start asks 64 times."""
+    """Looked up once: it takes a millisecond or two, and a start asks 64 times."""
     from importlib import metadata
 
     return metadata.version(library)
