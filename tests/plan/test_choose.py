@@ -63,6 +63,20 @@ def test_with_room_nothing_is_recomputed_and_the_base_is_mapped() -> None:
     assert set(plan.reasons) == {"placement", "recompute", "max_tokens_per_micro_batch"}
 
 
+def test_an_evaluation_takes_more_rows_at_once_than_a_step_and_no_more_memory() -> None:
+    """Without gradients a layer's tensors are all there is: those of thirty layers hold a step of 100 tokens."""
+    one = {"train__per_device_train_batch_size": 1, "train__gradient_accumulation_steps": 1}
+    rows = Rows((100,) * 64, evaluated=(100,) * 200)
+    plan, alone = (made(cpu(64), rows=each, **one) for each in (rows, Rows((100,) * 64)))
+    assert (plan.max_tokens_per_micro_batch, plan.tokens_in_micro_batch) == (100, 100)
+    assert plan.evaluation_tokens >= 10 * 100 and plan.evaluating_bytes <= plan.step_bytes == plan.peak_bytes
+    assert plan.time.forward_s < 0.8 * alone.time.forward_s, "a weight is decoded once for ten times the tokens"
+    asked = made(cpu(64), rows=rows, **one, train__max_tokens_per_micro_batch=300)
+    assert asked.evaluation_tokens == asked.max_tokens_per_micro_batch == 300
+    full = made(cpu(64), rows=Rows((2048,) * 64), train__gradient_checkpointing=False)
+    assert full.evaluation_tokens == full.max_tokens_per_micro_batch == choose.MAX_TOKENS_PER_MICRO_BATCH
+
+
 def test_among_plans_as_fast_as_each_other_the_smallest_is_taken_unless_memory_is_plenty() -> None:
     """Steps of 6400 tokens take two micro-batches, of 4000 tokens and the rest or of 3200 each."""
     rows, device = Rows((400,) * 64), cpu(64)

@@ -28,7 +28,7 @@ def test_evaluating_a_run_takes_its_placement_and_tokens_and_never_more_than_tra
         pytest.skip("nothing to use: training does not fit")
     after = plan_inference(one, device, trained(plan), generated_tokens=600)
     # the training's own evaluation: micro-batches of at most so many tokens, from a base in that place
-    assert after.max_tokens_per_micro_batch == plan.max_tokens_per_micro_batch
+    assert after.max_tokens_per_micro_batch == plan.evaluation_tokens
     assert after.placement == plan.placement
     assert after.evaluating_bytes <= plan.needed_bytes
     assert after.needed_bytes <= max(plan.needed_bytes, (1 - MARGIN) * free * GB) or after.sequences == 1
@@ -58,7 +58,7 @@ def test_an_evaluation_on_a_smaller_machine_takes_smaller_micro_batches_and_fewe
         if after.max_tokens_per_micro_batch > 700:
             assert after.evaluating_bytes <= (1 - MARGIN) * free * GB
     assert seen == sorted(seen, reverse=True)
-    assert seen[0] == (run.max_tokens_per_micro_batch, 16) and seen[-1][1] < 16
+    assert seen[0] == (run.evaluation_tokens, 16) and seen[-1][1] < 16
 
 
 def test_a_base_larger_than_memory_is_streamed_and_one_with_room_again_is_not() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from halfbyte.training.prepare import Prepared, prepare
-from halfbyte.training.schedule import Cadence, cadence, count_steps, eval_every, micro_batches
+from halfbyte.training.schedule import Cadence, cadence, count_steps, eval_batches, eval_every, plan_steps
 from tests import tiny_run
 
 ROWS, HELD_OUT = 10, 5
@@ -95,7 +95,7 @@ def test_micro_batches_hold_every_row_once_within_the_limits(
     tokens: int, examples: int | None, eval_batch: int, prepared: Any
 ) -> None:
     made = prepared(num_train_epochs=1, per_device_eval_batch_size=eval_batch)
-    steps, held_out = micro_batches(made, tokens, examples)
+    steps, held_out = plan_steps(made, tokens, examples), eval_batches(made, made.evaluation, tokens, examples)
     lengths = made.train.lengths
     rows = [row for step in steps for part in step.micro_batches for row in part]
     assert sorted(rows) == list(range(ROWS)) and len(steps) == 3
@@ -109,5 +109,5 @@ def test_micro_batches_hold_every_row_once_within_the_limits(
 
 
 def test_without_held_out_rows_there_is_no_batch_of_them(tmp_path: Path) -> None:
-    steps, held_out = micro_batches(prepare(tiny_run.recipe(tmp_path).recipe), 100, None)
-    assert len(steps) == 4 and len(held_out) == 0
+    made = prepare(tiny_run.recipe(tmp_path).recipe)
+    assert len(plan_steps(made, 100, None)) == 4 and len(eval_batches(made, made.evaluation, 100, None)) == 0

@@ -107,7 +107,7 @@ def open_target(
         head = None if recipe.task == EMBED else Labels.at(subject.adapter)
         names = [spec.name for spec in base.specs]
         heads.attach(base.model, *heads.wanted(head), seed=recipe.train.seed, names=names)
-    longest = (trained.max_tokens_per_micro_batch if trained else GENERATED_TOKENS,)
+    longest = (trained.evaluation_tokens if trained else GENERATED_TOKENS,)
     rows = Rows(longest, evaluated=longest)
     job = Job.of_checkpoint(recipe, checkpoint, base.model, rows, machine)
     chosen = plan_inference(job, machine, trained, lasting=lasting)

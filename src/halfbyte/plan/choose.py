@@ -23,6 +23,7 @@ PLENTY = 0.5  # of free memory: a plan that takes no more need not save any
 CACHE_SHARE = 0.9  # of what is left, that the system keeps of a mapped file
 MAX_TOKENS_PER_MICRO_BATCH = 4096  # larger micro-batches no longer run faster, they only take memory
 GENERATED_TOKENS = 1024
+SMALL_BYTES = 8 << 20  # an evaluation may take as much, however small a step is
 # From the least to the most that is done again. `selective` keeps outputs of matrix products, and no more.
 POLICIES: tuple[Recompute, ...] = ("none", "selective", "full")
 
@@ -66,19 +67,23 @@ def plan_with(
     cache = page_cache_bytes((*around, *trained, *during), available)
     fixed = (*around, *base_memory.base_lines(job, placement, cards, where, cache), *trained)
     fixed_bytes = sum(line.bytes for line in fixed)
+    eval_tokens = _evaluation_tokens(job, tokens, during)
     in_files = placement in ("mapped", "streamed")
     read = 2 * mean_micro_batches(job, tokens) * max(0, job.base_bytes - int(cache)) if in_files else 0
+    time = step_time(
+        job, rates, tokens=tokens, eval_tokens=eval_tokens, recompute=recompute, placement=placement, read_bytes=read
+    )
     return Plan(
         compute_dtype=job.dtype, placement=placement, recompute=recompute, max_tokens_per_micro_batch=tokens,
-        tokens_in_micro_batch=largest.tokens, lines=tuple(line for line in (*fixed, *during) if line.bytes),
+        tokens_in_micro_batch=largest.tokens, evaluation_tokens=eval_tokens,
+        lines=tuple(line for line in (*fixed, *during) if line.bytes),
         host_lines=host, disk=memory.disk_lines(job),
         loading_bytes=memory.loading_bytes(job, placement, fixed) // cards,
-        evaluating_bytes=fixed_bytes + memory.evaluating_bytes(job, tokens) if len(job.rows.evaluated) else 0,
+        evaluating_bytes=fixed_bytes + memory.evaluating_bytes(job, eval_tokens) if len(job.rows.evaluated) else 0,
         generating_bytes=fixed_bytes + memory.generating_bytes(job, GENERATED_TOKENS, streamed=placement == "streamed"),
         available_bytes=available, host_available_bytes=device.ram_available_bytes, trainable=job.trainable,
-        parameters=job.parameters,
-        time=step_time(job, rates, tokens=tokens, recompute=recompute, placement=placement, read_bytes=read),
-        reasons={}, warnings=(), busy_file_bytes=base_memory.busy_file_bytes(job) if in_files else 0, read_bytes=read,
+        parameters=job.parameters, time=time, reasons={}, warnings=(), read_bytes=read,
+        busy_file_bytes=base_memory.busy_file_bytes(job) if in_files else 0,
         building=job.store_build.lines(device.cores) if job.stored else (),
     )  # fmt: skip
 
@@ -92,6 +97,15 @@ def _during(
     taken = _bytes(line for line in lines if line.name != POOL_RESERVE)
     gradients = memory.gradient_lines(job, where, micro_batches=count, micro_batch_bytes=taken)
     return (*_on_one_card(gradients, cards), *lines)
+
+
+def _evaluation_tokens(job: Job, tokens: int, during: Iterable[Line]) -> int:
+    """Of an evaluation's micro-batch: as many as take no more memory than a step of `tokens`, whose lines these are."""
+    if isinstance(job.recipe.train.max_tokens_per_micro_batch, int):
+        return tokens
+    sizes = micro_batch_sizes(tokens, max(tokens, MAX_TOKENS_PER_MICRO_BATCH))
+    room = max(SMALL_BYTES, _bytes(line for line in during if line.name != POOL_RESERVE))
+    return memory.evaluation_tokens(job, sizes, room)
 
 
 def _bytes(lines: Iterable[Line]) -> int:

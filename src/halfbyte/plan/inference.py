@@ -25,7 +25,7 @@ class RunChoices:
     """What a run's own plan chose, and how much of the free memory it needed."""
 
     placement: str
-    max_tokens_per_micro_batch: int
+    evaluation_tokens: int
     needed_bytes: int
     available_bytes: int
 
@@ -97,7 +97,7 @@ def _with_base(
     available, longest = choose.available_bytes(device), job.rows.longest
     budget, max_tokens = round((1 - choose.MARGIN) * available), choose.MAX_TOKENS_PER_MICRO_BATCH
     if trained is not None:
-        max_tokens = trained.max_tokens_per_micro_batch
+        max_tokens = trained.evaluation_tokens
         if trained.needed_bytes <= available:  # training, too, went without the margin
             budget = max(budget, trained.needed_bytes)
     lines, busy_bytes = _static_lines(job, device, placement)

@@ -15,10 +15,12 @@ Letters: T tokens of a micro-batch, K of them labelled, V vocabulary, D hidden, 
 
 from bisect import bisect_left
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from halfbyte.data import base_text
 from halfbyte.layers.kernels.cpu.recurrent.sizes import thread_bytes
 from halfbyte.plan.job import Job, Sizes
 from halfbyte.plan.layer import NO_SCORES, PADDED, expert_products, pairs_of
@@ -386,13 +388,28 @@ def evaluating_bytes(job: Job, max_tokens: int) -> int:
     an answer that metrics ask for."""
     max_rows = job.recipe.train.per_device_eval_batch_size if job.packed else 1
     lengths = _longest_first(np.sort(job.rows.evaluated)[::-1], max_rows, max_tokens)
-    logits = logits_bytes(job, round(sum(lengths) * job.rows.labelled_share))
-    c, tokens = job.itemsize, sum(lengths or [1])
-    inside = tokens * job.layer.mlp + job.layer.pair * pairs_of(job.layer, lengths or [1])
-    moment = tokens * c * 3 * job.facts.hidden + max(inside, logits)
     longest = int(np.max(job.rows.evaluated, initial=0)) + job.recipe.eval.max_new_tokens
     answer = generating_bytes(job, longest) if job.recipe.eval.metrics else 0
-    return max(round((1 + SLACK) * moment) + c * job.largest_linear, answer)
+    return max(_forward_bytes(job, lengths or [1], round(sum(lengths) * job.rows.labelled_share)), answer)
+
+
+def _forward_bytes(job: Job, lengths: Sequence[int], labelled: int) -> int:
+    """A micro-batch of rows of these tokens, without gradients: a layer, or its logits."""
+    c, tokens = job.itemsize, sum(lengths)
+    inside = tokens * job.layer.mlp + job.layer.pair * pairs_of(job.layer, lengths)
+    moment = tokens * c * 3 * job.facts.hidden + max(inside, logits_bytes(job, labelled))
+    return round((1 + SLACK) * moment) + c * job.largest_linear
+
+
+def evaluation_tokens(job: Job, sizes: Iterable[int], room: int) -> int:
+    """The first of these sizes of an evaluation's micro-batch that takes at most `room` bytes, whichever rows are in it
+    and all their tokens labelled; the last, if none does."""
+    longest = max(base_text.LONGEST, int(np.max(job.rows.evaluated, initial=0)))
+    for size in sizes:
+        lengths = [longest] * (size // longest) + [size % longest or 1]
+        if _forward_bytes(job, lengths, size) <= room:
+            break
+    return size
 
 
 def cache_bytes(job: Job, tokens: int) -> int:

@@ -98,6 +98,7 @@ class Plan:
     are RAM beside the cards. `loading`, `evaluating` and `generating` are peaks of their own, in the same place.
     `reasons` has one for each choice, under its name. `tokens_in_micro_batch`: what activations were counted for. It is
     `max_tokens_per_micro_batch`, or less when a whole step is shorter, or more when one example is longer.
+    `evaluation_tokens`: of an evaluation's micro-batch, which keeps nothing.
     `busy_file_bytes`: pages of a mapped or streamed base that must be there at once; others stay while there is room.
     `read_bytes`: of the base, read again in a step. `building`: RAM while the base's store is built, once.
     """
@@ -107,6 +108,7 @@ class Plan:
     recompute: Recompute
     max_tokens_per_micro_batch: int
     tokens_in_micro_batch: int
+    evaluation_tokens: int
     lines: tuple[Line, ...]
     host_lines: tuple[Line, ...]
     disk: tuple[Line, ...]

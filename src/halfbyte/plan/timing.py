@@ -98,21 +98,25 @@ def assumed(device: Device, dtype: str) -> Rates:
 
 
 def step_time(
-    job: Job, rates: Rates, *, tokens: int, recompute: Recompute, placement: Placement, read_bytes: float
-) -> Time:
-    """Seconds of a mean step. `tokens`: of a micro-batch. `read_bytes`: of the base, read from disk in a step."""
+    job: Job, rates: Rates, *, tokens: int, recompute: Recompute, placement: Placement, read_bytes: float,
+    eval_tokens: int = 0,
+) -> Time:  # fmt: skip
+    """Seconds of a mean step. `tokens`: of a micro-batch; `eval_tokens`: of an evaluation's, where that holds more.
+    `read_bytes`: of the base, read from disk in a step."""
+    eval_tokens = max(tokens, eval_tokens)
     step_tokens = max(1.0, job.rows.mean * job.mean_rows_per_step * job.computed_share(tokens))
     micro_batches = mean_micro_batches(job, tokens)
     parts = _parts(job, rates, step_tokens, micro_batches, recompute)
-    forward = sum(_parts(job, rates, step_tokens, micro_batches, "none", trains=False).values())
+    many = max(step_tokens / micro_batches, min(eval_tokens, float(np.sum(job.rows.evaluated))))
+    forward = sum(_parts(job, rates, many, 1, "none", trains=False).values())
     reading = read_bytes / rates.disk_bytes  # half of it in the forward
     if job.recipe.train.draws:
         parts["writing"] = writing_time(job, rates, job.rows.labelled_share * job.rows.mean * job.mean_rows_per_step)
     parts["waiting for disk"] = _waiting(placement, reading, sum(parts.values()))
-    forward = (forward + _waiting(placement, reading / 2, forward)) / step_tokens
+    forward = (forward + _waiting(placement, reading / 2 / micro_batches, forward)) / many
     total = sum(parts.values())
     spread = total * (SPREAD if rates.measured else SPREAD_ASSUMED)
-    around = around_the_steps(job, rates, tokens)
+    around = around_the_steps(job, rates, eval_tokens)
     if integer_products(job, rates, 2.0)[0]:
         share = min(1.0, PROOF_TOKENS / step_tokens)
         around["proof of products"] = PROOF_PASSES[job.recipe.quant.compute] * share * total

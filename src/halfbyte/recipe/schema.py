@@ -158,7 +158,7 @@ class Train(method.MethodFields):
         4, "examples that count as one batch", "with accumulation, 8 to 64 a step"
     )
     gradient_accumulation_steps: Count = field(4, "batches in one optimiser step; micro-batches are planned from both")
-    per_device_eval_batch_size: Count = field(8, "the most held-out examples in one micro-batch")
+    per_device_eval_batch_size: Count = field(64, "the most held-out examples in one micro-batch")
     num_train_epochs: Float = field(3.0, "passes over the rows; may be a fraction", "1 to 5", gt=0)
     max_steps: Annotated[Int, must("-1 (by epochs) or >= 1", lambda v: v != 0, AfterValidator)] = field(
         -1, "optimiser steps; above 0 it overrides num_train_epochs", ge=-1

@@ -103,19 +103,20 @@ class Comparison:
 
 
 def compare(
-    prepared: Prepared, steps: pack.Steps, plan: Plan, world: World, limits: tuple[int, int | None], store: Path | None,
+    prepared: Prepared, steps: pack.Steps, plan: Plan, world: World, examples: int | None, store: Path | None,
     products: object, *, seconds: float | None = None,
 ) -> Comparison:  # fmt: skip
     """Choose the rows of a run's verdict; of several processes the first one does.
 
     Args:
-        limits: tokens and examples of a micro-batch, as `schedule.plan_steps` has them. store: the base's.
+        examples: the most in a micro-batch, as `schedule.plan_steps` has them. store: the base's.
         products: how they are computed. seconds: as of `choose`.
     """
     rows, chosen, which = choose(prepared, steps, plan, seconds)
     which += prepared.objective.of_base
     first, ends = world.from_first(lambda: [chosen.tolist(), ends_with_evaluation(prepared, steps, plan)])
     chosen = np.array(first, np.int64)
+    limits = plan.evaluation_tokens, examples
     batches = eval_batches(prepared, rows, *limits, rank=world.rank, ranks=world.size, chosen=chosen)
     context = json.dumps([repr(prepared.objective), str(products), versions()])
     # what a base loses depends on the run: on its reference, or on the start of its head

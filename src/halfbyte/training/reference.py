@@ -74,7 +74,7 @@ def _micro_batches(setup: Setup, rows: EncodedRows) -> collate.Batches:
         epoch = replace(setup.steps, total=setup.steps.per_epoch)
         parts = [part for step in epoch for part in pace.split(step.micro_batches)]
         return collate.Batches(rows.examples, parts, prepared.lay_out)
-    world, limits = setup.world, (pace.tokens, pace.examples_per_micro_batch)
+    world, limits = setup.world, (setup.run.plan.evaluation_tokens, pace.examples_per_micro_batch)
     return eval_batches(prepared, rows, *limits, rank=world.rank, ranks=world.size, padded=pace.padded)
 
 

@@ -52,23 +52,14 @@ def plan_steps(
     )
 
 
-def micro_batches(
-    prepared: Prepared, tokens: int, examples: int | None, *, rank: int = 0, ranks: int = 1, padded: bool = False
-) -> tuple[pack.Steps, collate.Batches]:
-    """As `plan_steps`, and the held-out rows (perhaps none) likewise; without a limit, `per_device_eval_batch_size` of
-    them share a micro-batch."""
-    steps = plan_steps(prepared, tokens, examples, rank=rank, ranks=ranks, padded=padded)
-    if prepared.evaluation is None:
-        return steps, collate.Batches((), ())
-    held_out = prepared.evaluation
-    return steps, eval_batches(prepared, held_out, tokens, examples, rank=rank, ranks=ranks, padded=padded)
-
-
 def eval_batches(
-    prepared: Prepared, rows: EncodedRows, tokens: int, examples: int | None, *, rank: int = 0, ranks: int = 1,
+    prepared: Prepared, rows: EncodedRows | None, tokens: int, examples: int | None, *, rank: int = 0, ranks: int = 1,
     padded: bool = False, chosen: NDArray[np.int64] | None = None,
 ) -> collate.Batches:  # fmt: skip
-    """Rows in micro-batches for an evaluation, all or the `chosen` ones; of several processes those of one."""
+    """Rows in micro-batches for an evaluation, all or the `chosen` ones; of several processes those of one. At most
+    `tokens` and `examples` (None: `per_device_eval_batch_size`) share a micro-batch. No rows are no micro-batches."""
+    if rows is None:
+        return collate.Batches((), ())
     numbers = np.arange(len(rows.examples)) if chosen is None else chosen
     lengths = rows.lengths[numbers]
     ids, most = None if padded else prepared.ids_of(rows), examples or prepared.recipe.train.per_device_eval_batch_size

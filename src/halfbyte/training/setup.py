@@ -155,16 +155,18 @@ def equip(
     prepared = (run := fit.decide_sharing(run, assembled, tell)).prepared
     pace.recompute_as(assembled.model, plan.recompute)
     speed = fit.make_pace(run, assembled.model, lambda text: tell.note("memory", text), packed=assembled.packed.ok)
-    limits = speed.tokens, speed.examples_per_micro_batch
-    steps, held_out = schedule.micro_batches(prepared, *limits, rank=world.rank, ranks=world.size, padded=speed.padded)
-    compute = fit.decide_compute(run, assembled, schedule.plan_steps(prepared, *limits)[0], tell)
+    examples = speed.examples_per_micro_batch
+    mine: Document = {"rank": world.rank, "ranks": world.size, "padded": speed.padded}
+    steps = schedule.plan_steps(prepared, speed.tokens, examples, **mine)
+    held_out = schedule.eval_batches(prepared, prepared.evaluation, plan.evaluation_tokens, examples, **mine)
+    compute = fit.decide_compute(run, assembled, schedule.plan_steps(prepared, speed.tokens, examples)[0], tell)
     agree.check(world, {"shares": prepared.shares, "compute": {"products": str(compute.products)}})
     exact = prepared.recipe.quant.compute == "exact" or compute.products == integers.BOTH
     rows, learns = prepare.fingerprints(prepared), prepared.objective.name
     return Setup(
         start=start, world=world, process=process, run=run, model=model, pace=speed, steps=steps, held_out=held_out,
         compute=compute,
-        comparison=compare(prepared, steps, plan, world, limits, assembled.base.store, compute.products),
+        comparison=compare(prepared, steps, plan, world, examples, assembled.base.store, compute.products),
         memory_before=fit.memory_before_steps(run, assembled.model, speed, steps, held_out, tell),
         shards=shard.over(world, plan, assembled.model, tell.note),
         trained=points.trained_with(start.recipe, learns, rows, model.belongs_to),

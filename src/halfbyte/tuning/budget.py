@@ -105,8 +105,9 @@ class Probes:
             self._keep_fresh()
         else:
             lora.put_weights(now.model.assembled.model, self._fresh)
-        run, limits = replace(now.run, prepared=prepared), (now.pace.tokens, now.pace.examples_per_micro_batch)
-        steps, held_out = schedule.micro_batches(prepared, *limits)
+        run, examples = replace(now.run, prepared=prepared), now.pace.examples_per_micro_batch
+        steps = schedule.plan_steps(prepared, now.pace.tokens, examples)
+        held_out = schedule.eval_batches(prepared, prepared.evaluation, run.plan.evaluation_tokens, examples)
         store, products = now.model.assembled.base.store, now.compute.products
         belongs = now.trained["rows"], now.trained["belongs_to"]
         self._now = replace(
@@ -115,7 +116,7 @@ class Probes:
             run=run,
             steps=steps,
             held_out=held_out,
-            comparison=compare(prepared, steps, run.plan, now.world, limits, store, products, seconds=evaluation_s),
+            comparison=compare(prepared, steps, run.plan, now.world, examples, store, products, seconds=evaluation_s),
             trained=points.trained_with(start.recipe, prepared.objective.name, *belongs),
         )
         return self._now
