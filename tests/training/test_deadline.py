@@ -50,6 +50,18 @@ def test_a_slower_machine_makes_fewer_steps_and_not_a_later_end(steps: list[floa
     assert all(a >= b for a, b in itertools.pairwise(shares)), made
 
 
+@pytest.mark.parametrize(("slower", "made"), [(0.5, 117), (1.0, 77), (2.0, 47), (3.0, 42)])
+def test_where_steps_take_longer_what_follows_them_is_granted_as_much_more(slower: float, made: int) -> None:
+    """Of 100 s, 40 are as planned, and then a step takes longer, or half as long; 20 s are planned for what follows."""
+    hand = Hand()
+    steps = [4.0, *[1.0] * 36, *[slower] * 200]  # the first one compiles
+    shares = course(hand, steps, ends_s=80.0, step_s=1.0, tail_s=20.0)
+    assert len(shares) - 1 == made
+    # five of the last eight steps have to show it
+    assert abs(hand.t + 20.0 * max(1.0, slower) - 100.0) <= 5 * slower
+    assert all(a >= b for a, b in itertools.pairwise(shares))
+
+
 def test_of_few_rows_the_steps_end_sooner_than_the_time() -> None:
     assert course(Hand(), [1.0] * 9, ends_s=1000.0, step_s=1.0, total=4) == pytest.approx([1, 0.75, 0.5, 0.25, 0])
 

@@ -13,12 +13,17 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 
 import psutil
 
 from halfbyte.runs.folder import json_rows
 from halfbyte.system import files
+
+PACE = 8  # steps that show what one takes
+SLOWEST = 3.0  # times the planned seconds, that what follows the steps is granted
 
 
 class Clock:
@@ -44,14 +49,16 @@ class Clock:
 @dataclass
 class Schedule:
     """The rates of a run's steps: up over `warmup` steps, then linearly to 0 over the time or the `total` steps that
-    are left, whichever are over sooner. `ends_s`: when the steps have to be done, on the clock; `step_s`: what one is
-    planned to take; `step`: how many are done."""
+    are left, whichever are over sooner. `ends_s`: when the steps have to be done, on the clock, sooner where the
+    machine slows down; `step_s`: what one is planned to take, as `tail_s` is for all that follows the last one; `step`:
+    how many are done."""
 
     clock: Clock
     total: int
     warmup: int
     ends_s: float = math.inf
     step_s: float = 0.0
+    tail_s: float = 0.0
     file: Path | None = None
     decisions: list[tuple[float, float]] = field(default_factory=list)
     """For each step its share of the highest rate, 0 where there is none, and the seconds that were spent before."""
@@ -87,7 +94,8 @@ class Schedule:
     @property
     def left_s(self) -> float:
         """Seconds until the steps have to be done, as of the last decision."""
-        return self.ends_s - (self.decisions[self.step][1] if self.decisions else self.clock.spent)
+        at = self.decisions[self.step][1] if self.decisions else self.clock.spent
+        return self._ends(self.step, at) - at
 
     @property
     def expected(self) -> int:
@@ -98,11 +106,22 @@ class Schedule:
         mean = spent / self.step if self.step else self.step_s
         return min(self.total, self.step + max(1, round(self.left_s / max(mean, 1e-9))))
 
+    def _ends(self, step: int, at: float) -> float:
+        """When the steps have to be done, as known before that after the first `step` ones, which begins `at`: where
+        the last ones took longer than the first ones (but for the very first, which compiles), so will what follows."""
+        starts = [*(each for _, each in self.decisions[1:step]), at]
+        if self.ends_s == math.inf or len(starts) <= 2 * PACE:
+            return self.ends_s
+        seconds = [after - before for before, after in pairwise(starts)]
+        slower = median(seconds[-PACE:]) / max(median(seconds[:PACE]), 1e-9)
+        return self.ends_s - self.tail_s * max(0.0, min(SLOWEST, slower) - 1)
+
     def _decide(self, step: int) -> None:
         at = self.clock.spent
         first, mean = (self.decisions[0][1], (at - self.decisions[0][1]) / step) if step else (at, 0.0)
-        over = step > 0 and (step >= self.total or self.ends_s - at < mean / 2)
-        by_time = 1.0 if self.ends_s == math.inf else (self.ends_s - at) / max(self.ends_s - first, 1e-9)
+        ends = self._ends(step, at)
+        over = step > 0 and (step >= self.total or ends - at < mean / 2)
+        by_time = 1.0 if ends == math.inf else (ends - at) / max(ends - first, 1e-9)
         share = min(1.0, (step + 1) / (self.warmup + 1), by_time, 1 - step / self.total)
         self.decisions.append((0.0 if over else max(1e-6, share), at))
         if self.file is not None:
