@@ -2,7 +2,8 @@
 
     plain      as its users write it, in 4 bits: `prepare_model_for_kbit_training` with its default checkpointing
     tuned      the plain stack at its best: no checkpointing
-    halfbyte   exact products
+    halfbyte   exact products, a step in one micro-batch
+    split      the same, in micro-batches of at most `SPLIT` tokens
     integer    quant.compute int8
 
 Use: `python -m benchmarks.labels smollm2|modernbert [nf4] [--stacks plain halfbyte ...]`: of a base in 16 bits, where
@@ -28,7 +29,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-ROWS, STEPS, PREDICTED, BATCH = 16, 2, 48, 8
+ROWS, STEPS, PREDICTED, BATCH, WHOLE, SPLIT = 16, 2, 48, 8, 4096, 1536
 LABELS = ("a", "b", "c", "d")
 Sides = tuple[Callable[[Any], float], Callable[[Any], Any]]
 
@@ -54,7 +55,7 @@ def rows(count: int, seed: int) -> list[tuple[list[int], int]]:
     return [([draw.randrange(5, 40000) for _ in range(n)], draw.randrange(len(LABELS))) for n in lengths]
 
 
-def halfbyte(folder: Path, four_bits: bool, compute: str) -> Sides:
+def halfbyte(folder: Path, four_bits: bool, compute: str = "exact", tokens: int = WHOLE) -> Sides:
     import torch
 
     from halfbyte.adapters.assembly import assemble
@@ -66,6 +67,7 @@ def halfbyte(folder: Path, four_bits: bool, compute: str) -> Sides:
     from halfbyte.objectives.labels import Labels
     from halfbyte.recipe.schema import Lora, Quant, Recipe
     from halfbyte.system import device, threads
+    from halfbyte.training import pace
 
     machine = device.detect()
     threads.configure(machine.cores)
@@ -79,12 +81,13 @@ def halfbyte(folder: Path, four_bits: bool, compute: str) -> Sides:
     print(assembled.packed.layout, assembled.engine, file=sys.stderr)
     adapted = assembled.model.train()
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-4)
+    pace.give_back()  # as a run does before its first step
 
     def batches(some: Any) -> list[Any]:
         examples = [
             Example(tuple(ids), (*(-100,) * (len(ids) - 1), ids[-1]), "", (), json.dumps(LABELS[y])) for ids, y in some
         ]
-        planned = collate.Batches.of_rows(examples, 4096, len(examples))  # a run's step is one micro-batch, too
+        planned = collate.Batches.of_rows(examples, tokens, len(examples))
         return [objective.collate([examples[n] for n in numbers]) for numbers in planned.micro_batches]
 
     def step(some: Any) -> float:
@@ -148,8 +151,9 @@ def plain(folder: Path, four_bits: bool, again: bool) -> Sides:
 
 def serve(stack: str, folder: Path, four_bits: bool) -> None:
     """Answer each line of the standard input, `train` or `predict`, with the seconds and the peak so far."""
-    if stack in ("halfbyte", "integer"):
-        step, predict = halfbyte(folder, four_bits, "int8" if stack == "integer" else "exact")
+    ours: dict[str, dict[str, Any]] = {"halfbyte": {}, "split": {"tokens": SPLIT}, "integer": {"compute": "int8"}}
+    if stack in ours:
+        step, predict = halfbyte(folder, four_bits, **ours[stack])
     else:
         step, predict = plain(folder, four_bits, four_bits and stack == "plain")
     for asked in sys.stdin:
@@ -180,7 +184,7 @@ def compare(stacks: list[str], folder: Path, four_bits: bool, rounds: int) -> No
         for task in ("train", "predict"):  # bitsandbytes packs a weight anew for predictions, and trains on that slowly
             seen = [{name: round_of(task, number, name) for name in stacks} for number in range(rounds + 1)][1:]
             for what in ("seconds", "peak_GB"):
-                for other, own in product(("plain", "tuned"), ("halfbyte", "integer")):
+                for other, own in product(("plain", "tuned"), ("halfbyte", "split", "integer")):
                     ratios = [row[other][what] / row[own][what] for row in seen if {other, own} <= set(row)]
                     if ratios:
                         spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
@@ -195,7 +199,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("base", help="smollm2 or modernbert")
     parser.add_argument("format", nargs="?", choices=["nf4"])
-    parser.add_argument("--stacks", nargs="+", default=["plain", "tuned", "halfbyte", "integer"])
+    parser.add_argument("--stacks", nargs="+", default=["plain", "tuned", "halfbyte", "split", "integer"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
