@@ -161,8 +161,13 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "granitemoe": ("granitemoe", "granitemoe", {**RMS, **GRANITE, **MOE}, {**SAID_GRANITE, **SAID_MOE}),
     "olmo": ("olmo", "olmo", {"clip_qkv": 0.5}, {"attention.clamp_kqv": 0.5, "attention.layer_norm_epsilon": 1e-5}),
     "olmo2": ("olmo2", "olmo2", RMS, {}),
-    "olmo3": ("olmo2", "olmo3", {**RMS, "sliding_window": 3, "num_hidden_layers": 4}, {
-        "attention.sliding_window": 3, "attention.sliding_window_pattern": [True, True, True, False]}),
+    "olmo3": (
+        "olmo2", "olmo3",
+        {**RMS, "sliding_window": 3, "num_hidden_layers": 4, "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 5000.0} for kind in ("sliding_attention", "full_attention")}},
+        {"attention.sliding_window": 3, "attention.sliding_window_pattern": [True, True, True, False],
+         "rope.freq_base": 5000.0},
+    ),
     "olmoe": ("olmoe", "olmoe", {**RMS, **MOE, "norm_topk_prob": False}, SAID_MOE),
     "command-r": ("command-r", "cohere", {"logit_scale": 0.25, "layer_norm_eps": 3e-5, **TIED}, {"logit_scale": 0.25}),
     "smollm3": ("smollm3", "smollm3", {**RMS, "num_hidden_layers": 5}, {}),
@@ -179,6 +184,7 @@ QUICK = (
     "bloom",
     "gpt2",
     "gemma3",
+    "olmo3",
     "mamba",
     "deepseek2-v3",
     "granitemoe",

@@ -371,7 +371,9 @@ def rope(file: GgufReader, default: ConfigFile, values: ConfigFile) -> Document:
     size = values.get("head_dim") or values.get("hidden_size", 0) // heads
     if dims and size and (dims != size or "partial_rotary_factor" in default):
         params["partial_rotary_factor"] = dims / size
-    return params | scaling(file, default, dims or size, params["rope_theta"])
+    params |= scaling(file, default, dims or size, params["rope_theta"])
+    kinds = [kind for kind, each in default.items() if isinstance(each, dict)]  # of layers, each with its own
+    return {kind: dict(params) for kind in kinds} or params
 
 
 def scaling(file: GgufReader, default: ConfigFile, dims: int, theta: float) -> Document:
