@@ -800,6 +800,27 @@ CASES = [
         "error: --repair is of a GGUF file, and none is asked for.\n  fix: --gguf Q4_0 --repair",
     ),
     Case(
+        "weights to merge an adapter into that is exported alone",
+        "export done --peft --base 4bit",
+        "error: --base is of a file that is merged: an adapter is exported alone.\n  fix: leave --base out",
+    ),
+    Case(
+        "rows for what is not compared",
+        "export done --peft --data train.jsonl",
+        "error: --data names rows to compare on, and --peft compares nothing.\n  fix: leave --data out",
+    ),
+    Case(
+        "rows to compare on that are not there",
+        "merge done --data nowhere.jsonl",
+        "error: nowhere.jsonl: no such file.\n  fix: check the path; it is read relative to where halfbyte runs",
+    ),
+    Case(
+        "rows to compare on that are none",
+        "export done --gguf F16 --data cut.jsonl",
+        "error: 1 of 1 rows cannot be used\n  - cut.jsonl:1: not JSON <...>",
+        write("cut.jsonl", "{\n"),
+    ),
+    Case(
         "a program without its adapter",
         "export done --for vllm",
         "error: --for names the program that reads an adapter.\n  fix: --peft --for vllm",

@@ -38,6 +38,8 @@ def test_the_share_that_is_left_is_over_the_source_model() -> None:
     assert "--gguf-lora" in seen.to_json()["advice"]
     assert "the source model 2.5000, on 8 held-out rows" in seen.text and "its base alone 2.9000" in seen.text
     assert seen.to_json()["loss"] == pytest.approx({"export": 2.2, "run": 2.0, "base": 2.9, "source": 2.5})
+    trained_on = HeldOut(losses(2.2), losses(2.0), losses(2.9), losses(2.5), "training rows")
+    assert "on 8 training rows" in trained_on.text and "held" not in trained_on.text
     whole = HeldOut(losses(2.01), losses(2.0), losses(2.9), losses(2.5))
     assert "gain kept 98%" in whole.text and whole.advice == ""
 

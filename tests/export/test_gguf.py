@@ -10,6 +10,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+import peft
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -112,6 +113,21 @@ def test_llama_cpp_computes_the_same(name: str, tmp_path: Path) -> None:
     assert np.abs(program.logits(IDS, range(len(IDS))) - logits(model)).max() < 1e-2  # its table of GELU is in fp16
     for text in (*gguf_tokenizer.PROBES, "<|im_start|>user\nred cup<|im_end|>\n"):
         assert program.tokens(text) == tiny_run.tokenizer()(text)["input_ids"], text
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3", "gpt2"])
+def test_a_head_that_is_no_longer_tied_is_in_the_file(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp_py_sync", reason="llama.cpp is not installed: pip install 'halfbyte[gguf]'")
+    model, merged = build(tmp_path, name, tie_word_embeddings=True)
+    tied = logits(model)
+    layer = "c_attn" if name == "gpt2" else "q_proj"
+    adapter = tmp_path / "adapter"
+    runs.adapter(model, adapter, {"target_modules": [layer], "modules_to_save": ["lm_head"]})
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    expected = logits(peft.PeftModel.from_pretrained(plain, adapter).eval())
+    merged = MergedModel(Target(adapter, merged.run.recipe, adapter), "16bit")
+    program = programs.LlamaCpp(str(write(merged, tmp_path / "m.gguf")), tokens=64)
+    assert np.abs(program.logits(IDS, range(len(IDS))) - expected).max() < 1e-2 < np.abs(tied - expected).max()
 
 
 @pytest.mark.parametrize("name", sorted(writing.READ_WHOLE))

@@ -90,6 +90,18 @@ def test_what_an_adapter_of_other_programs_cannot_hold(kind: str, tmp_path: Path
             write()
 
 
+def test_a_tied_head_has_no_place_beside_its_base(tmp_path: Path) -> None:
+    """The base's file has it as its embedding; llama.cpp does not open an adapter for a tensor that is not there."""
+    tiny_run.checkpoint(tmp_path / "model", "gpt2")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    runs.adapter(plain, tmp_path / "adapter", {"target_modules": ["c_attn", "lm_head"]})
+    recipe = tiny_run.recipe(tmp_path, quant__type="none").recipe
+    merged = MergedModel(Target(tmp_path / "adapter", recipe, tmp_path / "adapter"), "16bit")
+    with pytest.raises(ExportError, match="LoRA on a head that the base's file has as its embedding") as refused:
+        lora.GgufLayers.of(merged)
+    assert (refused.value.fix or "").startswith(f"halfbyte merge {tmp_path / 'adapter'}")
+
+
 @pytest.mark.parametrize("kind", HELD)
 def test_a_folder_of_one_rank_and_one_scaling(kind: str, tmp_path: Path) -> None:
     """What vLLM reads of it (r, lora_alpha, use_rslora) is all that its scaling is; plain PEFT says the same."""

@@ -24,6 +24,7 @@ from halfbyte.base.store.supply import Tell
 from halfbyte.base.store.writer import SafetensorsWriter
 from halfbyte.errors import AdapterError, ExportError
 from halfbyte.export import folder, weights
+from halfbyte.export import job as exporting
 from halfbyte.export.export import merge, to_gguf
 from halfbyte.export.job import ExportJob
 from halfbyte.export.weights import BaseKind, MergedModel
@@ -226,6 +227,16 @@ def test_a_killed_merge_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
     assert left.name.startswith(".out.") and not list(left.rglob("*.safetensors"))
     merge(ExportJob(tmp_path / "adapter", tmp_path / "out", ("quant.type=none",), prove=False), "16bit")
     assert [p.name for p in tmp_path.iterdir() if "out" in p.name] == ["out"]
+
+
+def test_no_format_to_quantise_to_is_told_before_the_run_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs.make(tmp_path, "plain")
+    monkeypatch.setattr(exporting, "ask_run", lambda questions: pytest.fail("the run was asked"))
+    with pytest.raises(ExportError, match="the run's base is in 16 bits") as refused:
+        merge(ExportJob(tmp_path / "adapter", tmp_path / "out", ("quant.type=none",)), quantise=True)
+    assert refused.value.fix == f"halfbyte export {tmp_path / 'adapter'} --gguf Q8_0"
 
 
 @pytest.mark.parametrize("export", [lambda job: merge(job, "16bit"), lambda job: to_gguf(job, "Q8_0")])

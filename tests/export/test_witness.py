@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from halfbyte.errors import DataError
 from halfbyte.export import witness
 from halfbyte.inference import load, target
 from tests import tiny_run
@@ -21,8 +22,25 @@ def test_an_adapter_alone_is_asked_on_a_text_of_ours_that_its_model_reads(
     config = tmp_path / "model/config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": context}))
     opened = load.open_target(target.find(tmp_path / "adapter"))
-    (row,) = witness.rows_of(opened, None, 4)
+    (row,), what = witness.rows_of(opened, None, 4)
+    assert what == "texts of the base's kind"
     assert at_least <= len(row.input_ids) <= context
+
+
+def test_rows_are_called_what_they_are(tmp_path: Path) -> None:
+    runs.make(tmp_path, "plain")
+    tiny_run.rows(tmp_path / "other.jsonl", 3)
+    tiny_run.rows(tmp_path / "eval.jsonl", 2)
+    names = {"training rows": (f"data.train={tmp_path / 'train.jsonl'}",)}
+    names["held-out rows"] = (*names["training rows"], f"data.eval={tmp_path / 'eval.jsonl'}")
+    for what, overrides in names.items():
+        opened = load.open_target(target.find(tmp_path / "adapter", overrides))
+        rows, told = witness.rows_of(opened, None, 64)
+        assert (told, len(rows)) == (what, 2 if what == "held-out rows" else 16)
+    rows, told = witness.rows_of(opened, tmp_path / "other.jsonl", 64)
+    assert (told, len(rows)) == ("rows of other.jsonl", 3)
+    with pytest.raises(DataError, match="nowhere"):
+        witness.rows_of(opened, tmp_path / "nowhere.jsonl", 64)
 
 
 def test_rows_prompts_and_answers_stay_within_a_window(tmp_path: Path) -> None:

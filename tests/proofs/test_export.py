@@ -188,7 +188,7 @@ def test_auto_takes_the_nearer_where_losses_do_not_decide_and_says_so(world: Pat
         for other, losses in (("4bit", (1.3, 2.3)), ("16bit", (0.7, 1.7))):
             apart = {"16bit": _held_out(*losses), "4bit": _held_out(1.0, 2.0)}
             assert job.better(tried, apart, kinds) == other
-            assert "of lower held-out loss" in next(job.notes(kinds, tried, apart, other))
+            assert "of lower loss" in next(job.notes(kinds, tried, apart, other))
     unsound = {"16bit": replace(seen, kl=0.01, tokenized=1), "4bit": seen}
     assert job.better(unsound, alike, kinds) == "4bit"
 

@@ -56,7 +56,7 @@ def merge(
     from halfbyte.export import inputs
     from halfbyte.recipe.task import CAUSAL_LM, HEADS
 
-    inputs.adapter_of(run, set_, (CAUSAL_LM, *HEADS))
+    inputs.check_rows(inputs.adapter_of(run, set_, (CAUSAL_LM, *HEADS)), data)
     inputs.out_folder(run, out, "merged")
     with progress.quantizing(silent=json_ or quiet) as tell:
         with libraries.loading():
@@ -91,6 +91,10 @@ def export(
     """A run for llama.cpp, Ollama, vLLM or plain PEFT, with a proof that it says what the run says."""
     if repair and (gguf_lora or peft):
         raise RecipeError("--repair is of a GGUF file that is merged: an adapter is not rounded.", fix="leave it out")
+    if base is not BaseOption.auto and (gguf_lora or peft):
+        raise RecipeError("--base is of a file that is merged: an adapter is exported alone.", fix="leave --base out")
+    if data is not None and peft:
+        raise RecipeError("--data names rows to compare on, and --peft compares nothing.", fix="leave --data out")
     flags = {"--gguf": gguf is not None, "--gguf-lora": gguf_lora, "--peft": peft, "--ollama": ollama and peft}
     if len(given := [name for name, is_given in flags.items() if is_given]) > 1:
         raise RecipeError(f"{' and '.join(given)} exclude each other.", fix=f"leave out all but one: {given[0]}")
@@ -104,7 +108,7 @@ def export(
     from halfbyte.export import inputs
 
     kind = "" if gguf_lora or peft else inputs.gguf_format(gguf or "Q8_0", repair=repair)
-    inputs.adapter_of(run, set_)
+    inputs.check_rows(inputs.adapter_of(run, set_), data)
     inputs.out_folder(run, out, "peft" if peft else "gguf-lora" if gguf_lora else f"gguf-{kind.lower()}")
     with progress.quantizing(silent=json_ or quiet) as tell:
         with libraries.loading():

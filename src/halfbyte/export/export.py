@@ -45,6 +45,10 @@ def merge(job: ExportJob, choice: BaseChoice = "auto", *, quantise: bool = False
         if quantise:
             raise ExportError("a merged model with a head is not quantised again.", fix="leave --quantise out")
         return _merge_head(job, run, out, kinds[-1])
+    if quantise and (not run.recipe.quant.quantises or run.recipe.quant.in_file):
+        what = "is a file's own blocks" if run.recipe.quant.in_file else "is in 16 bits"
+        fix = f"halfbyte export {typed(run.path)} --gguf Q8_0"
+        raise ExportError(f"the run's base {what}: it says no format to quantise to.", fix=fix)
     with job.draft(run, out, copies=len(kinds)) as draft:
         for kind in kinds:
             (place := draft.folder / kind).mkdir()
@@ -99,11 +103,6 @@ def _quantise(job: ExportJob, draft: DraftExport, merged: Exported, place: Path)
     from halfbyte.base.quantize import quantize
 
     quant = draft.run.recipe.quant
-    if not quant.quantises or quant.in_file:
-        what = "is a file's own blocks" if quant.in_file else "is in 16 bits"
-        raise ExportError(
-            f"the run's base {what}: it says no format to quantise to.", fix="halfbyte export RUN --gguf Q8_0"
-        )
     recipe = draft.run.recipe.model_copy(update={"model": str(place), "revision": None})
     store = draft.folder / "store"
     try:

@@ -6,6 +6,7 @@ Source: llama.cpp's converter (conversion/) for what each architecture states; t
 Cost: one tensor in fp32 at a time, and its encoding; K-quants by llama.cpp's own quantiser, from a file in F16.
 """
 
+import copy
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -182,7 +183,8 @@ def write(
     """Write one file in a format of `inputs.OWN_FORMATS`. `add_tokenizer`: puts `tokenizer.*` and the name into a
     writer. `weights`: False leaves their place empty, and no weight is read. Raises ExportError: the architecture, or
     something that it computes with, has no place in the file."""
-    config = merged.config.get_text_config()
+    config = copy.deepcopy(merged.config.get_text_config())
+    config.tie_word_embeddings = config.tie_word_embeddings and not merged.untied
     metadata, tables = describe(config)
     writer = gguf.GGUFWriter(path, metadata.architecture)
     writer.add_type("model")

@@ -53,7 +53,7 @@ def compare(asked: Document) -> Document:
     run = replace(run, recipe=run.recipe.model_copy(update={"quant": quant.in_type("none") if other else quant}))
     opened, folder = open_target(run, force=asked["force"] or other), folder_of(asked["run"])
     objective, config = Labels.at(folder), opened.model.config.get_text_config()
-    rows = rows_of(opened, Path(asked["data"]) if asked["data"] else None, ROWS)[:ROWS]
+    rows, _ = rows_of(opened, Path(asked["data"]) if asked["data"] else None, ROWS)
     tags, dtype = objective if isinstance(objective, Tags) else None, str(opened.model.dtype).removeprefix("torch.")
     ours = labels.tag_scores(opened, tags, rows) if tags else labels.scores_of(opened, objective, rows)
     del opened

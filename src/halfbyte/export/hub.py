@@ -74,7 +74,7 @@ def metrics(run: Target, export: Exported) -> list[tuple[str, str, float, str]]:
             words = f"{CONFIDENCE:.0%} {ends[0]:.4g} to {ends[1]:.4g}" if ends else ""
             rows.append(("held-out rows", str(metric["name"]), float(adapter["value"]), words))
     if not rows and (proven := export.proven) is not None:
-        where = "held-out rows of the proof"
+        where = f"{(export.held_out or {}).get('compared_on', 'rows')} of the proof"
         rows = [(where, "loss", round(proven.loss, 4), "")]
         if proven.references:
             share = f"{proven.exact} of {proven.references}"

@@ -4,6 +4,7 @@ folder that is free. No torch."""
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from halfbyte.data.reading import read
 from halfbyte.errors import RecipeError, RunError, typed
 from halfbyte.inference import target
 from halfbyte.inference.target import Target
@@ -33,6 +34,12 @@ def adapter_of(path: Path, overrides: Sequence[str], tasks: Collection[str] = (C
         fix = f"halfbyte train {typed(path)} ROWS.jsonl"
         raise RunError(f"{path} is a base without an adapter: there is nothing to ship.", fix=fix)
     return run
+
+
+def check_rows(run: Target, data: Path | None) -> None:
+    """Raises DataError: what is to be compared on cannot be read."""
+    if data is not None:
+        read.look(data, run.recipe.data)
 
 
 def out_folder(run: Path, out: Path | None, name: str) -> Path:

@@ -7,6 +7,7 @@ that was trained, with what 4 bits have lost. Neither is always better, so `auto
 Cost: hashing the adapter and reading the base's headers; a child process that opens the run, and one for each proof.
 """
 
+import json
 import shutil
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -49,8 +50,9 @@ HELP = "more keep --repair, the adapter beside its base (halfbyte export RUN --g
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out losses of an export beside the run's. `source`: the model as it came, without an adapter; None where it
-    was not asked. `base`: what the run was trained on, without its adapter.
+    """Losses of an export beside the run's, on held-out rows where there are some. `source`: the model as it came,
+    without an adapter; None where it was not asked. `base`: what the run was trained on, without its adapter.
+    `compared_on`: what the rows are.
 
     A run has won over the model that it came from, not over its quantised base, which has lost something first. Gain
     kept = (source - export) / (source - run), each a sum over the labelled tokens of the rows, as each program's own
@@ -61,12 +63,14 @@ class HeldOut:
     run: RowSums
     base: RowSums
     source: RowSums | None
+    compared_on: str = "held-out rows"
 
     @classmethod
     def read(cls, export: Path, run: Path, source: Path | None) -> "HeldOut":
         """From the folders of an export's answers, of the run's, and of the run's on 16-bit weights."""
         alone = None if source is None else _sums(source / f"base-{LOSSES}")
-        return cls(_sums(export / LOSSES), _sums(run / LOSSES), _sums(run / f"base-{LOSSES}"), alone)
+        rows = json.loads((run / WITNESS).read_text(encoding="utf-8"))["compared_on"]
+        return cls(_sums(export / LOSSES), _sums(run / LOSSES), _sums(run / f"base-{LOSSES}"), alone, rows)
 
     @property
     def won(self) -> Interval | None:
@@ -86,7 +90,7 @@ class HeldOut:
     @property
     def text(self) -> str:
         """What was measured, in a line; and what would help, where little is left."""
-        rows = f"on {len(self.run.numerators)} held-out rows"
+        rows = f"on {len(self.run.numerators)} {self.compared_on}"
         losses = f"loss {self.export.value:.4f}; the run {self.run.value:.4f}, its base alone {self.base.value:.4f}"
         if self.source is None:
             return f"{losses}, {rows}"
@@ -106,10 +110,11 @@ class HeldOut:
 
     def to_json(self) -> Document:
         """Losses a token; `kept` and `interval` are shares."""
-        losses = {name: sums and sums.value for name, sums in vars(self).items()}
+        sums = {"export": self.export, "run": self.run, "base": self.base, "source": self.source}
+        losses = {name: each and each.value for name, each in sums.items()}
         share, limits = self.kept or (None, None)
-        return {"rows": len(self.run.numerators), "loss": losses, "kept": share, "interval": limits, "text": self.text,
-                "advice": self.advice}  # fmt: skip
+        return {"rows": len(self.run.numerators), "compared_on": self.compared_on, "loss": losses, "kept": share,
+                "interval": limits, "text": self.text, "advice": self.advice}  # fmt: skip
 
 
 def difference(one: RowSums, other: RowSums) -> Interval | None:
@@ -329,7 +334,7 @@ def notes(kinds: Sequence[str], proofs: dict[str, Proof], losses: dict[str, Held
         apart = difference(one, other)
         decided = apart is not None and not apart[0] <= 0 <= apart[1]
         yield (
-            f"into {describe(base)}, {'of lower held-out loss' if decided else 'the nearer to the run by KL'} "
+            f"into {describe(base)}, {'of lower loss' if decided else 'the nearer to the run by KL'} "
             f"({figures}; the run: loss {run.run_loss:.4f}, exact {run.run_exact} of {run.references}; the base alone "
             f"is {run.base_kl:.4f} away)"
         )

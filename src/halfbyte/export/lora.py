@@ -24,7 +24,7 @@ from gguf import GGUFWriter
 from safetensors.torch import save_file
 
 from halfbyte.base.store.in_file import FileSource
-from halfbyte.errors import ExportError
+from halfbyte.errors import ExportError, typed
 from halfbyte.export import gguf, hub
 from halfbyte.export.weights import Item, MergedModel
 from halfbyte.models import tensors as tensors_of
@@ -98,7 +98,11 @@ def names_for(program: Program, kind: str, whole: str | None, modules: Iterable[
 
 # vLLM pads an adapter to one of these; beyond the last it refuses (vllm/config/lora.py, MaxLoRARanks).
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-MERGED = "halfbyte merge RUN, or halfbyte export RUN --gguf: there everything is in the weights"
+
+
+def merged_instead(merged: MergedModel) -> str:
+    """The command that puts into weights what an adapter cannot hold."""
+    return f"halfbyte merge {typed(merged.run.path)}: there everything is in the weights"
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,7 @@ def factors(merged: MergedModel, program: str) -> list[Factors]:
         layers.append(Factors(parameter, b, a))
     if refused:
         listed = "; ".join(f"{what} ({names[0]})" for what, names in refused.items())
-        raise ExportError(f"an adapter for {program} cannot hold {listed}.", fix=MERGED)
+        raise ExportError(f"an adapter for {program} cannot hold {listed}.", fix=merged_instead(merged))
     return layers
 
 
@@ -147,6 +151,9 @@ class GgufLayers:
     def of(cls, merged: MergedModel) -> "GgufLayers":
         """Raises ExportError: the architecture, or a part of the adapter, has no place in such a file."""
         every = factors(merged, "llama.cpp")
+        if tied := [each.parameter for each in every if each.parameter in merged.plain.all_tied_weights_keys]:
+            what = f"LoRA on a head that the base's file has as its embedding ({tied[0]})"
+            raise ExportError(f"an adapter for llama.cpp cannot hold {what}.", fix=merged_instead(merged))
         items = {item.parameter: item for item in merged.items}
         architecture, numbers, names = _file_of(merged, [items[each.parameter] for each in every])
         return cls(architecture, numbers, [names[items[each.parameter].name] for each in every], every)
@@ -185,7 +192,9 @@ def _file_of(merged: MergedModel, items: list[Item]) -> tuple[str, FileNumbers, 
     there = merged.source.parameters
     sources = {item.name: there.sources[item.name] for item in items}
     if composed := [name for name, source in sources.items() if source.parts or source.expert is not None]:
-        raise ExportError(f"{composed[0]} is several tensors of the file, and an adapter for it is none.", fix=MERGED)
+        raise ExportError(
+            f"{composed[0]} is several tensors of the file, and an adapter for it is none.", fix=merged_instead(merged)
+        )
     names = {name: source.name for name, source in sources.items()}
     return there.file.header.architecture, there.file, names
 
@@ -199,7 +208,9 @@ def write_peft(merged: MergedModel, folder: Path, program: Program | None = None
     every = factors(merged, "mlx" if program == "mlx" else "vLLM")
     rank = max(each.a.shape[0] for each in every)
     if rank > VLLM_RANKS[-1]:
-        raise ExportError(f"the adapter's rank is {rank}, and vLLM holds {VLLM_RANKS[-1]} at most.", fix=MERGED)
+        raise ExportError(
+            f"the adapter's rank is {rank}, and vLLM holds {VLLM_RANKS[-1]} at most.", fix=merged_instead(merged)
+        )
     modules = {each.parameter.removesuffix(".weight") for each in every}
     names, whole = {each: each for each in modules}, tensors_of.read_config(merged.checkpoint.path).get("text_half_of")
     if program in ("vllm", "mlx"):

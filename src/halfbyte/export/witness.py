@@ -1,8 +1,8 @@
 """`python -m halfbyte.export.witness ASKED.json`: in a process of its own, records what a run says.
 
-What: of held-out rows the loss, and the logits at some labelled tokens; of prompts the answers, token by token, with
-how clear each choice was; how a text becomes tokens; and of the base alone the same losses and logits, so that a
-rounding can be told from an adapter that is not there.
+What: of held-out rows (of training rows where there are none) the loss, and the logits at some labelled tokens; of
+prompts the answers, token by token, with how clear each choice was; how a text becomes tokens; and of the base alone
+the same losses and logits, so that a rounding can be told from an adapter that is not there.
 Why a process of its own: base and adapter are gone when it ends, and who writes an export stays small.
 Cost: opening the run, two forwards of at most `ROWS` rows, `PROMPTS` answers; `POSITIONS` x vocabulary numbers on disk.
 """
@@ -79,7 +79,8 @@ def write(questions: RunQuestions) -> None:
         quant = run.recipe.quant.in_type("none")
         run = replace(run, recipe=run.recipe.model_copy(update={"quant": quant}))
     opened = open_target(run, force=questions.force or questions.unquantised)
-    rows = rows_of(opened, Path(questions.data) if questions.data else None, max(4 * ROWS, questions.prompts))
+    data = Path(questions.data) if questions.data else None
+    rows, compared_on = rows_of(opened, data, max(4 * ROWS, questions.prompts))
     rows = rows if questions.window is None else [_last(row, questions.window) for row in rows]
     chosen = _chosen(rows)
     for name, base in (("", False), ("base-", True)):
@@ -95,6 +96,7 @@ def write(questions: RunQuestions) -> None:
     texts = [*TEXTS, *(tokenizer.decode(ids) for ids in prompts)]
     document: Document = {
         "rows": chosen,
+        "compared_on": compared_on,
         "prompts": prompts,
         "references": [row.completion for row in rows if row.completion][: questions.prompts],
         "answers": [ids for ids, _ in answers],
@@ -111,28 +113,33 @@ def write(questions: RunQuestions) -> None:
     files.write(out / WITNESS, files.as_json(document))
 
 
-def rows_of(opened: Opened, data: Path | None, max_rows: int) -> list[Example]:
-    """Held-out rows; else training rows; else lines of a small text of ours."""
-    recipe = opened.recipe
+def rows_of(opened: Opened, data: Path | None, max_rows: int) -> tuple[list[Example], str]:
+    """Rows of `data`; else held-out rows; else training rows; else lines of a small text of ours: and what they are, in
+    words. Raises DataError: `data` cannot be read."""
+    recipe, held_out = opened.recipe, "held-out rows" if data is None else f"rows of {data.name}"
     try:
         names = target.held_out(recipe, opened.run, data)
         if names is None:
-            return list(split.load(target.rows_kept(opened.run)).examples[:max_rows])
+            return list(split.load(target.rows_kept(opened.run)).examples[:max_rows]), held_out
     except HalfbyteError:
+        if data is not None:
+            raise
         names = None
     with resources.as_file(base_text.FILE) as sample:
         context = context_of(opened.model.config)
         most = recipe.data.max_length if context is None else min(recipe.data.max_length, context.tokens)
         plain = recipe.data.model_copy(update={"overlong": "truncate", "packing": "rows", "max_length": most})
         ours = plain.model_copy(update={"format": "auto", "fields": Fields()})
-        for rows in (names, recipe.data.train or None, sample):
+        others = ((recipe.data.train or None, "training rows"), (sample, "texts of the base's kind"))
+        for rows, words in ((names, held_out), *others):
             try:
                 if rows is not None:
                     how = ours if rows is sample else plain
                     read = some_rows if rows is recipe.data.train else partial(encode.encode, cores=device.cores())
-                    return list(read(rows, opened.tokenizer, how).examples[:max_rows])
+                    return list(read(rows, opened.tokenizer, how).examples[:max_rows]), words
             except HalfbyteError:
-                continue
+                if data is not None:
+                    raise
     raise DataError("there are no rows to compare an export on.", fix="--data ROWS.jsonl")
 
 
