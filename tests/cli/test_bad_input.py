@@ -762,6 +762,16 @@ CASES = [
         "generate done/checkpoints --prompt x",
         "error: done/checkpoints is not a run folder: it has no recipe.yaml and no checkpoints/.",
     ),
+    *(
+        Case(
+            f"the folder of a GGUF file: {words}",
+            [*words.split(), "my export"],
+            "error: my export has no config.json, but it has GGUF files: m.gguf\n"
+            "  fix: give one file as the model: 'my export/m.gguf'",
+            all_of(lambda: Path("my export").mkdir(), write("my export/m.gguf", "GGUF")),
+        )
+        for words in ("plan", "generate --prompt x")
+    ),
     Case(
         "a base has no rows of its own",
         "eval model",

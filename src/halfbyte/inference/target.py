@@ -9,6 +9,7 @@ from halfbyte.data.reading import read
 from halfbyte.data.reading.files import IsFolder
 from halfbyte.errors import AdapterError, DataError, RunError, SourceError, typed
 from halfbyte.models.sources import hub, pypi
+from halfbyte.models.sources.checkpoint import no_config
 from halfbyte.plan import number_format
 from halfbyte.recipe.adapter import read_config
 from halfbyte.recipe.adapter_folder import ADAPTER_FILES, HEAD, read_passport, recipe_around
@@ -51,6 +52,8 @@ def _find(path: Path, overrides: Sequence[str]) -> Target:
             embeds = (path / "modules.json").is_file() or (base is not None and base.suffix == ".zip")
             more = ["task=embed"] if embeds else []  # sentence-transformers' form
             return Target(path, number_format.settle(to_use_alone(str(path), overrides, more)).recipe)
+        if any(path.glob("*.gguf")):
+            raise no_config(path, str(path))
     run = RunFolder.open(path)
     return Target(path, to_use(run.recipe, overrides), run.adapter, run)
 

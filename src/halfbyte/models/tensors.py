@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from halfbyte.errors import SourceError
 from halfbyte.models.families import FAMILIES
+from halfbyte.models.sources.checkpoint import no_config
 from halfbyte.models.sources.safetensors import DTYPE_BITS, read_header, weight_files
 from halfbyte.models.text_half import text_config, text_tensors
 from halfbyte.system import limits
@@ -215,10 +216,7 @@ def read_config(folder: Path) -> ConfigFile:
     """What its config.json says of the language model."""
     path = folder / "config.json"
     if not path.is_file():
-        raise SourceError(
-            f"{folder} has no config.json, so it is not a model folder.",
-            fix="name the folder that holds config.json and the .safetensors files",
-        )
+        raise no_config(folder, str(folder))
     try:
         value = limits.read_config(path)
     except (OSError, ValueError) as error:

@@ -110,7 +110,7 @@ def check_folder(folder: Path, *, allow_pickle: bool, label: str | None = None) 
     except OSError as error:
         raise SourceError(f"the folder {folder} cannot be read: {error.strerror or error}") from error
     if "config.json" not in files:
-        raise _no_config(folder, files, name)
+        raise no_config(folder, name)
 
     content, problem = _read_json(folder / "config.json")
     if problem is None and not isinstance(content.get("model_type"), str):
@@ -182,8 +182,9 @@ def _read_json(path: Path) -> tuple[Document, str | None]:
     return content, None
 
 
-def _no_config(folder: Path, files: set[str], name: str) -> SourceError:
+def no_config(folder: Path, name: str) -> SourceError:
     """The folder is not a model: say what it looks like instead."""
+    files = {path.name for path in folder.glob("*")}
     if "adapter_config.json" in files:
         content, _ = _read_json(folder / "adapter_config.json")
         base = content.get("base_model_name_or_path") or "(not named in its adapter_config.json)"
@@ -195,7 +196,7 @@ def _no_config(folder: Path, files: set[str], name: str) -> SourceError:
     if ggufs:
         return SourceError(
             f"{name} has no config.json, but it has GGUF files: {', '.join(ggufs[:5])}",
-            fix=f"give one file as the model: {folder / ggufs[0]}",
+            fix=f"give one file as the model: {typed(folder / ggufs[0])}",
         )
     # A run's own folder keeps its adapter one level down.
     if "recipe.yaml" in files and "adapter" in files:
