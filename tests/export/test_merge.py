@@ -229,6 +229,14 @@ def test_a_killed_merge_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir() if "out" in p.name] == ["out"]
 
 
+def test_what_a_killed_proof_has_left_goes_without_a_proof_too(tmp_path: Path) -> None:
+    runs.make(tmp_path, "plain")
+    left = tmp_path / f".out-asked.{2**22 + 1}"  # of no process: numbers end at 2^22
+    left.mkdir()
+    merge(ExportJob(tmp_path / "adapter", tmp_path / "out", ("quant.type=none",), prove=False))
+    assert (tmp_path / "out/config.json").is_file() and not left.exists()
+
+
 def test_no_format_to_quantise_to_is_told_before_the_run_is_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -173,11 +173,11 @@ class ExportJob:
     @contextmanager
     def _witness(self, run: Target, out: Path, window: int | None, *, prove: bool) -> "Iterator[RunWitness | None]":
         """The run's answers, in a folder that goes with them; None where nothing is proven."""
+        above, name = next(p for p in out.absolute().parents if p.exists()), f"{out.name}-asked"
+        files.clear_dead(above, name)
         if not (prove and self.prove):
             yield None
             return
-        above, name = next(p for p in out.absolute().parents if p.exists()), f"{out.name}-asked"
-        files.clear_dead(above, name)
         place = files.beside(above / name)
         place.mkdir()
         try:
