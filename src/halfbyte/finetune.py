@@ -149,7 +149,7 @@ def set_up(
     rows, learns = prepare.fingerprints(prepared), prepared.objective.name
     agree.check(world, {"rows": rows, **fit.decisions(run)})
     notices = preflight.check_resumed(start, learns, rows, run.job.steps, tell)
-    fit.announce(plan, tell)
+    fit.announce(plan, tell, timed=budget is not None)
 
     if run.job.uncompiled:
         ahead.compile_kernels(run.job.uncompiled, machine.cores, plan.compute_dtype)

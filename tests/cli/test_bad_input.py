@@ -635,6 +635,16 @@ CASES = [
         "error: --within is given nothing.\n  fix: give it a value, or leave --within out",
     ),
     Case(
+        "a time that is none",
+        ["train", "recipe.yaml", "--within", "90x"],
+        "error: --within must be a time such as 30m, 1h30m or 90s, got '90x'.",
+    ),
+    Case(
+        "a search in no time",
+        ["tune", "recipe.yaml", "--within", "0s"],
+        "error: --within must be a time such as 30m, 1h30m or 90s, got '0s'.",
+    ),
+    Case(
         "a file in the way",
         train("output=train.jsonl/run"),
         f"error: the run folder train.jsonl/run cannot be made: TMP/train.jsonl is a file.{OTHER_OUTPUT}",

@@ -340,6 +340,17 @@ def test_eval_puts_base_and_adapter_side_by_side(halfbyte: Cli) -> None:
     assert "test.jsonl:2" not in ended.out
 
 
+def test_scores_are_shown_on_a_full_disk_too(halfbyte: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "put", full)
+    ended = halfbyte("eval", "done", "--max-new-tokens", "4", "--out", "scores")
+    assert ended.code == 1 and "answers.jsonl: No space left on device" in ended.err
+    assert re.search(r"^│ loss +│ +\d", ended.out, re.MULTILINE) and "every answer" not in ended.out
+    assert list(Path("scores").iterdir()) == []
+
+
 def test_eval_as_json_agrees_with_the_run(halfbyte: Cli) -> None:
     ended = halfbyte("eval", "done", "--base", "--json", "--max-new-tokens", "4")
     report = json.loads(Path("done/report.json").read_text())
@@ -746,13 +757,28 @@ def test_what_a_finished_run_advises_is_a_run_from_its_weights(how: str, here: P
     values += ["train.within=30m", "train.learning_rate=0.001"] if "time" in how else []
     changes = [part for value in values for part in ("--set", value)]
     assert halfbyte("train", "recipe.yaml", "-q", *changes).code == 0
+    said = "to go on: halfbyte "
     if "time" not in how:
-        shutil.rmtree("run/checkpoints/step-000004")
-    command = halfbyte("train", "run", "--resume").out.partition("to go on: halfbyte ")[2].strip()
+        shutil.rmtree("run/checkpoints")
+        said = "it has no checkpoint to go on from; a new run from its weights: halfbyte "
+    command = halfbyte("train", "run", "--resume").out.partition(said)[2].strip()
     assert command.startswith("train run/recipe.yaml --output run-2 --set lora.adapter=run/adapter")
     ended = halfbyte(*command.split(), "-q")
     assert ended.code == 0, (command, ended.out, ended.err)
     assert json.loads(Path("run-2/report.json").read_text())["steps"] == 4
+
+
+def test_a_finished_run_without_checkpoints_is_a_run_and_says_that_it_cannot_go_on(here: Path, halfbyte: Cli) -> None:
+    assert halfbyte("train", "recipe.yaml", "-q", "--set", "output=run").code == 0
+    shutil.rmtree("run/checkpoints")
+    assert "run" in [entry["run"] for entry in json.loads(halfbyte("runs", ".", "--json").out)]
+    assert halfbyte("generate", "run", "--prompt", "w1", "--max-new-tokens", "1").code == 0
+    ended = halfbyte("train", "run", "--resume", "--set", "train.max_steps=6")
+    said = "error: the run run is complete, with 4 steps, and has no checkpoint to go on from.\n"
+    assert ended.code == 2 and ended.err.startswith(f"{said}  fix: a new run from its weights: halfbyte ")
+    command = ended.err.partition("weights: halfbyte ")[2].split()
+    assert halfbyte(*command, "-q").code == 0
+    assert json.loads(Path("run-2/report.json").read_text())["steps"] == 6
 
 
 def test_the_best_is_counted_over_all_processes(here: Path, halfbyte: Cli) -> None:

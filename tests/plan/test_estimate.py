@@ -79,6 +79,21 @@ def test_a_recipe_is_planned_from_its_rows_and_a_folder_from_its_headers(halfbyt
     assert plan(halfbyte, "model")["model"]["parameters"] == found["model"]["parameters"]
 
 
+def test_tools_their_calls_and_thoughts_are_counted(halfbyte: Cli) -> None:
+    def longest(message: dict[str, Any], **row: Any) -> int:
+        talk = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2", **message}]
+        Path("talks.jsonl").write_text(json.dumps({"messages": talk, **row}) + "\n")
+        found = plan(halfbyte, "recipe.yaml", *ELSEWHERE, "--set", "data.train=talks.jsonl")
+        return int(found["notes"][0].split("the longest ")[1].split(":")[0])
+
+    tiny_run.recipe(Path("."))
+    words = " ".join(["w1"] * 50)
+    alone = longest({})
+    assert longest({"reasoning_content": words}) >= alone + 50
+    assert longest({"tool_calls": [{"function": {"name": "f", "arguments": {"a": words}}}]}) >= alone + 50
+    assert longest({}, tools=[{"type": "function", "function": {"name": "f", "description": words}}]) >= alone + 50
+
+
 def test_plain_texts_are_counted_and_packing_them_changes_the_plan(halfbyte: Cli) -> None:
     tiny_run.recipe(Path("."))
     text = " ".join(["w1"] * 10)

@@ -99,6 +99,15 @@ def test_what_is_unfair_is_said(tmp_path: Path) -> None:
         assert said in notes
 
 
+@pytest.mark.parametrize("recipe", ["task: classify", "train: {method: dpo}"])
+def test_losses_of_other_objectives_are_said_to_be_no_match(tmp_path: Path, recipe: str) -> None:
+    one, other = two(tmp_path)
+    other.recipe.write_text(f"model: tiny-model\ndata: {{train: rows.jsonl}}\n{recipe}\n")
+    learns = "classify" if "classify" in recipe else "dpo"
+    said = f"They learn different things (sft, {learns}): their losses cannot be compared."
+    assert said in compare.compare([one.path, other.path]).notes
+
+
 def test_modules_in_another_order_are_the_same(tmp_path: Path) -> None:
     runs = [made.finished(tmp_path / name, made.metrics(3)) for name in ("one", "other")]
     for run, names, files in zip(runs, (["q", "v"], ["v", "q"]), (["a", "b"], ["b", "a"]), strict=True):

@@ -93,6 +93,11 @@ def test_open_says_what_is_wrong(tmp_path: Path, folder: RunFolder) -> None:
     with pytest.raises(RunError, match="It is an adapter: give the run folder that it lies in"):
         RunFolder.open(folder.adapter)
     assert RunFolder.open(folder.path) == folder
+    folder.checkpoints.rmdir()
+    assert RunFolder.open(folder.path) == folder
+    (folder.adapter / "adapter_config.json").unlink()
+    with pytest.raises(RunError, match=r"is not a run folder: it has no checkpoints/\.$"):
+        RunFolder.open(folder.path)
 
 
 def test_open_without_an_adapter_says_how_far_it_got(folder: RunFolder) -> None:

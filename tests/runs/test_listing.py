@@ -63,6 +63,24 @@ def test_a_run_that_has_ended(tmp_path: Path, report: dict[str, Any], name: str,
     assert (state.name, state.step, state.why) == (name, 20, why)
 
 
+def test_what_ended_a_run_before_its_last_step_is_said(tmp_path: Path) -> None:
+    def short(name: str, **report: Any) -> tuple[str, str]:
+        run = made.finished(tmp_path / name, made.metrics(7), steps=7, **report)
+        run.plan.write_text(json.dumps({"steps": 7 if name == "whole" else 40}))
+        return (state := listing.state(run)).short, state.why
+
+    within = {"within": {"within_s": 9.0, "spent_s": 9.0}}
+    assert short("patience", stopped_early=True) == ("finished, stopped early", "stopped early: no better evaluation")
+    assert short("time", **within) == ("finished, time over", "train.within was over")
+    assert short("whole", **within) == ("finished", "")
+
+
+def test_a_finished_run_whose_metrics_are_lost_has_the_steps_of_its_report(tmp_path: Path) -> None:
+    run = made.finished(tmp_path / "run", made.metrics(20), steps=20)
+    run.metrics.unlink()
+    assert (listing.state(run).step, listing.state(run).name) == (20, "finished")
+
+
 def test_a_run_that_is_written_now_is_running_but_to_its_own_process(tmp_path: Path) -> None:
     run = made.finished(tmp_path / "run", made.metrics(20))
     with run.lock():

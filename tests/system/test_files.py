@@ -51,6 +51,21 @@ def test_a_file_is_as_it_was_when_a_step_fails(step: str, tmp_path: Path, monkey
     assert path.read_bytes() == b"after" and os.listdir(tmp_path) == ["x.json"]
 
 
+def test_files_that_belong_together_are_as_they_were_when_one_finds_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers, scores = tmp_path / "answers", tmp_path / "scores"
+    files.write_together({answers: b"1", scores: b"1"})
+    real = Path.write_bytes
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", lambda path, data: refuse() if b"no room" in data else real(path, data))
+        with pytest.raises(OSError, match="No space") as error:
+            files.write_together({answers: b"2", scores: b"no room"})
+    assert error.value.filename == str(scores)
+    assert (answers.read_bytes(), scores.read_bytes()) == (b"1", b"1")
+    assert sorted(os.listdir(tmp_path)) == ["answers", "scores"]
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path

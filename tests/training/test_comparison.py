@@ -162,6 +162,7 @@ def test_a_base_in_16_bits_is_its_source(tmp_path: Path) -> None:
     verdict = finetune.train(loaded, listener=tell).report["verdict"]
     assert verdict["source"]["loss"] == verdict["base"] and verdict["source"]["cost"] == [0.0, [0.0, 0.0]]
     assert tell.source == [] and "source" not in verdict["text"]
+    assert len([text for text in tell.base if str(tmp_path / "model") in text]) == 1, "where it lies is told once"
 
 
 def test_a_source_that_is_too_large_is_left_out_with_the_reason(

@@ -99,6 +99,7 @@ def test_it_probes_trains_and_ends_with_the_time(whole: tuple[finetune.Outcome, 
     run, report = RunFolder(outcome.run), outcome.report
     (fits,) = heard.of("within")
     assert fits.startswith("0:40 are about 120 rows (7.5 passes over 16), ")
+    assert not [text for text in heard.of("plan") if text.startswith("time ")], "it would be that of all passes"
     probes, within = heard.of("probe"), report["within"]
     assert 2 <= len(probes) == len(within["probes"]) <= 6
     rate = within["winner"]["train.learning_rate"]

@@ -68,9 +68,11 @@ def evaluate(
 
     with progress.scoring(silent=json_) as tell:
         scored = scoring.evaluate(ready, wanted, data=data, progress=tell)
-    if folder is not None:
+    show.document(scored.to_json() | {"folder": folder and str(folder)}) if json_ else table(scored, samples)
+    if folder is not None:  # on a full disk, too, what took its time has been shown
         _keep(scored, folder, run if subject.run is not None else None)
-    show.document(scored.to_json() | {"folder": folder and str(folder)}) if json_ else table(scored, samples, folder)
+        if not json_:
+            out.print(f"\nevery answer: {escape(str(folder / 'answers.jsonl'))}", style="dim", soft_wrap=True)
     return None
 
 
@@ -129,7 +131,7 @@ def tasks(results: dict[str, Document]) -> None:
     out.print(lines)
 
 
-def table(scored: Sheet, samples: int, folder: Path | None) -> None:
+def table(scored: Sheet, samples: int) -> None:
     lines = Table(header_style="bold")
     lines.add_column("")
     columns = [*(["source"] if scored.source is not None else []), *scored.sides]
@@ -151,8 +153,6 @@ def table(scored: Sheet, samples: int, folder: Path | None) -> None:
     if scored.why or scored.beside_source is not None:
         show.paragraph(scored.beside_source.text if scored.beside_source is not None else scored.why)
     _samples(scored, samples)
-    if folder is not None:
-        out.print(f"\nevery answer: {escape(str(folder / 'answers.jsonl'))}", style="dim", soft_wrap=True)
 
 
 def _samples(scored: Sheet, samples: int) -> None:

@@ -256,11 +256,10 @@ def interruption(outcome: Outcome, command: str) -> None:
 
 
 def complete(run: Path, report: Document, more: str) -> None:
-    """A run that has made all its steps; `more` is the command that goes on."""
+    """A run that has made all its steps; `more` says how it goes on."""
     loss = report["loss"]
     text(
-        f"{run} is already complete: {report['steps']} steps, loss {loss['first']:.4f} -> {loss['last']:.4f}\n"
-        f"  to go on: {more}"
+        f"{run} is already complete: {report['steps']} steps, loss {loss['first']:.4f} -> {loss['last']:.4f}\n  {more}"
     )
 
 

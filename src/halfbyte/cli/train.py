@@ -10,6 +10,7 @@ from halfbyte.cli import progress, reports, show, show_plan
 from halfbyte.cli.options import flag, option
 from halfbyte.errors import RecipeError, typed
 from halfbyte.system import libraries
+from halfbyte.system.words import SPAN, seconds_of
 
 if TYPE_CHECKING:
     from halfbyte.distributed.world import World
@@ -80,6 +81,8 @@ def _overrides(
     recipe: str, data: str | None, values: list[str], output: Path | None, within: str | None, *, resume: bool
 ) -> list[str]:
     """Everything that the command sets."""
+    if within is not None and seconds_of(within) is None:
+        raise RecipeError(f"--within must be {SPAN}, got {within!r}.")
     named = {"output": output, "train.within": within}
     overrides = [*values, *(f"{name}={value}" for name, value in named.items() if value is not None)]
     if resume and (data is not None or any(value.startswith("output=") for value in overrides)):
@@ -113,7 +116,7 @@ def _run(
                 world, loaded, resume=resume, force=force, live=live, json_=json_, quiet=quiet, alone=alone, prove=prove
             )
         if world.first:
-            show.document(report) if json_ else show.complete(run, report, preflight.more_steps_command(loaded.recipe))
+            show.document(report) if json_ else show.complete(run, report, preflight.how_to_go_on(loaded.recipe))
     return 0
 
 

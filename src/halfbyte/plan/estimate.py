@@ -5,6 +5,7 @@ where it is at hand, else estimated from characters. A run plans again from its 
 Cost: under a second, and counting the tokens of the rows; no torch.
 """
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ from itertools import islice
 import numpy as np
 
 from halfbyte.data.mixture import Mixture
-from halfbyte.data.reading.formats import Row
+from halfbyte.data.reading.formats import ChatMessage, Row
 from halfbyte.errors import RecipeError
 from halfbyte.models import describe
 from halfbyte.models.context import context_in
@@ -209,9 +210,19 @@ def _texts(row: Row) -> tuple[str, ...]:
     if row.parts:  # of a label nothing is written
         return ("\n".join(row.parts),)
     if row.messages is not None:
-        *before, answer = [str(message.content or "") for message in row.messages]
-        return "".join(before), answer
+        *before, answer = map(_said, row.messages)
+        return "".join([_as_json(row.tools), *before]), answer
     return row.prompt or "", row.completion or ""
+
+
+def _said(message: ChatMessage) -> str:
+    """All that a message says: its thoughts, its text and its calls."""
+    more = message.more
+    return f"{more.get('reasoning_content', '')}{message.content}{_as_json(more.get('tool_calls'))}"
+
+
+def _as_json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str) if value else ""
 
 
 def _size(counts: Sequence[int], mask: Mask) -> tuple[int, int]:

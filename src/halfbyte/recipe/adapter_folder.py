@@ -23,6 +23,11 @@ def is_adapter(name: str | Path) -> bool:
     return (folder_of(name) / ADAPTER_FILES[1]).is_file()
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's: with its recipe, and with checkpoints or, where these were deleted, its adapter."""
+    return (folder / "recipe.yaml").is_file() and ((folder / "checkpoints").is_dir() or is_adapter(folder / "adapter"))
+
+
 def recipe_around(folder: Path) -> Path | None:
     """The recipe of the run that a checkpoint belongs to, which stands for the passport that it has not; None of any
     other folder."""

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from halfbyte.errors import RecipeError, typed
+from halfbyte.recipe.adapter_folder import is_run
 from halfbyte.recipe.file import load_recipe, recipe_from
 from halfbyte.recipe.number_formats import AUTO, UNSET
 from halfbyte.recipe.schema import Loaded, Origin, Recipe
@@ -64,7 +65,7 @@ def to_train(target: str, data: str | None, overrides: Sequence[str]) -> Loaded:
             f"{target} is not a recipe (.yaml), and no data is given to train a model on.",
             fix=f"halfbyte train {typed(target)} DATA.jsonl, or write a recipe with `halfbyte init`",
         )
-    of_run = path.name in ("recipe.yaml", "repeat.yaml") and (path.parent / "checkpoints").is_dir()
+    of_run = path.name in ("recipe.yaml", "repeat.yaml") and is_run(path.parent)
     return load_recipe(path, overrides, of_run=of_run)
 
 

@@ -17,7 +17,7 @@ from halfbyte.recipe import fields, method, number_formats, rewards
 from halfbyte.recipe import task as tasks
 from halfbyte.recipe.data import Data, Fields, Int, Section, field, must
 from halfbyte.recipe.evaluation import LOSSES, METRICS, Choices, Eval
-from halfbyte.system.words import seconds_of
+from halfbyte.system.words import SPAN, seconds_of
 
 from halfbyte.recipe.values import (  # isort: skip
     Bool, Count, Float, Index, Modules, ModulesOrNone, Names, NamesOrNone, NamesOrText, OffIsNo, Seed, Steps, assigns,
@@ -256,7 +256,7 @@ class Train(method.MethodFields):
     max_tokens_per_micro_batch: Annotated[
         int | str, must("auto, or a whole number >= 1", lambda v: v == "auto" or (type(v) is int and v >= 1))
     ] = field("auto", "tokens of a micro-batch: auto (what fits) or a number", "auto")
-    within: Annotated[str, must("a time such as 30m, 1h30m or 90s", is_span)] | None = field(
+    within: Annotated[str, must(SPAN, is_span)] | None = field(
         None, "the time for all of it: an open learning rate is probed, and the rate falls to 0 with the time", "30m"
     )
 

@@ -116,6 +116,8 @@ def notes(runs: Sequence[Record], names: Sequence[str]) -> tuple[str, ...]:
     sentences = list[str]()
     if len({run.model for run in runs}) > 1:
         sentences.append("The runs have different models: their losses are not of the same tokens.")
+    if len(learned := dict.fromkeys(run.learns for run in runs)) > 1:
+        sentences.append(f"They learn different things ({', '.join(learned)}): their losses cannot be compared.")
     held_out = [(run.started.get("data") or {}).get("eval") or {} for run in runs]
     if len({rows["tokens"] for rows in held_out if rows.get("tokens")}) > 1:  # of those that hold any out
         sentences.append("Their held-out rows are not the same: their evaluations cannot be compared.")

@@ -159,6 +159,8 @@ def summary(run: Record) -> list[str]:
         sentences.append(f"{measured['text'][0].upper()}{measured['text'][1:]}.")
     if run.report.get("stopped_early"):
         sentences.append(f"Stopped early at step {state.step:,}{of}: no better evaluation was seen.")
+    elif state.ended:
+        sentences.append(f"Its time was over at step {state.step:,}{of}.")
     sentences += [f"Resumed at step {step:,} on {when(at)}." for step, at in run.resumed]
     for step, downs in groupby(run.metrics.step_downs, key=lambda down: down[0]):
         hows, whys = zip(*(how.partition(": ")[::2] for _, how in downs), strict=True)

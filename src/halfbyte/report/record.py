@@ -142,6 +142,12 @@ class Record:
         name = str((self.started.get("model") or {}).get("id") or listing.model_of(self.run))
         return Path(name).name if name.startswith("/") else os.path.normpath(name)
 
+    @property
+    def learns(self) -> str:
+        """The task; of one that writes the method, as sft."""
+        task = str(self.recipe.get("task") or "causal_lm")
+        return task if task != "causal_lm" else str((self.recipe.get("train") or {}).get("method") or "sft")
+
     @cached_property
     def update_norms(self) -> UpdateNorms | None:
         try:

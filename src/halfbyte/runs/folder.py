@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Self, TypeVar
 
 from halfbyte.errors import DiskFull, RunError, typed
+from halfbyte.recipe.adapter_folder import is_run
 from halfbyte.system import files
 from halfbyte.types import Document
 
@@ -105,8 +106,8 @@ class RunFolder:
         if not path.is_dir():
             raise RunError(f"{path} is a file, not a run folder.")
         run = cls(path)
-        missing = [name for name in ("recipe.yaml", "checkpoints/") if not (path / name).exists()]
-        if missing:
+        if not is_run(path):
+            missing = [name for name in ("recipe.yaml", "checkpoints/") if not (path / name).exists()]
             is_adapter = (path / "adapter_config.json").is_file()
             hint = " It is an adapter: give the run folder that it lies in." if is_adapter else ""
             raise RunError(f"{path} is not a run folder: it has no {' and no '.join(missing)}.{hint}")

@@ -10,7 +10,7 @@ from typing import Literal
 
 import yaml
 
-from halfbyte.recipe.adapter_folder import ADAPTER_FILES
+from halfbyte.recipe.adapter_folder import ADAPTER_FILES, is_run
 from halfbyte.runs import crash
 from halfbyte.runs.folder import RunFolder, json_rows, read_json
 from halfbyte.system import files
@@ -25,7 +25,7 @@ LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a tenth of the time: a
 @dataclass(frozen=True)
 class State:
     """`step` of `steps`, 0 where unknown; `why` in a few words. `writer`: the process that writes the run now.
-    `verdict`: the name of a finished run's."""
+    `verdict`: the name of a finished run's; `ended`: what ended it before its last step, if anything."""
 
     name: Name
     step: int
@@ -33,12 +33,13 @@ class State:
     why: str = ""
     writer: str | None = None
     verdict: str = ""
+    ended: Literal["", "stopped early", "time over"] = ""
 
     @property
     def short(self) -> str:
         """In a word or two."""
         at = f" at step {self.step:,}" if self.name in ("stopped", "crashed") and self.step else ""
-        return f"{self.verdict or self.name}{at}"
+        return f"{self.verdict or self.name}{at}" + (f", {self.ended}" if self.ended else "")
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,15 @@ def state(run: RunFolder, *, ours: bool = False) -> State:
     if writer is not None:
         return State("running", step, steps, f"process {writer}", writer)
     report = read_json(run.report)
+    step = step or int(report.get("steps") or 0)  # of a run whose metrics are lost
     if report and (run.adapter / "adapter_config.json").is_file():
         measured = verdict(run, report)
         name: Name = measured["name"] if measured.get("useless") else "finished"
-        why = ["stopped early: no better evaluation"] if report.get("stopped_early") else []
+        early, over = report.get("stopped_early"), "within" in report and step < steps
+        why = ["stopped early: no better evaluation"] if early else ["train.within was over"] if over else []
         why += [measured["text"]] if measured else []
-        return State(name, step, steps, "; ".join(why), verdict=measured.get("name", ""))
+        ended = "stopped early" if early else "time over" if over else ""
+        return State(name, step, steps, "; ".join(why), verdict=measured.get("name", ""), ended=ended)
     if "within" in report:
         return State("finished", 0, 0, "a search for settings")
     if (run.path / crash.NAME).is_file():
@@ -115,7 +119,7 @@ def last_rows(metrics: Path) -> tuple[Document, Document]:
 def runs_in(folder: Path) -> list[RunSummary]:
     """The runs in a folder (two levels deep), the newest first; or the one run that the folder itself is."""
     recipes = [path for depth in ("", "*/", "*/*/") for path in folder.glob(f"{depth}recipe.yaml")]
-    paths = {path.parent for path in recipes if (path.parent / "checkpoints").is_dir()}
+    paths = {path.parent for path in recipes if is_run(path.parent)}
     return sorted(map(summary, paths), key=lambda run: -run.changed)
 
 

@@ -5,6 +5,7 @@ checkpoint's manifest, since recipe and files can be edited between two processe
 Cost: the hashes of one checkpoint's files (1 GB/s); no torch.
 """
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from types import MappingProxyType
 from halfbyte.errors import RunError, typed
 from halfbyte.recipe.adapter_folder import is_adapter
 from halfbyte.recipe.fields import GOES_ON, MAY_CHANGE, REWARDED, shown
+from halfbyte.recipe.file import load_recipe
 from halfbyte.recipe.schema import Recipe, leaves
 from halfbyte.runs.folder import RunFolder, read_json
 from halfbyte.system import files
@@ -207,17 +209,33 @@ def check_rows(point: Point, recipe: Recipe, rows: Document) -> None:
 
 
 def complete(recipe: Recipe) -> Document | None:
-    """The report of a run that is finished, where nothing asks for more; None where there is something to do."""
+    """The report of a run that is finished, where nothing asks for more; None where there is something to do. Raises
+    RunError: more is asked for, and no whole checkpoint is left."""
     run = RunFolder(Path(recipe.output))
     report = read_json(run.report)
     if not report or not (run.adapter / "adapter_config.json").is_file():
         return None
-    try:
+    point = None
+    with contextlib.suppress(RunError):  # all are damaged
         point = newest(run.checkpoints)
-    except RunError:
+    if point is None:  # the recipe of the run says what it was trained with
+        known = _values(load_recipe(run.recipe, of_run=True).recipe) if run.recipe.is_file() else {}
+        began = Point(run.path, report["steps"], {"recipe": known}, ())
+    else:
+        began = point
+        check_recipe(point, recipe)
+    done = recipe.train.max_steps == report["steps"]  # whatever epochs say, or early stopping
+    changes = began.changes(recipe)
+    if done or not (more := {name: now for name, (_, now) in changes.items() if name in GOES_ON}):
         return report
     if point is None:
-        return report
-    check_recipe(point, recipe)
-    done = recipe.train.max_steps == report["steps"]  # whatever epochs say, or early stopping
-    return report if done or not GOES_ON & set(point.changes(recipe)) else None
+        what = f"the run {run.path} is complete, with {report['steps']:,} steps, and has no checkpoint to go on from."
+        raise RunError(what, fix=f"a new run from its weights: {another_run(recipe, more)}")
+    return None
+
+
+def another_run(recipe: Recipe, asked: Mapping[str, object] = MappingProxyType({})) -> str:
+    """The command of a new run from the weights of a finished one, with other values."""
+    run = recipe.output
+    command = f"halfbyte train {typed(f'{run}/recipe.yaml')} --output {typed(f'{run}-2')}"
+    return f"{command} {from_weights(recipe, f'{run}/adapter', asked)}"

@@ -172,8 +172,7 @@ class Sheet:
         """Write both files; an OSError leaves the earlier ones."""
         folder.mkdir(parents=True, exist_ok=True)
         lines = "".join(json.dumps(files.finite(row), ensure_ascii=False) + "\n" for row in self.answers())
-        files.write(folder / ANSWERS, lines.encode())
-        files.write(folder / SCORES, files.as_json(self.to_json()))
+        files.write_together({folder / ANSWERS: lines.encode(), folder / SCORES: files.as_json(self.to_json())})
 
 
 def score(

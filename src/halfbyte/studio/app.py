@@ -24,6 +24,7 @@ from starlette.routing import Route
 
 from halfbyte.data.reading import read
 from halfbyte.errors import HalfbyteError
+from halfbyte.recipe.adapter_folder import is_run
 from halfbyte.recipe.file import load_recipe
 from halfbyte.runs import listing
 from halfbyte.runs.folder import RunFolder
@@ -60,8 +61,8 @@ class Studio:
 
     def state(self) -> Document:
         there, folder = self.workspace.listing(), self.workspace.folder / "runs"
-        paths = [p for name in there["runs"] if ((p := folder / name) / "recipe.yaml").is_file()]
-        runs = [_summary(path, _stamp(path)) for path in paths if (path / "checkpoints").is_dir()]
+        paths = [folder / name for name in there["runs"]]
+        runs = [_summary(path, _stamp(path)) for path in paths if is_run(path)]
         runs.sort(key=lambda run: -run["changed"])
         return {**there, "names": there["runs"], "runs": runs, "jobs": self.jobs.listing()}
 

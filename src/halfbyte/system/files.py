@@ -48,13 +48,22 @@ def naming(path: Path) -> Iterator[None]:
 
 def write(path: Path, content: bytes) -> None:
     """Write or replace a small file in one step. After an OSError or a kill the file is as it was before."""
-    temporary = beside(path)
+    write_together({path: content})
+
+
+def write_together(contents: Mapping[Path, bytes]) -> None:
+    """The same of files that belong together: none gets its name before the disk has room for all."""
+    temporary = {path: beside(path) for path in contents}
     try:
-        with naming(path):
-            temporary.write_bytes(content)
-            put(temporary, path)
+        for path, content in contents.items():
+            with naming(path):
+                temporary[path].write_bytes(content)
+        for path in contents:
+            with naming(path):
+                put(temporary[path], path)
     finally:
-        temporary.unlink(missing_ok=True)
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
 
 
 def as_json(value: Mapping[str, object]) -> bytes:

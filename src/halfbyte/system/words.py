@@ -2,6 +2,7 @@
 
 import re
 
+SPAN = "a time such as 30m, 1h30m or 90s"
 _SPAN = re.compile(r"(?=.)(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m(?:in)?)?(?:(\d+(?:\.\d+)?)s)?")
 
 

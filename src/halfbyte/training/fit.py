@@ -144,11 +144,13 @@ def decisions(run: PlannedRun) -> Document:
     }
 
 
-def announce(plan: Plan, tell: Listener) -> None:
+def announce(plan: Plan, tell: Listener, *, timed: bool = False) -> None:
+    """Say what was planned; of a run in a given time, `timed`, but for its time."""
     for name, why in plan.reasons.items():
         tell.note("plan", f"{name} {getattr(plan, name)}: {why}")
     tell.note("plan", f"memory {plan.memory_line}")
-    tell.note("plan", f"time {plan.time.line}")
+    if not timed:
+        tell.note("plan", f"time {plan.time.line}")
 
 
 def check_disk(plan: Plan, output: Path) -> None:

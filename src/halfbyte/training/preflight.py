@@ -138,12 +138,12 @@ def check_resumed(start: RunStart, objective: str, rows: Document, total_steps: 
     return notices
 
 
-def more_steps_command(recipe: Recipe) -> str:
-    """The command with which a finished run goes on, for twice its length; without a checkpoint, or where its time is
-    over, a new run."""
+def how_to_go_on(recipe: Recipe) -> str:
+    """How a finished run goes on, for twice its length; without a checkpoint, or where its time is over, a new run."""
     run, train = recipe.output, recipe.train
-    if train.within is not None or not points.checkpoints(RunFolder(Path(run)).checkpoints):
-        another = f"halfbyte train {typed(f'{run}/recipe.yaml')} --output {typed(f'{run}-2')}"
-        return f"{another} {points.from_weights(recipe, f'{run}/adapter')}"
+    if not points.checkpoints(RunFolder(Path(run)).checkpoints):
+        return f"it has no checkpoint to go on from; a new run from its weights: {points.another_run(recipe)}"
+    if train.within is not None:
+        return f"to go on: {points.another_run(recipe)}"
     name, now = ("max_steps", train.max_steps) if train.max_steps > 0 else ("num_train_epochs", train.num_train_epochs)
-    return f"halfbyte train {typed(run)} --resume --set train.{name}={2 * now:g}"
+    return f"to go on: halfbyte train {typed(run)} --resume --set train.{name}={2 * now:g}"

@@ -110,7 +110,8 @@ def _open_base(run: PlannedRun, tell: Listener) -> tuple[load.Base, stream.Place
         f"{prepared.checkpoint.id}: {recipe.quant.type}, {base.resident_bytes / 1e9:.3f} GB resident "
         f"({base.expected_bytes / 1e9:.3f} planned), computing in {base.compute_dtype} ({base.dtype_reason})",
     )
-    tell.note("base", base.origin)
+    if base.origin != prepared.checkpoint.id:
+        tell.note("base", base.origin)
     placed, elsewhere = stream.place_as_planned(base.model, plan.placement, asked=recipe.quant.placement != "auto")
     tell.note("placement", f"{placed} ({elsewhere or plan.reasons['placement']})")
     return base, placed, [f"placement: {elsewhere}"] if elsewhere else []

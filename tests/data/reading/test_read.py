@@ -43,6 +43,9 @@ def test_columns_that_nothing_is_read_from_are_told(tmp_path: Path, make_data: A
     labelled = write(tmp_path, "text,source\ngood stuff,1\n", "reviews.csv")
     pairs = write(tmp_path, '{"prompt": "a", "completion": "b", "tools": null}\n', "pairs.jsonl")
     assert unread([str(labelled), str(pairs)], make_data()) == ["reviews.csv is read as text; not read of it: source"]
+    indexed = write(tmp_path, ",text\n0,good stuff\n", "pandas.csv")
+    said = ["pandas.csv is read as text; not read of it: a column without a name"]
+    assert unread(str(indexed), make_data()) == said
     asked = make_data(fields={"prompt": "text", "completion": "source"})
     assert unread(str(labelled), asked) == []
 

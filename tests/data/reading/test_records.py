@@ -74,6 +74,29 @@ def test_the_same_rows_from_every_kind_of_file(tmp_path: Path, make_data: Any, n
     assert [{"prompt": r.prompt, "completion": r.completion} for r in rows] == PAIRS
 
 
+def test_parquet_gives_no_tool_the_fields_of_another(tmp_path: Path, make_data: Any) -> None:
+    def tool(name: str, of: str) -> dict[str, Any]:
+        parameters = {"type": "object", "properties": {of: {"type": "string"}}}
+        return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+    def call(name: str, of: str) -> dict[str, Any]:
+        return {"type": "function", "function": {"name": name, "arguments": {"where": {of: "x"}, "all": [None]}}}
+
+    tools = [tool("weather", "city"), tool("price", "item")]
+    talks = [
+        [{"role": "system"}, {"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call(*names)]}]
+        for names in (("weather", "city"), ("price", "item"))
+    ]
+    written = [{"messages": talk, "tools": tools} for talk in talks]
+    pq.write_table(pa.Table.from_pylist(written), tmp_path / "rows.parquet")
+    make(tmp_path, "rows.jsonl", "".join(json.dumps(row) + "\n" for row in written))
+    for name in ("rows.parquet", "rows.jsonl"):
+        for row, names in zip(read_rows(tmp_path / name, make_data()), ("city", "item"), strict=True):
+            assert row.tools == tuple(tools)
+            (said,) = row.messages[2].more["tool_calls"]
+            assert said["function"]["arguments"] == {"where": {names: "x"}, "all": [None]}
+
+
 def test_parquet_with_nested_messages(tmp_path: Path, make_data: Any) -> None:
     talk = [{"role": "user", "content": "q", "name": None}, {"role": "assistant", "content": "a", "name": None}]
     pq.write_table(pa.table({"messages": [talk] * 3000, "id": list(range(3000))}), tmp_path / "rows.parquet")

@@ -177,8 +177,8 @@ def _message(item: object, field: str, role_key: str, content_key: str, shares: 
     if shares and speaker == "function_call":
         call = _from_json(value_of(item, content_key, f"{field}."), content_field)
         return ChatMessage(role, "", weight != 0, {"tool_calls": [_call(call, content_field)]}, weight)
-    content = item.get(content_key) if more else value_of(item, content_key, f"{field}.")
     may_be_empty = role in ("system", "tool") or "tool_calls" in more
+    content = item.get(content_key) if more or may_be_empty else value_of(item, content_key, f"{field}.")
     if content is None and may_be_empty:
         content = ""
     parts: Parts = ()
@@ -196,8 +196,6 @@ def _message(item: object, field: str, role_key: str, content_key: str, shares: 
 
 def _more(item: dict[str, Any], field: str, role: str) -> Mapping[str, Any]:
     more: dict[str, Any] = {}
-    if len(item) <= 2:
-        return more
     for key in ("tool_call_id", "name"):
         if item.get(key) is not None:
             more[key] = text_in(item, key, f"{field}.")

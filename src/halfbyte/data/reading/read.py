@@ -30,6 +30,8 @@ _JSON_ROWS = 'write one JSON object a line: {"prompt": "...", "completion": "...
 _CSV_ROWS = "write the columns' names in the first line, as in prompt,completion, then one row a line"
 _ROWS = {"jsonl": _JSON_ROWS, "json": _JSON_ROWS, "csv": _CSV_ROWS}
 
+COLUMNAR = ("parquet", "hub")
+
 Group = list[tuple[int, records.Record]]
 Known = tuple[Format, tuple[str, ...]]
 
@@ -90,7 +92,7 @@ def unread(names: Sources, data: Data) -> list[str]:
     for source in sources:
         known = next(reader.of(source)).known
         if known is not None and (columns := unread_columns(known[0], data.of(source.entry), known[1])):
-            listed = ", ".join(shorten(column) for column in columns)
+            listed = ", ".join(shorten(column) or "a column without a name" for column in columns)
             notes.append(f"{source.path.name} is read as {known[0]}; not read of it: {listed}")
     return notes
 
@@ -223,6 +225,8 @@ def understand(chunk: Chunk, data: Data) -> tuple[list[Row], Problems]:
     for number, raw in chunk.records:
         try:
             record = records.parse(raw)
+            if chunk.source.kind in COLUMNAR:
+                record = {name: _without_nulls(value) for name, value in record.items()}
             if data.format == "labels" and chunk.source.kind == "txt":  # a folder for each label
                 record = {data.fields.label: chunk.source.path.parent.name, **record}
             if parse is not None:  # a good record tells the format
@@ -230,6 +234,13 @@ def understand(chunk: Chunk, data: Data) -> tuple[list[Row], Problems]:
         except BadRow as bad:
             problems.add(f"{_full_name(chunk.source, number)}: {bad}")
     return rows, problems
+
+
+def _without_nulls(value: object) -> object:
+    """A value without the fields that are null in its objects: a columnar file gives each the fields of all others."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _full_name(source: RowSource, number: int) -> str:
