@@ -17,6 +17,7 @@ from halfbyte import finetune
 from halfbyte.data import pack, streaming
 from halfbyte.data.reading import files, records
 from halfbyte.data.reading.files import find as files_of
+from halfbyte.data.reading.read import look
 from halfbyte.data.streaming import Flow
 from halfbyte.errors import DataError, RecipeError, RunError
 from halfbyte.recipe.data import Data
@@ -137,6 +138,32 @@ def test_rows_that_cannot_be_used_are_named_at_first_and_counted_later(tmp_path:
     assert asked(later, 0, 200) and later.left_out == flow.left_out, "also in a process that goes on"
     with pytest.raises(DataError, match=r"rows cannot be used\n  - .*b.jsonl at byte [0-9]+: completion: missing"):
         flow_of(tmp_path / "b.jsonl").first()
+
+
+def test_the_first_rows_of_a_later_file_are_left_out_and_refuse_no_run(tmp_path: Path) -> None:
+    paths = [write(tmp_path / f"{n}.jsonl", 4, 4 * n) for n in range(5)]  # a block each, three of them in a window
+    later = flow_of(*paths)._blocks(0, 0, 1)[0].path
+    later.write_text("{\n" + later.read_text())
+    data = Data(train=tuple(map(str, paths)), streaming=True)
+    look(data.train, data)
+    flow = flow_of(*paths)
+    flow.first()
+    assert len(asked(flow, 0, 20)) == 20 and flow.left_out.count == 1
+    with pytest.raises(DataError, match=f"{later.name}:1: not JSON"):
+        look(data.train, data.model_copy(update={"streaming": False}))
+
+
+def test_a_window_that_has_another_number_of_rows_than_before_is_refused(tmp_path: Path) -> None:
+    paths = [write(tmp_path / f"{n}.jsonl", 4, 4 * n) for n in range(5)]
+    before = flow_of(*paths)
+    before.keep(tmp_path / "stream.json", {})
+    asked(before, 0, 20)
+    later = before._blocks(0, 0, 1)[0].path
+    later.write_text(later.read_text().replace("}\n{", "} {", 1))  # of the same size
+    flow = flow_of(*paths)
+    flow.keep(None, read_json(tmp_path / "stream.json"))
+    with pytest.raises(DataError, match=rf"has changed since .* of .*{later.name}.* 8 could be used, now 6\."):
+        asked(flow, 12, 20)
 
 
 def test_a_file_that_is_only_read_from_its_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,6 +94,19 @@ def test_tools_their_calls_and_thoughts_are_counted(halfbyte: Cli) -> None:
     assert longest({}, tools=[{"type": "function", "function": {"name": "f", "description": words}}]) >= alone + 50
 
 
+def test_of_a_pair_both_answers_are_counted(halfbyte: Cli) -> None:
+    def longest(*words: int) -> int:
+        row = dict(zip(("chosen", "rejected"), (" ".join(["w1"] * n) for n in words), strict=True))
+        Path("pairs.jsonl").write_text(json.dumps({"prompt": "w1", **row}) + "\n")
+        asked = ("--set", "data.train=pairs.jsonl", "--set", "train.method=dpo")
+        found = plan(halfbyte, "recipe.yaml", *ELSEWHERE, *asked)
+        return int(found["notes"][0].split("the longest ")[1].split(":")[0])
+
+    tiny_run.recipe(Path("."))
+    short = longest(1, 1)
+    assert longest(1, 31) - short == longest(31, 1) - short >= 30
+
+
 def test_plain_texts_are_counted_and_packing_them_changes_the_plan(halfbyte: Cli) -> None:
     tiny_run.recipe(Path("."))
     text = " ".join(["w1"] * 10)

@@ -136,8 +136,15 @@ class Flow:
     def _window(self, number: int) -> tuple[EncodedRows, NDArray[np.uint32]]:
         if number not in self._windows:
             told = replace(self.left_out, shown=[*self.left_out.shown])  # of these rows already
-            self._put(number, self._encode(*self.index[number][:3]))
+            count = self._put(number, self._encode(*self.index[number][:3]))
             self.left_out = told
+            was = self.index[number][3] - (self.index[number - 1][3] if number else 0)
+            if count != was:
+                names = ", ".join(dict.fromkeys(block.label for block in self._blocks(*self.index[number][:3])))
+                what = f"data.train has changed since these rows were trained on: of {names} {was:,} could be used, now"
+                raise DataError(
+                    f"{what} {count:,}.", fix="put back what the run had, then resume it; or start a new run"
+                )
         return self._windows[number]
 
     def _put(self, number: int, rows: EncodedRows) -> int:

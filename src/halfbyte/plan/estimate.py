@@ -189,18 +189,22 @@ def _sizes(names: Sources, data: Data, count: Count) -> tuple[list[int], list[in
     from halfbyte.data.reading.read import CHUNK_ROWS, Reader
 
     reader, sizes = Reader(sources := find(names), data), list[tuple[int, int]]()
-    every = ((_texts(row), data.of(source.entry).mask) for source in sources for row in reader.rows_of(source))
+    every = ((row, data.of(source.entry).mask) for source in sources for row in reader.rows_of(source))
     rows = islice(every, STREAMED_ROWS if data.streaming else None)
+    limit = (1 << 30) if data.packing == "stream" else data.max_length
     while some := list(islice(rows, CHUNK_ROWS)):
-        counts = iter(count([text for texts, _ in some for text in texts]))
-        sizes += [_size([next(counts) for _ in texts], mask) for texts, mask in some]
+        answers = [([_texts(answer) for answer in row.texts], mask) for row, mask in some]  # a better and a worse one
+        counts = iter(count([text for each, _ in answers for texts in each for text in texts]))
+        for each, mask in answers:
+            of_row = [_size([next(counts) for _ in texts], mask) for texts in each]
+            tokens, labelled = (sum(min(limit, size) for size in part) for part in zip(*of_row, strict=True))
+            sizes.append((tokens, labelled))
     reader.check()
-    limit = data.max_length
     if data.packing == "stream":
-        full, rest = divmod(sum(tokens for tokens, _ in sizes), limit)
-        blocks = [limit] * full + [rest] * (rest > 0)
+        full, rest = divmod(sum(tokens for tokens, _ in sizes), data.max_length)
+        blocks = [data.max_length] * full + [rest] * (rest > 0)
         return blocks, blocks
-    return [min(limit, tokens) for tokens, _ in sizes], [min(limit, labelled) for _, labelled in sizes]
+    return [tokens for tokens, _ in sizes], [labelled for _, labelled in sizes]
 
 
 def _texts(row: Row) -> tuple[str, ...]:

@@ -33,7 +33,7 @@ class State:
     why: str = ""
     writer: str | None = None
     verdict: str = ""
-    ended: Literal["", "stopped early", "time over"] = ""
+    ended: str = ""
 
     @property
     def short(self) -> str:

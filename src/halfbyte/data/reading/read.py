@@ -49,10 +49,12 @@ def look(names: Sources, data: Data) -> None:
     """Look at the first rows of each file, before anything slower is begun; a hub dataset and a pipe are left alone.
 
     Raises:
-        DataError: names that stand for nothing, a file without rows; if one of the first rows is bad, all that are.
+        DataError: names that stand for nothing, a file without rows; if one of the first rows is bad, all that are, but
+            of rows that are streamed, whose first window says what is wrong with it.
     """
     reader = Reader(sources := _at_hand(names), data)
-    if any(understand(next(reader.of(source)), data)[1] for source in sources):
+    bad = [source for source in sources if understand(next(reader.of(source)), data)[1]]
+    if bad and not data.streaming:
         everything = Reader(sources, data)
         for _ in everything:
             pass
