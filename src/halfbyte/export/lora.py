@@ -102,7 +102,7 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 def merged_instead(merged: MergedModel) -> str:
     """The command that puts into weights what an adapter cannot hold."""
-    return f"halfbyte merge {typed(merged.run.path)}: there everything is in the weights"
+    return f"halfbyte merge {typed(merged.run.path)}; there everything is in the weights"
 
 
 @dataclass(frozen=True)

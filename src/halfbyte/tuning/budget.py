@@ -197,8 +197,8 @@ class TimeBudget:
             tell.note("probes", text)
         train, total = setup.run.prepared.recipe.train, count_steps(setup.run.prepared)
         warmup = warmup_steps(train, state.run_rows // train.rows_per_step)
-        step_s, tail_s, file = setup.run.plan.time.step_s, state.within_s - state.ends_s, folder.path / "schedule.jsonl"
-        course = Schedule(self.clock, total, warmup, state.ends_s, step_s, tail_s, file)
+        step_s, tail_s = setup.run.plan.time.step_s, state.within_s - state.ends_s
+        course = Schedule(self.clock, total, warmup, state.ends_s, step_s, tail_s, folder.path / "schedule.jsonl")
         steps = setup.steps if course.last is None else replace(setup.steps, total=course.last)
         return replace(setup, schedule=course, steps=steps)
 
