@@ -23,7 +23,8 @@ PLENTY = 0.5  # of free memory: a plan that takes no more need not save any
 CACHE_SHARE = 0.9  # of what is left, that the system keeps of a mapped file
 MAX_TOKENS_PER_MICRO_BATCH = 4096  # larger micro-batches no longer run faster, they only take memory
 GENERATED_TOKENS = 1024
-SMALL_BYTES = 8 << 20  # an evaluation may take as much, however small a step is
+EVALUATED_SHARE = 0.5  # of a step's memory, for an evaluation: it fits where a step was made smaller, too
+SMALL_BYTES = 8 << 20  # in RAM an evaluation may take as much, however small a step is
 # From the least to the most that is done again. `selective` keeps outputs of matrix products, and no more.
 POLICIES: tuple[Recompute, ...] = ("none", "selective", "full")
 
@@ -100,12 +101,12 @@ def _during(
 
 
 def _evaluation_tokens(job: Job, tokens: int, during: Iterable[Line]) -> int:
-    """Of an evaluation's micro-batch: as many as take no more memory than a step of `tokens`, whose lines these are."""
+    """Of an evaluation's micro-batch: no fewer than a step's, and as many as take a share of a step, of these lines."""
     if isinstance(job.recipe.train.max_tokens_per_micro_batch, int):
         return tokens
     sizes = micro_batch_sizes(tokens, max(tokens, MAX_TOKENS_PER_MICRO_BATCH))
-    room = max(SMALL_BYTES, _bytes(line for line in during if line.name != POOL_RESERVE))
-    return memory.evaluation_tokens(job, sizes, room)
+    room = round(EVALUATED_SHARE * _bytes(line for line in during if line.name != POOL_RESERVE))
+    return memory.evaluation_tokens(job, sizes, max(room, SMALL_BYTES * job.kernels))
 
 
 def _bytes(lines: Iterable[Line]) -> int:
