@@ -70,6 +70,10 @@ def test_an_evaluation_takes_more_rows_at_once_than_a_step_and_no_more_memory() 
     plan, alone = (made(cpu(64), rows=each, **one) for each in (rows, Rows((100,) * 64)))
     assert (plan.max_tokens_per_micro_batch, plan.tokens_in_micro_batch) == (100, 100)
     assert plan.evaluation_tokens >= 4 * 100 and plan.evaluating_bytes <= plan.step_bytes == plan.peak_bytes
+    comes = ("gradients", "activations", "backward of a layer", "logits", "dequantised weight", "allocator")
+    comes_and_goes = sum(map(plan.line, comes))
+    stays = plan.step_bytes - comes_and_goes - plan.line(result.POOL_RESERVE)
+    assert plan.evaluating_bytes - stays <= comes_and_goes / 2, "it fits where a step was made smaller, too"
     assert plan.time.forward_s < 0.8 * alone.time.forward_s, "a weight is decoded once for ten times the tokens"
     asked = made(cpu(64), rows=rows, **one, train__max_tokens_per_micro_batch=300)
     assert asked.evaluation_tokens == asked.max_tokens_per_micro_batch == 300

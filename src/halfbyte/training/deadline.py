@@ -109,11 +109,11 @@ class Schedule:
     def _ends(self, step: int, at: float) -> float:
         """When the steps have to be done, as known before that after the first `step` ones, which begins `at`: where
         the last ones took longer than the first ones (but for the very first, which compiles), so will what follows."""
-        starts = [*(each for _, each in self.decisions[1:step]), at]
-        if self.ends_s == math.inf or len(starts) <= 2 * PACE:
+        if self.ends_s == math.inf or step <= 2 * PACE:
             return self.ends_s
-        seconds = [after - before for before, after in pairwise(starts)]
-        slower = median(seconds[-PACE:]) / max(median(seconds[:PACE]), 1e-9)
+        early, late = self.decisions[1 : PACE + 2], [*self.decisions[step - PACE : step], (0.0, at)]
+        took, takes = (median(b - a for (_, a), (_, b) in pairwise(some)) for some in (early, late))
+        slower = takes / max(took, 1e-9)
         return self.ends_s - self.tail_s * max(0.0, min(SLOWEST, slower) - 1)
 
     def _decide(self, step: int) -> None:
