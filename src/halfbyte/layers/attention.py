@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from halfbyte.layers.kernels import pool
+from halfbyte.layers.kernels import CAUSAL, pool
 from halfbyte.layers.kernels.cpu import available, whole_attention
 from halfbyte.layers.kernels.dropout import ScoreTerms, TokenSeed
 
 if TYPE_CHECKING:
-    from halfbyte.layers.kernels.cpu.attention.tasks import Attention, Reach, Segments
+    from halfbyte.layers.kernels.cpu.attention.tasks import Attention, Segments
 
 ROWS = 512  # rows of queries whose scores are computed at once in the backward of a long example
 SCORES_BYTES = 24_000_000  # fp32 scores at once; as many again for dP
@@ -74,7 +74,7 @@ def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
 def attention(
     q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float, cos: Tensor | None, sin: Tensor | None,
     levels: tuple[int, ...] = (), slopes: Tensor | None = None, p: float = 0.0, seed: TokenSeed | None = None,
-    reach: "Reach | None" = None,
+    reach: tuple[int, int] = CAUSAL,
 ) -> Tensor:  # fmt: skip
     """Attention of each example to itself, or of each segment of a tree to its path (`kernels.card.PackLengths`;
     only where `whole_attention` is one kernel).
@@ -83,8 +83,8 @@ def attention(
         q: (T, H, D). k, v: (T, K, D). lengths: of the examples or segments; they sum to T.
         cos, sin: (T, R), rotary tables for q and k; None for none.
         levels: how many segments each follows; none where nothing is shared.
-        slopes: (H,), ALiBi's. p, seed: dropout of chances. reach: how many tokens before and after itself a token sees;
-            None for a causal mask. All of these only where `whole_attention` says so.
+        slopes: (H,), ALiBi's. p, seed: dropout of chances. reach: how many tokens before and after itself a token sees.
+            All but a causal mask of these only where `whole_attention` says so.
 
     Returns:
         (T, H, D).
@@ -102,17 +102,17 @@ class BlockAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, blocks: HeadBlocks, scale: float,
-        terms: ScoreTerms, reach: "Reach | None",
+        terms: ScoreTerms, reach: tuple[int, int],
     ) -> Tensor:  # fmt: skip
-        none, sees = cos[:, :0], () if reach is None else (reach,)
+        none = cos[:, :0]
         qb, kb = _to_blocks(q, cos, sin, blocks), _to_blocks(k, cos, sin, blocks)
         vb = _to_blocks(v, none, none, blocks)
         if whole_attention(q):
-            out, lse = _kernels(q).forward(qb, kb, vb, blocks.tree, scale, terms, *sees)
+            out, lse = _kernels(q).forward(qb, kb, vb, blocks.tree, scale, terms, reach)
         else:
             out, lse = _forward_by_torch(qb, kb, vb, blocks, scale)
         ctx.blocks, ctx.scale = blocks, scale
-        ctx.terms, ctx.sees = terms, sees
+        ctx.terms, ctx.reach = terms, reach
         ctx.save_for_backward(qb, kb, vb, out, lse, cos, sin)
         return out
 
@@ -124,7 +124,7 @@ class BlockAttention(torch.autograd.Function):
         blocks, none = ctx.blocks, cos[:, :0]
         dout = grads[0].contiguous()
         if whole_attention(out):
-            given = qb, kb, vb, out, dout, lse, blocks.tree, ctx.scale, ctx.terms, *ctx.sees
+            given = qb, kb, vb, out, dout, lse, blocks.tree, ctx.scale, ctx.terms, ctx.reach
             dqb, dkb, dvb = _kernels(out).backward(*given)
         else:
             dob = _to_blocks(dout, none, none, blocks)

@@ -85,15 +85,17 @@ class GatedMlp:
 # Names of gate, up and down; of both in one, and down.
 _GATED = (
     ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("gate_up_proj", "down_proj"),
-    ("input_linear", "output_linear"),
+    ("input_linear", "output_linear"), ("Wi", "Wo"),
 )  # fmt: skip
-_ACTIVATION_NAMES = "act_fn", "activation_fn", "activation"
+_ACTIVATION_NAMES = "act_fn", "activation_fn", "activation", "act"
 _SCALES = "gate_multiplier", "down_multiplier"
 
 
 def gated_mlp(mlp: nn.Module) -> GatedMlp | None:
-    """What an MLP with a gate is made of; None for anything else."""
-    parts = dict(mlp.named_children())
+    """What an MLP with a gate is made of; None for anything else, also where it drops some of the inner product."""
+    parts = {name: part for name, part in mlp.named_children() if not isinstance(part, nn.Dropout)}
+    if any(isinstance(part, nn.Dropout) and part.p and part.training for part in mlp.children()):
+        return None
     acts = [name for name in _ACTIVATION_NAMES if name in parts]
     names = next((some for some in _GATED if set(some) == set(parts) - set(acts)), None)
     if names is None or len(acts) > 1:
@@ -103,7 +105,7 @@ def gated_mlp(mlp: nn.Module) -> GatedMlp | None:
     scaled = any(hasattr(mlp, name) for name in _SCALES)
     if (
         kind is None
-        or kind not in norm_gate.ACTIVATIONS.values()
+        or kind not in norm_gate.GATES
         or not _is_gated(plain_class(type(mlp)), names, scaled)
     ):
         return None
@@ -120,7 +122,7 @@ def _is_gated(cls: type[nn.Module], names: tuple[str, ...], scaled: bool) -> boo
     linears = {name: partial(F.linear, weight=w) for name, w in zip(names, weights, strict=True)}
     scale, out_scale = (0.5, 3.0) if scaled else (1.0, 1.0)
     scales = dict(zip(_SCALES, (scale, out_scale), strict=True))
-    known = SimpleNamespace(**linears, **scales, **dict.fromkeys(_ACTIVATION_NAMES, F.silu))
+    known = SimpleNamespace(**linears, **scales, **dict.fromkeys(_ACTIVATION_NAMES, F.silu), drop=nn.Identity())
     try:
         y = cls.forward(known, x)
     except Exception:  # of any kind: it needs more than these

@@ -214,15 +214,17 @@ class _FastAttention(_Fast):
     that differ in names, in a projection for all three, or in norms over all heads."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        pack = None if args or not computes_as_trained(self) else lengths_for(self, hidden_states, kwargs)
-        if pack is None:
+        known = None if args or not computes_as_trained(self) else lengths_for(self, hidden_states, kwargs)
+        if known is None:
             return super().forward(hidden_states, *args, **kwargs)
-        tokens = hidden_states.shape[1]
+        (pack, reach), tokens = known, hidden_states.shape[1]
         q, k, v = self._heads(hidden_states)
         cos, sin = (x[0] for x in kwargs["position_embeddings"])  # (T, R)
-        scale = self.scaling * getattr(self, "key_multiplier", 1.0)  # Falcon-H1's
-        out = attention.attention(q, k, v, pack.lengths, scale, cos, sin, pack.levels).view(1, tokens, -1)
-        project, some = self.o_proj if hasattr(self, "o_proj") else self.dense, last_layer.rows_for(self)
+        scale = getattr(self, "scaling", head_size(self) ** -0.5) * getattr(self, "key_multiplier", 1.0)  # Falcon-H1's
+        out = attention.attention(q, k, v, pack.lengths, scale, cos, sin, pack.levels, reach=reach)
+        out, some = out.view(1, tokens, -1), last_layer.rows_for(self)
+        project = instances.part_of(self, ("o_proj", "dense", "Wo"))
+        assert project is not None
         if some is None:
             return project(out), None
         with dropout.select_tokens(some.rows):
@@ -233,6 +235,8 @@ class _FastAttention(_Fast):
         d = head_size(self)
         if hasattr(self, "query_key_value"):  # head by head
             return self.query_key_value(x).squeeze(0).unflatten(-1, (-1, 3, d)).unbind(2)
+        if hasattr(self, "Wqkv"):
+            return self.Wqkv(x).squeeze(0).unflatten(-1, (3, -1, d)).unbind(1)
         q, k, v = (p(x).squeeze(0) for p in (self.q_proj, self.k_proj, self.v_proj))
         if hasattr(self, "q_norm") and len(self.q_norm.weight) == q.shape[1] != d:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -242,10 +246,11 @@ class _FastAttention(_Fast):
         return q, k, v
 
 
-# Names of a layer's parts: of the norms, of a recurrence, of the MLP.
+# Names of a layer's parts: of the norms, of an attention, of a recurrence, of the MLP.
 _PARTS = (
-    ("input_layernorm", "operator_norm"), ("post_attention_layernorm", "pre_ff_layernorm", "ffn_norm"),
-    ("mamba", "linear_attn", "conv"), ("mlp", "feed_forward", "shared_mlp"),
+    ("input_layernorm", "operator_norm", "attn_norm"),
+    ("post_attention_layernorm", "pre_ff_layernorm", "ffn_norm", "mlp_norm"),
+    ("self_attn", "attn"), ("mamba", "linear_attn", "conv"), ("mlp", "feed_forward", "shared_mlp"),
 )  # fmt: skip
 _OF_ATTENTION = "attention_mask", "position_embeddings", "position_ids", "use_cache"  # a recurrence has its own mask
 
@@ -256,7 +261,7 @@ class DecoderLayer(_Fast):
     recurrence, or both (Falcon-H1's, which returns a tuple)."""
 
     def forward(self, hidden_states: Tensor, *args: object, **kwargs: Any) -> Any:
-        first, second, recurrence, mlp = (instances.part_of(self, names) for names in _PARTS)
+        first, second, attends, recurrence, mlp = (instances.part_of(self, names) for names in _PARTS)
         fast = not args and computes_as_trained(self) and not getattr(self, "has_experts", False)
         fast = fast and (recurrence is None or kwargs.get("cu_seq_lens_q") is not None)
         if not fast or not all(
@@ -275,9 +280,9 @@ class DecoderLayer(_Fast):
             more = {name: given for name, given in kwargs.items() if name not in _OF_ATTENTION}
             y = recurrence(hidden_states=x, attention_mask=mask, **more)
             parts.append((y, of_both * getattr(self, "ssm_out_multiplier", 1.0)))
-        if getattr(self, "self_attn", None) is not None:
+        if attends is not None:
             factor = getattr(self, "attention_in_multiplier", 1.0)
-            y = self.self_attn(hidden_states=x if factor == 1.0 else x * factor, **kwargs)[0]
+            y = attends(hidden_states=x if factor == 1.0 else x * factor, **kwargs)[0]
             parts.append((y, of_both * getattr(self, "attn_out_multiplier", 1.0)))
         with nullcontext() if some is None else dropout.select_tokens(some.rows):
             if some is not None:

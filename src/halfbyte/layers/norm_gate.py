@@ -20,7 +20,8 @@ from halfbyte.layers.kernels.dropout import TokenSeed
 
 aten = torch.ops.aten
 
-SILU, GELU_TANH, GELU, RELU2 = range(4)  # the first two also as a gate's
+SILU, GELU_TANH, GELU, RELU2 = range(4)
+GATES = SILU, GELU_TANH, GELU  # of an MLP that a kernel has
 _APPROXIMATE = {GELU_TANH: "tanh", GELU: "none"}
 ACTIVATIONS = {"silu": SILU, "swish": SILU, "gelu_pytorch_tanh": GELU_TANH, "gelu_new": GELU_TANH}
 
@@ -200,4 +201,4 @@ def glu(given: Sequence[Tensor], kind: int, scale: float = 1.0) -> Tensor:
         return Glu.apply(kind, scale, *given)
     g, u = given if len(given) == 2 else given[0].chunk(2, -1)
     g = g * scale if scale != 1.0 else g
-    return (F.silu(g) if kind == SILU else F.gelu(g, approximate="tanh")) * u
+    return activation_formula(g, kind) * u

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from halfbyte.errors import BaseModelError
 from halfbyte.layers import attention as block_attention
 from halfbyte.layers import sight
-from halfbyte.layers.kernels import ALL_TOKENS, card
+from halfbyte.layers.kernels import ALL_TOKENS, CAUSAL, card
 from halfbyte.layers.kernels import dropout as masks
 from halfbyte.layers.kernels.cpu import available, whole_attention
 from halfbyte.system import accelerator
@@ -182,11 +182,11 @@ def _packed(
         on_card = query.device.type != "cpu" and asked.causal
         if on_card and not levels and not asked.dropout and card.takes(q, k, v, pack.kernel):
             return card.attention(q, k, v, pack, asked.scale(query), asked.sliding_window if slides else None)[None]
-        # without gradients torch's own kernel is as good as blocks
-        plain = not levels and not asked.dropout
-        blocks = not slides and (whole_attention(query) or (query.requires_grad and plain))
-        reach = None if asked.causal else reach_of(asked.sliding_window if slides else None)
-        blocks = blocks if reach is None else whole_attention(query) and not levels
+        reach = reach_of(asked.sliding_window if slides else None, causal=asked.causal)
+        if reach != CAUSAL:
+            blocks = whole_attention(query) and not levels
+        else:  # without gradients torch's own kernel is as good as blocks
+            blocks = whole_attention(query) or (query.requires_grad and not levels and not asked.dropout)
         if blocks and block_attention.takes(q, k, v):
             seed = masks.some_seed(module, q) if asked.dropout else None
             out = block_attention.attention(
@@ -263,9 +263,10 @@ def _eager(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, asked
     return F.dropout(weights, asked.dropout) @ _repeat(value, query)
 
 
-def reach_of(window: int | None) -> tuple[int, int]:
-    """How many tokens before and after itself a token sees, where it sees `window` to each side, itself included."""
-    return (ALL_TOKENS if window is None else window - 1,) * 2
+def reach_of(window: int | None, *, causal: bool) -> tuple[int, int]:
+    """How many tokens before and after itself a token sees, where it sees `window` to a side, itself included."""
+    before = ALL_TOKENS if window is None else window - 1
+    return before, 0 if causal else before
 
 
 def _visible(
@@ -287,8 +288,9 @@ def head_size(module: nn.Module) -> int:
     return int(module.head_dim if hasattr(module, "head_dim") else module.head_size)
 
 
-def lengths_for(module: nn.Module, x: Tensor, kwargs: Document) -> card.PackLengths | None:
-    """The lengths of the examples in x (1, T, D) if the fused attention may take them; None if not."""
+def lengths_for(module: nn.Module, x: Tensor, kwargs: Document) -> tuple[card.PackLengths, tuple[int, int]] | None:
+    """The lengths of the examples in x (1, T, D), and how many tokens before and after itself a token sees, if the fused
+    attention may take them; None if not."""
     cu, pack = kwargs.get("cu_seq_lens_q"), kwargs.get(LENGTHS) or lengths_on(kwargs.get("attention_mask"))
     if x.dim() != 3 or x.shape[0] != 1 or kwargs.get("position_embeddings") is None or not available(x):
         return None
@@ -303,8 +305,11 @@ def lengths_for(module: nn.Module, x: Tensor, kwargs: Document) -> card.PackLeng
     if getattr(module, "qk_layernorm", False) or getattr(module.config, "clip_qkv", None) is not None:
         return None
     sees = sight.of(module)
-    if sees is None or not sees.is_causal(pack.longest) or (pack.levels and not whole_attention(x)):
+    reach = None if sees is None else sees.reach(pack.longest)
+    if reach is None or ((pack.levels or reach != CAUSAL) and not whole_attention(x)):
+        return None
+    if pack.levels and reach != CAUSAL:
         return None
     if getattr(module, "attn_logit_softcapping", None) is not None or head_size(module) % 2:
         return None
-    return pack
+    return pack, reach

@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from halfbyte.layers.kernels import ALL_TOKENS
 from halfbyte.models import structure
 from halfbyte.system import accelerator
 
@@ -35,9 +36,13 @@ class Sight:
     slides: bool = False  # beyond it, a token sees the last `causal` tokens, itself included
     ahead: bool = False  # a token sees as many behind itself as before
 
-    def is_causal(self, length: int) -> bool:
-        """Whether a text of this length is attended to causally, without window or chunk."""
-        return length <= self.causal and not self.ahead
+    def reach(self, length: int) -> tuple[int, int] | None:
+        """How many tokens before and after itself a token of a text of this length sees; None: not known."""
+        if length > self.tokens:
+            return None
+        if length <= self.causal:
+            return ALL_TOKENS, ALL_TOKENS if self.ahead else 0
+        return (self.causal - 1, self.causal - 1 if self.ahead else 0) if self.slides else None
 
     def is_window(self, window: int | None) -> bool:
         """Whether `window` (None: none) is what this layer sees of every text of up to `tokens` tokens."""

@@ -97,7 +97,7 @@ class Family:
             if not self.own_attention:
                 names[f"{self.classes}Attention"] = "attention"
             if self.norms == 2 and not self.own_sums:
-                names[f"{self.classes}DecoderLayer"] = "layer"
+                names[f"{self.classes}{'Encoder' if self.encoder else 'Decoder'}Layer"] = "layer"
         return names
 
 

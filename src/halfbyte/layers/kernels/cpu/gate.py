@@ -6,7 +6,18 @@ from torch import Tensor
 
 from halfbyte.layers.kernels import pool
 from halfbyte.layers.kernels.cpu.parallel import BLOCK_ELEMENTS, array, block_rows, each_block, per_dtype, run
-from halfbyte.layers.kernels.cpu.scalar import SILU, counter_bits, drop_pair, hash_u32, inlined, load, sigmoid, store
+from halfbyte.layers.kernels.cpu.scalar import (
+    GELU,
+    SILU,
+    counter_bits,
+    drop_pair,
+    hash_u32,
+    inlined,
+    load,
+    normal_share,
+    sigmoid,
+    store,
+)
 
 _K, _C = np.float32(0.7978845608028654), np.float32(0.044715)  # sqrt(2/pi)
 
@@ -21,6 +32,11 @@ def _forward_rows(g, u, h, sizes, scale, first, last):  # type: ignore[no-untype
             for j in range(width):
                 v = load(x[j]) * scale
                 out[j] = store(v * sigmoid(v) * load(y[j]), h)
+        elif kind == GELU:
+            for j in range(width):
+                v = load(x[j]) * scale
+                share, _ = normal_share(v)
+                out[j] = store(v * share * load(y[j]), h)
         else:
             for j in range(width):
                 v = load(x[j]) * scale
@@ -43,6 +59,13 @@ def _backward_rows(dh, g, u, dg, du, sizes, scale, first, last):  # type: ignore
                 w = load(y[j])
                 dy[j] = store(d * v * s, du)
                 dx[j] = store(d * w * s * (one + v * (one - s)) * scale, dg)
+        elif kind == GELU:
+            for j in range(width):
+                v, d = load(x[j]) * scale, load(d_out[j])
+                share, density = normal_share(v)
+                w = load(y[j])
+                dy[j] = store(d * v * share, du)
+                dx[j] = store(d * w * (share + v * density) * scale, dg)
         else:
             for j in range(width):
                 v, d = load(x[j]) * scale, load(d_out[j])

@@ -169,12 +169,26 @@ def exp_f32(x):  # type: ignore[no-untyped-def]
     return (p * r * r + r + f(1.0)) * _two_to(n)
 
 
-SILU = 0  # of a gate's activations; else GELU by tanh
+SILU, GELU_TANH, GELU = range(3)  # as in `norm_gate.py`
 
 
 @njit(inline="always", error_model="numpy")
 def sigmoid(v):  # type: ignore[no-untyped-def]
     return np.float32(1.0) / (np.float32(1.0) + exp_f32(-v))
+
+
+@njit(inline="always", error_model="numpy")
+def normal_share(v):  # type: ignore[no-untyped-def]
+    """(how much of a normal distribution lies below v, to 1.5e-7; its density there): Abramowitz and Stegun, 7.1.26."""
+    f = np.float32
+    bell = exp_f32(f(-0.5) * v * v)
+    t = f(1.0) / (f(1.0) + f(0.23164190) * abs(v))  # 0.3275911 / sqrt(2)
+    p = f(1.061405429) * t + f(-1.453152027)
+    p = p * t + f(1.421413741)
+    p = p * t + f(-0.284496736)
+    p = p * t + f(0.254829592)
+    above = f(0.5) * p * t * bell
+    return (above if v < f(0.0) else f(1.0) - above), f(0.39894228) * bell
 
 
 @inlined

@@ -18,7 +18,7 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from halfbyte.layers.kernels import ALL_TOKENS, pool
+from halfbyte.layers.kernels import CAUSAL, pool
 from halfbyte.layers.kernels.cpu.parallel import array, each_block, run
 from halfbyte.layers.kernels.cpu.scalar import FASTMATH, hash_u32, inlined, spliced, store, take
 from halfbyte.layers.kernels.dropout import NO_TERMS, ScoreTerms
@@ -274,7 +274,6 @@ class Segments:
 
 # How many tokens before and after itself a token sees.
 Reach: TypeAlias = tuple[int, int]
-CAUSAL: Reach = (ALL_TOKENS, 0)
 
 
 def tasks_of_a_head(q: Tensor, k: Tensor, tree: Segments) -> int:
