@@ -10,6 +10,7 @@ from transformers.masking_utils import chunked_causal_mask_function, sliding_win
 
 import halfbyte
 from halfbyte.layers import fuse, loss, packing, sight
+from halfbyte.layers.kernels import ALL_TOKENS, CAUSAL
 from halfbyte.models import structure
 from halfbyte.proofs.packing import prove_packing
 from tests import plain_peft, tiny
@@ -69,7 +70,8 @@ def test_each_layer_is_told_apart_from_its_own_mask(case: str) -> None:
         seen = sight.of(layer)
         assert seen is not None and seen == sight.of(layer.self_attn)
         assert seen.is_window(window) and not seen.is_window(None if window else WINDOW)
-        assert [seen.is_causal(n) for n in (WINDOW, WINDOW + 1, 40)] == [True, window is None, window is None]
+        beyond = CAUSAL if window is None else (WINDOW - 1, 0)
+        assert [seen.reach(n) for n in (WINDOW, WINDOW + 1, 40, 41)] == [CAUSAL, beyond, beyond, None]
 
 
 def test_masks_are_described_as_they_are() -> None:
@@ -84,7 +86,9 @@ def test_masks_are_described_as_they_are() -> None:
     assert described(lambda b, h, q, k: (k <= q) & (k != 3)).causal == 0
     assert described(lambda b, h, q, k: k >= 0) == sight.Sight(40, 40, ahead=True)
     both = described(lambda b, h, q, k: abs(q - k) <= 7)
-    assert both == sight.Sight(40, 8, slides=True, ahead=True) and both.is_window(8) and not both.is_causal(5)
+    assert both == sight.Sight(40, 8, slides=True, ahead=True) and both.is_window(8)
+    assert both.reach(5) == (ALL_TOKENS, ALL_TOKENS) and both.reach(9) == (7, 7)
+    assert [chunks.reach(n) for n in (8, 9)] == [CAUSAL, None]
     assert described(lambda b, h, q, k: (abs(q - k) <= 7) & (k != 3)).causal == 0
 
 

@@ -20,7 +20,8 @@ from halfbyte.adapters.assembly import AdaptedBase, assemble
 from halfbyte.base import load
 from halfbyte.data.encoding.examples import Example
 from halfbyte.errors import BaseModelError
-from halfbyte.layers import fuse, heads, packed_attention
+from halfbyte.layers import fuse, heads, packed_attention, sight
+from halfbyte.layers.kernels import ALL_TOKENS
 from halfbyte.models.sources.lookup import resolve
 from halfbyte.objectives.labels import Labels, Tags
 from halfbyte.proofs.packing import prove_packing
@@ -193,11 +194,20 @@ def test_a_fused_projection_whose_parts_are_exchanged_is_seen(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("window", [8, 24])  # to both sides together: the second one is longer than the short rows
-def test_a_window_off_by_one_is_seen(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = packed_attention.reach_of
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_window_off_by_one_is_seen(window: int, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    right, of_layer = packed_attention.reach_of, sight.Sight.reach
     for more in (0, 1, -1):
         model = encoders.classifier("modernbert", local_attention=window)
-        monkeypatch.setattr(packed_attention, "reach_of", lambda n, m=more: right(n if n is None else n + m))
+        if fused:
+            fuse.install(model)
+
+        def faulty(reach: tuple[int, int], more: int = more) -> tuple[int, int]:
+            before, after = (n if n == ALL_TOKENS else n + more for n in reach)
+            return before, after
+
+        monkeypatch.setattr(packed_attention, "reach_of", lambda n, *, causal, off=faulty: off(right(n, causal=causal)))
+        monkeypatch.setattr(sight.Sight, "reach", lambda self, n, off=faulty: off(of_layer(self, n)))
         proof = prove_packing(model, 60)
         assert (proof.layout == "cu_seq_lens") is (more == 0), (more, proof.reason)
 

@@ -321,17 +321,18 @@ def test_scores_that_go_through_memory_take_time() -> None:
 
 
 def test_rows_longer_than_a_window_take_more_in_the_layers_that_have_one() -> None:
-    """15 of Gemma 3 270M's 18 layers see 512 tokens; there each longer example has a mask of 2 bytes a pair."""
+    """15 of Gemma 3 270M's 18 layers see 512 tokens; where attention is no kernel of ours each longer example has a
+    mask of 2 bytes a pair there."""
     device = cpu(64)
-    short, long = (job(device, "gemma-3-270m", Rows((n,) * 16)) for n in (512, 513))
+    known = [job(device, "gemma-3-270m", Rows((n,) * 16)) for n in (512, 513)]
+    assert all(replace(one, whole_attention=True).layer == known[0].layer for one in known)
+    short, long = (replace(one, whole_attention=False) for one in known)
     assert (short.layer.pairs, short.layer.pair) == ("flash", 0.0)
     assert long.layer.pair == pytest.approx(2 * 15 / 18)
     copies = 2 * 4 * 256 * 15 / 18  # of what attention returns, for the adapters that read it
     assert long.layer.kept - short.layer.kept == pytest.approx(copies)
-    activations = [
-        asked_for(device, one.rows, recompute=False, tokens=16 * 513, model="gemma-3-270m").line("activations")
-        for one in (short, long)
-    ]
+    plain, asked = replace(device, isa=()), {"recompute": False, "tokens": 16 * 513, "model": "gemma-3-270m"}
+    activations = [asked_for(plain, one.rows, **asked).line("activations") for one in (short, long)]
     assert activations[1] - activations[0] > 16 * 512 * 18 * copies
 
 

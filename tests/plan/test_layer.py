@@ -16,7 +16,7 @@ import torch
 from halfbyte.adapters import lora as adapters
 from halfbyte.adapters import targets
 from halfbyte.base import load
-from halfbyte.layers import fuse, packing, recurrent
+from halfbyte.layers import attention, fuse, packed_attention, packing, recurrent
 from halfbyte.layers.kernels import cpu, pool
 from halfbyte.layers.kernels.cpu import tiles
 from halfbyte.models import structure
@@ -124,7 +124,9 @@ def measured_and_planned(
     """Bytes of one layer: the difference between three layers and two (which are `prove`n), and the formula's."""
     two, _, _ = kept_bytes(build(name, 2, root / "2", changed), asked, dropout, cheap=cheap, prove=prove)
     three, found, facts = kept_bytes(build(name, 3, root / "3", changed), asked, dropout, cheap=cheap)
-    layer = layer_of(facts, found, 2, kernels=kernels, dropout=dropout > 0, longest=max(LENGTHS))
+    windows = cpu.whole_attention(torch.empty(0, dtype=torch.bfloat16))  # a kernel has them, as a job asks
+    longest = 0 if kernels and windows else max(LENGTHS)
+    layer = layer_of(facts, found, 2, kernels=kernels, dropout=dropout > 0, longest=longest)
     copies = 2 * sum(site.parameters for site in found) / facts.layers  # LoRA's weights in bf16
     return three - two, TOKENS * (layer.selective if cheap else layer.kept) + layer.pair * pairs_of(
         layer, LENGTHS
@@ -227,10 +229,16 @@ WINDOWS = {
 
 
 @pytest.mark.parametrize("name", WINDOWS)
-@pytest.mark.parametrize(("window", "asked"), [(8, "auto"), (48, "auto"), (48, "all-linear"), (56, "auto")])
-def test_a_window_shorter_than_an_example_keeps_a_mask_and_a_copy(
-    name: str, window: int, asked: str, tmp_path: Path
+@pytest.mark.parametrize(
+    ("window", "asked", "kernel"),
+    [(8, "auto", True), (8, "auto", False), (48, "auto", False), (48, "all-linear", False), (56, "auto", False)],
+)
+def test_a_window_shorter_than_an_example_keeps_a_mask_and_a_copy_without_a_kernel(
+    name: str, window: int, asked: str, kernel: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if not kernel:
+        for module in (cpu, attention, packed_attention):
+            monkeypatch.setattr(module, "whole_attention", lambda _: False)
     changed = {**WINDOWS[name], "sliding_window": window}
     measured, planned = measured_and_planned(name, tmp_path, asked, 0.0, kernels=True, changed=changed)
     assert planned == pytest.approx(measured, rel=0.01)

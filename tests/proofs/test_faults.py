@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from halfbyte.layers import attention, fuse, lora_linear, norm_gate, packed_attention, packing, sight
-from halfbyte.layers.kernels import card
+from halfbyte.layers.kernels import CAUSAL, card
 from halfbyte.proofs import setting
 from halfbyte.proofs.fusing import prove_fused
 from halfbyte.proofs.packing import prove_packing
@@ -42,7 +42,7 @@ def around_attention(patch: Patch, change: Callable[..., dict[str, Any]]) -> Non
 
 
 def window_ignored(patch: Patch) -> None:
-    patch.setattr(sight.Sight, "is_causal", lambda *_: True)
+    patch.setattr(sight.Sight, "reach", lambda *_: CAUSAL)
 
 
 def wrong_scale(patch: Patch) -> None:

@@ -103,11 +103,7 @@ def gated_mlp(mlp: nn.Module) -> GatedMlp | None:
     kind = activation_kind(parts[acts[0]]) if acts else norm_gate.SILU
     scales = [float(getattr(mlp, name, 1.0)) for name in _SCALES]
     scaled = any(hasattr(mlp, name) for name in _SCALES)
-    if (
-        kind is None
-        or kind not in norm_gate.GATES
-        or not _is_gated(plain_class(type(mlp)), names, scaled)
-    ):
+    if kind is None or kind not in norm_gate.GATES or not _is_gated(plain_class(type(mlp)), names, scaled):
         return None
     *inputs, down = (parts[name] for name in names)
     return GatedMlp(inputs, down, kind, *scales)

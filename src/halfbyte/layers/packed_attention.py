@@ -289,8 +289,8 @@ def head_size(module: nn.Module) -> int:
 
 
 def lengths_for(module: nn.Module, x: Tensor, kwargs: Document) -> tuple[card.PackLengths, tuple[int, int]] | None:
-    """The lengths of the examples in x (1, T, D), and how many tokens before and after itself a token sees, if the fused
-    attention may take them; None if not."""
+    """The lengths of the examples in x (1, T, D), and how many tokens before and after itself a token sees, if the
+    fused attention may take them; None if not."""
     cu, pack = kwargs.get("cu_seq_lens_q"), kwargs.get(LENGTHS) or lengths_on(kwargs.get("attention_mask"))
     if x.dim() != 3 or x.shape[0] != 1 or kwargs.get("position_embeddings") is None or not available(x):
         return None

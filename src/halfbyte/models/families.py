@@ -56,8 +56,8 @@ class Family:
             experts), beside them what is shared by stock code.
         attention: `flash` keeps no scores; `eager` (softcap) keeps them for each pair of tokens of an example, `alibi`
             and `padded` for each pair of a row, where `layers/by_mask.py` has no kernel. `flash` becomes `window` where
-            a layer's window is shorter than a row: that layer takes each example by torch's kernel, with a mask, and of
-            a `fused_qkv` projection keeps all for its values.
+            a layer's window is shorter than a row and attention is no one kernel of ours: that layer takes each example
+            by torch's, with a mask, and of a `fused_qkv` projection keeps all for its values.
         parallel: attention and MLP read one normed input.
         own_attention: its attention is not Llama's. own_sums: a layer is not x + factor f(norm(x)) twice.
         post_norms: it norms behind attention and MLP, not before.

@@ -300,7 +300,9 @@ class Job:
         lora = self.recipe.lora
         fused, dropout = not (lora.use_dora or lora.lora_bias), lora.lora_dropout > 0
         how = {"kernels": self.kernels, "dropout": dropout, "fused": fused}
-        return layer_of(self.facts, self.sites, self.itemsize, longest=self.rows.longest, **how)
+        windows = self.kernels and self.whole_attention and not self.trees  # a kernel has them
+        longest = 0 if windows else self.rows.longest
+        return layer_of(self.facts, self.sites, self.itemsize, longest=longest, **how)
 
     @cached_property
     def lora_parameters(self) -> int:

@@ -84,7 +84,7 @@ def layer_of(
         kernels: the engine's kernels run (a CPU, bf16 or fp32); else torch's own operations, as on a card.
         dropout: LoRA's, whose mask is made again by a kernel and kept (a byte a number) without one.
         fused: LoRA linears are the engine's; else PEFT's own, whose inputs are kept in fp32, twice with dropout.
-        longest: tokens of the longest row; a layer whose window is shorter keeps more.
+        longest: tokens of the longest row; a layer whose window is shorter keeps more. 0: a kernel has all windows.
     """
     c, layers = itemsize, max(1, facts.layers)
     family = FAMILIES.get(facts.model_type, UNKNOWN_MIXTURE if facts.experts else UNKNOWN)
