@@ -24,7 +24,7 @@ LENGTHS = (5, 40, 23, 9)
 LAYERS = {"num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3, "num_kv_shared_layers": 2}
 KINDS = {"gemma4_text": LAYERS, "gemma3n_text": {**LAYERS, "activation_sparsity_pattern": [0.0] * 6}}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
-TOLERANCE = 1e-4  # as in test_every_architecture; from gradients in fp64
+TOLERANCE = 1e-4  # as in test_every_architecture
 
 
 def prepared(model: Any) -> Any:
@@ -33,6 +33,14 @@ def prepared(model: Any) -> Any:
         prove_fused(model, packed=packed, longest=max(LENGTHS))
     assert packed
     return model
+
+
+def wanted_and_allowed(model: Any, rows: list[torch.Tensor]) -> tuple[dict[str, torch.Tensor], float]:
+    """Plain PEFT's gradients in fp64, and how far from them ours may be: twice as far as its own in fp32, which of
+    Gemma 4's small model are 8e-5 off, and of Gemma 3n's 4e-6."""
+    exact = plain_peft.learn(plain_peft.adapt(copy.deepcopy(model), TARGETS).double(), rows)[1]
+    rounded = plain_peft.learn(plain_peft.adapt(copy.deepcopy(model), TARGETS), rows)[1]
+    return exact, 2 * plain_peft.apart(rounded, exact)
 
 
 def learned(model: Any, rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -44,13 +52,13 @@ def learned(model: Any, rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_keys_stay_shared_where_layers_are_recomputed(kind: str) -> None:
     model, rows = small_models.build(kind, **KINDS[kind]), plain_peft.texts(LENGTHS, small_models.VOCAB)
-    wanted = plain_peft.learn(plain_peft.adapt(copy.deepcopy(model), TARGETS).double(), rows)[1]
+    wanted, allowed = wanted_and_allowed(model, rows)
     stored = [name for name in wanted if "layers.3." in name and "k_proj" in name]  # read by layer 5 too
     assert stored and not [name for name in wanted if "layers.5." in name and "k_proj" in name]
     mine = prepared(plain_peft.adapt(model, TARGETS))
     for policy in ("none", "selective", "full"):
         recompute_as(mine, policy)
-        assert plain_peft.apart(learned(mine, rows), wanted) < TOLERANCE, policy
+        assert plain_peft.apart(learned(mine, rows), wanted) < allowed, policy
 
 
 class LostKeys(torch.nn.Module):
@@ -90,7 +98,7 @@ def test_keys_stay_shared_where_layers_are_streamed(kind: str, tmp_path: Path) -
     def opened() -> Any:
         return AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
 
-    wanted = plain_peft.learn(plain_peft.adapt(opened(), TARGETS).double(), rows)[1]
+    wanted, allowed = wanted_and_allowed(opened(), rows)
     mine = prepared(plain_peft.adapt(opened(), TARGETS))
     for policy in ("none", "full"):
         recompute_as(mine, policy)
@@ -100,7 +108,7 @@ def test_keys_stay_shared_where_layers_are_streamed(kind: str, tmp_path: Path) -
             assert placed.stream is not None and placed.stream.visits
         finally:
             placed.remove()
-        assert plain_peft.apart(got, wanted) < TOLERANCE, policy
+        assert plain_peft.apart(got, wanted) < allowed, policy
     stream.place(mine, "resident")
     maps = pages.FileMaps.read()
     table = next(parameter for name, parameter in mine.named_parameters() if PER_LAYER in name)
