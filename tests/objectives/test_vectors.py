@@ -27,6 +27,7 @@ from halfbyte.inference.load import open_run
 from halfbyte.layers import heads, loss
 from halfbyte.models.sources import hub
 from halfbyte.objectives.vectors import TextVectors
+from halfbyte.proofs.adapter import compare_logits
 from halfbyte.proofs.heads import prove_pooling
 from halfbyte.proofs.packing import prove_packing
 from halfbyte.recipe import task
@@ -231,6 +232,20 @@ def test_a_run_learns_and_is_scored(name: str, tmp_path: Path) -> None:
     sides = labels.score(open_run(tmp_path / "run4096"), EvalOptions(Eval(resamples=100), with_base=True))["sides"]
     assert sides["adapter"]["scores"]["loss"]["value"] != sides["base"]["scores"]["loss"]["value"]
     assert 0 <= sides["adapter"]["scores"]["mrr"]["value"] <= 1
+
+
+def test_a_run_of_an_encoder_keeps_its_vectors_to_be_verified(tmp_path: Path) -> None:
+    """Of texts longer than its class has labels; an adapter that is not there is seen."""
+    path = encoders.checkpoint(tmp_path / "model", "bert")
+    finetune.train(recipe(tmp_path, model=path))
+    proof = json.loads((tmp_path / "run" / "proof.json").read_text())
+    assert max(max(row["at"]) for row in proof["rows"]) > 2 and proof["moved"] > proof["bound"]
+    model = open_run(tmp_path / "run").model
+    assert compare_logits(tmp_path / "run" / "proof.json", model).ok
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(0.0 if "lora_B" in name else 1.0)
+    assert not compare_logits(tmp_path / "run" / "proof.json", model).ok
 
 
 def test_sentence_transformers_opens_the_folder(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from halfbyte.data import collate
 from halfbyte.data.encoding.examples import IGNORED, Example
 from halfbyte.errors import RunError
 from halfbyte.layers import fuse, heads, packing
-from halfbyte.layers.loss import keeps_some
+from halfbyte.layers.loss import every_hidden, keeps_some
+from halfbyte.models import structure
 from halfbyte.models.structure import evaluating
 from halfbyte.proofs.setting import small_chunks
 from halfbyte.system import files
@@ -62,12 +63,12 @@ def keep_logits(
         first = next(i for i, label in enumerate(row.labels) if label != IGNORED)
         part = slice(max(0, first - REACH), first + REACH)
         ids, labels = row.input_ids[part], row.labels[part]
-        before = 0 if heads.has_head(model) else 1  # a language model predicts the next token
+        before = int(_predicts_tokens(model))  # the next one
         positions = [i - before for i, label in enumerate(labels) if label != IGNORED]
         positions = positions[:: -(-len(positions) // TOKENS)]
         logits = logits_at(model, ids, positions)
         tokens = logits.topk(min(LIKELIEST, logits.shape[1])).indices
-        if not heads.has_head(model):  # a head's scores are not of tokens
+        if _predicts_tokens(model):
             following = torch.tensor([[ids[i + 1]] for i in positions], device=logits.device)
             tokens = torch.cat([following, tokens], 1)
         samples.append(
@@ -108,15 +109,23 @@ def _largest_difference(model: Model, samples: Sequence[Document]) -> float:
     return difference / largest if largest else difference
 
 
+def _predicts_tokens(model: Model) -> bool:
+    """Whether it is a language model: no head of a task, and no encoder, whose vectors are all that it has."""
+    return not heads.has_head(model) and not structure.is_encoder(structure.causal_lm(model).config)
+
+
 def logits_at(model: Model, ids: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
     """(positions, vocabulary) fp32, of one row in evaluation; of a model with a head its scores of the row up to each
-    position: (positions, labels)."""
+    position: (positions, labels); of an encoder without one its vectors: (positions, D)."""
     at = torch.tensor(list(positions), device=model.device)
     with evaluating(model), fuse.as_trained(), small_chunks(model):
         if heads.has_head(model):
             rows = (Example(tuple(ids[: p + 1]), (IGNORED,) * (p + 1)) for p in positions)
             return torch.cat([heads.scores(model, collate.collate_texts([row])) for row in rows])
-        inputs = packing.forward_inputs(model, collate.collate_texts([Example(tuple(ids), (IGNORED,) * len(ids))]))
+        batch = collate.collate_texts([Example(tuple(ids), (IGNORED,) * len(ids))])
+        if not _predicts_tokens(model):
+            return every_hidden(model, batch).index_select(0, at).float()
+        inputs = packing.forward_inputs(model, batch)
         inputs.pop("labels", None)
         if keeps_some(model):
             return model(**inputs, logits_to_keep=at).logits[0].float()
