@@ -306,9 +306,8 @@ def lengths_for(module: nn.Module, x: Tensor, kwargs: Document) -> tuple[card.Pa
         return None
     sees = sight.of(module)
     reach = None if sees is None else sees.reach(pack.longest)
-    if reach is None or ((pack.levels or reach != CAUSAL) and not whole_attention(x)):
-        return None
-    if pack.levels and reach != CAUSAL:
+    tree, windowed = bool(pack.levels), reach != CAUSAL
+    if reach is None or (tree and windowed) or ((tree or windowed) and not whole_attention(x)):
         return None
     if getattr(module, "attn_logit_softcapping", None) is not None or head_size(module) % 2:
         return None
