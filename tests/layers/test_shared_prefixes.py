@@ -111,6 +111,10 @@ def test_rows_that_begin_alike_learn_as_each_alone(case: str) -> None:
 LEVELS = {
     "one family": ([50, 10, 1, 130, 4, 7, 3, 60], [0, 1, 1, 1, 2, 3, 3, 2]),
     "families and rows": ([5, 20, 100, 1, 2, 9, 200, 30, 16], [0, 0, 1, 1, 1, 2, 0, 1, 0]),
+    # cut into pieces: six of the first family, two of the second, the last row alone
+    "large families": (
+        [10, 70, 41, 20, 30, 3, 150, 5, 36, 99, 6, 50, 40, 1, 7], [0, 1, 1, 1, 2, 2, 1, 1, 1, 1, 0, 1, 1, 0, 0]
+    ),
 }
 
 

@@ -1,16 +1,19 @@
 """What the kernels of attention share: their tasks, memory of a thread, and how they are called.
 
-A task is one family, one key head and some of the query heads that it serves. A family is one example, or segments of
+A task is one piece, one key head and some of the query heads that it serves. A family is one example, or segments of
 several in a tree: what they have in common first, then what follows it, each before its own rests. `levels` says how
 many segments lie above one, and these are the last ones of the levels 0, 1, ... before it. A segment attends to them
-and to itself. Keys, values and their gradients of one path from the root lie in a thread's memory end to end, as those
-of one example; a gradient is stored when nothing more follows its segment, so it is the sum over all that does, in one
-order whoever computes it. Segments with something below them have an even number of tokens.
+and to itself. A piece is a family, or the root of a large one with some of what follows it, so that many threads have
+something to do; the most costly pieces begin. Keys, values and their gradients of one path from the root lie in a
+thread's memory end to end, as those of one example; a gradient is stored when nothing more of the piece follows its
+segment, so it is the sum over all that does, in one order whoever computes it; a root's is added up over its pieces.
+Segments with something below them have an even number of tokens.
 Letters as in `bf16.py`; L tokens of a segment.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TypeAlias
 
 import numpy as np
@@ -27,9 +30,10 @@ TALL = 48  # rows of queries at once: a multiple of a tile's rows, and of 2
 WIDE = 192  # columns at once in backward: a multiple of a tile's rows and of its columns
 PAD = 96  # of a path's length: a multiple of both
 MOST_ROWS = 16  # of a tile
+ROOT_SHARE = 4  # a piece of a family is at least so many times as long as the root that it repeats
 # What lies in the kernels' slots, as `Attention._run` puts it there; then what is of the forward or backward alone.
-TOKENS, HEADS, KEY_HEADS, WIDTH, PARTS, FAMILIES, LONGEST, DEPTH, MEMORY, BYTES, SCALE = range(3, 14)
-BACK, AHEAD, STARTS, LEVELS, FIRSTS, SLOPES, TOKEN_KEYS, SEED, LOW, Q, K, V, OUT, MORE = range(14, 28)
+TOKENS, HEADS, KEY_HEADS, WIDTH, PARTS, PIECES, LONGEST, DEPTH, MEMORY, BYTES, SCALE = range(3, 14)
+BACK, AHEAD, KEPT, VISITS, FIRSTS, SLOPES, TOKEN_KEYS, SEED, LOW, Q, K, V, OUT, MORE = range(14, 28)
 
 
 @njit(forceinline=True, fastmath={*FASTMATH, "nnan"}, error_model="numpy")
@@ -132,40 +136,38 @@ def _given(slot, element):  # type: ignore[no-untyped-def]
 
 @inlined
 def _tree(slot):  # type: ignore[no-untyped-def]
-    """Of all segments: tokens before each, its level; of all families their first segment. And room for a path: tokens
-    before each level, and which segment it is."""
-    families, depth = slot[FAMILIES], slot[DEPTH]
-    firsts = array(slot[FIRSTS], (families + 1,), np.int64)
-    segments = firsts[families]
-    starts, levels = array(slot[STARTS], (segments + 1,), np.int64), array(slot[LEVELS], (segments,), np.int64)
-    return starts, levels, firsts, np.zeros(depth + 1, np.int64), np.zeros(depth + 1, np.int64)
+    """The visits of all pieces (`Segments.visits`), and of each piece its first one. And room for a path: tokens before
+    each level, and which visit it is."""
+    pieces, depth = slot[PIECES], slot[DEPTH]
+    firsts = array(slot[FIRSTS], (pieces + 1,), np.int64)
+    visits = array(slot[VISITS], (firsts[pieces], 5), np.int64)
+    return visits, firsts, np.zeros(depth + 1, np.int64), np.zeros(depth + 1, np.int64)
 
 
 @inlined
 def _place(task, tree, slot):  # type: ignore[no-untyped-def]
-    """Of a task: the first segment of its family, the one behind its last, padded tokens of its longest path, key head,
+    """Of a task: the first visit of its piece, the one behind its last, padded tokens of its longest path, key head,
     first and last of its query heads."""
-    starts, levels, firsts, before, _ = tree
+    visits, firsts, before, _ = tree
     key_heads, parts = slot[KEY_HEADS], slot[PARTS]
-    family, rest = task // (key_heads * parts), task % (key_heads * parts)
+    piece, rest = task // (key_heads * parts), task % (key_heads * parts)
     key_head, part = rest // parts, rest % parts
     groups, reach = slot[HEADS] // key_heads, 0
-    for n in range(firsts[family], firsts[family + 1]):
-        level, length = levels[n], starts[n + 1] - starts[n]
+    for n in range(firsts[piece], firsts[piece + 1]):
+        length, level = visits[n, 1], visits[n, 2]
         before[level + 1] = before[level] + length
         reach = max(reach, padded_end(before[level], length))
     first, last = key_head * groups + part * groups // parts, key_head * groups + (part + 1) * groups // parts
-    return firsts[family], firsts[family + 1], reach, key_head, first, last
+    return firsts[piece], firsts[piece + 1], reach, key_head, first, last
 
 
 @inlined
 def _enter(n, tree):  # type: ignore[no-untyped-def]
-    """Segment n as the end of the path: its first token, its tokens, tokens above it, those with what fills it up."""
-    starts, levels, _, before, segments = tree
-    start, level = starts[n], levels[n]
-    length = starts[n + 1] - start
+    """Visit n as the end of the path: its first token, its tokens, tokens above it, those with what fills it up."""
+    visits, _, before, path = tree
+    start, length, level = visits[n, 0], visits[n, 1], visits[n, 2]
     before[level + 1] = before[level] + length
-    segments[level] = n
+    path[level] = n
     return start, length, before[level], padded_end(before[level], length) - before[level]
 
 
@@ -174,13 +176,13 @@ def _forward_task(given, slot, sizes, keys, work, tree, turn, lay, head, task, _
     (q, k, v, out), lse = given
     (d, wide, step, scale), (kt, vp) = sizes, keys
     begin, end, reach, key_head, first, last = _place(task, tree, slot)
-    row = slot[HEADS] * d
-    for segment in range(begin, end):
-        start, length, before, padded = _enter(segment, tree)
+    row, visits = slot[HEADS] * d, tree[0]
+    for visit in range(begin, end):
+        start, length, before, padded = _enter(visit, tree)
         block = (start * slot[KEY_HEADS] + key_head * length) * d
         turn(k[block:], length, d, kt, before, padded, reach)
         lay(v[block:], d, length, d, vp[before // step * wide :], wide, padded)
-        for n in range(first, last):
+        for n in range(first, last if visits[visit, 4] else first):
             at = start * slot[HEADS] + n * length
             given_head = (q[at * d :], out[start * row + n * d :], lse[at:])
             about = (length, before, reach, d, wide, row, scale)
@@ -208,28 +210,28 @@ def _backward_task(given, slot, sizes, keys, work, tree, turn, lay, head, clear,
     (q, k, v, o), (do, lse, dq, dk, dv) = given
     (d, wide, step, scale), (kt, kp, vt, dka, dva) = sizes, keys
     begin, end, reach, key_head, first, last = _place(task, tree, slot)
-    starts, levels, _, above, segments = tree
+    visits, _, above, path = tree
     row, depth = slot[HEADS] * d, 0
-    part = task % slot[PARTS] * slot[TOKENS] * slot[KEY_HEADS] * d
-    for segment in range(begin, end + 1):
-        level = levels[segment] if segment < end else 0
+    part = task % slot[PARTS] * slot[KEPT] * slot[KEY_HEADS] * d
+    for visit in range(begin, end + 1):
+        level = visits[visit, 2] if visit < end else 0
         while depth > level:  # nothing more follows these
             depth -= 1
-            done, at = segments[depth], above[depth]
-            length = starts[done + 1] - starts[done]
-            block = part + (starts[done] * slot[KEY_HEADS] + key_head * length) * d
+            done, at = path[depth], above[depth]
+            length = visits[done, 1]
+            block = part + (visits[done, 3] * slot[KEY_HEADS] + key_head * length) * d
             keep(dka, wide, reach, at, length, d, dk[block:], np.float32(1.0))
             keep(dva, wide, reach, at, length, d, dv[block:], _terms(slot, 0, first)[4])
-        if segment < end:
+        if visit < end:
             depth = level + 1
-            start, length, before, padded = _enter(segment, tree)
+            start, length, before, padded = _enter(visit, tree)
             block = (start * slot[KEY_HEADS] + key_head * length) * d
             turn(k[block:], length, d, kt, before, padded, reach)
             turn(v[block:], length, d, vt, before, padded, reach)
             lay(k[block:], d, length, d, kp[before // step * wide :], wide, padded)
             clear(dka, wide, reach, before, padded)
             clear(dva, wide, reach, before, padded)
-            for n in range(first, last):
+            for n in range(first, last if visits[visit, 4] else first):
                 at, rows = start * slot[HEADS] + n * length, start * row + n * d
                 here = (q[at * d :], do[rows:], o[rows:], lse[at:], dq[at * d :])
                 about = (length, before, reach, d, wide, row, scale)
@@ -242,7 +244,7 @@ def backward_tasks(address, element, turn, lay, head, wide, step, keys, work, cl
     gradients of keys and values of a path in fp32, as clear(x, wide, reach, before, padded) makes them zero and
     keep(x, wide, reach, before, rows, d, out, factor) stores them: by rows, (reach, wide)."""
     slot, number = carray(address, (32,), np.int64), carray(address, (32,), np.float64)
-    n, m = slot[TOKENS] * slot[HEADS], slot[PARTS] * slot[TOKENS] * slot[KEY_HEADS] * slot[WIDTH]
+    n, m = slot[TOKENS] * slot[HEADS], slot[PARTS] * slot[KEPT] * slot[KEY_HEADS] * slot[WIDTH]
     do, lse = array(slot[MORE], (n * slot[WIDTH],), element), array(slot[MORE + 1], (n,), np.float32)
     dq, dk = array(slot[MORE + 2], (n * slot[WIDTH],), element), array(slot[MORE + 3], (m,), element)
     others = (do, lse, dq, dk, array(slot[MORE + 4], (m,), element))
@@ -253,23 +255,42 @@ def backward_tasks(address, element, turn, lay, head, wide, step, keys, work, cl
 
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """Segments of a pack in families, as the kernels take them."""
+    """Segments of a pack in families, cut into pieces, as the kernels take them."""
 
-    starts: Tensor  # (S + 1,) int64: tokens before each segment, and all of them
-    levels: Tensor  # (S,) int64: how many segments it follows
-    firsts: Tensor  # (families + 1,) int64: the first segment of each, and S
+    # (V, 5) int64, the visits of all pieces: a segment's first token, its tokens, its level, where among `kept` tokens
+    # the gradients of its keys go, and whether its queries are computed here (a root's are, in one of its pieces)
+    visits: Tensor
+    firsts: Tensor  # (pieces + 1,) int64: the first visit of each, and V
     longest: int  # tokens of the longest path, filled up
+    kept: int  # tokens, and those of roots that are visited again
+    # Of roots that are: first token, tokens, where among `kept` the other visits' gradients lie, how many these are.
+    repeats: tuple[tuple[int, int, int, int], ...]
 
     @classmethod
     def of(cls, lengths: Sequence[int], levels: Sequence[int] = ()) -> "Segments":
         """`levels`: none where each segment is a family."""
-        path, longest = [0], 0
-        for length, level in zip(lengths, levels or [0] * len(lengths), strict=True):
+        levels = levels or [0] * len(lengths)
+        starts, repeats, pieces = [0, *accumulate(lengths)], list[tuple[int, int, int, int]](), list[list[list[int]]]()
+        kept, path, longest, cost = starts[-1], [0], 0, list[int]()
+        for start, length, level in zip(starts, lengths, levels, strict=False):
             path[level + 1 :] = [path[level] + length]
             longest = max(longest, padded_end.py_func(path[level], length))
-        before, above = torch.tensor([0, *lengths]).cumsum(0), torch.tensor(levels or [0] * len(lengths))
-        firsts = torch.cat([(above == 0).nonzero()[:, 0], torch.tensor([len(lengths)])])
-        return cls(before, above, firsts, longest)
+            if level == 0:
+                root, behind = (start, length), 0
+                pieces.append([])
+                cost.append(0)
+            elif level == 1 and behind >= ROOT_SHARE * root[1]:
+                known = repeats.pop() if repeats and repeats[-1][0] == root[0] else (*root, kept, 0)
+                repeats.append((*known[:3], known[3] + 1))
+                pieces.append([[*root, 0, kept, 0]])
+                cost.append(0)
+                kept, behind = kept + root[1], 0
+            behind += length if level else 0
+            pieces[-1].append([start, length, level, start, 1])
+            cost[-1] += length * (2 * path[level] + length)
+        order = sorted(range(len(pieces)), key=lambda n: -cost[n])
+        firsts = torch.tensor([0, *accumulate(len(pieces[n]) for n in order)])
+        return cls(torch.tensor([visit for n in order for visit in pieces[n]]), firsts, longest, kept, tuple(repeats))
 
 
 # How many tokens before and after itself a token sees.
@@ -312,12 +333,19 @@ class Attention:
         """The gradients of q, k and v, in blocks as they are, from `dout` (T, H, D) by tokens and what `forward`
         gave."""
         parts, dq = tasks_of_a_head(q, k, tree), pool.empty_like(q)
-        dk, dv = (pool.empty((parts, *x.shape), x) for x in (k, v))
+        dk, dv = (pool.empty((parts, tree.kept, *x.shape[1:]), x) for x in (k, v))
         others = (v, out, dout, lse, dq, dk, dv)
         self._run(self.backward_kernel, self.backward_bytes, q, k, tree, scale, terms, reach, *others)
         if parts == 1:
-            return dq, dk[0], dv[0]
-        return dq, dk.sum(0, dtype=torch.float32).to(k.dtype), dv.sum(0, dtype=torch.float32).to(v.dtype)
+            dk, dv = dk[0], dv[0]
+        else:
+            dk, dv = (x.sum(0, dtype=torch.float32).to(x.dtype) for x in (dk, dv))
+        for start, length, again, times in tree.repeats:
+            for x in (dk, dv):
+                root = x[start : start + length]
+                more = x[again : again + times * length].view(times, *root.shape)
+                root.copy_(more.sum(0, dtype=torch.float32).add_(root))
+        return dq, dk[: len(k)], dv[: len(v)]
 
     def _run(
         self, compiled: object, needed: Callable[[int, int, int], int], q: Tensor, k: Tensor, tree: Segments,
@@ -325,13 +353,13 @@ class Attention:
     ) -> None:  # fmt: skip
         """Call one of the two kernels; `others` are its tensors, from v on."""
         tokens, heads, d = q.shape
-        key_heads, families = k.shape[1], len(tree.firsts) - 1
+        key_heads, pieces = k.shape[1], len(tree.firsts) - 1
         parts = tasks_of_a_head(q, k, tree)
-        wide, depth = -(-d // self.columns) * self.columns, int(tree.levels.max()) + 1
+        wide, depth = -(-d // self.columns) * self.columns, int(tree.visits[:, 2].max()) + 1
         each = -(-needed(d, wide, tree.longest) // 4096) * 4096 + 4096  # bytes a thread
         memory = pool.empty((each * torch.get_num_threads(),), q, torch.uint8)
-        sizes = (tokens, heads, key_heads, d, parts, families, tree.longest, depth, memory, each, float(scale), *reach)
-        where = (tree.starts, tree.levels, tree.firsts)
+        sizes = (tokens, heads, key_heads, d, parts, pieces, tree.longest, depth, memory, each, float(scale), *reach)
+        where = (tree.kept, tree.visits, tree.firsts)
         slopes = 0 if terms.slopes is None else terms.slopes.float().contiguous()
         masks = (0, 0) if terms.seed is None else (terms.seed.keys, terms.seed.seed)
-        run(compiled, families * key_heads * parts, 1, *sizes, *where, slopes, *masks, terms.low, q, k, *others)
+        run(compiled, pieces * key_heads * parts, 1, *sizes, *where, slopes, *masks, terms.low, q, k, *others)
