@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from halfbyte.layers import attention, fuse, lora_linear, norm_gate, packed_attention, packing, sight
+from halfbyte.layers import attention, fuse, lora_linear, norm_gate, packed_attention, packing, shared_input, sight
 from halfbyte.layers.kernels import CAUSAL, card
 from halfbyte.proofs import setting
 from halfbyte.proofs.fusing import prove_fused
@@ -66,6 +66,12 @@ def lost_bias(patch: Patch) -> None:
     patch.setattr(lora_linear.LoraLinear, "forward", lambda ctx, x, a, b, bias, *rest: real(ctx, x, a, b, None, *rest))
 
 
+def input_of_one_reader(patch: Patch) -> None:
+    """Of linears that read one input, the gradient of the last alone."""
+    real = shared_input.SharedGradient.give
+    patch.setattr(shared_input.SharedGradient, "give", lambda self, add_to: real(self, lambda _: add_to(None)))
+
+
 def wrong_lora_scale(patch: Patch) -> None:
     real = fuse.lora_linear
     patch.setattr(fuse, "lora_linear", lambda x, layer, a, b, scale, p: real(x, layer, a, b, scale * 1.05, p))
@@ -97,6 +103,7 @@ FUSED = {
     "wrong rotary": (windowed, wrong_rotary),
     "mask of another example": (windowed, mask_of_another_example),
     "wrong scale of LoRA": (windowed, wrong_lora_scale),
+    "gradient of one reader": (windowed, input_of_one_reader),
     "lost bias": (lambda dtype: tiny.model("opt", dtype=dtype), lost_bias),
     "mean of a layer norm": (lambda dtype: tiny.model("gpt2", dtype=dtype), mean_left_in),
     "slope of a gelu": (lambda dtype: tiny.model("gpt2", dtype=dtype), gelu_of_another_kind),

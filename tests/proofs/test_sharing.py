@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -60,21 +61,31 @@ def misses_a_rest(patch: Patch) -> None:
     """Gradients of keys and values without those from the last rest."""
     real = tasks.Attention.backward
 
-    def faulty(self: Any, q: Any, k: Any, v: Any, out: Any, dout: Any, lse: Any, tree: Any, scale: Any) -> Any:
-        dq, dk, dv = real(self, q, k, v, out, dout, lse, tree, scale)
-        if len(tree.levels) == len(tree.firsts) - 1:
+    def faulty(self: Any, q: Any, k: Any, v: Any, out: Any, dout: Any, lse: Any, tree: Any, *more: Any) -> Any:
+        dq, dk, dv = real(self, q, k, v, out, dout, lse, tree, *more)
+        visits = sorted(visit for visit in tree.visits.tolist() if visit[4])
+        if not any(level for _, _, level, _, _ in visits):
             return dq, dk, dv
-        without = dout.clone()
-        without[int(tree.starts[-3]) : int(tree.starts[-2])] = 0  # the last segment is what fills the batch up
-        _, other_dk, other_dv = real(self, q, k, v, out, without, lse, tree, scale)
-        above = int(tree.starts[1])
+        without, last = dout.clone(), visits[-2]  # the last segment is what fills the batch up
+        without[last[0] : last[0] + last[1]] = 0
+        _, other_dk, other_dv = real(self, q, k, v, out, without, lse, tree, *more)
+        above = visits[0][1]
         dk[:above], dv[:above] = other_dk[:above], other_dv[:above]
         return dq, dk, dv
 
     patch.setattr(tasks.Attention, "backward", faulty)
 
 
-FAULTS = {f.__name__: f for f in (sees_its_sibling, position_off_by_one, label_counts_once, misses_a_rest)}
+def misses_a_piece(patch: Patch) -> None:
+    """Gradients of a root's keys and values from the piece alone that computes its queries."""
+    real = tasks.Segments.of
+
+    patch.setattr(tasks.Segments, "of", lambda *given: replace(real(*given), repeats=()))
+
+
+FAULTS = {
+    f.__name__: f for f in (sees_its_sibling, position_off_by_one, label_counts_once, misses_a_rest, misses_a_piece)
+}
 
 
 def proven(name: str, dtype: torch.dtype, **changes: Any) -> Any:
@@ -91,7 +102,8 @@ def test_a_fault_of_the_tree_is_seen(fault: str, dtype: torch.dtype, monkeypatch
     proof = prove_sharing(model, some)
     assert proof.ok and proof.difference < 1e-4, proof
     FAULTS[fault](monkeypatch)
-    assert not prove_sharing(model, some).ok
+    proof = prove_sharing(model, some)
+    assert not proof.ok and "differ by" in proof.reason, proof
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
     model.requires_grad_(False)
     of_texts = fault in ("sees_its_sibling", "position_off_by_one")  # an evaluation has no sums and no gradients

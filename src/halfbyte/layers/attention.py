@@ -15,6 +15,8 @@ Letters: T tokens, H query heads, K key heads, G = H / K, D head size, R rotated
 examples of one length.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import groupby
@@ -25,8 +27,9 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from halfbyte.layers.kernels import CAUSAL, pool
-from halfbyte.layers.kernels.cpu import available, whole_attention
+from halfbyte.layers.kernels.cpu import available, enabled, whole_attention
 from halfbyte.layers.kernels.dropout import ScoreTerms, TokenSeed
+from halfbyte.models import structure
 
 if TYPE_CHECKING:
     from halfbyte.layers.kernels.cpu.attention.tasks import Attention, Segments
@@ -63,6 +66,24 @@ def blocks_of(lengths: tuple[int, ...], levels: tuple[int, ...] = ()) -> HeadBlo
     sizes = torch.tensor(lengths)
     start = torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)
     return HeadBlocks(lengths, levels, tuple(runs), start, torch.repeat_interleave(sizes, sizes))
+
+
+@contextmanager
+def in_two_pieces(lengths: Sequence[int], levels: Sequence[int]) -> Iterator[None]:
+    """While it lasts a tree's first family is cut behind half of what follows its root, as large families are
+    (`Segments`); one in a proof is small."""
+    if not enabled():
+        yield
+        return
+    from halfbyte.layers.kernels.cpu.attention import tasks
+
+    end = next((n for n, level in enumerate(levels) if n and level == 0), len(levels))
+    branches = [n for n in range(end) if levels[n] == 1] or [end]
+    half = branches[len(branches) // 2] if len(branches) > 1 else end
+    blocks_of.cache_clear()
+    with structure.replaced((tasks, "ROOT_SHARE", sum(lengths[1:half]) / lengths[0])):
+        yield
+    blocks_of.cache_clear()
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:

@@ -20,7 +20,7 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 
 from halfbyte.errors import AdapterError
-from halfbyte.layers import attention, formulas, instances, norm_gate
+from halfbyte.layers import attention, formulas, instances, norm_gate, shared_input
 from halfbyte.layers.experts import interface
 from halfbyte.layers.experts.layout import is_quantised
 from halfbyte.layers.instances import Instance, is_hooked
@@ -182,7 +182,7 @@ class _FastGatedMlp(_Fast):
         """What it returns, and what that has to be multiplied with; for what it `takes`."""
         known = formulas.gated_mlp(self)
         assert known is not None
-        given = [linear(x) for linear in known.inputs]
+        given = shared_input.read(x, known.inputs)
         inputs, how = [each.detach() for each in given], (known.activation, known.scale)
         y: Tensor = known.down(_cheap(self, norm_gate.glu(given, *how), lambda: norm_gate.glu(inputs, *how)))
         return y, known.out_scale
@@ -237,7 +237,7 @@ class _FastAttention(_Fast):
             return self.query_key_value(x).squeeze(0).unflatten(-1, (-1, 3, d)).unbind(2)
         if hasattr(self, "Wqkv"):
             return self.Wqkv(x).squeeze(0).unflatten(-1, (3, -1, d)).unbind(1)
-        q, k, v = (p(x).squeeze(0) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (y.squeeze(0) for y in shared_input.read(x, (self.q_proj, self.k_proj, self.v_proj)))
         if hasattr(self, "q_norm") and len(self.q_norm.weight) == q.shape[1] != d:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (each.view(x.shape[1], -1, d) for each in (q, k, v))

@@ -27,6 +27,7 @@ from halfbyte.layers.kernels.cpu import available, lora_products
 from halfbyte.layers.kernels.cpu.integer import products as integer
 from halfbyte.layers.kernels.cpu.matmul import into, product
 from halfbyte.layers.kernels.dropout import LoraPart
+from halfbyte.layers.shared_input import SharedGradient, join
 from halfbyte.quant import formats
 from halfbyte.quant.dequantise import FrozenLinear
 
@@ -114,13 +115,19 @@ def frozen_forward(
     return y if bias is None else y.add_(bias)
 
 
-def frozen_backward(layer: nn.Module, dy: Tensor, dtype: torch.dtype, *, eight_bits: bool = False) -> Tensor:
+def frozen_backward(
+    layer: nn.Module, dy: Tensor, dtype: torch.dtype, *, eight_bits: bool = False, shared: SharedGradient | None = None
+) -> Tensor | None:
     """The gradient of x, dy W (N, D); `eight_bits`: by an integer product."""
-    if not eight_bits:
-        return product(dy, frozen_weight(layer, dtype))
-    dx = pool.empty((dy.shape[0], layer.in_features), dy)
-    integer.backward(dx, dy, integer_weight(layer, dtype), add=False)
-    return dx
+
+    def add_to(total: Tensor | None) -> Tensor:
+        dx = pool.empty((dy.shape[0], layer.in_features), dy) if total is None else total
+        if not eight_bits:
+            return into(dx, dy, frozen_weight(layer, dtype), add=total is not None)
+        integer.backward(dx, dy, integer_weight(layer, dtype), add=total is not None)
+        return dx
+
+    return add_to(None) if shared is None else shared.give(add_to)
 
 
 class LoraLinear(torch.autograd.Function):
@@ -130,14 +137,14 @@ class LoraLinear(torch.autograd.Function):
         x: (N, D) in the compute dtype. a: (R, D), b: (O, R), masters of any float dtype. bias: (O,) or None.
         layer: the module that holds W. scale: LoRA's. p: dropout. seed: of the mask. remake: makes x again in backward,
         where it is then not kept; None keeps it. rounded: x in 8 bits, for an integer product.
-        gradient8: whether the gradient's product is one.
+        gradient8: whether the gradient's product is one. shared: of all that read x, their gradient of it.
     """
 
     @staticmethod
     def forward(
         ctx: FunctionCtx, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, layer: nn.Module,
         scale: float, p: float, seed: Seed, remake: Remake | None = None,
-        rounded: integer.Int8Rows | None = None, gradient8: bool = False,
+        rounded: integer.Int8Rows | None = None, gradient8: bool = False, shared: SharedGradient | None = None,
     ) -> Tensor:  # fmt: skip
         scale = scale / (1 - p) if p else scale
         a16, b16 = a.to(x.dtype), b.to(x.dtype)
@@ -154,7 +161,7 @@ class LoraLinear(torch.autograd.Function):
         if bias is not None:
             y.add_(bias)
         ctx.save_for_backward(None if remake else x, h, a16, b16, mask)
-        ctx.layer, ctx.gradient8 = layer, gradient8
+        ctx.layer, ctx.gradient8, ctx.shared = layer, gradient8, shared
         ctx.scale, ctx.p = scale, p
         ctx.seed = seed
         ctx.remake = remake.promise() if remake else None
@@ -177,17 +184,25 @@ class LoraLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             da = lora_gradient(dh, x, a16, ctx.p, ctx.seed, mask).to(ctx.dtypes[0])
         if ctx.needs_input_grad[0]:
-            lora = LoraPart(dh, a16, 1.0, ctx.p, ctx.seed)
-            fused = ctx.gradient8 and mask is None and integer.takes_lora(lora)
-            dx = pool.empty((dy.shape[0], a16.shape[1]), dy) if fused else lora_up(dh, a16, ctx.p, ctx.seed, mask)
-            if ctx.gradient8:
-                weight = integer_weight(ctx.layer, x.dtype)
-                integer.backward(dx, dy, weight, add=not fused, lora=lora if fused else None)
-            else:
-                into(dx, dy, frozen_weight(ctx.layer, x.dtype), add=True)  # (N, O) @ (O, D)
+            part = partial(_add_gradient, ctx, dy, LoraPart(dh, a16, 1.0, ctx.p, ctx.seed), mask)
+            dx = part(None) if ctx.shared is None else ctx.shared.give(part)
         if ctx.needs_input_grad[3]:
             dbias = dy.sum(0, dtype=torch.float32).to(ctx.dtypes[2])
-        return dx, da, db, dbias, None, None, None, None, None, None, None
+        return dx, da, db, dbias, None, None, None, None, None, None, None, None
+
+
+def _add_gradient(ctx: FunctionCtx, dy: Tensor, lora: LoraPart, mask: Tensor | None, total: Tensor | None) -> Tensor:
+    """The gradient of x (N, D), dy W and LoRA's part, added to `total` where there is one."""
+    fused = ctx.gradient8 and total is None and mask is None and integer.takes_lora(lora)
+    if fused:
+        dx = pool.empty((dy.shape[0], lora.right.shape[1]), dy)
+    else:
+        dx = lora_up(lora.left, lora.right, ctx.p, ctx.seed, mask, total)
+    if ctx.gradient8:
+        weight = integer_weight(ctx.layer, dy.dtype)
+        integer.backward(dx, dy, weight, add=not fused, lora=lora if fused else None)
+        return dx
+    return into(dx, dy, frozen_weight(ctx.layer, dy.dtype), add=True)  # (N, O) @ (O, D)
 
 
 def _ours(x: Tensor, p: float) -> bool:
@@ -210,14 +225,16 @@ def lora_gradient(dh: Tensor, x: Tensor, a: Tensor, p: float, seed: Seed, mask: 
     return dh.T @ (drop(x, p, seed, mask)[0] if p else x)
 
 
-def lora_up(dh: Tensor, a: Tensor, p: float, seed: Seed, mask: Tensor | None) -> Tensor:
-    """LoRA's part of the gradient of x: drop(dh A), (N, R) and (R, D) -> (N, D)."""
+def lora_up(dh: Tensor, a: Tensor, p: float, seed: Seed, mask: Tensor | None, total: Tensor | None = None) -> Tensor:
+    """LoRA's part of the gradient of x: drop(dh A), (N, R), (R, D) -> (N, D), added to `total` where there is one."""
     if _ours(dh, p) and mask is None and lora_products(dh, a):
-        return _lora(dh.dtype).up(dh, a, p, seed)
+        return _lora(dh.dtype).up(dh, a, p, seed, total)
+    if total is not None and not p:
+        return into(total, dh, a, add=True)
     dx = product(dh, a)
     if p:
         drop_(dx, p, seed, mask)
-    return dx
+    return dx if total is None else total.add_(dx)
 
 
 @cache
@@ -263,7 +280,7 @@ def frozen_linear(x: Tensor, layer: nn.Module, *, bias_after: bool = False) -> T
     """(..., D) -> (..., O) through a frozen layer. `bias_after`: the product is rounded before its bias is added, as it
     is beside LoRA."""
     forward = partial(frozen_forward, rounded=integer_input(layer, x))
-    backward = partial(frozen_backward, eight_bits=integer_gradient(layer, x))
+    backward = partial(frozen_backward, eight_bits=integer_gradient(layer, x), shared=join(x))
     bias = None if bias_after else layer.bias
     y: Tensor = FrozenLinear.apply(x.reshape(-1, x.shape[-1]), bias, layer, forward, backward)
     y = y.view(*x.shape[:-1], y.shape[-1])
@@ -278,5 +295,5 @@ def lora_linear(x: Tensor, layer: nn.Module, a: Tensor, b: Tensor, scale: float,
     if p:
         seed = dropout.token_seed(layer, flat, by_kernel=available(flat)) or dropout.draw_seed()
     eight = integer_input(layer, x), integer_gradient(layer, x)
-    y = LoraLinear.apply(flat, a, b, layer.bias, layer, scale, p, seed, remake, *eight)
+    y = LoraLinear.apply(flat, a, b, layer.bias, layer, scale, p, seed, remake, *eight, join(x))
     return y.view(*x.shape[:-1], y.shape[-1])

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 SLOTS = 32
 MOST_THREADS = 64  # of Python's, where they have to be used
 # Elements that a thread takes at once: a few hundred kB of activations, so that both threads end together.
-BLOCK_ELEMENTS = 64 * 1024
+BLOCK_ELEMENTS = 32 * 1024
 
 Kernel: TypeAlias = Any  # a compiled `cfunc`
 _memory = threading.local()

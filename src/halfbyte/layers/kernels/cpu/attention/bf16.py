@@ -1,6 +1,6 @@
 """Causal attention of whole examples as one kernel, forward and backward, on bf16 tiles that stay in cache.
 
-What: a task is one piece of a tree of segments (`tasks.py`), one key head and some of the query heads that it serves. Keys and
+What: a task is one piece of a tree (`tasks.py`), one key head and some of the query heads that it serves. Keys and
 values are laid out once in pairs (`tiles.py`); then a few rows of queries at a time go through scores, softmax and
 product, and no score ever leaves the core's own cache. Only the columns that a row sees are computed, in steps of a
 tile. AMX multiplies no transposed A: there the gradients of keys and values are made as their transposes.

@@ -2,7 +2,7 @@
 
 Why: the matmul library makes all scores of an example, half of which no row sees, and one call for each product costs
 as much as its arithmetic: a third of the processor's rate (docs/log).
-What: as `bf16.py`, without pairs: a task is one piece of a tree of segments, one key head and some of the query heads that it
+What: as `bf16.py`, without pairs: a task is one piece of a tree, one key head and some of the query heads that it
 serves. Some rows of queries at a time go through scores, softmax and product; only columns that a row sees are
 computed, in steps of a tile. Keys and values are laid out once, in panels as wide as a tile.
 Source: FlashAttention-2, arXiv:2307.08691, section 3.1 (formulas).

@@ -33,7 +33,7 @@ MOST_ROWS = 16  # of a tile
 ROOT_SHARE = 4  # a piece of a family is at least so many times as long as the root that it repeats
 # What lies in the kernels' slots, as `Attention._run` puts it there; then what is of the forward or backward alone.
 TOKENS, HEADS, KEY_HEADS, WIDTH, PARTS, PIECES, LONGEST, DEPTH, MEMORY, BYTES, SCALE = range(3, 14)
-BACK, AHEAD, KEPT, VISITS, FIRSTS, SLOPES, TOKEN_KEYS, SEED, LOW, Q, K, V, OUT, MORE = range(14, 28)
+BACK, AHEAD, GRADIENT_TOKENS, VISITS, FIRSTS, SLOPES, TOKEN_KEYS, SEED, LOW, Q, K, V, OUT, MORE = range(14, 28)
 
 
 @njit(forceinline=True, fastmath={*FASTMATH, "nnan"}, error_model="numpy")
@@ -165,10 +165,10 @@ def _place(task, tree, slot):  # type: ignore[no-untyped-def]
 def _enter(n, tree):  # type: ignore[no-untyped-def]
     """Visit n as the end of the path: its first token, its tokens, tokens above it, those with what fills it up."""
     visits, _, before, path = tree
-    start, length, level = visits[n, 0], visits[n, 1], visits[n, 2]
+    length, level = visits[n, 1], visits[n, 2]
     before[level + 1] = before[level] + length
     path[level] = n
-    return start, length, before[level], padded_end(before[level], length) - before[level]
+    return visits[n, 0], length, before[level], padded_end(before[level], length) - before[level]
 
 
 @inlined
@@ -212,7 +212,7 @@ def _backward_task(given, slot, sizes, keys, work, tree, turn, lay, head, clear,
     begin, end, reach, key_head, first, last = _place(task, tree, slot)
     visits, _, above, path = tree
     row, depth = slot[HEADS] * d, 0
-    part = task % slot[PARTS] * slot[KEPT] * slot[KEY_HEADS] * d
+    part = task % slot[PARTS] * slot[GRADIENT_TOKENS] * slot[KEY_HEADS] * d
     for visit in range(begin, end + 1):
         level = visits[visit, 2] if visit < end else 0
         while depth > level:  # nothing more follows these
@@ -244,7 +244,7 @@ def backward_tasks(address, element, turn, lay, head, wide, step, keys, work, cl
     gradients of keys and values of a path in fp32, as clear(x, wide, reach, before, padded) makes them zero and
     keep(x, wide, reach, before, rows, d, out, factor) stores them: by rows, (reach, wide)."""
     slot, number = carray(address, (32,), np.int64), carray(address, (32,), np.float64)
-    n, m = slot[TOKENS] * slot[HEADS], slot[PARTS] * slot[KEPT] * slot[KEY_HEADS] * slot[WIDTH]
+    n, m = slot[TOKENS] * slot[HEADS], slot[PARTS] * slot[GRADIENT_TOKENS] * slot[KEY_HEADS] * slot[WIDTH]
     do, lse = array(slot[MORE], (n * slot[WIDTH],), element), array(slot[MORE + 1], (n,), np.float32)
     dq, dk = array(slot[MORE + 2], (n * slot[WIDTH],), element), array(slot[MORE + 3], (m,), element)
     others = (do, lse, dq, dk, array(slot[MORE + 4], (m,), element))
@@ -257,21 +257,23 @@ def backward_tasks(address, element, turn, lay, head, wide, step, keys, work, cl
 class Segments:
     """Segments of a pack in families, cut into pieces, as the kernels take them."""
 
-    # (V, 5) int64, the visits of all pieces: a segment's first token, its tokens, its level, where among `kept` tokens
-    # the gradients of its keys go, and whether its queries are computed here (a root's are, in one of its pieces)
+    # (V, 5) int64, the visits of all pieces: a segment's first token, its tokens, its level, where among
+    # `gradient_tokens` those of its keys go, and whether its queries are computed here (a root's are, in one piece)
     visits: Tensor
     firsts: Tensor  # (pieces + 1,) int64: the first visit of each, and V
     longest: int  # tokens of the longest path, filled up
-    kept: int  # tokens, and those of roots that are visited again
-    # Of roots that are: first token, tokens, where among `kept` the other visits' gradients lie, how many these are.
+    gradient_tokens: int  # tokens, and those of roots that are visited again
+    # Of roots that are: first token, tokens, where the other visits' gradients begin, how many of them there are
     repeats: tuple[tuple[int, int, int, int], ...]
 
     @classmethod
     def of(cls, lengths: Sequence[int], levels: Sequence[int] = ()) -> "Segments":
         """`levels`: none where each segment is a family."""
         levels = levels or [0] * len(lengths)
-        starts, repeats, pieces = [0, *accumulate(lengths)], list[tuple[int, int, int, int]](), list[list[list[int]]]()
-        kept, path, longest, cost = starts[-1], [0], 0, list[int]()
+        starts, repeats = [0, *accumulate(lengths)], list[tuple[int, int, int, int]]()
+        pieces, cost = list[list[list[int]]](), list[int]()
+        path, longest = [0], 0
+        total = starts[-1]
         for start, length, level in zip(starts, lengths, levels, strict=False):
             path[level + 1 :] = [path[level] + length]
             longest = max(longest, padded_end.py_func(path[level], length))
@@ -280,17 +282,17 @@ class Segments:
                 pieces.append([])
                 cost.append(0)
             elif level == 1 and behind >= ROOT_SHARE * root[1]:
-                known = repeats.pop() if repeats and repeats[-1][0] == root[0] else (*root, kept, 0)
+                known = repeats.pop() if repeats and repeats[-1][0] == root[0] else (*root, total, 0)
                 repeats.append((*known[:3], known[3] + 1))
-                pieces.append([[*root, 0, kept, 0]])
+                pieces.append([[*root, 0, total, 0]])
                 cost.append(0)
-                kept, behind = kept + root[1], 0
+                total, behind = total + root[1], 0
             behind += length if level else 0
             pieces[-1].append([start, length, level, start, 1])
             cost[-1] += length * (2 * path[level] + length)
         order = sorted(range(len(pieces)), key=lambda n: -cost[n])
         firsts = torch.tensor([0, *accumulate(len(pieces[n]) for n in order)])
-        return cls(torch.tensor([visit for n in order for visit in pieces[n]]), firsts, longest, kept, tuple(repeats))
+        return cls(torch.tensor([visit for n in order for visit in pieces[n]]), firsts, longest, total, tuple(repeats))
 
 
 # How many tokens before and after itself a token sees.
@@ -333,7 +335,7 @@ class Attention:
         """The gradients of q, k and v, in blocks as they are, from `dout` (T, H, D) by tokens and what `forward`
         gave."""
         parts, dq = tasks_of_a_head(q, k, tree), pool.empty_like(q)
-        dk, dv = (pool.empty((parts, tree.kept, *x.shape[1:]), x) for x in (k, v))
+        dk, dv = (pool.empty((parts, tree.gradient_tokens, *x.shape[1:]), x) for x in (k, v))
         others = (v, out, dout, lse, dq, dk, dv)
         self._run(self.backward_kernel, self.backward_bytes, q, k, tree, scale, terms, reach, *others)
         if parts == 1:
@@ -359,7 +361,7 @@ class Attention:
         each = -(-needed(d, wide, tree.longest) // 4096) * 4096 + 4096  # bytes a thread
         memory = pool.empty((each * torch.get_num_threads(),), q, torch.uint8)
         sizes = (tokens, heads, key_heads, d, parts, pieces, tree.longest, depth, memory, each, float(scale), *reach)
-        where = (tree.kept, tree.visits, tree.firsts)
+        where = (tree.gradient_tokens, tree.visits, tree.firsts)
         slopes = 0 if terms.slopes is None else terms.slopes.float().contiguous()
         masks = (0, 0) if terms.seed is None else (terms.seed.keys, terms.seed.seed)
         run(compiled, pieces * key_heads * parts, 1, *sizes, *where, slopes, *masks, terms.low, q, k, *others)

@@ -20,7 +20,7 @@ from halfbyte.layers.kernels.cpu.gate import mask_words
 from halfbyte.layers.kernels.cpu.lora.common import PART, LoraProducts
 from halfbyte.layers.kernels.cpu.parallel import Kernel, array, each_block, kernel
 from halfbyte.layers.kernels.cpu.registers import round_row
-from halfbyte.layers.kernels.cpu.scalar import hash_u32, inlined, store, up
+from halfbyte.layers.kernels.cpu.scalar import hash_u32, inlined, load, store, up
 
 from halfbyte.layers.kernels.cpu.tiles import (  # isort: skip
     COLUMNS, LOW_ROWS, TALL_COLUMNS, TALL_ROWS, low_tile, tall_tile,
@@ -70,10 +70,11 @@ def _down(x, a, h, wide, low, seed, keys, first, last):  # type: ignore[no-untyp
 
 
 @inlined
-def _up(dh, a, pairs, out, low, seed, keys, first, last):  # type: ignore[no-untyped-def]
+def _up(dh, a, pairs, out, add, low, seed, keys, first, last):  # type: ignore[no-untyped-def]
     given, width = dh.shape[1], 2 * out.shape[1]
     here, sums = np.zeros(ROWS * pairs, np.uint32), np.empty(ROWS * width, np.float32)
-    row = np.empty(width, np.uint16)
+    row, word_mask = np.empty(width, np.uint16), np.empty(width // 2, np.uint32)
+    ones = np.full(width // 2, 0xFFFFFFFF, np.uint32)
     for i in range(first, last, ROWS):
         rows = min(ROWS, last - i)
         for k in range(rows):
@@ -82,8 +83,15 @@ def _up(dh, a, pairs, out, low, seed, keys, first, last):  # type: ignore[no-unt
         for j in range(0, width, COLUMNS):
             tile(sums[j:], width, here, pairs, 1, a[j:], width, pairs, 0)
         for k in range(rows):
-            round_row(sums[k * width :], row, width)
-            _drop(row.view(np.uint32), out[i + k], low, seed, keys, i + k)
+            if add:  # in fp32, rounded once
+                _drop(ones, word_mask, low, seed, keys, i + k)
+                to, seen = out[i + k].view(np.uint16), word_mask.view(np.uint16)
+                part = sums[k * width : (k + 1) * width]
+                for j in range(width):
+                    to[j] = store(load(to[j]) + (part[j] if seen[j] else np.float32(0.0)), to)
+            else:
+                round_row(sums[k * width :], row, width)
+                _drop(row.view(np.uint32), out[i + k], low, seed, keys, i + k)
 
 
 @inlined
@@ -155,7 +163,7 @@ def _up_kernel(amx: bool) -> Kernel:
         out, keys = array(s[5], (s[1], s[9]), np.uint32), array(s[8], (s[11],), np.uint32)
         if amx:
             tiles.amx_begin(np.zeros(64, np.uint8))
-        each_block(s, _up, (dh, a, s[12], out, np.uint32(s[6]), np.uint32(s[7]), keys))
+        each_block(s, _up, (dh, a, s[12], out, s[13] != 0, np.uint32(s[6]), np.uint32(s[7]), keys))
         if amx:
             tiles.amx_end()
 

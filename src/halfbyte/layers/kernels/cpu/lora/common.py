@@ -53,16 +53,16 @@ class LoraProducts:
         run(self.down_kernel, n, TAKEN, x, turned, h, *mask, words, rank, columns, keys)
         return h
 
-    def up(self, dh: Tensor, a: Tensor, p: float, seed: Seed) -> Tensor:
-        """drop(dh A): dh (N, R), A (R, D) -> (N, D), in memory of the pool."""
+    def up(self, dh: Tensor, a: Tensor, p: float, seed: Seed, total: Tensor | None = None) -> Tensor:
+        """drop(dh A): dh (N, R), A (R, D) -> (N, D), in memory of the pool, or added to `total`."""
         (rank, width), n = a.shape, dh.shape[0]
-        out, (mask, keys) = pool.empty((n, width), a), mask_of(p, seed)
+        out, (mask, keys) = pool.empty((n, width), a) if total is None else total, mask_of(p, seed)
         ranks = rank // self.numbers
         if self.numbers > 1:
             a = a.view(ranks, self.numbers, width).transpose(1, 2)
         words, more = self._words(a).reshape(ranks, width), -ranks % self.step
         words = torch.cat([words, words.new_zeros(more, width)]) if more else words.contiguous()
-        sizes = (width // self.numbers, ranks, keys, ranks + more)
+        sizes = (width // self.numbers, ranks, keys, ranks + more, int(total is not None))
         run(self.up_kernel, n, TAKEN, dh.contiguous(), words, out, *mask, *sizes)
         return out
 
@@ -94,6 +94,7 @@ class LoraProducts:
                 "drop(x) A^T": (self.down(x, a, 0.5, 7), dropped64 @ a64.T),
                 "dh^T drop(x)": (self.gradient(dh, x, 0.5, 7), dh64.T @ dropped64),
                 "drop(dh A)": (self.up(dh, a, 0.5, 7), (dh64 @ a64) * mask),
+                "drop(dh A), added": (self.up(dh, a, 0.5, 7, x.clone()), x.double() + (dh64 @ a64) * mask),
             }
             for name, (got, right) in products.items():
                 # a rounding to the dtype, and sums in another order

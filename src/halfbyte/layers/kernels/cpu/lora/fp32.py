@@ -67,16 +67,20 @@ def _down(x, a, h, wide, mask, work, first, last):  # type: ignore[no-untyped-de
 
 
 @inlined
-def _up(dh, a, out, mask, work, first, last):  # type: ignore[no-untyped-def]
+def _up(dh, a, out, add, mask, work, first, last):  # type: ignore[no-untyped-def]
     rank, width = dh.shape[1], out.shape[1]
-    here, sums, bits = work
+    here, sums, bits, more = work
     for i in range(first, last, ROWS):
         rows = min(ROWS, last - i)
         rows_into(here, dh, i, rows)
         for j in range(0, width, COLUMNS):
             tile32(sums[j:], width, here, rank, 1, a[j:], width, rank, 0)
         for k in range(rows):
-            _drop(sums[k * width : (k + 1) * width], out[i + k], mask, bits, i + k)
+            to = out[i + k]
+            _drop(sums[k * width : (k + 1) * width], more if add else to, mask, bits, i + k)
+            if add:
+                for j in range(width):
+                    to[j] += more[j]
 
 
 @inlined
@@ -118,8 +122,8 @@ def lora_up(p):  # type: ignore[no-untyped-def]
     dh, a = array(s[3], (s[1], rank), np.float32), array(s[4], (rank * width,), np.float32)
     out, keys = array(s[5], (s[1], width), np.float32), array(s[8], (s[11],), np.uint32)
     here, bits = np.zeros(ROWS * rank, np.float32), np.empty(width // 2, np.uint32)
-    work, mask = (here, np.empty(ROWS * width, np.float32), bits), (np.uint32(s[6]), np.uint32(s[7]), keys)
-    each_block(s, _up, (dh, a, out, mask, work))
+    work = (here, np.empty(ROWS * width, np.float32), bits, np.empty(width, np.float32))
+    each_block(s, _up, (dh, a, out, s[13] != 0, (np.uint32(s[6]), np.uint32(s[7]), keys), work))
 
 
 @kernel
