@@ -161,7 +161,8 @@ class LoraLinear(torch.autograd.Function):
         if bias is not None:
             y.add_(bias)
         ctx.save_for_backward(None if remake else x, h, a16, b16, mask)
-        ctx.layer, ctx.gradient8, ctx.shared = layer, gradient8, shared
+        ctx.layer, ctx.gradient8 = layer, gradient8
+        ctx.shared = shared
         ctx.scale, ctx.p = scale, p
         ctx.seed = seed
         ctx.remake = remake.promise() if remake else None
