@@ -126,3 +126,24 @@ def test_torch_keeps_products_a_second_time_unless_it_is_told_not_to() -> None:
         return int(subprocess.run([sys.executable, "-c", GROWTH], env=asked, check=True, capture_output=True).stdout)
 
     assert grown("1") < 30e6 < 50e6 < grown("1024")
+
+
+def test_autograd_numbers_its_passes() -> None:
+    """`layers/shared_input.py`: one number within a pass, another in the next over the same graph."""
+    numbers: list[int] = []
+
+    class Numbered(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: torch.autograd.function.FunctionCtx, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: torch.autograd.function.FunctionCtx, *grads: torch.Tensor) -> torch.Tensor:
+            numbers.append(torch._C._current_graph_task_id())
+            return grads[0]
+
+    x = torch.ones(2, requires_grad=True)
+    y = (Numbered.apply(x) + Numbered.apply(x)).sum()
+    for _ in range(2):
+        y.backward(retain_graph=True)
+    assert numbers[0] == numbers[1] != numbers[2] == numbers[3] and min(numbers) >= 0

@@ -81,9 +81,11 @@ def in_two_pieces(lengths: Sequence[int], levels: Sequence[int]) -> Iterator[Non
     branches = [n for n in range(end) if levels[n] == 1] or [end]
     half = branches[len(branches) // 2] if len(branches) > 1 else end
     blocks_of.cache_clear()
-    with structure.replaced((tasks, "ROOT_SHARE", sum(lengths[1:half]) / lengths[0])):
-        yield
-    blocks_of.cache_clear()
+    try:
+        with structure.replaced((tasks, "ROOT_SHARE", sum(lengths[1:half]) / lengths[0])):
+            yield
+    finally:
+        blocks_of.cache_clear()
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:

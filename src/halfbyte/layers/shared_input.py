@@ -3,7 +3,8 @@
 Why: autograd lets each make its own gradient of x and adds these two by two, each sum a pass over three tensors of x's
 size in new memory: three a layer of a Llama, 3% of a step (docs/log).
 What: the first of them that comes to its backward makes the gradient, the others add their products to it, and the last
-one returns it; the others return none.
+one returns it; the others return none. A pass that asks for gradients of some of them alone leaves a part of the sum
+behind, so each pass begins anew.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ class SharedGradient:
     def __init__(self) -> None:
         self._joined = self._returned = 0
         self._sum: Tensor | None = None
+        self._pass = -1  # autograd's number of the backward pass
 
     def join(self) -> None:
         self._joined += 1
@@ -30,6 +32,10 @@ class SharedGradient:
     def give(self, add_to: Callable[[Tensor | None], Tensor]) -> Tensor | None:
         """`add_to`: the sum so far, None at first -> the sum with one more, in the same memory. Returns it when it is
         whole."""
+        this_pass = torch._C._current_graph_task_id()
+        if this_pass != self._pass:
+            self._pass, self._sum = this_pass, None
+            self._returned = 0
         total = add_to(self._sum)
         self._returned += 1
         if self._returned < self._joined:
