@@ -20,7 +20,7 @@ from halfbyte.layers.kernels.cpu.attention import tasks
 from halfbyte.layers.kernels.cpu.attention.softmax import pair_gradients, row_exp, row_max
 from halfbyte.layers.kernels.cpu.attention.tasks import PAD, WIDE, drop_chances, row_seed, scratch, store_rows, tilt
 from halfbyte.layers.kernels.cpu.parallel import Kernel, kernel
-from halfbyte.layers.kernels.cpu.registers import LANES
+from halfbyte.layers.kernels.cpu.registers import LANES, turn_words
 from halfbyte.layers.kernels.cpu.scalar import hash_u32, inlined, load, store, up
 
 if not tiles.available():  # LLVM ends the process where it meets an instruction that the processor lacks
@@ -48,9 +48,13 @@ def _columns_in_pairs(x, rows, d, out, before, padded, reach):  # type: ignore[n
     x, pairs = x.view(np.uint32), d // 2
     for c in range(pairs, _pairs(d)):
         out[c * reach + before : c * reach + before + padded] = np.uint32(0)
+    whole_pairs, whole_rows = pairs // LANES * LANES, rows // LANES * LANES
+    for c in range(0, whole_pairs, LANES):
+        for i in range(0, whole_rows, LANES):
+            turn_words(x[i * pairs + c :], pairs, out[c * reach + before + i :], reach)
     for c in range(pairs):
         to = out[c * reach + before : c * reach + before + padded]
-        for i in range(rows):
+        for i in range(whole_rows if c < whole_pairs else 0, rows):
             to[i] = x[i * pairs + c]
         for i in range(rows, padded):
             to[i] = np.uint32(0)
@@ -74,17 +78,16 @@ def _rows_in_pairs(x, row, rows, d, out, wide, padded):  # type: ignore[no-untyp
 
 
 @inlined
-def _turned_pairs(x, row, rows, d, out, wide, padded):  # type: ignore[no-untyped-def]
-    """The transpose of `_rows_in_pairs`: out (wide, TALL / 2)."""
-    for j in range(wide * TALL // 2):
-        out[j] = np.uint32(0)
-    for i in range(rows):
-        a, high = x[i * row : i * row + d], np.uint32(i % 2 * 16)
-        for c in range(d):
-            out[c * (TALL // 2) + i // 2] |= np.uint32(a[c]) << high
-
-
-_queries_in_pairs = _turned_pairs if AMX else _rows_in_pairs
+def _queries_in_pairs(x, row, rows, d, out, wide, padded, work):  # type: ignore[no-untyped-def]
+    """`_rows_in_pairs` of some queries; with AMX their transpose, out (wide, TALL / 2)."""
+    if AMX:
+        paired = work.view(np.uint32)
+        _rows_in_pairs(x, row, rows, d, paired, wide, TALL)
+        for c in range(0, wide, LANES):
+            for i in range(0, TALL // 2, LANES):
+                turn_words(paired[i * wide + c :], wide, out[c * (TALL // 2) + i :], TALL // 2)
+    else:
+        _rows_in_pairs(x, row, rows, d, out, wide, padded)
 
 
 @inlined
@@ -112,7 +115,15 @@ def _clear_columns(x, wide, reach, before, padded):  # type: ignore[no-untyped-d
 @inlined
 def _keep_columns(x, wide, reach, before, rows, d, out, factor):  # type: ignore[no-untyped-def]
     """Columns of x (wide, reach), times a factor -> out (rows, d) of bf16."""
-    for r in range(rows):
+    square, whole = np.empty(LANES * LANES, np.float32), rows // LANES * LANES
+    for i in range(0, whole, LANES):
+        for c in range(0, d, LANES):
+            turn_words(x[c * reach + before + i :], reach, square, LANES)
+            for r in range(LANES):
+                a, to = square[r * LANES : (r + 1) * LANES], out[(i + r) * d + c : (i + r) * d + min(d, c + LANES)]
+                for j in range(len(to)):
+                    to[j] = store(a[j] * factor, to)
+    for r in range(whole, rows):
         to = out[r * d : (r + 1) * d]
         for c in range(d):
             to[c] = store(x[c * reach + before + r] * factor, to)
@@ -239,9 +250,9 @@ def _backward_head(head, keys, sizes, work, terms, sees):  # type: ignore[no-unt
         rows, i0 = min(TALL, length - i), before + i
         tall, steps_down = up(rows, ROWS), _pairs(rows)
         _copy_rows(q32[i * d // 2 :], d // 2, rows, d, qn, tall)
-        _queries_in_pairs(q[i * d :], d, rows, d, qp, wide, tall)
+        _queries_in_pairs(q[i * d :], d, rows, d, qp, wide, tall, dqa)
         _copy_rows(do32[i * row // 2 :], row // 2, rows, d, don, tall)
-        _queries_in_pairs(do[i * row :], row, rows, d, dop, wide, tall)
+        _queries_in_pairs(do[i * row :], row, rows, d, dop, wide, tall, dqa)
         for r in range(tall):
             total = np.float32(0.0)
             if r < rows:
