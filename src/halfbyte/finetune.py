@@ -340,7 +340,8 @@ def _finish(
         peak_device_bytes=used.get("peak_device_bytes"),
         adapter_step=adapter_step,
     )
-    verified = verify.after(run.path, 0 if disk.stops() else report["train_seconds"], plan, machine)
+    length_s = report["train_seconds"] if budget is None else budget.within_s
+    verified = verify.after(run.path, 0 if disk.stops() else length_s, plan, machine)
     if verified["ok"] is False:
         callback.listener.warn(f"the saved adapter does not say what it said when it was trained: {verified['seen']}")
     report |= {

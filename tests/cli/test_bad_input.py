@@ -990,6 +990,7 @@ def test_a_mistake_is_one_message(case: Case, here: Path, halfbyte: Cli) -> None
         ("eval done --data nope.jsonl", "nope.jsonl: no such file"),
         ("generate nope --prompt x", "there is no run folder nope"),
         ("chat nope", "there is no run folder nope"),
+        ("generate nope.gguf --prompt x", "there is no nope.gguf; allowed: "),
         ("export done --gguf Q9", "--gguf Q9: no such format."),
         ("export done --gguf Q8_0 --out done", "done exists already, and nothing is overwritten."),
         ("merge done --out done/adapter", "done/adapter exists already, and nothing is overwritten."),

@@ -153,7 +153,7 @@ def test_the_command(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_run_of_some_length_is_seen_by_a_process_of_its_own(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verifying, "AFTER_S", 0.0)
+    monkeypatch.setattr(verifying, "VERIFIED_FROM_S", 0.0)
     monkeypatch.setattr(verifying, "LIMIT_S", 600.0)
     own = passport.write
     recipe = tiny_run.recipe(world, output=tmp_path / "run")
@@ -174,7 +174,7 @@ def test_a_run_of_some_length_is_seen_by_a_process_of_its_own(
 def test_a_second_process_that_cannot_be_had_ends_no_run(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verifying, "AFTER_S", 0.0)
+    monkeypatch.setattr(verifying, "VERIFIED_FROM_S", 0.0)
     monkeypatch.setattr(verifying.sys, "executable", str(tmp_path / "none"))
     outcome = finetune.train(tiny_run.recipe(world, output=tmp_path / "alone"))
     assert outcome.exit_code == 0
@@ -185,7 +185,7 @@ def test_a_second_process_that_cannot_be_had_ends_no_run(
 
 
 def test_what_a_second_process_says_of_itself_is_said(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verifying, "AFTER_S", 0.0)
+    monkeypatch.setattr(verifying, "VERIFIED_FROM_S", 0.0)
     plan, machine = SimpleNamespace(private_bytes=0), SimpleNamespace(on_card=False)
     seen = verifying.after(run / "nowhere", 1.0, plan, machine)["seen"]  # type: ignore[arg-type]
     assert seen == f"not seen: there is no run folder {run / 'nowhere'}."

@@ -28,7 +28,7 @@ from halfbyte.errors import HalfbyteError, RecipeError, TrainError
 from halfbyte.recipe.file import load_recipe
 from halfbyte.recipe.schema import Loaded
 from halfbyte.report import page, record
-from halfbyte.runs.folder import RunFolder
+from halfbyte.runs.folder import VERIFIED_FROM_S, RunFolder
 from halfbyte.training.deadline import Clock
 from halfbyte.training.events import Listener
 from halfbyte.tuning import budget, fits
@@ -265,6 +265,22 @@ def test_where_starting_took_long_a_second_process_is_given_as_much(
             finetune.train(recipe(tmp_path / str(started_s), train__within="600s"), clock=Clock(lambda: 0.0, started_s))
     assert tails[1] == pytest.approx(tails[0]), "the least that it is given"
     assert tails[2] - tails[0] == pytest.approx(1.3 * 20.0 - 5.0)
+
+
+def test_a_second_process_looks_where_time_was_left_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, fitted, real = list[float](), list[fits.Fit](), fits.fit
+    monkeypatch.setattr(finetune.verify, "after", lambda run, run_s, *_: asked.append(run_s) or {"ok": None, "seen": ""})
+
+    def and_keep(*of: Any, **more: Any) -> fits.Fit:
+        fitted.append(real(*of, **more))
+        return fitted[-1]
+
+    monkeypatch.setattr(fits, "fit", and_keep)
+    for within in ("59s", "60s"):  # steps take less: those of the first part, too
+        train(recipe(tmp_path / within, train__within=within, train__max_steps=6, train__learning_rate=1e-3))
+    assert [run_s >= VERIFIED_FROM_S for run_s in asked] == [False, True]
+    assert fitted[1].tail_s - fitted[0].tail_s == pytest.approx(fitted[1].verified_s, abs=1.0)
+    assert fitted[1].verified_s >= fits.PROCESS_S
 
 
 def test_steps_that_are_given_are_said_to_be_the_limit(tmp_path: Path) -> None:

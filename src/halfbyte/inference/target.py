@@ -8,7 +8,7 @@ from pathlib import Path
 from halfbyte.data.reading import read
 from halfbyte.data.reading.files import IsFolder
 from halfbyte.errors import AdapterError, DataError, RunError, SourceError, typed
-from halfbyte.models.sources import hub, pypi
+from halfbyte.models.sources import hub, lookup, pypi
 from halfbyte.models.sources.checkpoint import no_config
 from halfbyte.plan import number_format
 from halfbyte.recipe.adapter import read_config
@@ -54,6 +54,8 @@ def _find(path: Path, overrides: Sequence[str]) -> Target:
             return Target(path, number_format.settle(to_use_alone(str(path), overrides, more)).recipe)
         if any(path.glob("*.gguf")):
             raise no_config(path, str(path))
+        if path.suffix == ".gguf":
+            lookup.look(to_use_alone(str(path), overrides).recipe)
     run = RunFolder.open(path)
     return Target(path, to_use(run.recipe, overrides), run.adapter, run)
 

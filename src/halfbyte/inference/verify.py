@@ -17,12 +17,11 @@ from halfbyte.models.gguf import blocks
 from halfbyte.plan import Plan
 from halfbyte.proofs.adapter import compare_logits
 from halfbyte.runs import points
-from halfbyte.runs.folder import RunFolder
+from halfbyte.runs.folder import VERIFIED_FROM_S, RunFolder
 from halfbyte.system import device
 from halfbyte.types import Check, Document
 
-# Opening a base and looking at three rows takes some seconds.
-AFTER_S, LIMIT_S = 60.0, 60.0
+LIMIT_S = 60.0  # opening a base and looking at three rows takes some seconds
 
 
 @dataclass(frozen=True)
@@ -66,14 +65,14 @@ def verify(path: Path, overrides: Sequence[str] = (), *, hashes: bool = True) ->
     return Verified(path, tuple(checks))
 
 
-def after(path: Path, train_seconds: float, plan: Plan, machine: device.Device) -> Document:
+def after(path: Path, run_s: float, plan: Plan, machine: device.Device) -> Document:
     """What a process of its own sees of an adapter that was just saved: `ok` (None where it did not look), `seen`. A
     run of less than a minute, or one that leaves no memory for a second process, is left to `halfbyte verify`."""
-    if train_seconds < AFTER_S:
-        return {"ok": None, "seen": f"not asked of a run of less than {AFTER_S:.0f} s"}
+    if run_s < VERIFIED_FROM_S:
+        return {"ok": None, "seen": f"not asked of a run of less than {VERIFIED_FROM_S:.0f} s"}
     if machine.on_card or device.ram_available() < plan.private_bytes:
         return {"ok": None, "seen": "not asked: too little memory is left for a second process"}
-    command, limit = [sys.executable, "-m", "halfbyte", "verify", str(path)], max(train_seconds, LIMIT_S)
+    command, limit = [sys.executable, "-m", "halfbyte", "verify", str(path)], max(run_s, LIMIT_S)
     try:
         done = subprocess.run(
             [*command, "--quick", "--json"], capture_output=True, text=True, timeout=limit, check=False

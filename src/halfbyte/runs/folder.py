@@ -32,6 +32,7 @@ ANOTHER = "give another output: (--output)"
 EXPORT = "export.json"  # of a folder that `merge` or `export` has added
 RETRY_FOR_S = 600.0
 RETRY_EVERY_S = 1.0
+VERIFIED_FROM_S = 60.0  # a second process looks at the adapter of a run of so many seconds
 
 
 def check_writable(folder: Path, fix: str) -> None:

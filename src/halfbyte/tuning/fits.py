@@ -17,6 +17,7 @@ from halfbyte.plan import number_format
 from halfbyte.plan.result import Plan
 from halfbyte.recipe import command
 from halfbyte.recipe.schema import Loaded
+from halfbyte.runs.folder import VERIFIED_FROM_S
 from halfbyte.system import device
 from halfbyte.system.words import duration
 from halfbyte.training.comparison import text_reading_s
@@ -27,7 +28,6 @@ from halfbyte.tuning.search import LEAST_STEPS
 
 PROBES_SHARE = 0.15  # of the time, at most
 EVALUATION_SHARE, FEWEST_ROWS = 0.03, 8  # of the time; base and source are measured on the same rows, once
-VERIFIED_FROM_S = 60.0  # a second process looks at the adapter of a run of so many seconds
 PROCESS_S, PROCESS_STARTS = 5.0, 1.3  # that one takes so long, or so many times what this one took to start
 MORE = 1.1  # of a time that is advised: more held-out rows are evaluated in it, and another start may be slower
 
@@ -60,7 +60,7 @@ class Fit:
     def needed(self, steps: int) -> float:
         """The time that so many steps need with all that is around them."""
         seconds = (self.before_s + self.tail_s + steps * self.step_s) / (1 - self.probes_s / self.within_s)
-        return seconds + self.verified_s * (self.within_s <= VERIFIED_FROM_S < MORE * seconds)
+        return seconds + self.verified_s * (self.within_s < VERIFIED_FROM_S <= MORE * seconds)
 
     @property
     def one_pass(self) -> str:
@@ -117,7 +117,7 @@ def fit(
     evaluated_s = 0.0 if rows is None else time.forward_s * float(rows.lengths.sum())
     tail_s = evaluated_s + time.around.get("saving", 0.0) + text_reading_s(prepared, plan)
     verified_s = max(PROCESS_S, PROCESS_STARTS * started_s) + time.around.get("opening", 0.0)
-    tail_s += verified_s * (within_s > VERIFIED_FROM_S)
+    tail_s += verified_s * (within_s >= VERIFIED_FROM_S)
     before_s = spent_s + _opening_s(plan) + 2 * evaluated_s  # base and source
     probes_s = PROBES_SHARE * within_s if probes and rows is not None else 0.0
     value = Fit(prepared, within_s, before_s, probes_s, tail_s, max(time.step_s, 1e-9), held_out, verified_s)

@@ -104,6 +104,14 @@ def test_tool_calls_in_openai_style(make_data: Any, arguments: Any) -> None:
         assert found.messages[2].to_template() == {"role": "tool", "content": "", "tool_call_id": "c1"}
 
 
+def test_a_null_that_a_call_says_itself_stays(make_data: Any) -> None:
+    call = {"function": {"name": "add", "arguments": '{"a": null, "b": {"c": null}}'}}
+    found = row({"messages": [MESSAGES[0], {"role": "assistant", "tool_calls": [call]}]}, make_data())
+    assert found.messages is not None
+    said_itself = found.messages[1].more["tool_calls"][0]["function"]["arguments"]
+    assert said_itself == {"a": None, "b": {"c": None}}
+
+
 def test_tool_calls_in_sharegpt(make_data: Any) -> None:
     talk = [
         SHARED[0], {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},

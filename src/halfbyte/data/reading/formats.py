@@ -224,11 +224,12 @@ def _call(call: object, field: str) -> dict[str, Any]:
     if not isinstance(function, dict):
         raise BadRow(f"{field}.function: an object is needed, got {kind(function)}")
     name = text_in(function, "name", f"{field}.")
-    arguments = _from_json(function.get("arguments", {}), f"{field}.arguments")
+    given = function.get("arguments", {})
+    arguments = _from_json(given, f"{field}.arguments")
     if not isinstance(arguments, dict):
         raise BadRow(f"{field}.arguments: an object, or its JSON, is needed, got {kind(arguments)}")
-    # columnar files give every call the arguments of all the others, as null
-    arguments = {k: v for k, v in arguments.items() if v is not None}
+    if arguments is given:  # columnar files give every call the arguments of all the others, as null
+        arguments = {k: v for k, v in arguments.items() if v is not None}
     tool_call: dict[str, Any] = {"type": "function", "function": {"name": name, "arguments": arguments}}
     if call.get("id") is not None:
         tool_call["id"] = text_in(call, "id", f"{field}.")
