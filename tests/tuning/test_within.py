@@ -269,7 +269,12 @@ def test_where_starting_took_long_a_second_process_is_given_as_much(
 
 def test_a_second_process_looks_where_time_was_left_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, fitted, real = list[float](), list[fits.Fit](), fits.fit
-    monkeypatch.setattr(finetune.verify, "after", lambda run, run_s, *_: asked.append(run_s) or {"ok": None, "seen": ""})
+
+    def after(run: Path, run_s: float, *_: object) -> dict[str, object]:
+        asked.append(run_s)
+        return {"ok": None, "seen": ""}
+
+    monkeypatch.setattr("halfbyte.inference.verify.after", after)
 
     def and_keep(*of: Any, **more: Any) -> fits.Fit:
         fitted.append(real(*of, **more))
