@@ -310,8 +310,7 @@ def _finish(
     setup: Setup, run: RunFolder, ended: Ended, callback: RunCallback, peak: usage.Peak, disk: DiskRetry,
     budget: TimeBudget | None,
 ) -> Document:  # fmt: skip
-    """Save the adapter and the report; returns the report. After a run of some length the adapter is opened once more,
-    in a process of its own."""
+    """Save adapter and report; returns the report. After a run of some length a second process opens the adapter."""
     plan, machine = setup.run.plan, setup.run.machine
     adapter_step = disk.write(lambda: _save(setup, run, callback))
     compared, steps = _compared(ended, callback, adapter_step), setup.planned_steps
