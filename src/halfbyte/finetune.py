@@ -42,7 +42,7 @@ from halfbyte.report import start as beginning
 from halfbyte.rollouts.rollouts import Rollouts
 from halfbyte.runs import crash, points
 from halfbyte.runs import report as reporting
-from halfbyte.runs.folder import DiskRetry, RunFolder, space_for, write_json
+from halfbyte.runs.folder import VERIFIED_FROM_S, DiskRetry, RunFolder, space_for, write_json
 from halfbyte.system import accelerator, device, files, threads, usage
 from halfbyte.system.libraries import versions
 from halfbyte.training import fit, pace, preflight, prepare, source, watch
@@ -339,8 +339,8 @@ def _finish(
         peak_device_bytes=used.get("peak_device_bytes"),
         adapter_step=adapter_step,
     )
-    length_s = report["train_seconds"] if budget is None else budget.within_s
-    verified = verify.after(run.path, 0 if disk.stops() else length_s, plan, machine)
+    least_s = 0.0 if budget is None else min(budget.within_s, VERIFIED_FROM_S)
+    verified = verify.after(run.path, 0 if disk.stops() else max(least_s, report["train_seconds"]), plan, machine)
     if verified["ok"] is False:
         callback.listener.warn(f"the saved adapter does not say what it said when it was trained: {verified['seen']}")
     report |= {
