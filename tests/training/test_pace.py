@@ -154,6 +154,21 @@ def test_blocks_go_before_a_micro_batch_that_is_larger_than_all_before(monkeypat
     assert kept == [False, True, False, True, True, False]
 
 
+def test_blocks_stay_where_they_were_made_for_the_longest_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also near the plan's upper figure: what the longest since has added is there already."""
+    memory = Pool()
+    monkeypatch.setattr(pool, "POOL", memory)
+    way = limited([], [], 900_000_000, 950_000_000, 950_000_000, held=950_000_000, monkeypatch=monkeypatch)
+    way.longest, places = 60, set[int]()
+    for waiting, tokens in ([(0, 1, 2)], 60), ([(2,)], 10), ([(0, 1, 2)], 60):
+        way.between(waiting)
+        way.expect(tokens)
+        block = memory.empty((tokens, 1 << 14), torch.float32)
+        places.add(block.data_ptr())
+        del block
+    assert len(places) == 1 and memory.total_bytes > 0
+
+
 def test_what_was_measured_before_the_first_step_is_no_micro_batchs_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     applied: list[str] = []

@@ -182,6 +182,7 @@ def make_pace(run: PlannedRun, model: Model, tell: Callable[[str], None], *, pac
     return Pace(
         lengths=run.prepared.train.lengths, tokens=plan.max_tokens_per_micro_batch,
         examples_per_micro_batch=None if packed else 1, padded=packing.installed(model) == "rows",
+        longest=plan.tokens_in_micro_batch,
         recompute=plan.recompute, policies=choose.step_down_policies(job, plan.recompute), need=need,
         apply=lambda recompute: recompute_as(model, recompute), tell=tell, ram_bytes=machine.ram_bytes,
         on_card=machine.on_card, ids=run.prepared.ids_of(run.prepared.train),

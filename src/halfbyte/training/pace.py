@@ -20,7 +20,7 @@ from torch import Tensor
 
 from halfbyte.data import collate, pack, prefixes
 from halfbyte.errors import TrainError, first_line
-from halfbyte.layers import fuse
+from halfbyte.layers import fuse, packing
 from halfbyte.layers.kernels import pool
 from halfbyte.models import structure
 from halfbyte.objectives import objective as objectives
@@ -55,10 +55,11 @@ class Pace:
     peak: usage.Peak | None = None  # samples it all the while
     ids: prefixes.IdsOf | None = None  # the tokens of a row, where rows share their beginnings
     padded: bool = False  # rows of a micro-batch are padded to its longest
+    longest: int = 0  # tokens of the run's largest micro-batch, where they are known
     downs: list[str] = field(default_factory=list)
     _tight: bool = False
     _near: bool = False
-    _last_need: int = 0
+    _most_need: int = 0  # since blocks were last given back, whose pages are still there
     _last_private: int = 0
     _largest: int = 0
 
@@ -105,9 +106,14 @@ class Pace:
             self.tell(f"{reason}; there is no smaller way to run this step")
         return self.split(waiting)
 
+    def expect(self, tokens: int) -> None:
+        """The next micro-batch has so many tokens, perhaps aligned; blocks for its tensors are made for the longest."""
+        pool.POOL.expect((tokens, packing.up_to(tokens)), packing.up_to(self.longest))
+
     def _make_room_for_larger(self, waiting: Sequence[pack.MicroBatch]) -> None:
-        """Before a micro-batch larger than all before, let go of their tensors' blocks: none holds one of its own."""
-        if (largest := self.largest(waiting)) > self._largest:
+        """Before a micro-batch larger than all before and than `longest`, let go of their tensors' blocks: none holds
+        one of its own."""
+        if (largest := self.largest(waiting)) > max(self._largest, self.longest):
             self._largest = largest
             pool.POOL.give_back()
 
@@ -117,7 +123,7 @@ class Pace:
         if self.limit is None or self.peak is None:
             return
         needed = self.need(self.largest(waiting), self.recompute)
-        more, self._last_need = max(0, needed - self._last_need), needed
+        more, self._most_need = max(0, needed - self._most_need), max(needed, self._most_need)
         recent = self.peak.take()
         if recent.file > self.limit.file:
             pages.release_code()
@@ -126,6 +132,7 @@ class Pace:
         near = recent.private + more > room
         if near:
             give_back()
+            self._most_need = needed
             held = usage.now().private
             reason = f"{recent.private / GB:.2f} GB were in use, {self.limit.private / GB:.2f} are planned at most"
             # near again: if it grows as it did since the last look, will the next micro-batch be above the figure?

@@ -336,6 +336,7 @@ class StepTrainer(Trainer):
 
     def _run_micro_batch(self, model: Model, batch: Batch, step_weight: float) -> torch.Tensor:
         """Forward and backward of one micro-batch; its share of the step's loss."""
+        self.pace.expect(batch["input_ids"].numel())
         part = objectives.micro_batch_loss(self.objective, model, batch) / step_weight
         self.accelerator.backward(part)
         return part.detach()

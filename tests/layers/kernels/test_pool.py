@@ -63,6 +63,22 @@ def test_a_much_larger_block_is_not_taken() -> None:
     assert of(lender, int(4096 / LARGER / 2)).data_ptr() != at
 
 
+def test_a_block_is_made_for_the_most_rows_that_are_expected_and_pages_not_reached_take_no_memory() -> None:
+    lender, wide = Pool(), (4096, torch.float32)
+    lender.expect((100, 112), 2000)
+    before = usage.now().private
+    packed = lender.empty((1, 112, wide[0]), wide[1]).fill_(1)
+    assert usage.now().private - before < 16 << 20 < 2000 * 4096 * 4 <= lender.total_bytes
+    at, held = packed.data_ptr(), lender.total_bytes
+    del packed
+    lender.expect((2000,), 2000)
+    longest = lender.empty((2000, wide[0]), wide[1])
+    assert longest.data_ptr() == at and lender.total_bytes == held
+    other = lender.empty((111, wide[0]), wide[1])  # a weight, say: no row for each token
+    assert lender.total_bytes - held < 112 * 4096 * 4 + 2 * KIB * 4
+    assert other.shape == (111, wide[0]) and longest.shape == (2000, wide[0])
+
+
 def test_of_one_size_the_last_one_that_came_back_goes_first() -> None:
     lender = Pool()
     three = [of(lender, 256) for _ in range(3)]

@@ -4,8 +4,9 @@ Why: PyTorch asks glibc for aligned memory, and `memalign` cannot put a tensor w
 tensors of each layer split larger holes, and a run's heap grew for a hundred steps: SmolLM2, 800 tokens a step, from
 1.3 to 2.4 GB (docs/log, "Blocks of our own").
 What: a block is lent for as long as a tensor on it lives, and then goes to the next tensor that it holds. A smaller
-tensor takes a larger block, so the longest micro-batch, which runs first, leaves blocks for all. What is free beyond a
-share of the most that was lent at once goes back to the system.
+tensor takes a larger block. A tensor with a row for each token of a micro-batch gets one that the longest micro-batch
+of the run would fit in (`expect`), so that a longer one needs no new blocks; pages that no tensor has reached take no
+memory. What is free beyond a share of the most that was lent at once goes back to the system.
 Source: `torch.frombuffer`, which keeps the buffer's exporter alive, and no more, until the storage is freed.
 Cost: about five microseconds a tensor, so small ones stay torch's own.
 """
@@ -18,7 +19,7 @@ import threading
 import weakref
 from bisect import bisect_left, insort_left
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -54,10 +55,15 @@ class Pool:
         self.total_bytes = 0  # of all blocks
         self.lent_bytes = self.max_lent_bytes = 0  # of those that are lent, now and at most
         self._block_count = 0
+        self._expected: tuple[frozenset[int], int] = frozenset(), 0
         self._free: list[Block] = []  # by size; of one size the last one returned is first, as it may be in the cache
         self._lock = threading.Lock()
         self._returned: deque[Block] = deque()
         self._loans: dict[int, _Loan] = {}  # by id, as a reference hashes what it refers to
+
+    def expect(self, rows: Collection[int], most: int) -> None:
+        """From now on a tensor of so many rows, (rows, ..) or (B, T, ..) with rows = B T, has a block for the most."""
+        self._expected = frozenset(rows), most
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A tensor on the CPU, contiguous, its numbers not set."""
@@ -65,6 +71,8 @@ class Pool:
         size = count * dtype.itemsize
         if size < LEAST_BYTES:
             return torch.empty(shape, dtype=dtype)
+        for rows in {shape[0], math.prod(shape[:2])} & self._expected[0]:
+            size = max(size, count // rows * self._expected[1] * dtype.itemsize)
         with self._lock:
             block = self._take(size)
         view = memoryview(block)

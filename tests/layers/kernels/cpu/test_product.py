@@ -107,3 +107,47 @@ def test_a_wrong_product_is_seen_at_the_start_and_torch_multiplies(
         product.fault.cache_clear()
         cpu.works.cache_clear()
     assert matmul.by_kernel(out, a, b)
+
+
+BAND = [(576, 576), (640, 576), (1151, 576), (300, 256), (1500, 1023)]  # rows and columns that oneDNN gives one thread
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize(("rows", "columns"), BAND)
+def test_a_product_by_halves(rows: int, columns: int, add: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bf16: a sum in fp32, rounded once, or twice where what is there is added to a rounded product."""
+    monkeypatch.setattr(matmul, "_has_amx", lambda: True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    a, b, before = (t.bfloat16() for t in (draw(rows, 300), draw(columns, 300, seed=1).T, draw(rows, columns, seed=2)))
+    out = before.clone() if add else torch.full((rows, columns), torch.nan, dtype=torch.bfloat16)
+    assert matmul.on_one_thread(out, a)
+    made = matmul.into(out, a, b, add=add)
+    wanted, sizes = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+    rounded = wanted.abs()
+    if add:
+        wanted, sizes, rounded = wanted + before, sizes + before.abs(), rounded + (wanted + before).abs()
+    bound = 302 * UNIT * sizes + 2.0**-8 * (1 + 2.0**-8) * rounded
+    assert made is out and bool(((made.double() - wanted).abs() <= bound).all())
+    bias = draw(columns, seed=3).bfloat16()
+    product_alone, with_bias = a.double() @ b.double(), a.double() @ b.double() + bias
+    off = (matmul.product(a, b, bias).double() - with_bias).abs()
+    sizes, rounded = a.double().abs() @ b.double().abs() + bias.abs(), product_alone.abs() + with_bias.abs()
+    assert bool((off <= 302 * UNIT * sizes + 2.0**-8 * (1 + 2.0**-8) * rounded).all())
+
+
+def test_whole_products_where_both_threads_have_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = [2]
+    monkeypatch.setattr(matmul, "_has_amx", lambda: True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[0])
+
+    def halves(rows: int, columns: int, depth: int = 300, dtype: torch.dtype = torch.bfloat16) -> bool:
+        return matmul.on_one_thread(torch.empty(rows, columns, dtype=dtype), torch.empty(rows, depth, dtype=dtype))
+
+    assert all(halves(*shape) for shape in BAND)
+    assert not any(halves(*shape) for shape in ((575, 576), (1152, 576), (1500, 1025)))
+    assert not halves(640, 576, depth=16) and not halves(640, 576, dtype=torch.float32)
+    threads[0] = 3
+    assert not halves(640, 576)
+    threads[0] = 2
+    monkeypatch.setattr(matmul, "_has_amx", lambda: False)
+    assert not halves(640, 576)

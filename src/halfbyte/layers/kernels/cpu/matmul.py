@@ -1,10 +1,20 @@
-"""Matrix products without a graph, in memory of the pool: by torch, or by kernels of our own where these are faster."""
+"""Matrix products without a graph, in memory of the pool: by torch, or by kernels of our own where these are faster.
+
+On two threads and AMX, oneDNN gives a whole product in bf16 to one of them where it has a few more rows than columns:
+between N and 2 N rows of N columns, up to 1,024 columns (docs/log/2026-12.md has the figures; three threads and more
+are not so). Half of its columns at a time then takes two thirds of the time.
+"""
+
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from halfbyte.layers.kernels import pool
 from halfbyte.layers.kernels.cpu import available, works
+from halfbyte.system import device
+
+NARROW, DEEP = 1024, 256  # the most columns, and the least depth, of a product that oneDNN gives to one thread
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -12,7 +22,8 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     out = pool.empty((a.shape[0], b.shape[1]), a)
     if bias is None:
         return into(out, a, b)
-    return into(out.copy_(bias), a, b, add=True) if by_kernel(out, a, b) else torch.addmm(bias, a, b, out=out)
+    in_steps = by_kernel(out, a, b) or on_one_thread(out, a)
+    return into(out.copy_(bias), a, b, add=True) if in_steps else torch.addmm(bias, a, b, out=out)
 
 
 def into(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> Tensor:
@@ -21,7 +32,24 @@ def into(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> Tensor:
         from halfbyte.layers.kernels.cpu import product
 
         return product.product_(out, a, b, add=add)
+    if on_one_thread(out, a):
+        for c, right in zip(out.chunk(2, 1), b.chunk(2, 1), strict=True):
+            c.addmm_(a, right, beta=int(add))
+        return out
     return out.addmm_(a, b) if add else torch.mm(a, b, out=out)
+
+
+def on_one_thread(out: Tensor, a: Tensor) -> bool:
+    """Whether oneDNN would give this product, (N, D) @ (D, O), to one of two threads."""
+    rows, columns = out.shape
+    if not (columns <= rows < 2 * columns and columns <= NARROW and a.shape[1] >= DEEP):
+        return False
+    return out.dtype == torch.bfloat16 and out.device.type == "cpu" and torch.get_num_threads() == 2 and _has_amx()
+
+
+@cache
+def _has_amx() -> bool:
+    return "amx_bf16" in device.detect().isa
 
 
 def by_kernel(out: Tensor, a: Tensor, b: Tensor) -> bool:
