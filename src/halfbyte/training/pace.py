@@ -59,7 +59,9 @@ class Pace:
     downs: list[str] = field(default_factory=list)
     _tight: bool = False
     _near: bool = False
-    _most_need: int = 0  # since blocks were last given back, whose pages are still there
+    _last_need: int = 0
+    _most_need: int = 0  # since blocks were last given back
+    _releases: int = 0
     _last_private: int = 0
     _largest: int = 0
 
@@ -111,8 +113,7 @@ class Pace:
         pool.POOL.expect((tokens, packing.up_to(tokens)), packing.up_to(self.longest))
 
     def _make_room_for_larger(self, waiting: Sequence[pack.MicroBatch]) -> None:
-        """Before a micro-batch larger than all before and than `longest`, let go of their tensors' blocks: none holds
-        one of its own."""
+        """Before one larger than all before and than `longest`, let go of their blocks: none holds a tensor of it."""
         if (largest := self.largest(waiting)) > max(self._largest, self.longest):
             self._largest = largest
             pool.POOL.give_back()
@@ -123,16 +124,14 @@ class Pace:
         if self.limit is None or self.peak is None:
             return
         needed = self.need(self.largest(waiting), self.recompute)
-        more, self._most_need = max(0, needed - self._most_need), max(needed, self._most_need)
+        gone = pool.POOL.releases != self._releases  # of what ran before; the peak has seen the last one
+        more = max(0, needed - (self._last_need if gone else self._most_need))
         recent = self.peak.take()
         if recent.file > self.limit.file:
             pages.release_code()
-        room = self.limit.private - NEAR_BYTES
-        # at first nothing is there of a micro-batch
-        near = recent.private + more > room
+        near = recent.private + more > self.limit.private - NEAR_BYTES
         if near:
             give_back()
-            self._most_need = needed
             held = usage.now().private
             reason = f"{recent.private / GB:.2f} GB were in use, {self.limit.private / GB:.2f} are planned at most"
             # near again: if it grows as it did since the last look, will the next micro-batch be above the figure?
@@ -145,6 +144,8 @@ class Pace:
                     break
                 over = False
         self._near, self._last_private = near, recent.private
+        self._most_need = needed if near or gone else max(needed, self._most_need)
+        self._last_need, self._releases = needed, pool.POOL.releases
 
     def down(self, reason: str) -> bool:
         """One step down; False where there is none."""

@@ -4,9 +4,8 @@ Why: PyTorch asks glibc for aligned memory, and `memalign` cannot put a tensor w
 tensors of each layer split larger holes, and a run's heap grew for a hundred steps: SmolLM2, 800 tokens a step, from
 1.3 to 2.4 GB (docs/log, "Blocks of our own").
 What: a block is lent for as long as a tensor on it lives, and then goes to the next tensor that it holds. A smaller
-tensor takes a larger block. A tensor with a row for each token of a micro-batch gets one that the longest micro-batch
-of the run would fit in (`expect`), so that a longer one needs no new blocks; pages that no tensor has reached take no
-memory. What is free beyond a share of the most that was lent at once goes back to the system.
+tensor takes a larger block. One with a row for each token of a micro-batch gets a block for the run's longest
+(`expect`); pages that no tensor reached take no memory. What is free beyond a share of the most that was lent goes.
 Source: `torch.frombuffer`, which keeps the buffer's exporter alive, and no more, until the storage is freed.
 Cost: about five microseconds a tensor, so small ones stay torch's own.
 """
@@ -55,6 +54,7 @@ class Pool:
         self.total_bytes = 0  # of all blocks
         self.lent_bytes = self.max_lent_bytes = 0  # of those that are lent, now and at most
         self._block_count = 0
+        self.releases = 0  # times that all free blocks were let go
         self._expected: tuple[frozenset[int], int] = frozenset(), 0
         self._free: list[Block] = []  # by size; of one size the last one returned is first, as it may be in the cache
         self._lock = threading.Lock()
@@ -86,6 +86,7 @@ class Pool:
         """Let go of every block that is free."""
         with self._lock:
             self._collect()
+            self.releases += 1
             self.total_bytes -= sum(map(len, self._free))
             self._free.clear()
             self.max_lent_bytes = self.lent_bytes

@@ -1,8 +1,7 @@
 """Matrix products without a graph, in memory of the pool: by torch, or by kernels of our own where these are faster.
 
-On two threads and AMX, oneDNN gives a whole product in bf16 to one of them where it has a few more rows than columns:
-between N and 2 N rows of N columns, up to 1,024 columns (docs/log/2026-12.md has the figures; three threads and more
-are not so). Half of its columns at a time then takes two thirds of the time.
+On two threads and AMX, oneDNN gives a bf16 product of N to 2 N rows of N columns, up to 1,024, to one of them. Half of
+its columns at a time then takes two thirds of the time. Three threads and more are not so (docs/log/2026-12.md).
 """
 
 from functools import cache
@@ -42,9 +41,8 @@ def into(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> Tensor:
 def on_one_thread(out: Tensor, a: Tensor) -> bool:
     """Whether oneDNN would give this product, (N, D) @ (D, O), to one of two threads."""
     rows, columns = out.shape
-    if not (columns <= rows < 2 * columns and columns <= NARROW and a.shape[1] >= DEEP):
-        return False
-    return out.dtype == torch.bfloat16 and out.device.type == "cpu" and torch.get_num_threads() == 2 and _has_amx()
+    narrow = columns <= rows < 2 * columns <= 2 * NARROW and a.shape[1] >= DEEP and out.dtype == torch.bfloat16
+    return narrow and out.device.type == "cpu" and torch.get_num_threads() == 2 and _has_amx()
 
 
 @cache
