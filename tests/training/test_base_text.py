@@ -19,7 +19,7 @@ from halfbyte.training import run
 from halfbyte.training.events import Listener
 from tests import scored, tiny_run
 
-WILD = {"train__learning_rate": 0.5, "train__lr_scheduler_type": "constant", "train__max_steps": 6}
+WILD = {"train__learning_rate": 0.2, "train__lr_scheduler_type": "constant", "train__max_steps": 6}
 
 
 class Notes(Listener):
