@@ -25,7 +25,7 @@ GB = 10**9
 
 
 def cpu(free: float) -> Device:
-    return Device("cpu", ("avx512_bf16",), 2, 64 * GB, int(free * GB))
+    return Device("cpu", ("avx512_vnni", "avx512_bf16"), 2, 64 * GB, int(free * GB))
 
 
 def cards(free: float, count: int = 1, ram: float = 64) -> Device:

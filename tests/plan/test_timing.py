@@ -83,7 +83,7 @@ def test_scores_are_counted_in_blocks_of_rows(length: int) -> None:
     assert pairs_of_a_token(length) * length == pytest.approx(pairs, rel=24 / length)
 
 
-@pytest.mark.parametrize(("asked", "products"), [("exact", 0), ("auto", 1), ("int8", 2)])
+@pytest.mark.parametrize(("asked", "products"), [("exact", 0), ("auto", 2), ("int8", 2)])
 def test_integer_products_are_counted_at_their_own_rate(asked: str, products: int) -> None:
     """Each frozen product that is an integer one goes from one rate to the other, and costs passes for rounding."""
     one, numbers = of(["q_proj", "v_proj"], quant__compute=asked), LAYERS * sum(o * i for o, i in MATRICES.values())
@@ -96,6 +96,21 @@ def test_integer_products_are_counted_at_their_own_rate(asked: str, products: in
     assert (parts(one, replace(slow, memory_bytes=1.0))["rounding"] > 0) == bool(products)
     if asked == "auto":  # where it does not pay it is not taken
         assert parts(one, replace(slow, integer_ops=1.2))["matrix products"] == exact
+
+
+def test_integers_are_counted_where_they_may_be_taken() -> None:
+    """Where a reference is read by exact products, half of the products of a step that does no forward again; where AMX
+    multiplies bf16, none unless they are asked for."""
+    one = of(["q_proj"], quant__compute="auto")
+    train = one.recipe.train.model_copy(update={"method": "dpo"})
+    referenced = replace(one, recipe=one.recipe.model_copy(update={"train": train}))
+    rates, numbers = Rates(1.0, 1.0, 1.0, 1.0, 1.0, "counted", integer_ops=2.0), one.linear_numel
+    assert timing.integer_products(one, rates, 2.0)[0] == 4 * numbers
+    assert timing.integer_products(referenced, rates, 2.0)[0] == 2 * numbers
+    amx = replace(cpu(64), isa=(*cpu(64).isa, "amx_bf16"))
+    for asked, there in (("auto", False), ("int8", True), ("exact", False)):
+        recipe = of(["q_proj"], quant__compute=asked).recipe
+        assert Job.of(recipe, one.specs, one.facts, one.rows, amx).integers == there
 
 
 def test_what_integer_products_hold_is_planned() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from halfbyte.layers import loss
 from halfbyte.layers.kernels.cpu.integer import products as kernel
 from halfbyte.proofs import integers, setting
 from halfbyte.proofs.fusing import sample_gradients
-from halfbyte.system import pages
+from halfbyte.system import device, pages
+from halfbyte.system.device import may_use_integers
 from halfbyte.training.events import Listener
 from halfbyte.types import Batch, Model
 from tests import tiny_run
@@ -25,6 +27,9 @@ from tests.adapters.test_assembly import opened
 
 pytestmark = pytest.mark.skipif(bool(kernel.why_not()), reason=kernel.why_not() or "-")
 Patch = pytest.MonkeyPatch
+
+
+TIMES_AS_FAST = kernel.times_as_fast
 
 
 @pytest.fixture
@@ -37,6 +42,18 @@ def model(tmp_path: Path) -> Model:
 def fast(monkeypatch: Patch) -> None:
     """A machine on which it pays, whatever this one is busy with."""
     monkeypatch.setattr(kernel, "times_as_fast", lambda dtype: 2.0)
+
+
+def test_amx_multiplies_bf16_as_fast(monkeypatch: Patch) -> None:
+    known = replace(device.detect(), isa=("avx2", "avx512_vnni", "avx512_bf16"))
+    machine = replace(known, isa=(*known.isa, "amx_bf16", "amx_int8"))
+    assert may_use_integers(known, "bf16") and may_use_integers(machine, "fp32")
+    assert may_use_integers(replace(known, isa=("avx2", "avx_vnni")), "fp32")
+    assert not may_use_integers(replace(known, isa=("avx2", "avx512_bf16")), "bf16")
+    assert not may_use_integers(machine, "bf16") and may_use_integers(machine, "bf16", "int8")
+    assert not may_use_integers(known, "bf16", "exact")
+    monkeypatch.setattr(kernel, "detect", lambda: machine)
+    assert TIMES_AS_FAST.__wrapped__(torch.bfloat16) == 1.0, "nothing is timed"
 
 
 def some_rows() -> Batch:
@@ -69,6 +86,34 @@ def test_right_products_are_taken_and_nothing_else_changes(model: Model) -> None
 def test_the_gradient_alone_is_tried_where_the_forward_must_be_exact(model: Model) -> None:
     found = integers.decide(model, "gradient", some_rows())
     assert found.products == integers.BACKWARD and len(found.tried) == 1
+
+
+@pytest.mark.parametrize(("others", "products"), [([2.0, 1.0], "forward and input gradient"), ([1.2], None)])
+def test_processes_decide_by_the_slowest(model: Model, others: list[float], products: str | None) -> None:
+    seen = list[float]()
+
+    def least(value: float) -> float:
+        seen.append(value)
+        return min(value, others[len(seen) - 1])
+
+    found = integers.decide(model, "auto", some_rows(), least=least)
+    assert seen == [2.0, 1.0][: len(others)] and (str(found.products) if found.products else None) == products
+
+
+def test_what_is_too_rough_for_another_process_is_for_this(model: Model) -> None:
+    asked = iter([2.0, 0.0, 1.0])
+    found = integers.decide(model, "auto", some_rows(), least=lambda value: min(value, next(asked)))
+    assert found.products == integers.BACKWARD and [seen.ok for _, seen in found.tried] == [True, True]
+    asked = iter([2.0, 0.0, 0.0])
+    assert integers.decide(model, "auto", some_rows(), least=lambda value: min(value, next(asked))).products is None
+    assert not asked_layers(model)
+
+
+def test_a_process_without_integers_still_says_so_to_the_others(model: Model, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(kernel, "why_not", lambda: "no such instruction")
+    told = list[float]()
+    integers.decide(model, "auto", some_rows(), least=lambda value: told.append(value) or value)
+    assert told == [0.0]
 
 
 def scaled(patch: Patch, name: str, by: float) -> None:

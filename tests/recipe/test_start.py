@@ -39,7 +39,7 @@ def test_a_recipe_and_what_is_no_training_keep_the_classic_defaults() -> None:
         ("quant={double_quant: false}", "quant.type", "nf4"),
         ("quant.block_size=64", "quant.type", "nf4"),
         ("lora.init_lora_weights=residual", "quant.type", "nf4"),
-        ("quant.compute=int8", "quant.type", "auto"),
+        ("quant.compute=int8", "quant.compute", "int8"),
     ],
 )
 def test_what_is_given_is_stronger(override: str, field: str, value: object) -> None:

@@ -90,7 +90,7 @@ def table(scored: Document, folder: Path | None, run: Path) -> None:
     lines = show.table("", *sides, right=[*sides])
     for name in one["scores"]:
         values = (side["scores"].get(name) for side in sides.values())
-        lines.add_row(name, *(escape(_shown(value)) for value in values))
+        lines.add_row(name, *(escape(show.estimate(v["value"], v["interval"])) if v else "" for v in values))
     out.print(lines)
     sure = "; [..]: 95% interval" if any(value["interval"] for value in one["scores"].values()) else ""
     show.text(f"{scored['rows']:,} rows in {duration(scored['seconds'])}{sure}")
@@ -116,10 +116,6 @@ def table(scored: Document, folder: Path | None, run: Path) -> None:
         show.text(
             f"scores   {folder}\n  next: halfbyte predict {typed(run)} ROWS.csv   or   halfbyte serve {typed(run)}"
         )
-
-
-def _shown(score: Document | None) -> str:
-    return show.estimate(score["value"], score["interval"]) if score else ""
 
 
 def _labels(one: Document, names: Sequence[str]) -> None:

@@ -28,7 +28,7 @@ from halfbyte.plan.store_build import StoreBuild
 from halfbyte.quant import policy
 from halfbyte.recipe.schema import Recipe
 from halfbyte.system import kernel_cache
-from halfbyte.system.device import Device, compute_dtype
+from halfbyte.system.device import Device, compute_dtype, may_use_integers
 from halfbyte.types import Model
 
 Sizes = Sequence[int] | NDArray[np.int64]
@@ -118,6 +118,7 @@ class Job:
     mappable: bool = False
     stored: bool = False  # the base is quantised here, once, into a store; also where it computes on a card
     kernels: bool = True  # the engine's kernels run here; else torch's own operations
+    integers: bool = False  # frozen products may be of 8-bit integers here (`quant.compute`)
     whole_attention: bool = True  # attention is one kernel here, whose scores stay in cache (`kernels/cpu/attention/`)
     packed: bool = True  # examples share a micro-batch; False where that is not proven for the model
     beside_bytes: int | None = None  # of the tokenizer and what else a store copies; None where they are not at hand
@@ -155,7 +156,8 @@ class Job:
         stored = bool(mappable) and recipe.quant.quantises and not recipe.quant.in_file
         mappable = mappable and on_cpu
         job = cls(recipe, tuple(specs), facts, adapted, rows, dtype, mappable=mappable, stored=stored, kernels=kernels)
-        return replace(job, whole_attention=ATTENTION_NEEDS.get(dtype) in device.isa)
+        integers = kernels and may_use_integers(device, dtype, recipe.quant.compute)
+        return replace(job, integers=integers, whole_attention=ATTENTION_NEEDS.get(dtype) in device.isa)
 
     @classmethod
     def of_checkpoint(
@@ -181,10 +183,10 @@ class Job:
         tokenizer = tokenizer_bytes(folder) if folder is not None else None
         uncompiled: tuple[str, ...] = ()
         if here and self.kernels:
-            attention, integers = self.whole_attention and self.layer.pairs in NO_SCORES, self.recipe.quant.compute
+            attention = self.whole_attention and self.layer.pairs in NO_SCORES
             kinds = {"state_space" if r.scan else "delta_rule" if r.heads else "conv" for r in self.facts.recurrences}
             uncompiled = kernel_cache.uncompiled(
-                self.dtype, attention=attention, integers=integers != "exact", recurrent=sorted(kinds)
+                self.dtype, attention=attention, integers=self.integers, recurrent=sorted(kinds)
             )
         return replace(self, beside_bytes=beside, uncompiled=uncompiled, tokenizer_json_bytes=tokenizer)
 

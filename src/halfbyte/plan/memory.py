@@ -309,7 +309,9 @@ def step_lines(job: Job, largest: MicroBatch, recompute: Recompute, where: Where
     if where == "private":
         slack = _slack_share(job, recompute) * activations + MOMENT_SLACK * moment + _scores_hole(job, pairs, recompute)
     kept = KEPT_SHARE * (activations + moment) if where == "private" else 0.0
-    if _in_pool(job) and not job.recurrent:  # whose slack is free blocks already
+    # nearly all lies in the pool, whose slack is free blocks already; not what torch's attention makes, nor what
+    # experts do, whose tensors are of other sizes in each step
+    if job.kernels and job.layer.pairs in NO_SCORES and not job.expert_numel and not job.recurrent:
         kept = max(0.0, kept - slack)
     words = f"{tokens} tokens x {layers} layers x {layer.of(recompute) / 1e3:.2f} kB"
     weight = f"{job.largest_linear / 1e6:.1f} M numbers"
@@ -323,12 +325,6 @@ def step_lines(job: Job, largest: MicroBatch, recompute: Recompute, where: Where
             POOL_RESERVE, round(kept), f"{KEPT_SHARE:.0%} of these, where it keeps them free", "layers/kernels/pool.py"
         ),
     )
-
-
-def _in_pool(job: Job) -> bool:
-    """Whether nearly all that is kept lies in the pool: not what torch's attention makes, nor what experts do, whose
-    tensors are of other sizes in each step."""
-    return job.kernels and job.layer.pairs in NO_SCORES and not job.expert_numel
 
 
 def _slack_share(job: Job, recompute: Recompute) -> float:
@@ -346,7 +342,7 @@ def _scores_hole(job: Job, pairs: float, recompute: Recompute) -> float:
 
 def integer_lines(job: Job, tokens: int, where: Where) -> tuple[Line, ...]:
     """What an integer product of the largest layer holds beside its operands: int8 copies, int32 sums."""
-    if job.recipe.quant.compute == "exact" or not job.kernels:
+    if not job.integers:
         return ()
     wide = max(job.facts.hidden, job.largest_linear // job.facts.hidden)
     sums = 4 * wide * min(tokens, max(INTEGER_ROWS, INTEGER_SUMS // wide))

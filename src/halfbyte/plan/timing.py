@@ -53,7 +53,7 @@ RESUMING_S = 1.2  # more, where a run goes on: its checkpoint, and memory that n
 OPENING_PASSES = 30  # the proofs' over the weights of all experts, twice as many where a gate is stock code
 SAVING_S, SAVED_BYTES = 0.2, 400e6
 PROOF_ROWS, PROOF_ROW_TOKENS = 3, 1024  # proofs/adapter.py
-PROOF_TOKENS, PROOF_PASSES = 512, {"int8": 2, "auto": 3}  # proofs/integers.py: of a forward and a backward
+PROOF_TOKENS, PROOF_PASSES = 512, 2  # proofs/integers.py: of a forward and a backward, exact and in integers
 # Compiling the kernels of a training, once on a machine: one thread, same cores.
 COMPILING_S = {"fp32": 13.0, "bf16": 16.0, "integers": 8.0, "conv": 6.0, "delta_rule": 75.0, "state_space": 60.0}
 # layers/kernels/cpu/integer/products.py: int8 is taken from so many times the rate of the compute dtype on.
@@ -119,7 +119,7 @@ def step_time(
     around = around_the_steps(job, rates, eval_tokens)
     if integer_products(job, rates, 2.0)[0]:
         share = min(1.0, PROOF_TOKENS / step_tokens)
-        around["proof of products"] = PROOF_PASSES[job.recipe.quant.compute] * share * total
+        around["proof of products"] = PROOF_PASSES * share * total
     steps = (total - spread, total, total + spread, job.steps)
     return Time(*steps, rates.source, rates.measured, parts, reading, around, job.done, forward)
 
@@ -230,13 +230,13 @@ def _stock_gate(job: Job) -> bool:
 def integer_products(job: Job, rates: Rates, again: float) -> tuple[float, float]:
     """(operations a token in int8 products, bytes moved for them for each number of the inputs and outputs of layers).
 
-    `auto` is counted as the input gradient alone, which its proof nearly always takes; a run may be faster.
+    `auto` is counted as its proof nearly always ends: the input gradient, and forward where that need not be exact.
     """
-    asked = job.recipe.quant.compute
-    pays = rates.integer_ops > INTEGERS_PAY * rates.matmul_flops
-    if asked == "exact" or not job.kernels or not rates.integer_ops or (asked == "auto" and not pays):
+    least = INTEGERS_PAY * rates.matmul_flops if job.recipe.quant.compute == "auto" else 0.0
+    if not job.integers or rates.integer_ops <= least:
         return 0.0, 0.0
-    share = (1.0 if asked == "auto" else again) / again
+    train = job.recipe.train
+    share = (1.0 if train.draws or train.referenced else again) / again
     return 2 * again * job.linear_numel * share, again * share * ROUND_BYTES / 2
 
 

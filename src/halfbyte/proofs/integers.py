@@ -11,7 +11,7 @@ Cost: a forward and a backward of up to `TOKENS` tokens, two or three times.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from halfbyte.data import pack
@@ -71,7 +71,10 @@ class Decision:
         return {"products": str(self.products or "exact"), "reason": self.reason, "tried": tried}
 
 
-def decide(model: Model, asked: str, batch: Batch, loss: setting.Loss = micro_batch_loss) -> Decision:
+def decide(
+    model: Model, asked: str, batch: Batch, loss: setting.Loss = micro_batch_loss,
+    least: Callable[[float], float] = float,
+) -> Decision:  # fmt: skip
     """Set how a model's frozen products are computed from now on, in training; the proof leaves all else as it was.
 
     Args:
@@ -79,6 +82,7 @@ def decide(model: Model, asked: str, batch: Batch, loss: setting.Loss = micro_ba
         asked: `quant.compute`: auto, exact or int8 (whatever the proof says); gradient: auto with an exact forward.
         batch: some rows, at least one token of them labelled.
         loss: of a micro-batch, a scalar.
+        least: the least of what each process of this run has seen, which all of them decide by; called by all alike.
 
     Raises:
         AdapterError: int8 is asked for and cannot be computed.
@@ -87,15 +91,16 @@ def decide(model: Model, asked: str, batch: Batch, loss: setting.Loss = micro_ba
     integer.set_products(layers, None)
     if asked == "exact":
         return Decision(None, "as the recipe says")
-    if problem := _why_not(model, layers):
-        if asked == "int8":
-            raise AdapterError(
-                f"quant.compute int8 is not possible: {problem}.",
-                fix="--set quant.compute=auto takes it where it can be had",
-            )
+    problem = _why_not(model, layers)
+    if problem and asked == "int8":
+        raise AdapterError(
+            f"quant.compute int8 is not possible: {problem}.",
+            fix="--set quant.compute=auto takes it where it can be had",
+        )
+    times = least(0.0 if problem else integer.times_as_fast(structure.causal_lm(model).dtype))
+    if problem:
         return Decision(None, f"int8 is not possible: {problem}")
-    times = integer.times_as_fast(structure.causal_lm(model).dtype)
-    fast = f"this machine multiplies int8 {times:.1f} times as fast"
+    fast = f"int8 is multiplied {times:.1f} times as fast here"
     if asked != "int8" and times < integer.PAYS:
         return Decision(None, f"{fast}, and below {integer.PAYS} rounding does not pay")
     tried: list[tuple[Products, Deviation]] = []
@@ -103,7 +108,7 @@ def decide(model: Model, asked: str, batch: Batch, loss: setting.Loss = micro_ba
     for products in {"int8": (BOTH,), "gradient": (BACKWARD,)}.get(asked, (BOTH, BACKWARD)):
         integer.set_products(layers, products)
         tried.append((products, deviation(_loss_and_gradients(model, batch, loss), exact)))
-        if tried[-1][1].ok or asked == "int8":
+        if least(float(tried[-1][1].ok)) or asked == "int8":
             break
     else:
         integer.set_products(layers, None)

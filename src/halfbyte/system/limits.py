@@ -156,7 +156,8 @@ class Watch:
     def limit(self, message: str, seconds: float) -> Iterator[None]:
         """Do a piece of work of this thread in at most so many seconds of a core, so that a busy or a stopped machine
         ends nothing. Raises TooMuch: with this message."""
-        number, clock = threading.get_ident(), _clock()
+        number = threading.get_ident()  # its clock of CPU time; Windows has none
+        clock = time.pthread_getcpuclockid(number) if hasattr(time, "pthread_getcpuclockid") else None
         with self._lock:
             outer = self._deadlines.get(number)
             ends = _now(clock) + seconds
@@ -190,11 +191,6 @@ class Watch:
                         _raise_in(number, _Late)
                 if not self._deadlines:
                     self._wake.clear()
-
-
-def _clock() -> int | None:
-    """The clock of the CPU time of this thread; None where a system has none (Windows)."""
-    return time.pthread_getcpuclockid(threading.get_ident()) if hasattr(time, "pthread_getcpuclockid") else None
 
 
 def _now(clock: int | None) -> float:

@@ -68,7 +68,9 @@ def configure(
     threads, why = _threads(cores, env, sharing)
     why += "" if node is None else f"; memory node {node}"
     waiting = openmp.watch(threads, share, env)
-    return ProcessSettings(threads, why, waiting, _allocator(env), _huge_pages())
+    # the choice in brackets of `always [madvise] never`; no block of ours is advised
+    huge_pages = calls.text(_HUGE_PAGES).partition("[")[2].partition("]")[0] or "unknown"
+    return ProcessSettings(threads, why, waiting, _allocator(env), huge_pages)
 
 
 def asked_threads(env: Mapping[str, str] = os.environ) -> tuple[int, str] | None:
@@ -103,8 +105,3 @@ def _allocator(env: Mapping[str, str]) -> str:
     """The C library's, with the variables that change it."""
     library = " ".join(part for part in platform.libc_ver() if part) or "the system's"
     return ", ".join([library, *(name for name in MALLOC_VARIABLES if env.get(name))])
-
-
-def _huge_pages() -> str:
-    """The choice in brackets of `always [madvise] never`; no block of ours is advised."""
-    return calls.text(_HUGE_PAGES).partition("[")[2].partition("]")[0] or "unknown"

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Literal
 
 from halfbyte.adapters import lora
 from halfbyte.adapters.assembly import AdaptedBase
@@ -18,6 +17,7 @@ from halfbyte.adapters.targets import Targets
 from halfbyte.base.load import Base
 from halfbyte.data import collate, pack
 from halfbyte.distributed import shard
+from halfbyte.distributed.world import World
 from halfbyte.errors import RunError
 from halfbyte.layers import heads, packing
 from halfbyte.layers.kernels.cpu import ahead
@@ -29,13 +29,14 @@ from halfbyte.plan.job import ATTENTION_NEEDS
 from halfbyte.plan.result import POOL_RESERVE, RESERVE, Recompute
 from halfbyte.plan.timing import COMPILING_S
 from halfbyte.proofs import integers
+from halfbyte.proofs.integers import Decision
 from halfbyte.proofs.sharing import prove_sharing
 from halfbyte.recipe.adapter_folder import PASSPORT
 from halfbyte.recipe.schema import Recipe
 from halfbyte.runs.folder import ANOTHER
 from halfbyte.runs.report import MeasuredLine
 from halfbyte.system import files, kernel_cache, usage
-from halfbyte.system.device import Device, compute_dtype
+from halfbyte.system.device import Device, compute_dtype, may_use_integers
 from halfbyte.system.usage import Usage
 from halfbyte.system.words import duration
 from halfbyte.training.events import Listener
@@ -90,8 +91,8 @@ def _begin_to_compile(recipe: Recipe, machine: Device, tell: Listener) -> Callab
     dtype, _ = compute_dtype(machine, recipe.quant.compute_dtype)
     if machine.kind != "cpu" or dtype not in ATTENTION_NEEDS:
         return lambda: None
-    attention = ATTENTION_NEEDS[dtype] in machine.isa
-    missing = kernel_cache.uncompiled(dtype, attention=attention, integers=recipe.quant.compute != "exact")
+    attention, eight = ATTENTION_NEEDS[dtype] in machine.isa, may_use_integers(machine, dtype, recipe.quant.compute)
+    missing = kernel_cache.uncompiled(dtype, attention=attention, integers=eight)
     if missing:
         seconds = sum(COMPILING_S[kernels] for kernels in missing)
         tell.note("machine", f"compiling its kernels, once on this machine: about {duration(seconds)}")
@@ -265,17 +266,18 @@ def decide_sharing(run: PlannedRun, base: AdaptedBase, tell: Listener) -> Planne
     return run if proof.ok else replace(run, prepared=prepared.apart)
 
 
-def decide_compute(run: PlannedRun, base: AdaptedBase, step: pack.Step, tell: Listener) -> integers.Decision:
-    """How the frozen products are computed; proven on some rows of the first step where that is not exact."""
+def decide_compute(run: PlannedRun, base: AdaptedBase, step: pack.Step, tell: Listener, world: World) -> Decision:
+    """How the frozen products are computed; proven on some rows of the first step where that is not exact. All
+    processes take what the slowest or roughest of them can."""
     train, objective = run.prepared.train, run.prepared.objective
-    how: Literal["auto", "exact", "int8", "gradient"] = run.prepared.recipe.quant.compute
+    asks, how = run.prepared.recipe.train, str(run.prepared.recipe.quant.compute)
     if how == "exact":
         return integers.decide(base.model, how, {})
-    if (asks := run.prepared.recipe.train).draws or asks.referenced:
+    if asks.draws or asks.referenced:
         how = "gradient"  # answers are written, and a reference is read, by exact products: so the forward is
     give_back()  # what opening the base left, and code of libraries: the proof runs a micro-batch
     rows = integers.rows_for_proof(step, train.lengths, packed=base.packed.ok)
     batch = objective.collate([train.examples[row] for row in rows])
-    decision = integers.decide(base.model, how, batch, objective.loss)
+    decision = integers.decide(base.model, how, batch, objective.loss, lambda value: min(world.gather(value)))
     tell.note("compute", str(decision))
     return decision

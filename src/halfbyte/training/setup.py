@@ -18,7 +18,6 @@ from halfbyte.distributed.shard import Shards
 from halfbyte.distributed.world import World
 from halfbyte.errors import DataError
 from halfbyte.layers import heads
-from halfbyte.proofs import integers
 from halfbyte.proofs.integers import Decision
 from halfbyte.proofs.memory import Proofs
 from halfbyte.recipe.task import CAUSAL_LM
@@ -160,9 +159,9 @@ def equip(
     mine: Document = {"rank": world.rank, "ranks": world.size, "padded": speed.padded}
     steps = schedule.plan_steps(prepared, speed.tokens, examples, **mine)
     held_out = schedule.eval_batches(prepared, prepared.evaluation, plan.evaluation_tokens, examples, **mine)
-    compute = fit.decide_compute(run, assembled, schedule.plan_steps(prepared, speed.tokens, examples)[0], tell)
+    first = schedule.plan_steps(prepared, speed.tokens, examples)[0]
+    compute = fit.decide_compute(run, assembled, first, tell, world)
     agree.check(world, {"shares": prepared.shares, "compute": {"products": str(compute.products)}})
-    exact = prepared.recipe.quant.compute == "exact" or compute.products == integers.BOTH
     rows, learns = prepare.fingerprints(prepared), prepared.objective.name
     return Setup(
         start=start, world=world, process=process, run=run, model=model, pace=speed, steps=steps, held_out=held_out,
@@ -171,5 +170,5 @@ def equip(
         memory_before=fit.memory_before_steps(run, assembled.model, speed, steps, held_out, tell),
         shards=shard.over(world, plan, assembled.model, tell.note),
         trained=points.trained_with(start.recipe, learns, rows, model.belongs_to),
-        notices=() if exact else (f"compute: {compute}",), began=began,
+        notices=(f"compute: {compute}",) if any(not seen.ok for _, seen in compute.tried) else (), began=began,
     )  # fmt: skip

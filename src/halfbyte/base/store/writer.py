@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
+from math import gcd
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,7 +46,7 @@ class SafetensorsWriter:
         self.path = path
         self.partial = path.with_name(path.name + ".tmp")
         every = list(slots)
-        self.known = sorted((s for s in every if s.nbytes is not None), key=lambda s: -_alignment(s.nbytes or 0))
+        self.known = sorted((s for s in every if s.nbytes is not None), key=lambda s: -gcd(s.nbytes or 0, PAGE))
         self.late = [s for s in every if s.nbytes is None]
         bound = _header([(s, _LARGEST, _LARGEST) for s in [*self.known, *self.late]])
         room = len(bound) + 32 * len(self.late)  # their shapes come late too
@@ -100,11 +101,6 @@ def _header(placed: Iterable[tuple[Slot, int, int]]) -> bytes:
     for slot, start, end in placed:
         values[slot.name] = {"dtype": slot.dtype, "shape": list(slot.shape), "data_offsets": [start, end]}
     return json.dumps(values, separators=(",", ":")).encode()
-
-
-def _alignment(nbytes: int) -> int:
-    """The largest power of two up to a page that divides a length."""
-    return min(PAGE, nbytes & -nbytes) if nbytes else PAGE
 
 
 def _write(fd: int, data: "Buffer", offset: int) -> None:

@@ -14,12 +14,12 @@ product to the next; 8 bits a number of x for as long as it is needed.
 """
 
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from timeit import timeit
 from typing import Literal
 
 import torch
@@ -30,6 +30,7 @@ from halfbyte.layers.kernels.cpu import LARGEST_RANK, available, works
 from halfbyte.layers.kernels.dropout import LoraPart
 from halfbyte.quant.number_format import BlockRows, Codes
 from halfbyte.system import pages
+from halfbyte.system.device import detect, may_use_integers
 
 # Under this name a frozen layer says which of its products are integer ones.
 NAME = "_halfbyte_integer"
@@ -259,17 +260,16 @@ def why_not() -> str:
 
 @cache
 def times_as_fast(dtype: torch.dtype) -> float:
-    """How many times as fast as `dtype` this machine multiplies int8, on torch's threads now; 0 where it cannot."""
+    """How many times as fast as `dtype` this machine multiplies int8, on torch's threads now; 0 where it cannot, 1
+    where that is known to be no faster."""
     if why_not():
         return 0.0
+    if not may_use_integers(detect(), "bf16" if dtype == torch.bfloat16 else "fp32"):
+        return 1.0
     n, k, m = _SAMPLE
     wide = [torch.ones(n, k, dtype=dtype), torch.ones(k, m, dtype=dtype)]
     narrow = [x.to(torch.int8) for x in wide]
-    best = [float("inf")] * 2
     calls: list[Callable[[], Tensor]] = [lambda: torch.mm(*wide), lambda: torch._int_mm(*narrow)]
-    for _ in range(_TRIES):
-        for place, call in enumerate(calls):
-            began = time.perf_counter()
-            call()
-            best[place] = min(best[place], time.perf_counter() - began)
-    return best[0] / best[1]
+    tries = [[timeit(call, number=1) for call in calls] for _ in range(_TRIES)]
+    exact, eight = map(min, zip(*tries, strict=True))
+    return exact / eight
