@@ -175,7 +175,8 @@ def test_a_model_and_rows_print_the_recipe_that_is_used(halfbyte: Cli) -> None:
     kept = yaml.safe_load(Path("runs/model-train/recipe.yaml").read_text())
     assert (kept["model"], kept["data"]["train"]) == ("../../model", "../../train.jsonl"), "as seen from the run"
     given: dict[str, Any] = {"data": {"train": "train.jsonl"}, "lora": {"target_modules": "all-linear"}}
-    given["quant"] = {"type": "auto", "double_quant": False, "compute_dtype": "fp32", "block_size": None}
+    given["quant"] = {"type": "auto", "double_quant": False, "compute_dtype": "fp32", "compute": "auto"}
+    given["quant"]["block_size"] = None
     given["train"] = {"gradient_accumulation_steps": 1, "max_steps": 1, "learning_rate": "auto"}
     assert printed == {"model": "model", **given, "output": "runs/model-train"}
     assert (kept["train"]["learning_rate"], kept["quant"]["type"]) == (0.003, "none"), "what auto became"
