@@ -277,6 +277,21 @@ def test_a_verdict_is_in_the_plans_seconds(tmp_path: Path) -> None:
     assert 0.2 < alone.plan.time.forward_s * rows / (4 * alone.plan.time.step_s) < 0.5, "of a step's seconds a token"
 
 
+@pytest.mark.parametrize(
+    ("ends", "more", "evaluated"),
+    [(False, {}, []), (True, {}, [3]), (False, {"train__eval_strategy": "steps", "train__eval_steps": 1}, [1, 2, 3])],
+)
+def test_a_short_run_evaluates_at_its_end_where_that_takes_little(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: bool, more: dict[str, Any], evaluated: list[int]
+) -> None:
+    """Less than an epoch: transformers 5.24 would evaluate after the last step, whatever it takes."""
+    monkeypatch.setattr("halfbyte.training.comparison.ends_with_evaluation", lambda *_: ends)
+    outcome = finetune.train(tiny_run.recipe(tmp_path, **held_out(tmp_path), train__max_steps=3, **more))
+    rows = RunFolder(tmp_path / "run").read_metrics()
+    assert [row["step"] for row in rows if "eval_loss" in row] == evaluated
+    assert outcome.report["verdict"]["rows"]
+
+
 def test_a_hard_row_in_the_last_step_is_no_verdict(tmp_path: Path) -> None:
     """Steps of one row each, the easiest first and the hardest last: that the loss rose is so of the rows alone."""
 
