@@ -93,10 +93,8 @@ def decide(
         return Decision(None, "as the recipe says")
     problem = _why_not(model, layers)
     if problem and asked == "int8":
-        raise AdapterError(
-            f"quant.compute int8 is not possible: {problem}.",
-            fix="--set quant.compute=auto takes it where it can be had",
-        )
+        fix = "--set quant.compute=auto takes it where it can be had"
+        raise AdapterError(f"quant.compute int8 is not possible: {problem}.", fix=fix)
     times = least(0.0 if problem else integer.times_as_fast(structure.causal_lm(model).dtype))
     if problem:
         return Decision(None, f"int8 is not possible: {problem}")
