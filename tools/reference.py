@@ -147,8 +147,8 @@ An unknown key is an error that names the nearest valid one.
 
 ## Without a recipe
 `halfbyte train MODEL ROWS`, `halfbyte plan MODEL` and the recipe of `halfbyte init` begin with these values; each
-gives way to its field, and to the fields named beside it. Each has won on two models in one seed; a second
-is still to be run ([log](log/README.md)). A recipe that leaves a field out has its default, which
+gives way to its field, and to the fields named beside it. Each has won on two models, `quant.compute` in two
+seeds, the others in one so far ([log](log/README.md)). A recipe that leaves a field out has its default, which
 is that of the classic script.
 
 {table(("field", "value", "why", "gives way to"), [_start(name, start) for name, start in START.items()])}

@@ -55,8 +55,12 @@ def same(one: RunFolder, other: RunFolder) -> None:
         assert chosen[0].get(name) == chosen[1].get(name)
     a, b = (load_file(run.adapter / "adapter_model.safetensors") for run in (one, other))
     assert a.keys() == b.keys()
+    # Sums in another order differ by 1e-7 of what is summed. Where that nearly cancels, to a thousandth, it is 1e-4 of
+    # a gradient, and so of a step of AdamW, which is as long as the rate.
+    rate = max(row["learning_rate"] for row in rows if "learning_rate" in row)
+    apart = max(CLOSE, 1e-4 * rate * rows[-1]["step"])
     for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=0, atol=CLOSE)
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=apart)
 
 
 def test_three_processes_are_one_with_dropout_evaluation_and_the_best_adapter(tmp_path: Path) -> None:
