@@ -40,6 +40,7 @@ def test_a_recipe_and_what_is_no_training_keep_the_classic_defaults() -> None:
         ("quant.block_size=64", "quant.type", "nf4"),
         ("lora.init_lora_weights=residual", "quant.type", "nf4"),
         ("quant.compute=int8", "quant.compute", "int8"),
+        ("task=classify", "quant.compute", "exact"),
     ],
 )
 def test_what_is_given_is_stronger(override: str, field: str, value: object) -> None:
