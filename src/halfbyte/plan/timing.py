@@ -235,8 +235,7 @@ def integer_products(job: Job, rates: Rates, again: float) -> tuple[float, float
     least = INTEGERS_PAY * rates.matmul_flops if job.recipe.quant.compute == "auto" else 0.0
     if not job.integers or rates.integer_ops <= least:
         return 0.0, 0.0
-    train = job.recipe.train
-    share = (1.0 if train.draws or train.referenced else again) / again
+    share = (1.0 if job.recipe.train.draws or job.recipe.train.referenced else again) / again
     return 2 * again * job.linear_numel * share, again * share * ROUND_BYTES / 2
 
 

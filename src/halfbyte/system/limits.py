@@ -156,7 +156,7 @@ class Watch:
     def limit(self, message: str, seconds: float) -> Iterator[None]:
         """Do a piece of work of this thread in at most so many seconds of a core, so that a busy or a stopped machine
         ends nothing. Raises TooMuch: with this message."""
-        number = threading.get_ident()  # its clock of CPU time; Windows has none
+        number = threading.get_ident()  # whose CPU time is looked at, where the system has a clock of it
         clock = time.pthread_getcpuclockid(number) if hasattr(time, "pthread_getcpuclockid") else None
         with self._lock:
             outer = self._deadlines.get(number)
