@@ -50,7 +50,6 @@ from halfbyte.training.callback import RunCallback
 from halfbyte.training.comparison import Rows
 from halfbyte.training.deadline import Clock
 from halfbyte.training.events import Listener, stop_on_signals, without_a_terminal
-from halfbyte.training.preflight import RunStart
 from halfbyte.training.run import Ended, run_steps, sums_of
 from halfbyte.training.setup import Setup, equip, open_model
 from halfbyte.tuning import fits, results
@@ -125,7 +124,7 @@ def train(
 
 
 def set_up(
-    start: RunStart, world: World, tell: Listener, *, objective: Objective | None = None, force: bool = False,
+    start: preflight.RunStart, world: World, tell: Listener, *, objective: Objective | None = None, force: bool = False,
     budget: TimeBudget | None = None, proofs: Proofs = "every",
 ) -> Setup:  # fmt: skip
     """Rows, plan, model and micro-batches; the longest of these runs once unless the plan leaves much memory free."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from halfbyte import finetune
 from halfbyte.cli import labels as command
 from halfbyte.scoring import labels
+from halfbyte.system import files
 from tests import in_process, tiny_run
 from tests.in_process import Cli, runner
 
@@ -123,6 +125,19 @@ def test_a_temperature_of_other_rows_is_not_said_to_count(
         ]  # fmt: skip
         assert told in line, words
     shutil.rmtree(runs / "classify" / "eval")
+
+
+@pytest.mark.parametrize("task", ROWS)
+def test_scores_are_shown_on_a_full_disk_too(halfbyte: Cli, task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    ended = halfbyte("eval", task, "--out", "kept")
+    assert ended.code == 0 and "2 rows in" in ended.out and "scores   kept" in ended.out, ended
+    monkeypatch.setattr(files, "put", full)
+    ended = halfbyte("eval", task, "--out", "none")
+    assert ended.code == 1 and "scores.json: No space left on device" in ended.err
+    assert "2 rows in" in ended.out and "scores   " not in ended.out
 
 
 def test_what_predict_says_of_each_task(halfbyte: Cli) -> None:

@@ -34,6 +34,14 @@ def test_a_preset_fits_rows_of_its_kind(halfbyte: Cli, name: str) -> None:
     read.look(loaded.data.train, loaded.data)
 
 
+@pytest.mark.parametrize(("given", "loss"), [((), "BatchAll"), (("--set=vectors.loss=CoSENTLoss",), "CoSENT")])
+def test_texts_with_a_label_get_the_loss_that_reads_them(halfbyte: Cli, given: tuple[str, ...], loss: str) -> None:
+    Path("rows.csv").write_text("text,label\n" + "red cup,a\nold road,b\n" * 6)
+    assert halfbyte("init", "r.yaml", "--model=model", "--data=rows.csv", "--for=embed", *given).code == 0
+    assert yaml.safe_load(Path("r.yaml").read_text())["vectors"]["loss"].startswith(loss)
+    assert halfbyte("data", "check", "r.yaml").code == (2 if given else 0)
+
+
 def test_every_kind_is_there_and_its_figures_are_on_the_page() -> None:
     assert set(presets()) == {"tickets", "json", "chat", "style", "tools", "classify", "embed"}
     page = (ROOT / "docs" / "presets.md").read_text(encoding="utf-8")

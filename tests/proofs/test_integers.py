@@ -18,12 +18,13 @@ from halfbyte.layers import loss
 from halfbyte.layers.kernels.cpu.integer import products as kernel
 from halfbyte.proofs import integers, setting
 from halfbyte.proofs.fusing import sample_gradients
-from halfbyte.system import device, pages
+from halfbyte.system import device, libraries, pages
 from halfbyte.system.device import may_use_integers
 from halfbyte.training.events import Listener
 from halfbyte.types import Batch, Model
 from tests import tiny_run
 from tests.adapters.test_assembly import opened
+from tests.proofs.test_memory import Notes
 
 pytestmark = pytest.mark.skipif(bool(kernel.why_not()), reason=kernel.why_not() or "-")
 Patch = pytest.MonkeyPatch
@@ -227,3 +228,28 @@ def test_a_run_says_and_reports_what_it_took(tmp_path: Path, asked: str, monkeyp
     ]
     assert losses[0] != losses[1]  # a field without an effect is none
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+def test_a_second_run_believes_what_was_proven_of_its_rows_alone(tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path / "cache"))
+
+    def compute(name: str, **asked: Any) -> tuple[Any, Any]:
+        listener = Notes()
+        made = tiny_run.recipe(tmp_path, output=str(tmp_path / name), quant__compute="auto", **asked)
+        return listener, finetune.train(made, listener=listener, proofs="remembered").report
+
+    _, first = compute("a")
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel, "times_as_fast", lambda dtype: pytest.fail("nothing is timed or proven again"))
+        told, second = compute("b")
+    assert "(proven before)" in told.lines["compute"] and second["loss"] == first["loss"]
+    assert second["compute"]["tried"] == first["compute"]["tried"]
+    scaled(monkeypatch, "backward", 1.5)
+    told, other = compute("c", train__seed=7)  # other rows, another adapter
+    assert other["compute"]["products"] == "exact" and "too rough" in told.lines["compute"]
+    told, other = compute("d", train__seed=7)
+    assert "proven before" not in told.lines["compute"], "what failed is tried again"
+    real = libraries.version
+    monkeypatch.setattr(libraries, "version", lambda name: "99.1" if name == "peft" else real(name))
+    told, other = compute("e")
+    assert other["compute"]["products"] == "exact" and "too rough" in told.lines["compute"]

@@ -21,8 +21,8 @@ from halfbyte.models import structure
 from halfbyte.proofs import setting
 from halfbyte.proofs.fusing import prove_fused
 from halfbyte.proofs.integers import decide
-from halfbyte.proofs.setting import labelled
 from halfbyte.system import hub_kernel, kernel_cache
+from halfbyte.system.device import detect, may_use_integers
 from halfbyte.types import Document, Model
 
 _log = logging.getLogger("halfbyte")
@@ -77,7 +77,7 @@ def prove(model: Model, inputs: Document, *, raised: int, compute: str) -> First
     about = "which takes some seconds, or a minute where others use the machine's cores"
     first = next(model.parameters())
     dtype = "bf16" if first.dtype == torch.bfloat16 else "fp32"
-    attention, integers = whole_attention(first), compute != "exact"
+    attention, integers = whole_attention(first), may_use_integers(detect(), dtype, compute)
     if available(first) and kernel_cache.uncompiled(dtype, attention=attention, integers=integers):
         about = "and compiles its kernels, once on this machine: a minute, or some where others use its cores"
     _log.warning("halfbyte checks its layers on this model before the first step, %s ...", about)
@@ -93,7 +93,7 @@ def prove(model: Model, inputs: Document, *, raised: int, compute: str) -> First
     if compute != "exact":
         batch, _ = unpad.training_batch(model, inputs)
         if batch is None:
-            batch = labelled(setting.random_examples(structure.causal_lm(model), setting.SHORT))
+            batch = setting.labelled(setting.random_examples(structure.causal_lm(model), setting.SHORT))
         products = f"the frozen base's products so: {decide(model, compute, batch)}"
     layers = f"its layers ({fuse.install(model)})" if proof.ok else ""  # also those that the proof has not seen
     return FirstStep(layers, "" if proof.ok else proof.reason, products, raised, begin)

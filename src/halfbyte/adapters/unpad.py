@@ -23,7 +23,6 @@ from halfbyte.data.collate import collate, collate_tree
 from halfbyte.data.encoding.examples import Example
 from halfbyte.errors import BaseModelError
 from halfbyte.layers import loss, packing, sight
-from halfbyte.layers.packing import BodyHooks
 from halfbyte.models import structure
 from halfbyte.proofs import sharing
 from halfbyte.proofs.packing import prove_packing
@@ -83,7 +82,7 @@ def _beyond(given: Document, taken: frozenset[str]) -> str:
     return f"the script passes {', '.join(more)}" if more else ""
 
 
-class Unpad(BodyHooks):
+class Unpad(packing.BodyHooks):
     """Padded rows of a training forward become a pack. `never`: why none may, empty if some may; `why` the last one's
     did not; `reads`: whether the script's loss reads what stands at padding, None until a backward has shown it."""
 

@@ -24,13 +24,11 @@ from halfbyte.base import quantisation_error, residency
 from halfbyte.base.config import is_quantised_already, open_config, open_tokenizer
 from halfbyte.base.store import conversion, reading, shelf, supply
 from halfbyte.base.store.in_file import FileParameters
-from halfbyte.base.store.reading import SourceTensor
 from halfbyte.errors import BaseModelError, first_line
 from halfbyte.layers.experts import interface
 from halfbyte.models import structure, tensors, text_half
 from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.sources.lookup import resolve
-from halfbyte.models.structure import meta_model
 from halfbyte.quant import bnb as codec
 from halfbyte.quant import experts, formats, loader, policy
 from halfbyte.quant.experts import stacks
@@ -61,7 +59,7 @@ def open_blocks(checkpoint: Checkpoint, config: Config, quant: Quant, dtype: tor
     for name, (target, rule) in conversion.renamed(there.model, there.sources, there.model.state_dict()).items():
         home = target.rpartition(".")[0]
         if target in stacks:
-            source = SourceTensor(name, "BF16", there.shapes[name], 0, Path(), 0)
+            source = reading.SourceTensor(name, "BF16", there.shapes[name], 0, Path(), 0)
             of_stack.setdefault(target, []).append((source, rule))
         elif home in linear and rule is None and policy.encoding(there.spec(name), quant) == "quantised":
             opened.state |= {f"{name}{suffix}": part for suffix, part in there.matrix(there.sources[name]).items()}
@@ -147,7 +145,7 @@ def open_base(
         fits = len(device.cards) < 2 or expected <= ON_ONE_CARD * device.cards[0].free_bytes
         device_map = {"": device.main} if fits else "split"
     if device_map == "split":
-        empty = meta_model(config, trust_remote_code=trust_remote_code)
+        empty = structure.meta_model(config, trust_remote_code=trust_remote_code)
         device_map = structure.split_map(empty, [f"{device.kind}:{card.index}" for card in device.cards])
     where = device_map if device.on_card else {"": "cpu"}
     model = opening.model(device_map=where, trust_remote_code=trust_remote_code)
@@ -180,7 +178,7 @@ class _Opening:
         bits = None
         if self.quant.quantises and not self.quantised and not from_store:
             heads = residency.heads_to_skip(self.config, self.quant)
-            bits = loader.load_config(meta_model(self.config), self.quant, self.dtype, heads)
+            bits = loader.load_config(structure.meta_model(self.config), self.quant, self.dtype, heads)
         if bits is not None and tensors.read_config(self.folder).get("quantization_config") is not None:
             raise BaseModelError(
                 f"{self.checkpoint.id} has its experts in MXFP4, which are decoded while a store is built; without one "

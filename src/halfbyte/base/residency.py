@@ -10,7 +10,6 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from halfbyte.errors import BaseModelError
 from halfbyte.models import structure
 from halfbyte.models.sources.checkpoint import Checkpoint
-from halfbyte.models.structure import meta_model
 from halfbyte.quant import bnb as codec
 from halfbyte.quant import formats
 from halfbyte.quant.policy import matches
@@ -127,7 +126,7 @@ def named_fp32(model: Model, patterns: tuple[str, ...]) -> list[nn.Module]:
 
 def heads_to_skip(config: Config, quant: Quant) -> tuple[str, ...]:
     """The output head's names, where the recipe names modules of its own to be left unquantised."""
-    empty = meta_model(config) if quant.exempt or structure.is_encoder(config) else None
+    empty = structure.meta_model(config) if quant.exempt or structure.is_encoder(config) else None
     if empty is not None and structure.is_encoder(config):  # beside the head what stands before it
         heads = (name.rpartition(".")[0] for name, _ in empty.named_parameters() if structure.of_head(empty, name))
         return tuple(dict.fromkeys(heads))

@@ -226,7 +226,8 @@ def look_at_model(model: str) -> None:
 def look_at_rows(draft: Draft, ask: Callable[[str], bool] | None = None) -> None:
     """Which columns are read, of each file, and the held-out rows beside them. A DataError where the rows cannot be
     read. `ask`: a question to answer with yes or no; None: nobody is there."""
-    from halfbyte.data.reading import files
+    from halfbyte.data.reading import files, read
+    from halfbyte.recipe.task import EMBED, GROUPS
 
     names = draft.data
     try:
@@ -238,6 +239,10 @@ def look_at_rows(draft: Draft, ask: Callable[[str], bool] | None = None) -> None
         draft.values |= {f"data.{name}": value for name, value in next(iter(ways.values())).items()}
     elif ways:
         draft.values["data.train"] = [{"path": name, **way} if way else name for name, way in ways.items()]
+    of_labels = ways and all({"text", "label"} <= {*read.columns(name)} for name in ways)
+    if of_labels and draft.first.get("task") == EMBED and "vectors.loss" not in draft.first:
+        draft.values["vectors.loss"] = GROUPS
+        draft.remarks.append(f"texts with a label: {GROUPS}")
     path = Path(names)
     for word in HELD_OUT if "train" in path.stem else ():
         beside = path.with_name(path.name.replace("train", word))

@@ -112,10 +112,6 @@ def table(scored: Document, folder: Path | None, run: Path) -> None:
     for row in one.get("neighbours", ())[:SHOWN_ROWS]:
         show.text(f"  {visible(row['query'])}\n    nearest  {visible(row['nearest'][0]['text'])}")
         show.text(f"    place {row['place']}  {visible(row['expected'])}")
-    if folder is not None:
-        show.text(
-            f"scores   {folder}\n  next: halfbyte predict {typed(run)} ROWS.csv   or   halfbyte serve {typed(run)}"
-        )
 
 
 def _labels(one: Document, names: Sequence[str]) -> None:
@@ -125,7 +121,7 @@ def _labels(one: Document, names: Sequence[str]) -> None:
     every = zip(names, one["by_label"], rows, strict=False)
     for name, label, row in sorted(every, key=lambda each: float(each[1]["f1"]))[:SHOWN]:
         others = sorted(((n, other) for n, other in zip(row, names, strict=False) if other != name and n), reverse=True)
-        rates = ("" if label[r] is None else f"{label[r]:.3f}" for r in ("precision", "recall", "f1", "auroc"))
+        rates = ("" if label.get(r) is None else f"{label[r]:.3f}" for r in ("precision", "recall", "f1", "auroc"))
         taken = ", ".join(f"{other} {n}" for n, other in others[:3])
         lines.add_row(escape(visible(name)), f"{label['rows']:,}", *rates, escape(visible(taken)))
     out.print(lines)

@@ -12,7 +12,7 @@ from rich.table import Table
 from halfbyte.cli import labels, progress, show
 from halfbyte.cli.options import Force, Json, Prove, Run, Set, flag, open_run, option
 from halfbyte.cli.show import field, out, text, visible
-from halfbyte.errors import RunError
+from halfbyte.errors import RunError, typed
 from halfbyte.system.words import duration
 
 if TYPE_CHECKING:
@@ -85,8 +85,8 @@ def _harness(
 
     with progress.scoring(silent=json_) as tell:
         results = harness.run(ready, names, path, limit=limit, with_base=with_base, progress=tell)
-    sheet.write_harness(results, folder)
     show.document(results) if json_ else tasks(results)
+    sheet.write_harness(results, folder)
 
 
 def _score_task(
@@ -100,12 +100,15 @@ def _score_task(
 
     with progress.scoring(silent=json_) as tell:
         scored = scoring.score(ready, wanted, data=rows[0], corpus=rows[1], progress=tell)
+    show.document(scored) if json_ else labels.table(scored, folder, ready.run)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         files.write(folder / sheet.SCORES, files.as_json(scored))
         if folder == ready.run / "eval":
             page.renew(ready.run)
-    show.document(scored) if json_ else labels.table(scored, folder, ready.run)
+        if not json_:
+            then = f"halfbyte predict {typed(ready.run)} ROWS.csv   or   halfbyte serve {typed(ready.run)}"
+            show.text(f"scores   {folder}\n  next: {then}")
 
 
 def _keep(scored: Sheet, folder: Path, run: Path | None) -> None:

@@ -18,7 +18,6 @@ from halfbyte.data.encoding.chatml import chat_template
 from halfbyte.errors import ExportError, HalfbyteError, typed
 from halfbyte.export import folder, gguf, gguf_tokenizer, inputs, llama_cpp, lora, ollama
 from halfbyte.export.job import BaseChoice, DraftExport, ExportJob, bases, better, describe, notes
-from halfbyte.export.lora import Program
 from halfbyte.export.weights import BaseKind, MergedModel
 from halfbyte.export.witness import training_rows
 from halfbyte.inference.load import tokenizer_of
@@ -305,7 +304,7 @@ def file_name(run: Target) -> str:
 
 
 # ------------------------------------------------------------------ PEFT
-def to_peft(job: ExportJob, program: Program | None = None) -> Exported:
+def to_peft(job: ExportJob, program: lora.Program | None = None) -> Exported:
     """A PEFT folder of one rank and one scaling, as vLLM reads them. Raises ExportError: vLLM could not hold it, or
     `program`, whose names it gets, has no such layers."""
     out = job.out_folder("peft")

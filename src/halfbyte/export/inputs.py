@@ -7,7 +7,6 @@ from pathlib import Path
 from halfbyte.data.reading import read
 from halfbyte.errors import RecipeError, RunError, typed
 from halfbyte.inference import target
-from halfbyte.inference.target import Target
 from halfbyte.recipe.task import CAUSAL_LM
 from halfbyte.system import files
 
@@ -27,7 +26,7 @@ def gguf_format(kind: str, *, repair: bool = False) -> str:
     return kind
 
 
-def adapter_of(path: Path, overrides: Sequence[str], tasks: Collection[str] = (CAUSAL_LM,)) -> Target:
+def adapter_of(path: Path, overrides: Sequence[str], tasks: Collection[str] = (CAUSAL_LM,)) -> target.Target:
     """The run or adapter, on this machine. Raises RunError: a base alone."""
     run = target.find(path, overrides, tasks)
     if run.adapter is None:
@@ -36,7 +35,7 @@ def adapter_of(path: Path, overrides: Sequence[str], tasks: Collection[str] = (C
     return run
 
 
-def check_rows(run: Target, data: Path | None) -> None:
+def check_rows(run: target.Target, data: Path | None) -> None:
     """Raises DataError: what is to be compared on cannot be read."""
     if data is not None:
         read.look(data, run.recipe.data)

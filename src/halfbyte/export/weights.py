@@ -20,7 +20,6 @@ from halfbyte.adapters import merging
 from halfbyte.base import load, residual
 from halfbyte.base.config import is_quantised_already, open_config
 from halfbyte.base.store import conversion, shelf, supply
-from halfbyte.base.store.conversion import renamed
 from halfbyte.base.store.reading import FLOATS, SourceTensor
 from halfbyte.errors import AdapterError, BaseModelError, StoreError
 from halfbyte.inference.target import Target
@@ -211,7 +210,7 @@ class MergedModel:
         """Every tensor of the source, and of each weight that is no longer tied; whether there is such a one."""
         model = self.plain
         state = dict.fromkeys(model.state_dict(), 1)
-        targets, items = renamed(model, self.source.tensors, state), list[Item]()
+        targets, items = conversion.renamed(model, self.source.tensors, state), list[Item]()
         stacked: dict[str, list[conversion.Member]] = {}
         for name, source in self.source.tensors.items():
             target, rule = targets[name]

@@ -26,7 +26,6 @@ from halfbyte.errors import DataError, HalfbyteError
 from halfbyte.inference import target
 from halfbyte.inference.generate import generate_ids, stop_ids
 from halfbyte.inference.load import Opened, open_target
-from halfbyte.inference.target import Target
 from halfbyte.layers.experts.layout import is_routed
 from halfbyte.models.context import Context, context_of
 from halfbyte.proofs import programs
@@ -143,7 +142,7 @@ def rows_of(opened: Opened, data: Path | None, max_rows: int) -> tuple[list[Exam
     raise DataError("there are no rows to compare an export on.", fix="--data ROWS.jsonl")
 
 
-def training_rows(run: Target, tokenizer: Tokenizer, tokens: int) -> list[Example]:
+def training_rows(run: target.Target, tokenizer: Tokenizer, tokens: int) -> list[Example]:
     """Rows that a run was trained on: so many tokens at most, but one row. Raises DataError: none can be
     read."""
     recipe = run.recipe

@@ -14,7 +14,6 @@ from halfbyte.data.encoding.examples import Example
 from halfbyte.inference.generate import log_once, stop_ids
 from halfbyte.layers import loss
 from halfbyte.models import structure
-from halfbyte.models.structure import evaluating
 from halfbyte.types import Model, Tokenizer
 from halfbyte.writing.places import SIZES, FastPathUnavailable
 from halfbyte.writing.plain import PlainWriter
@@ -68,7 +67,7 @@ def write(
 ) -> list[Text]:  # fmt: skip
     """Texts, each until it ends. `begun` makes them, to be written `by_tape` or not; `packed`: as of
     `TextWriter.insert`; `progress` is told after each token, and may raise."""
-    with evaluating(model):
+    with structure.evaluating(model):
         texts = begun(by_tape=True)
         try:
             for done in _queue(model, texts, at_once, tokens_at_once, packed=packed):

@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from halfbyte.layers import attention, instances, norm_gate
-from halfbyte.layers.instances import Instance
 from halfbyte.layers.kernels import dropout
 from halfbyte.layers.kernels.cpu import whole_attention
 from halfbyte.layers.packed_attention import lengths_on
 from halfbyte.types import Document
 
 
-class _ByMask(Instance):
+class _ByMask(instances.Instance):
     """Marks an instance whose class was put here."""
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, p: float, given: Document) -> Tensor:

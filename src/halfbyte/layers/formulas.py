@@ -17,14 +17,13 @@ from torch.nn import functional as F
 
 from halfbyte.layers import norm_gate
 from halfbyte.layers.instances import cached, plain_class
-from halfbyte.layers.norm_gate import NormKind
 
 _NORMS, _ACTIVATIONS = re.compile("Norm(1P)?$"), re.compile("gelu|silu|relusq", re.IGNORECASE)
 _KINDS = norm_gate.SILU, norm_gate.GELU_TANH, norm_gate.GELU, norm_gate.RELU2
 _CLOSE = 2e-6  # fp32 numbers of at most 6, sums of 64
 
 
-def norm_of(norm: nn.Module) -> tuple[float, NormKind, Tensor | None] | None:
+def norm_of(norm: nn.Module) -> tuple[float, norm_gate.NormKind, Tensor | None] | None:
     """(eps, which formula it computes, its bias) of a norm over a vector; None for anything else."""
     weight = getattr(norm, "weight", None)
     if not _NORMS.search(type(norm).__name__) or weight is None or weight.dim() != 1:
@@ -35,7 +34,7 @@ def norm_of(norm: nn.Module) -> tuple[float, NormKind, Tensor | None] | None:
 
 
 @cached
-def _norm_kind(cls: type[nn.Module]) -> NormKind | None:
+def _norm_kind(cls: type[nn.Module]) -> norm_gate.NormKind | None:
     """Which formula a norm class computes, seen on random numbers; None for another."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 64, generator=generator)
@@ -46,7 +45,7 @@ def _norm_kind(cls: type[nn.Module]) -> NormKind | None:
         y = norm(x)
     except Exception:  # of any kind: another constructor than a plain norm's; it stays as it is
         return None
-    for kind in (NormKind(one_plus, centred) for centred in (False, True) for one_plus in (False, True)):
+    for kind in (norm_gate.NormKind(one_plus, centred) for centred in (False, True) for one_plus in (False, True)):
         z = norm_gate.norm_formula(x, norm.weight, 1e-5, kind, getattr(norm, "bias", None))
         if torch.allclose(y, z, atol=_CLOSE):
             return kind

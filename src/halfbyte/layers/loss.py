@@ -27,7 +27,6 @@ from halfbyte.layers import fuse, instances, packing
 from halfbyte.layers.kernels import dropout, last_layer, pool
 from halfbyte.layers.kernels.cpu import available
 from halfbyte.layers.kernels.cpu.matmul import by_kernel, into, product
-from halfbyte.layers.packing import with_hidden
 from halfbyte.models import structure
 from halfbyte.types import Batch, Config, Model
 
@@ -294,7 +293,7 @@ class _ScaleHidden:
     def __call__(self, module: nn.Module, args: object, output: ModelOutput) -> object:
         if self.factor == 1.0:
             return None
-        return with_hidden(output, output[0] * self.factor)
+        return packing.with_hidden(output, output[0] * self.factor)
 
 
 def head_logits(hidden: Tensor, head: Head) -> Tensor:

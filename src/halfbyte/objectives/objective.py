@@ -26,7 +26,6 @@ from halfbyte.data.collate import Batches
 from halfbyte.data.encoding.encoder import EncodedRows
 from halfbyte.data.encoding.examples import Example
 from halfbyte.models import structure
-from halfbyte.models.structure import evaluating
 from halfbyte.plan.job import ObjectiveCost
 from halfbyte.types import Batch, Model
 
@@ -176,7 +175,7 @@ def evaluate(
     from halfbyte.layers import fuse
 
     sums, names = list[Sums](), objective.sum_names
-    with evaluating(model), fuse.as_trained():
+    with structure.evaluating(model), fuse.as_trained():
         if objective.together:
             parts = [(objective.row_vectors(model, batch), batch["targets"]) for batch in batches]
             vectors, ours = [vector for part, _ in parts for vector in part], slice(None)

@@ -24,7 +24,6 @@ from halfbyte.plan.timing import Rates, pairs_of_a_token
 from halfbyte.runs.folder import read_json
 from halfbyte.system import files, usage
 from halfbyte.system.device import Device, core_share
-from halfbyte.system.files import cache_dir
 from halfbyte.system.libraries import version
 from halfbyte.system.platforms import calls
 from halfbyte.system.threads import asked_threads
@@ -60,7 +59,7 @@ def path_of(device: Device, dtype: str) -> Path:
     share = core_share()  # a quota of 1.5 cores has two threads, which are slower than on two cores
     many = f"{threads(device)}{f' of {share:g}' if share < threads(device) else ''}"
     what = f"{FORMAT} {device.cpu} {' '.join(device.isa)} {many} {dtype} {version('torch')} {cards}"
-    return cache_dir() / "calibration" / f"{hashlib.sha256(what.encode()).hexdigest()[:16]}.json"
+    return files.cache_dir() / "calibration" / f"{hashlib.sha256(what.encode()).hexdigest()[:16]}.json"
 
 
 def threads(device: Device) -> int:
@@ -252,7 +251,7 @@ def _attention_rate(tries: Tries, kind: "torch.dtype") -> float:
 
 def _disk_rate() -> float:
     """Bytes a second of reading a new file, past the page cache where the system lets go of it."""
-    folder = cache_dir() if os.access(cache_dir(), os.W_OK) else Path(tempfile.gettempdir())
+    folder = files.cache_dir() if os.access(files.cache_dir(), os.W_OK) else Path(tempfile.gettempdir())
     path = folder / f".calibration.{os.getpid()}"
     block = os.urandom(1 << 20) * 16
     try:

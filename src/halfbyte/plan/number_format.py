@@ -22,7 +22,6 @@ from halfbyte.plan.estimate import job_of, parse_device, rows_of
 from halfbyte.plan.result import GB
 from halfbyte.recipe import number_formats
 from halfbyte.recipe.command import as_begun, with_type
-from halfbyte.recipe.number_formats import AUTO
 from halfbyte.recipe.schema import Loaded
 from halfbyte.system.device import Device, detect
 from halfbyte.types import Document
@@ -43,7 +42,7 @@ def settle(
         agreed: what makes all processes of a run take the first one's choice.
     """
     loaded = rate.settle(loaded)
-    if loaded.recipe.quant.type != AUTO:
+    if loaded.recipe.quant.type != number_formats.AUTO:
         return loaded
 
     def decide() -> Document:

@@ -21,7 +21,6 @@ from halfbyte.errors import RunError
 from halfbyte.layers import fuse, heads, packing
 from halfbyte.layers.loss import every_hidden, keeps_some
 from halfbyte.models import structure
-from halfbyte.models.structure import evaluating
 from halfbyte.proofs.setting import small_chunks
 from halfbyte.system import files
 from halfbyte.types import Document, Model
@@ -118,7 +117,7 @@ def logits_at(model: Model, ids: Sequence[int], positions: Sequence[int]) -> tor
     """(positions, vocabulary) fp32, of one row in evaluation; of a model with a head its scores of the row up to each
     position: (positions, labels); of an encoder without one its vectors: (positions, D)."""
     at = torch.tensor(list(positions), device=model.device)
-    with evaluating(model), fuse.as_trained(), small_chunks(model):
+    with structure.evaluating(model), fuse.as_trained(), small_chunks(model):
         if heads.has_head(model):
             rows = (Example(tuple(ids[: p + 1]), (IGNORED,) * (p + 1)) for p in positions)
             return torch.cat([heads.scores(model, collate.collate_texts([row])) for row in rows])

@@ -7,12 +7,13 @@ Why on all layers: rounding adds up with depth, and outliers sit in the middle o
 layers does not look. Why these bounds: a gradient that is off by a quarter of its length still points within 15 degrees
 of its own direction, and other rows move it by more than its whole length; what is seen with integers decides nothing
 else, as evaluations and answers are exact (docs/log).
-Cost: a forward and a backward of up to `TOKENS` tokens, two or three times.
+Cost: a forward and a backward of up to `TOKENS` tokens, two or three times; nothing where it is remembered.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Self
 
 from halfbyte.data import pack
 from halfbyte.errors import AdapterError
@@ -23,7 +24,7 @@ from halfbyte.layers.loss import micro_batch_loss
 from halfbyte.models import structure
 from halfbyte.proofs import setting
 from halfbyte.proofs.closeness import distance
-from halfbyte.proofs.setting import Gradients
+from halfbyte.proofs.memory import RememberedProofs
 from halfbyte.quant import dequantise
 from halfbyte.types import Batch, Document, Model
 
@@ -69,6 +70,28 @@ class Decision:
     def to_json(self) -> Document:
         tried = [{"products": str(p), "ok": s.ok, **vars(s)} for p, s in self.tried]
         return {"products": str(self.products or "exact"), "reason": self.reason, "tried": tried}
+
+    @classmethod
+    def of_json(cls, made: Document) -> Self:
+        """The decision that `to_json` wrote."""
+        named = {str(products): products for products in (BOTH, BACKWARD)}
+        seen = [Deviation(*(one[f.name] for f in fields(Deviation))) for one in made["tried"]]
+        tried = zip((named[one["products"]] for one in made["tried"]), seen, strict=True)
+        return cls(named[made["products"]], made["reason"], tuple(tried))
+
+
+def decide_once(model: Model, memory: RememberedProofs, name: str, decide: Callable[[], Decision]) -> Decision:
+    """What an earlier start has decided under this name, set anew, or what `decide` does now. Only integers are
+    remembered: a machine that multiplied too slowly may have been busy."""
+    known = memory.proofs.get(name)
+    if known is None:
+        decision = decide()
+        if decision.products is not None:
+            memory.write(name, decision.to_json())
+        return decision
+    integer.set_products(fuse.frozen_layers(model), (decision := Decision.of_json(known)).products)
+    dequantise.forget()
+    return replace(decision, reason=f"{decision.reason} (proven before)")
 
 
 def decide(
@@ -139,15 +162,15 @@ def _why_not(model: Model, layers: Sequence[object]) -> str:
     return integer.why_not()
 
 
-def _loss_and_gradients(model: Model, batch: Batch, loss: setting.Loss) -> tuple[float, Gradients]:
+def _loss_and_gradients(model: Model, batch: Batch, loss: setting.Loss) -> tuple[float, setting.Gradients]:
     with setting.as_given(model):
         return setting.loss_and_gradients(model, [batch], loss=loss)
 
 
-def deviation(got: tuple[float, Gradients], exact: tuple[float, Gradients]) -> Deviation:
+def deviation(got: tuple[float, setting.Gradients], exact: tuple[float, setting.Gradients]) -> Deviation:
     """How far a loss and its gradients are from the exact ones; what is not finite is infinitely far."""
     (loss, gradients), (exact_loss, exact_gradients) = got, exact
-    kinds: dict[str, Gradients] = {}
+    kinds: dict[str, setting.Gradients] = {}
     for name, gradient in exact_gradients.items():
         kinds.setdefault(kind_of(name), {})[name] = gradient
     distances = {kind: distance(gradients, of_kind) for kind, of_kind in kinds.items()}

@@ -54,13 +54,19 @@ class RememberedProofs:
 
     def keep(self, name: str, proof: StartProof) -> StartProof:
         """The proof, kept if it has succeeded; with one of the first that has failed all others are forgotten."""
-        if self.file is not None:
-            others = {} if name in FIRST and not proof.ok else {n: p for n, p in self.proofs.items() if n != name}
-            self.proofs = others | ({name: asdict(proof)} if proof.ok else {})
-            with contextlib.suppress(OSError):
-                self.file.parent.mkdir(parents=True, exist_ok=True)
-                files.write(self.file, files.as_json(files.seal({"made_with": self.made_with, "proofs": self.proofs})))
-                every = sorted(self.file.parent.glob("*.json"), key=lambda path: path.stat().st_mtime)
-                for old in every[:-MOST]:
-                    old.unlink()
+        if name in FIRST and not proof.ok:
+            self.proofs = {}
+        self.write(name, asdict(proof) if proof.ok else None)
         return proof
+
+    def write(self, name: str, proof: Document | None) -> None:
+        """Remember what was proven under this name, None: nothing."""
+        if self.file is None:
+            return
+        self.proofs = {n: p for n, p in self.proofs.items() if n != name} | ({} if proof is None else {name: proof})
+        with contextlib.suppress(OSError):
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            files.write(self.file, files.as_json(files.seal({"made_with": self.made_with, "proofs": self.proofs})))
+            every = sorted(self.file.parent.glob("*.json"), key=lambda path: path.stat().st_mtime)
+            for old in every[:-MOST]:
+                old.unlink()

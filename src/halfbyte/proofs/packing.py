@@ -19,7 +19,6 @@ from halfbyte.models import structure
 from halfbyte.models.context import rope_changes_at
 from halfbyte.proofs import setting
 from halfbyte.proofs.closeness import row_distances
-from halfbyte.proofs.setting import StartProof
 from halfbyte.types import Model
 
 # The largest ||difference|| / ||logits|| of a token, in units of the dtype's epsilon. Packed and alone multiply
@@ -35,7 +34,7 @@ def allowed(lm: Model, *, exact: bool) -> float:
     return max(rounding, setting.ROUTED) if is_routed(lm) and not exact else rounding
 
 
-def prove_packing(model: Model, longest: int | None = None, *, alone: bool = False) -> StartProof:
+def prove_packing(model: Model, longest: int | None = None, *, alone: bool = False) -> setting.StartProof:
     """Find the first layout in which examples are really apart, and leave the model set up for it.
 
     The model's modes and the global random state are as before afterwards.
@@ -51,7 +50,7 @@ def prove_packing(model: Model, longest: int | None = None, *, alone: bool = Fal
     edge = None if alone or longest is None else rope_changes_at(lm.config)
     if edge is not None and longest is not None and longest > edge:  # a proof of so long a row is not affordable
         why = f"texts of more than {edge:,} tokens have other rotary frequencies, in a pack all of it"
-        return StartProof(False, f"{why}; data.max_length {edge} packs them", math.inf)
+        return setting.StartProof(False, f"{why}; data.max_length {edge} packs them", math.inf)
     with setting.as_given(model), torch.no_grad():
         model.eval()
         for layout in layouts(lm):
@@ -61,12 +60,12 @@ def prove_packing(model: Model, longest: int | None = None, *, alone: bool = Fal
                 install(lm, layout)
                 note = f"; before: {'; '.join(tried)}" if tried else ""
                 what = "one text = on the stock path" if alone else "packed = alone"
-                return StartProof(True, f"{layout}: {what}{''.join(untried)}{note}", difference, layout)
+                return setting.StartProof(True, f"{layout}: {what}{''.join(untried)}{note}", difference, layout)
             tried.append(f"{layout}: {problem}")
             _install_stock(lm, stock)
     if asked := asked_attention(lm):
         lm.set_attn_implementation(asked)
-    return StartProof(False, "; ".join(tried) or "this model has no way to take packed examples", math.inf)
+    return setting.StartProof(False, "; ".join(tried) or "this model has no way to take packed examples", math.inf)
 
 
 def _install_stock(lm: Model, implementation: str) -> None:

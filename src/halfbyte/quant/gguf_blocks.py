@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from halfbyte.models.gguf import blocks
-from halfbyte.models.gguf.blocks import BLOCKS
 from halfbyte.quant.number_format import BlockRows, NumberFormat, StoredPart, own_weight
 from halfbyte.recipe.schema import Quant
 
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from halfbyte.models.tensors import TensorSpec
     from halfbyte.quant.stack import ExpertStack
 
-_TYPES = {number: kind for kind, (number, _, _) in BLOCKS.items()}
+_TYPES = {number: kind for kind, (number, _, _) in blocks.BLOCKS.items()}
 # Types that are dequantised by the gguf package from now on, as a proof has seen our kernel to be wrong.
 _distrusted: set[str] = set()
 
@@ -134,7 +133,7 @@ class GgufBlocks(NumberFormat):
         layout: MatrixLayout = module.weight.gguf
         if layout.columns is not None or _distrusted.intersection(layout.types):
             return None
-        number, weights, _ = BLOCKS[layout.types[0]]
+        number, weights, _ = blocks.BLOCKS[layout.types[0]]
         rows, columns = layout.shape
         return BlockRows(module.weight.data, number, weights, (rows, columns), layout.order)
 
@@ -179,7 +178,7 @@ def parts_of(
     """
     import torch
 
-    layout = torch.tensor([int(turned), *(BLOCKS[kind][0] for kind in types)], dtype=torch.int32)
+    layout = torch.tensor([int(turned), *(blocks.BLOCKS[kind][0] for kind in types)], dtype=torch.int32)
     parts = {"": torch.from_numpy(codes[0]), ".layout": layout}
     if len(codes) > 1:
         parts[".second"] = torch.from_numpy(codes[1])

@@ -41,7 +41,6 @@ from halfbyte.objectives.grpo import Grpo, WrittenRow
 from halfbyte.plan import sequences_beside
 from halfbyte.recipe.rewards import REWARD
 from halfbyte.scoring import intervals
-from halfbyte.scoring.intervals import RowSums
 from halfbyte.scoring.rewards import Attempt, RewardFunction, Rewards
 from halfbyte.system import usage
 from halfbyte.training.pace import Pace
@@ -273,7 +272,7 @@ class Rollouts:
         none of them, which is warned of once."""
         known, settings = rewards[~np.isnan(rewards)].tolist(), self.settings
         summary = {REWARD: _mean(rewards)}
-        rows = RowSums.mean(known)
+        rows = intervals.RowSums.mean(known)
         if known and (limits := intervals.interval(rows, resamples=settings.resamples, seed=settings.seed)):
             summary |= {f"{REWARD}_low": limits[0], f"{REWARD}_high": limits[1]}
         for name, column in zip(self.rewards.parts, parts.T, strict=True):

@@ -19,8 +19,6 @@ from halfbyte.errors import RecipeError
 from halfbyte.recipe.adapter_folder import ADAPTER_FILES, read_passport
 from halfbyte.recipe.evaluation import LOSSES, OF_PAIRS, Eval
 from halfbyte.scoring import intervals, metrics
-from halfbyte.scoring.intervals import Interval, RowSums
-from halfbyte.scoring.metrics import Scores
 from halfbyte.scoring.verdict import SourceLoss, beside_source
 from halfbyte.system import files
 from halfbyte.types import Document
@@ -59,7 +57,7 @@ class Answer:
     where no metric reads answers."""
 
     text: str
-    scores: Scores
+    scores: metrics.Scores
     choice: str | None = None
 
 
@@ -83,19 +81,19 @@ class Side:
         answers = tuple(a for row, a in zip(asking, self.answers, strict=False) if row in chosen)
         return Side(tuple(self.losses[r] for r in rows), tuple(self.tokens[r] for r in rows), answers)
 
-    def rows_of(self, name: str) -> RowSums:
+    def rows_of(self, name: str) -> intervals.RowSums:
         """The score `name` as sums over rows."""
         if name in (*LOSSES, BASE_TEXT):
             losses, tokens = np.array(self.losses, np.float64), np.array(self.tokens, np.float64)
-            return RowSums(losses, tokens, exponential=name == "perplexity")
-        rows = RowSums.mean([answer.scores.get(name) for answer in self.answers])
+            return intervals.RowSums(losses, tokens, exponential=name == "perplexity")
+        rows = intervals.RowSums.mean([answer.scores.get(name) for answer in self.answers])
         return replace(rows, bounded=False) if name in OF_PAIRS else rows
 
 
 @dataclass(frozen=True)
 class Value:
     value: float
-    interval: Interval | None = None
+    interval: intervals.Interval | None = None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from halfbyte.errors import AdapterError
 from halfbyte.inference import target
-from halfbyte.inference.target import Target
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class AdapterFolders:
             raise AdapterError(f"--allow-adapters {missing[0]} is no folder.", fix="name one that has adapters in it")
         return cls(tuple(folder.resolve() for folder in folders), tuple(overrides))
 
-    def find(self, name: str) -> Target | None:
+    def find(self, name: str) -> target.Target | None:
         """The run or adapter of a path, relative to an allowed folder or absolute; None: there is none below them, or
         it reads what is not. Raises HalfbyteError: it is no run."""
         for root in self.allowed:

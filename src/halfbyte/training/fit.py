@@ -6,6 +6,7 @@ Cost: tokenising, and the shapes of the model; before a run of minutes a calibra
 and before the first run its kernels.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -30,6 +31,7 @@ from halfbyte.plan.result import POOL_RESERVE, RESERVE, Recompute
 from halfbyte.plan.timing import COMPILING_S
 from halfbyte.proofs import integers
 from halfbyte.proofs.integers import Decision
+from halfbyte.proofs.memory import RememberedProofs
 from halfbyte.proofs.sharing import prove_sharing
 from halfbyte.recipe.adapter_folder import PASSPORT
 from halfbyte.recipe.schema import Recipe
@@ -37,7 +39,6 @@ from halfbyte.runs.folder import ANOTHER
 from halfbyte.runs.report import MeasuredLine
 from halfbyte.system import files, kernel_cache, usage
 from halfbyte.system.device import Device, compute_dtype, may_use_integers
-from halfbyte.system.usage import Usage
 from halfbyte.system.words import duration
 from halfbyte.training.events import Listener
 from halfbyte.training.forecast import LOOKED_AT, asks_theirs, check_steps, job_of, plan_of, settle, sharing_note
@@ -193,7 +194,7 @@ def make_pace(run: PlannedRun, model: Model, tell: Callable[[str], None], *, pac
 
 def memory_before_steps(
     run: PlannedRun, model: Model, pace: Pace, steps: pack.Steps, held_out: collate.Batches, tell: Listener
-) -> Usage:
+) -> usage.Usage:
     """Memory before the first step, after the longest micro-batch has run once unless the plan leaves much free."""
     plan, longest = run.plan, steps.longest_micro_batch()
     if plan.needed_bytes <= UNREHEARSED * plan.available_bytes or not longest:
@@ -209,7 +210,7 @@ def memory_before_steps(
 
 
 def compare(
-    plan: Plan, base: Base, memory_before: Usage, peak: Usage, run: Path, step_s: float | None,
+    plan: Plan, base: Base, memory_before: usage.Usage, peak: usage.Usage, run: Path, step_s: float | None,
     on_cards: Sequence[tuple[int, int]] = (),
 ) -> Sequence[MeasuredLine]:  # fmt: skip
     """Planned beside measured, line by line where a line can be measured alone.
@@ -276,8 +277,11 @@ def decide_compute(run: PlannedRun, base: AdaptedBase, step: pack.Step, tell: Li
     if asks.draws or asks.referenced:
         how = "gradient"  # answers are written, and a reference is read, by exact products: so the forward is
     give_back()  # what opening the base left, and code of libraries: the proof runs a micro-batch
-    rows = integers.rows_for_proof(step, train.lengths, packed=base.packed.ok)
-    batch = objective.collate([train.examples[row] for row in rows])
-    decision = integers.decide(base.model, how, batch, objective.loss, lambda value: min(world.gather(value)))
+    examples = [train.examples[row] for row in integers.rows_for_proof(step, train.lengths, packed=base.packed.ok)]
+    about = hashlib.sha256(repr([how, objective, asks.seed, examples]).encode()).hexdigest()
+    ours = world.alone and type(objective).__module__.startswith("halfbyte.")  # another's code may have changed
+    memory, least = base.memory if ours else RememberedProofs(), lambda value: min(world.gather(value))
+    proof = partial(integers.decide, base.model, how, loss=objective.loss, least=least)
+    decision = integers.decide_once(base.model, memory, about, lambda: proof(objective.collate(examples)))
     tell.note("compute", str(decision))
     return decision

@@ -17,7 +17,6 @@ from halfbyte.data.encoding import chatml, encode
 from halfbyte.data.encoding.encoder import EncodedRows
 from halfbyte.data.encoding.examples import Example, Examples
 from halfbyte.data.mixture import Mixture
-from halfbyte.data.prefixes import IdsOf
 from halfbyte.data.reading import read
 from halfbyte.data.streaming import Flow
 from halfbyte.errors import DataError, HalfbyteError
@@ -60,7 +59,7 @@ class Prepared:
     def epoch_rows(self) -> int:
         return len(self.train.examples) if self.mixture is None else self.mixture.epoch_rows
 
-    def ids_of(self, rows: EncodedRows) -> IdsOf | None:
+    def ids_of(self, rows: EncodedRows) -> prefixes.IdsOf | None:
         """The tokens of a row, where rows share their beginnings."""
         return rows.examples.ids if self.shares and rows.shared is None else None
 

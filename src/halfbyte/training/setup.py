@@ -14,7 +14,6 @@ from halfbyte.base.store import supply
 from halfbyte.data import collate, pack
 from halfbyte.data.encoding.chatml import chat_template
 from halfbyte.distributed import agree, shard
-from halfbyte.distributed.shard import Shards
 from halfbyte.distributed.world import World
 from halfbyte.errors import DataError
 from halfbyte.layers import heads
@@ -28,7 +27,6 @@ from halfbyte.training import fit, pace, prepare, schedule
 from halfbyte.training.comparison import Comparison, compare
 from halfbyte.training.deadline import Schedule
 from halfbyte.training.events import Listener
-from halfbyte.training.fit import PlannedRun
 from halfbyte.training.pace import Pace, StepRows
 from halfbyte.training.preflight import RunStart
 from halfbyte.types import Document
@@ -46,7 +44,7 @@ class TrainingModel:
 
 
 def open_model(
-    run: PlannedRun, start: RunStart, tell: Listener, *, force: bool, before: TrainingModel | None = None,
+    run: fit.PlannedRun, start: RunStart, tell: Listener, *, force: bool, before: TrainingModel | None = None,
     proofs: Proofs = "every",
 ) -> TrainingModel:  # fmt: skip
     """The base, with fresh adapters or those that the run begins with; a checkpoint's weights are put in later.
@@ -91,7 +89,7 @@ def open_model(
     return TrainingModel(model, placed, belongs_to, tuple(notices))
 
 
-def _open_base(run: PlannedRun, tell: Listener) -> tuple[load.Base, stream.Placement, list[str]]:
+def _open_base(run: fit.PlannedRun, tell: Listener) -> tuple[load.Base, stream.Placement, list[str]]:
     """The base where the plan wants it, and what is not as the plan had it."""
     prepared, plan = run.prepared, run.plan
     recipe = prepared.recipe
@@ -123,9 +121,9 @@ class Setup:
     start: RunStart
     world: World
     process: ProcessSettings
-    run: PlannedRun
+    run: fit.PlannedRun
     model: TrainingModel
-    shards: Shards | None
+    shards: shard.Shards | None
     pace: Pace
     steps: pack.Steps
     held_out: collate.Batches
@@ -147,7 +145,7 @@ class Setup:
 
 
 def equip(
-    run: PlannedRun, start: RunStart, world: World, process: ProcessSettings, model: TrainingModel, tell: Listener,
+    run: fit.PlannedRun, start: RunStart, world: World, process: ProcessSettings, model: TrainingModel, tell: Listener,
     began: float,
 ) -> Setup:  # fmt: skip
     """What an open model needs to train as planned."""

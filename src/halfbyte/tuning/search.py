@@ -22,7 +22,6 @@ import numpy as np
 from halfbyte.models.lora_sites import ALL_LINEAR
 from halfbyte.runs.folder import read_json, write_json
 from halfbyte.scoring import intervals
-from halfbyte.scoring.intervals import Interval, RowSums
 from halfbyte.training.deadline import Clock
 from halfbyte.types import Document
 
@@ -49,9 +48,9 @@ class Result:
     sums: dict[str, list[float]]
     seconds: float = 0.0
 
-    def on(self, names: Sequence[str]) -> RowSums:
+    def on(self, names: Sequence[str]) -> intervals.RowSums:
         values = np.array([self.sums[name] for name in names])
-        return RowSums(values[:, 0], values[:, 1])
+        return intervals.RowSums(values[:, 0], values[:, 1])
 
 
 @dataclass
@@ -78,7 +77,7 @@ class Rung:
         """Its arms that have a result, the best first; among equals the first."""
         return sorted(range(len(self.results)), key=self.losses().__getitem__)
 
-    def behind(self, number: int) -> tuple[float, Interval] | None:
+    def behind(self, number: int) -> tuple[float, intervals.Interval] | None:
         """How much more an arm has lost than the best, with the interval of the paired difference."""
         best, other = self.results[self.order[0]], self.results[number]
         if not (best.sums and other.sums):

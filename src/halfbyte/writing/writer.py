@@ -29,7 +29,6 @@ from halfbyte.proofs import closeness
 from halfbyte.types import Batch, Model
 from halfbyte.writing import plain, prefill
 from halfbyte.writing.places import CachePlaces, FastPathUnavailable
-from halfbyte.writing.prefill import Prefilled, TapeReader
 from halfbyte.writing.text import Text, TextWriter, by_prompt, same_beginning
 
 # Root mean square of what rounding to bf16 changes, relative to the number: 2^-8 / sqrt(3) at the lower end of a
@@ -106,7 +105,7 @@ class Writer(TextWriter):
         self.proven: dict[str | None, int] = {}
         self.apart = 0.0
         """How far the logits were apart in the last proof."""
-        self._reader: TapeReader | None = None
+        self._reader: prefill.TapeReader | None = None
 
     @property
     def free(self) -> int:
@@ -179,7 +178,7 @@ class Writer(TextWriter):
             for i, text in enumerate(forwarded):
                 self._begin(text, result.logits[i], likeliest.get(i, []))
 
-    def _forward(self, texts: Sequence[Text], likeliest: dict[int, list[int]]) -> Prefilled:
+    def _forward(self, texts: Sequence[Text], likeliest: dict[int, list[int]]) -> prefill.Prefilled:
         """Through the model's own forward; of a conversation only what is new. Rows get their losses, and in fp32
         `likeliest` the likeliest tokens from the end of each prompt on."""
         first, start = texts[0], 0
@@ -237,7 +236,7 @@ class Writer(TextWriter):
         if not jobs:
             return
         try:
-            self._reader = self._reader or TapeReader(self.lm, self.places.caches)
+            self._reader = self._reader or prefill.TapeReader(self.lm, self.places.caches)
         except Unsupported as why:
             raise FastPathUnavailable(str(why)) from why
         self._reader.factor = self.factor
@@ -252,7 +251,7 @@ class Writer(TextWriter):
             self.places.contents[m] = text.adapter, list(tokens), True
         jobs.clear()
 
-    def _prove(self, choices: Sequence[Sequence[Text]], result: Prefilled, *, read: bool) -> None:
+    def _prove(self, choices: Sequence[Sequence[Text]], result: prefill.Prefilled, *, read: bool) -> None:
         """The prompts' last tokens by the tape, beside the model's own logits. What other texts compute here they
         compute again."""
         with self.places.kept_states():

@@ -15,7 +15,6 @@ import torch
 from transformers.quantizers import AutoHfQuantizer
 
 from halfbyte.base.store import conversion, mxfp4
-from halfbyte.base.store.conversion import Rule, planned_dtype, renamed
 from halfbyte.base.store.encode import slots
 from halfbyte.base.store.reading import FLOATS, SourceTensor, TensorPlan
 from halfbyte.base.store.shelf import CannotHold, StoreSpec
@@ -116,9 +115,9 @@ class _EmptyModel:
     def quantises(self, target: str) -> bool:
         return self.quantiser is not None and self.quantiser.param_needs_quantization(self.model, target)
 
-    def targets(self, names: Iterable[str]) -> list[tuple[str, str, Rule | None]]:
+    def targets(self, names: Iterable[str]) -> list[tuple[str, str, conversion.Rule | None]]:
         """(name, what the model calls it, the rule by which it is changed on the way), in the loader's own order."""
-        targets = renamed(self.model, names, self.state, self.quantiser)
+        targets = conversion.renamed(self.model, names, self.state, self.quantiser)
         return [(name, target, rule) for name, (target, rule) in targets.items()]
 
     def missing(self, covered: set[str]) -> list[str]:
@@ -139,7 +138,7 @@ class _EmptyModel:
     def dtype_of(self, target: str, *, quantised: bool) -> torch.dtype:
         """What the loader casts a tensor to."""
         usual = self.compute_dtype if quantised else self.state[target].dtype
-        return planned_dtype(self.dtype_plan, target) or usual
+        return conversion.planned_dtype(self.dtype_plan, target) or usual
 
 
 def _without_repeated(plans: list[tuple[TensorPlan, str]], tied: dict[str, str]) -> list[tuple[TensorPlan, str]]:

@@ -27,7 +27,6 @@ from halfbyte.models.sources.safetensors import indexed_files, weight_files
 from halfbyte.recipe import number_formats
 from halfbyte.recipe.schema import Quant
 from halfbyte.system import files
-from halfbyte.system.files import cache_dir
 from halfbyte.types import Config, Document, Model
 
 if TYPE_CHECKING:
@@ -104,7 +103,7 @@ class CacheEntry:
 
 
 def folder() -> Path:
-    return cache_dir() / "bases"
+    return files.cache_dir() / "bases"
 
 
 def settings(quant: Quant, dtype: str) -> Document:
@@ -348,7 +347,7 @@ def _lock(file: IO[str], *, shared: bool = False, wait: bool = False) -> bool:
 def listing_beside() -> list[CacheEntry]:
     """What lies in the cache beside the stores, the last used first: converted GGUF files, packaged models, rows as
     tokens. All of it can be made or fetched again. A folder that is a link is somebody else's, and is left out."""
-    folders = [cache_dir() / name for name in FOLDERS]
+    folders = [files.cache_dir() / name for name in FOLDERS]
     entries = [_beside(path) for folder in folders if not folder.is_symlink() for path in _inside(folder)]
     return sorted(entries, key=lambda entry: -entry.last_used)
 

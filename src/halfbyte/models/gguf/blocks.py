@@ -18,7 +18,6 @@ from pydantic import TypeAdapter
 from halfbyte.errors import SourceError, typed
 from halfbyte.models.gguf import layouts
 from halfbyte.models.gguf.header import GgufHeader
-from halfbyte.models.gguf.layouts import ParameterSource
 from halfbyte.models.gguf.reader import GgufError, GgufReader
 from halfbyte.system import files
 from halfbyte.types import Document
@@ -66,7 +65,7 @@ class BlockManifest:
         return self.sha256[0] if len(self.sha256) == 1 else hashlib.sha256("".join(self.sha256).encode()).hexdigest()
 
 
-def types_of(source: ParameterSource, file: GgufReader) -> tuple[str, ...]:
+def types_of(source: layouts.ParameterSource, file: GgufReader) -> tuple[str, ...]:
     """The types of the tensors that a parameter is held in; empty where it cannot be."""
     if source.name.endswith("ssm_dt.weight"):  # transformers' state-space blocks read it as a tensor, not by its layer
         return ()
@@ -82,7 +81,7 @@ def nbytes(numel: int, blocks: tuple[str, ...]) -> int:
 
 
 def describe(
-    header: GgufHeader, shapes: Mapping[str, tuple[int, ...]], sources: Mapping[str, ParameterSource]
+    header: GgufHeader, shapes: Mapping[str, tuple[int, ...]], sources: Mapping[str, layouts.ParameterSource]
 ) -> list[Document]:
     """The manifest's parameters. Raises GgufError: a tensor's type is not held here, or a scale is not finite."""
     file = GgufReader(header)

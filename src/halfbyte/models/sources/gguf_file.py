@@ -19,7 +19,6 @@ from halfbyte.errors import SourceError
 from halfbyte.models.gguf.header import GgufHeader, parts_of, read_header
 from halfbyte.models.sources.checkpoint import check_folder, locked, need_space
 from halfbyte.system import files
-from halfbyte.system.files import cache_dir
 from halfbyte.system.platforms import calls
 
 log = logging.getLogger("halfbyte")
@@ -55,7 +54,7 @@ def converted(file: Path, *, in_blocks: bool = False) -> Path:
 
 
 def converted_path(key: str, *, in_blocks: bool) -> Path:
-    return cache_dir() / "gguf" / (f"{key}-blocks" if in_blocks else key)
+    return files.cache_dir() / "gguf" / (f"{key}-blocks" if in_blocks else key)
 
 
 def convert_into(target: Path, file: Path, *, in_blocks: bool = False) -> None:

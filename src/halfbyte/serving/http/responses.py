@@ -22,7 +22,6 @@ from halfbyte.serving.http import wire
 from halfbyte.serving.http.answers import Choice, usage
 from halfbyte.serving.http.refusal import Refusal, naming
 from halfbyte.serving.http.service import Service, as_events
-from halfbyte.serving.http.wire import ChatRequest
 from halfbyte.serving.tools import CallForm
 from halfbyte.types import Document
 from halfbyte.writing.text import TextChunk
@@ -93,7 +92,7 @@ class ResponsesRequest(wire.Unused):
     include: list[Literal["reasoning.encrypted_content"]] | None = None
     truncation: Literal["disabled"] | None = None
 
-    def as_chat(self) -> ChatRequest:
+    def as_chat(self) -> wire.ChatRequest:
         """Raises Refusal: a value that chat would not take either."""
         choice: object = self.tool_choice
         if isinstance(choice, _FlatChoice):
@@ -110,7 +109,7 @@ class ResponsesRequest(wire.Unused):
             "reasoning_effort": None if self.reasoning is None else self.reasoning.effort,
             "response_format": wanted,
         }
-        return wire.read(ChatRequest, document)
+        return wire.read(wire.ChatRequest, document)
 
     def _messages(self) -> list[Document]:
         given = [_InputItem(content=self.input)] if isinstance(self.input, str) else self.input

@@ -20,7 +20,6 @@ from halfbyte.serving.http import wire
 from halfbyte.serving.http.chat import token_ids
 from halfbyte.serving.http.refusal import Json, Refusal, check_tokens
 from halfbyte.serving.http.service import Service, failed
-from halfbyte.serving.http.wire import ChatRequest, Message, Tool
 from halfbyte.serving.models import Models, put_adapter, take_adapter
 from halfbyte.types import Document
 from halfbyte.writing.text import TextWriter
@@ -29,8 +28,8 @@ from halfbyte.writing.text import TextWriter
 class TokenizeRequest(wire.Strict):
     model: str = ""
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
-    tools: list[Tool] | None = None
+    messages: Annotated[list[wire.Message], Field(min_length=1)] | None = None
+    tools: list[wire.Tool] | None = None
     chat_template_kwargs: Document | None = None
     add_special_tokens: bool = True
     return_token_strs: bool = False
@@ -54,7 +53,7 @@ async def tokenize(service: Service, http: Http) -> Response:
     asked, models = wire.read(TokenizeRequest, await http.body()), service.engine.models
     model = service.model_named(asked.model or models.base)
     if asked.messages is not None:
-        talk = ChatRequest(model=model.name, messages=asked.messages, tools=asked.tools,
+        talk = wire.ChatRequest(model=model.name, messages=asked.messages, tools=asked.tools,
                            chat_template_kwargs=asked.chat_template_kwargs)  # fmt: skip
         tokens, _ = await service.prompt(talk, model)
     elif asked.prompt is not None:
