@@ -68,7 +68,7 @@ ARMS = {
     "plain, ours": Arm("plain", **OURS),
     "trl, its defaults": Arm("trl"),
     "halfbyte, documented": Arm("halfbyte", **DOCUMENTED),
-    "halfbyte, ours": Arm("halfbyte", **OURS),
+    "halfbyte, ours": Arm("halfbyte", **OURS, options=("quant.compute=exact",)),
     "halfbyte, ours, int8": Arm("halfbyte", **OURS, options=("quant.compute=int8",)),
     "halfbyte, its defaults": Arm("halfbyte"),
     "halfbyte, MLP alone": Arm("halfbyte", **{**OURS, "targets": "mlp"}),
