@@ -719,15 +719,15 @@ CASES = [
         "no adapter yet",
         "eval done",
         "error: the run done has no adapter yet: it got to step 4, with a checkpoint at step 4.\n"
-        "  fix: halfbyte train done --resume; or use its checkpoint, as generate, chat and serve can too: "
-        "halfbyte eval done/checkpoints/step-000004 --data ROWS.jsonl",
+        "  fix: halfbyte train done --resume; or give its checkpoint in the place of the run: "
+        "done/checkpoints/step-000004",
         remove("done/adapter"),
     ),
     Case(
         "no adapter yet to verify",
         "verify done",
         "error: the run done has no adapter yet: it got to step 4, with a checkpoint at step 4.\n"
-        "  fix: halfbyte train done --resume; or use its checkpoint<...>done/checkpoints/step-000004<...>",
+        "  fix: halfbyte train done --resume; or give its checkpoint<...>done/checkpoints/step-000004<...>",
         remove("done/adapter"),
     ),
     Case(
@@ -945,10 +945,8 @@ def test_what_is_told_to_begin_with_a_runs_weights_does(halfbyte: Cli) -> None:
 
 def test_the_checkpoint_that_is_named_can_be_used(halfbyte: Cli) -> None:
     remove("done/adapter")()
-    command = (
-        halfbyte("eval", "done").err.rpartition("can too: halfbyte ")[2].replace("ROWS.jsonl", "train.jsonl").split()
-    )
-    scored = halfbyte(*command, "--limit", "2", "--metric", "exact_match", "--json")
+    (named,) = halfbyte("eval", "done").err.rpartition("in the place of the run: ")[2].split()
+    scored = halfbyte("eval", named, "--data", "train.jsonl", "--limit", "2", "--metric", "exact_match", "--json")
     assert scored.code == 0 and json.loads(scored.out)["rows"] == 2, scored
 
 

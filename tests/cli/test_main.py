@@ -512,8 +512,8 @@ def test_a_signal_saves_and_resume_ends_in_the_same_bytes(
     assert early.code == 2
     assert early.err == (
         f"error: the run run has no adapter yet: it got to step {step}, with a checkpoint at step {step}.\n"
-        "  fix: halfbyte train run --resume; or use its checkpoint, as generate, chat and serve can too: "
-        f"halfbyte eval run/checkpoints/step-{step:06d} --data ROWS.jsonl\n"
+        "  fix: halfbyte train run --resume; or give its checkpoint in the place of the run: "
+        f"run/checkpoints/step-{step:06d}\n"
     )
     words = ("train", "run", "--resume", "--quiet")
     resumed = Forked("halfbyte", *words).end() if number == signal.SIGINT else halfbyte(*words)

@@ -192,6 +192,54 @@ def test_a_script_or_a_notebook_is_read_and_not_run(tmp_path: Path, notebook: bo
     assert kinds(config)["fp16"] == kinds(config)["token"] == "noted"
 
 
+TRL = """
+trainer = SFTTrainer({model}"org/base", train_dataset=load_dataset("json", data_files="rows.jsonl", split="train"),
+    args=SFTConfig(output_dir="o"), peft_config=LoraConfig())
+"""
+UNSLOTH = """
+m, t = FastLanguageModel.from_pretrained("org/base")
+m = FastLanguageModel.get_peft_model(m)
+SFTTrainer(model=m, train_dataset=load_dataset("json", data_files="rows.jsonl"))
+"""
+CLASSIC = {"learning_rate": 2e-5, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+SHORT_SCRIPTS: list[Any] = [
+    (TRL.format(model="model="), CLASSIC, {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0}),
+    (TRL.format(model=""), CLASSIC, {"r": 8}),
+    (TRL.format(model="").replace("SFTConfig(", "TrainingArguments("), CLASSIC | {"learning_rate": 5e-5}, {"r": 8}),
+    (TRL.format(model="").replace("SFT", "DPO"), CLASSIC | {"learning_rate": 1e-6, "method": "dpo"}, {"r": 8}),
+    (TRL.format(model="").replace("SFTConfig(", "SFTConfig(learning_rate=3e-4, ").replace("Config()", "Config(r=32)"),
+     CLASSIC | {"learning_rate": 3e-4}, {"r": 32, "lora_alpha": 8}),
+    (UNSLOTH, CLASSIC, {"r": 16, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "train", "lora"), SHORT_SCRIPTS)
+def test_what_a_script_leaves_to_its_library_is_that_librarys(
+    tmp_path: Path, text: str, train: dict[str, Any], lora: dict[str, Any]
+) -> None:
+    """Of TRL 1.16 and PEFT 0.21, of Unsloth 2026.10: read from their configs and signatures."""
+    config, recipe = imported(tmp_path, "t.py", text)
+    assert {name: getattr(recipe.train, name) for name in train} == train
+    assert {name: getattr(recipe.lora, name) for name in lora} == lora
+    assert (recipe.model, recipe.data.train) == ("org/base", "rows.jsonl")
+    unsloth = "FastLanguageModel" in text
+    assert (recipe.quant.type, recipe.data.max_length) == (("nf4", 2048) if unsloth else ("none", 1024))
+    told = {item.name for item in config.items if item.kind in ("default", "translated")}
+    assert {"train.learning_rate", "data.max_length", "lora.lora_alpha"} <= told or "learning_rate" in told
+
+
+@pytest.mark.parametrize(("row", "mask"), [({"prompt": "a", "completion": "b"}, "completion"), ({"text": "a"}, "all")])
+def test_trl_learns_the_completions_alone(tmp_path: Path, halfbyte: Cli, row: dict[str, str], mask: str) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "t.py").write_text(TRL.format(model="").replace("rows.jsonl", str(tmp_path / "rows.jsonl")))
+    ended = halfbyte("import", str(tmp_path / "t.py"), "--out", str(tmp_path / "r.yaml"))
+    assert ended.code == 0 and f"{mask}, as trl does it" in ended.out and "put in" not in ended.out, ended
+    assert f"mask: {mask}" in (tmp_path / "r.yaml").read_text()
+    (tmp_path / "t.py").write_text(SCRIPT.replace("SFTTrainer", "GRPOTrainer"))
+    ended = halfbyte("import", str(tmp_path / "t.py"), "--out", str(tmp_path / "g.yaml"))
+    assert "next: put in train.rewards   then   halfbyte data check" in ended.out
+
+
 def preference(rl: str, more: str = "") -> str:
     rows = "datasets:\n  - {path: org/pairs, type: chatml.argilla, split: train}\n"
     head, tail = AXOLOTL.index("datasets:"), AXOLOTL.index("val_set_size")

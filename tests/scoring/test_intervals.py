@@ -21,6 +21,16 @@ def side(values: list[float], losses: list[float]) -> sheet.Side:
     return sheet.Side(tuple(losses), tuple(range(1, len(losses) + 1)), answers)
 
 
+def test_a_loss_has_no_interval_below_nothing() -> None:
+    losses = np.array([0.0, 0.001, 0.002, 0.4])
+    for exponential, least in ((False, 0.0), (True, 1.0)):
+        rows = RowSums(losses, np.full(4, 10.0), exponential=exponential)
+        low, high = intervals.interval(rows, resamples=200, seed=0) or (-1.0, -1.0)
+        assert low == least < rows.value < high
+    margins = RowSums(losses - 0.1, np.full(4, 1.0))
+    assert (intervals.interval(margins, resamples=200, seed=0) or (1.0,))[0] < 0
+
+
 def test_losses_count_by_their_tokens() -> None:
     made = side([], [1.0, 6.0])  # of 1 and 2 tokens
     assert made.rows_of("loss").value == pytest.approx(7 / 3)
@@ -48,13 +58,13 @@ def test_a_mean_of_losses_has_students_interval_where_rows_are_many_and_alike() 
     assert found == pytest.approx(wanted, abs=0.005)
     assert intervals.interval(sums(values.tolist()), **DRAWN) == found
     assert intervals.interval(sums([0.5]), **DRAWN) is None
-    low, high = intervals.interval(sums([1.0, 2.0]), **DRAWN) or (0, 0)
-    assert high - 1.5 == pytest.approx(stats.t.ppf(0.975, 1) * 0.5) and low - 1.5 == pytest.approx(1.5 - high)
+    low, high = intervals.interval(sums([11.0, 12.0]), **DRAWN) or (0, 0)
+    assert high - 11.5 == pytest.approx(stats.t.ppf(0.975, 1) * 0.5) and low - 11.5 == pytest.approx(11.5 - high)
 
 
 def test_skewed_rows_have_a_wider_side() -> None:
     """The bootstrap of t by hand, a resample at a time."""
-    values = np.array([1.0, 1.1, 1.2, 1.0, 1.3, 1.1, 9.0, 1.2])
+    values = np.array([11.0, 11.1, 11.2, 11.0, 11.3, 11.1, 19.0, 11.2])
     mean, error = values.mean(), values.std(ddof=1) / 8**0.5
     draw, t = np.random.default_rng(3), []
     for _ in range(5000):

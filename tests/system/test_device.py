@@ -7,8 +7,8 @@ import mmap
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -183,9 +183,9 @@ def test_compiled_kernels_are_found_where_numba_keeps_them(tmp_path: Path) -> No
     env = {"NUMBA_CACHE_DIR": str(tmp_path)}
 
     def missing(
-        dtype: str = "bf16", *, attention: bool = False, integers: bool = False, recurrent: Sequence[str] = ()
+        dtype: str = "bf16", *, attention: bool = False, integers: bool = False, **more: Any
     ) -> tuple[str, ...]:
-        return kernel_cache.uncompiled(dtype, attention=attention, integers=integers, recurrent=recurrent, env=env)
+        return kernel_cache.uncompiled(dtype, attention=attention, integers=integers, env=env, **more)
 
     def compile_(kernel: str, folder: Path) -> None:
         place = tmp_path / f"{folder.name}_{hashlib.sha1(str(folder).encode()).hexdigest()}"
@@ -193,7 +193,9 @@ def test_compiled_kernels_are_found_where_numba_keeps_them(tmp_path: Path) -> No
         (place / f"{kernel}.py311.1.nbc").touch()
 
     cpu = Path(halfbyte.__file__).parent / "layers" / "kernels" / "cpu"
+    assert missing("fp32", decoding=True) == ("fp32", "decoding")
     compile_("interpreter._make.locals.token-279", cpu / "decoding")  # of a generate
+    assert missing("fp32", decoding=True) == ("fp32",)
     compile_("entropy._kernel.locals.cross_entropy-31", Path("/another/halfbyte/layers/kernels/cpu"))
     assert missing() == ("fp32", "bf16") and missing("fp32") == ("fp32",)
     compile_("entropy._kernel.locals.cross_entropy-31", cpu)
@@ -214,12 +216,13 @@ def test_compiled_kernels_are_found_where_numba_keeps_them(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "kind", ["conv", *(pytest.param(k, marks=pytest.mark.slow) for k in ("delta_rule", "state_space"))]
+    "kind", ["conv", *(pytest.param(k, marks=pytest.mark.slow) for k in ("delta_rule", "state_space", "decoding"))]
 )
-def test_recurrent_kernels_are_compiled_before_a_run(kind: str, tmp_path: Path) -> None:
+def test_kernels_that_not_every_run_has_are_compiled_before_it(kind: str, tmp_path: Path) -> None:
     """As many as a run looks for, by processes of their own."""
     env = {"NUMBA_CACHE_DIR": str(tmp_path)}
-    asked = {"attention": False, "integers": False, "recurrent": [kind], "env": env}
+    recurrent = [kind] if kind != "decoding" else []
+    asked = {"attention": False, "integers": False, "decoding": True, "recurrent": recurrent, "env": env}
     assert kind in kernel_cache.uncompiled("fp32", **asked)
     code = f"from halfbyte.layers.kernels.cpu import ahead; ahead.compile_kernels(['{kind}'], 2, 'fp32')"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | env, timeout=300)

@@ -71,6 +71,16 @@ def test_why_other_rows_are_held_out_than_were_asked_for(tmp_path: Path) -> None
     assert notices(made) == [f"4 of 32 rows are held out (data.eval: 5; {why})"]
 
 
+def test_a_number_of_held_out_rows_has_some_of_each_source(tmp_path: Path) -> None:
+    few, many = write(tmp_path / "few.jsonl", [50, 51]), write(tmp_path / "many.jsonl", [*range(2, 42)])
+    mixed = [{"path": str(few), "name": "few", "weight": 1}, {"path": str(many), "name": "many", "weight": 1}]
+    made = prepare(tiny_run.recipe(tmp_path, data__train=mixed, data__eval=4).recipe)
+    assert made.evaluation is not None and made.evaluation.sources is not None
+    assert {name: len(rows) for name, rows in made.evaluation.sources.numbers().items()} == {"few": 1, "many": 4}
+    why = "over all sources, at least one of each, rows with the same tokens together"
+    assert f"5 of 42 rows are held out (data.eval: 4 {why})" in notices(made)
+
+
 def test_what_the_gates_refuse_is_looked_at_but_not_prepared(tmp_path: Path) -> None:
     recipe = tiny_run.recipe(tmp_path).recipe
     config = tmp_path / "model" / "config.json"

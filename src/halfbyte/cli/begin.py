@@ -101,9 +101,14 @@ def import_config(
     out: Path = option(Path("recipe.yaml"), "--out", "Where to write the recipe."), json_: Json = False,
 ) -> None:  # fmt: skip
     """Make a recipe of another tool's config, or of a script that trains with TRL or Unsloth, which is not run."""
+    from halfbyte.data.reading import read
     from halfbyte.recipe import command, peers
 
     config = peers.read(file)
+    rows, told = str(config.values["data.train"]), peers.ImportedField("data.mask", "default", "all, as trl does it")
+    if told in config.items and Path(rows).is_file() and {"prompt", "completion"} <= {*read.columns(rows)}:
+        config.values["data.mask"] = "completion"
+        config.items[config.items.index(told)] = told._replace(text="completion, as trl does it with such columns")
     stops = [f"{item.name}: {item.text}" for item in config.items if item.kind == "stops"]
     if not stops:
         command.write_new(out, config.recipe(file.name), "--out NAME.yaml")
@@ -120,7 +125,9 @@ def import_config(
     if not json_:
         counts = Counter(item.kind for item in config.items)
         show.text(f"wrote {out} ({', '.join(f'{count} {kind}' for kind, count in counts.items())})")
-        show.text(f"  next: halfbyte data check {typed(out)}   then   halfbyte train {typed(out)}")
+        needed = [i.name for i in config.items if i.kind == "refused" and i.name in peers.NEEDED]
+        first = f"put in {', '.join(needed)}   then   " if needed else ""
+        show.text(f"  next: {first}halfbyte data check {typed(out)}   then   halfbyte train {typed(out)}")
 
 
 def first_values(kind: str | None, overrides: Sequence[str]) -> dict[str, object]:

@@ -58,7 +58,7 @@ def split(
     elif count:  # of each source as much as of a file of its own, but for a number, which is shared out
         each = {name: len(some) for name, some in of.numbers().items()}
         alone = data.eval == "auto" or str(data.eval).endswith("%")
-        many = {name: data.held_out_of(n) if alone else round(count * n / total) for name, n in each.items()}
+        many = {name: data.held_out_of(n) if alone else max(1, round(count * n / total)) for name, n in each.items()}
         some = [s[choose(digests[s], [len(s)], many[name], seed)] for name, s in of.numbers().items()]
         held_out = np.flatnonzero(np.isin(digests, digests[np.concatenate(some)]))
     if not count or not len(held_out):

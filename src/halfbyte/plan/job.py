@@ -186,8 +186,9 @@ class Job:
             attention = self.whole_attention and self.layer.pairs in NO_SCORES
             kinds = {"state_space" if r.scan else "delta_rule" if r.heads else "conv" for r in self.facts.recurrences}
             uncompiled = kernel_cache.uncompiled(
-                self.dtype, attention=attention, integers=self.integers, recurrent=sorted(kinds)
-            )
+                self.dtype, attention=attention, integers=self.integers, decoding=self.recipe.train.draws,
+                recurrent=sorted(kinds),
+            )  # fmt: skip
         return replace(self, beside_bytes=beside, uncompiled=uncompiled, tokenizer_json_bytes=tokenizer)
 
     @property

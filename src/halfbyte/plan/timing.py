@@ -55,7 +55,8 @@ SAVING_S, SAVED_BYTES = 0.2, 400e6
 PROOF_ROWS, PROOF_ROW_TOKENS = 3, 1024  # proofs/adapter.py
 PROOF_TOKENS, PROOF_PASSES = 512, 2  # proofs/integers.py: of a forward and a backward, exact and in integers
 # Compiling the kernels of a training, once on a machine: one thread, same cores.
-COMPILING_S = {"fp32": 13.0, "bf16": 16.0, "integers": 8.0, "conv": 6.0, "delta_rule": 75.0, "state_space": 60.0}
+COMPILING_S = {"fp32": 13.0, "bf16": 16.0, "integers": 8.0, "decoding": 9.0, "conv": 6.0, "delta_rule": 75.0,
+               "state_space": 60.0}  # fmt: skip
 # layers/kernels/cpu/integer/products.py: int8 is taken from so many times the rate of the compute dtype on.
 INTEGERS_PAY = 1.3
 # Bytes that an int8 product moves more: of a number of its input (read, written in 8 bits) and one of its output (sums

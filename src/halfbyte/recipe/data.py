@@ -161,10 +161,11 @@ class DataEntry(Section):
         except ValidationError as error:
             # a misspelt path is missing, too
             first = min(error.errors(include_url=False), key=lambda item: item["type"] != "extra_forbidden")
-            name, allowed = ".".join(map(str, first["loc"])), ", ".join(cls.model_fields)
-            wrong, near = f"{first['msg']}; allowed: {allowed}", get_close_matches(name, cls.model_fields, 1)
+            name, wrong, near = ".".join(map(str, first["loc"])), first["msg"], []
             if first["type"] == "extra_forbidden":
-                wrong = "is not a field; " + (f"did you mean {near[0]}?" if near else f"allowed: {allowed}")
+                near = get_close_matches(name, cls.model_fields, 1)
+                allowed = f"did you mean {near[0]}?" if near else f"allowed: {', '.join(cls.model_fields)}"
+                wrong = f"is not a field; {allowed}"
             raise ValueError(f"entry {number}: {name}: {wrong}") from None
 
     @model_serializer

@@ -30,6 +30,7 @@ CALLS = frozenset({"from_pretrained", "get_peft_model", "LoraConfig", "SFTConfig
                    "get_chat_template", "load_dataset"})  # fmt: skip
 OF_METHOD = re.compile("(DPO|KTO|ORPO|CPO|GRPO|RLOO|Reward|OnlineDPO|PPO|PRM|BCO|XPO|NashMD|GKD)(Trainer|Config)")
 FIRST = ("rl", "stage", "method", "task_type")  # what they say decides how others are read
+NEEDED = ("model", "data.train", "train.rewards")  # fields of a recipe that somebody puts in where a config has none
 SCRIPTS = (".py", ".ipynb")
 UNKNOWN = "halfbyte knows no counterpart of it"
 _CODE = object()  # a value that only running the script would tell
@@ -72,7 +73,8 @@ def read(path: Path) -> ImportedConfig:
     tables = yaml.safe_load(resources.files(__package__).joinpath("peers.yaml").read_text(encoding="utf-8"))
     try:
         text = path.read_text(encoding="utf-8")
-        given = script(text, notebook=path.suffix == ".ipynb") if path.suffix in SCRIPTS else yaml.safe_load(text)
+        in_script = path.suffix in SCRIPTS
+        given, calls = script(text, notebook=path.suffix == ".ipynb") if in_script else (yaml.safe_load(text), set())
     except (OSError, ValueError, yaml.YAMLError, RecursionError, SyntaxError) as error:
         mark = getattr(error, "problem_mark", None)  # YAML's; a script's error says its line itself
         where = path if mark is None else f"{path}:{mark.line + 1}"
@@ -82,20 +84,23 @@ def read(path: Path) -> ImportedConfig:
         ) from None
     common, known = tables.pop("common"), set(given) if isinstance(given, dict) else set()
     tool = max(tables, key=lambda name: len(known & {*tables[name]["tells"]}))
-    tool = "trl" if path.suffix in SCRIPTS else tool
+    tool = "trl" if in_script else tool
     if not known or (tool != "trl" and not known & {*tables[tool]["tells"]}):
         kinds = "Axolotl, LLaMA-Factory or mlx-lm (YAML), nor a script or notebook that calls TRL or Unsloth"
         raise RecipeError(f"{path} is no config of {kinds}.", fix="`halfbyte init` writes a recipe to start from")
     every = {**common, **tables[tool]["fields"]}
     rules = {name: rule for names, rule in every.items() for name in names.split()}
-    config = ImportedConfig(tool, path.parent, {**tables[tool], "fields": rules}, dict(tables[tool]["defaults"]))
+    defaults = dict(tables[tool]["defaults"])
+    for names, values in tables[tool].get("calls", {}).items():
+        defaults |= values if calls & set(names.split()) else {}
+    config = ImportedConfig(tool, path.parent, {**tables[tool], "fields": rules}, dict(defaults))
     flat = {**dict.fromkeys(tables[tool].get("needs", ())), **dict(flat_fields(given, rules))}
     for name, value in sorted(flat.items(), key=lambda item: item[0] not in FIRST):
         of_rows = name in tables[tool]["rows"] and value not in (None, _CODE)
         (_rows if of_rows else _field)(config, name, value, flat)
     _suit_method(config)
     translated = {item.text.partition(":")[0] for item in config.items if item.kind == "translated"}
-    for target in (tables[tool]["defaults"].keys() & config.values) - translated:
+    for target in [name for name in defaults if name in config.values and name not in translated]:
         config.told(target, "default", f"{shown(config.values[target])}, as {tool} does it")
     for name, value in (("model", "MODEL"), ("data.train", "train.jsonl")):
         if name not in config.values:
@@ -121,9 +126,6 @@ def _suit_method(config: ImportedConfig) -> None:
         values.pop("data.mask", None)
     if method is None:
         return
-    if config.tool == "trl":
-        values.setdefault("train.learning_rate", 1e-6)
-        values.setdefault("data.max_length", 1024)
     if method not in ("grpo", "rloo"):
         return
     if "train.rewards" not in values:
@@ -289,11 +291,11 @@ def _place(folder: Path, name: str, split: object, part: object) -> str:
     return f"hub:{name}?split={str(split or 'train').partition('[')[0]}" + (f"&name={part}" if part else "")
 
 
-def script(text: str, *, notebook: bool) -> Document:
+def script(text: str, *, notebook: bool) -> tuple[Document, set[str]]:
     """The arguments of the calls that set a training up, the first of each name; `_CODE` for what only running tells.
-    Raises ValueError, SyntaxError: it is no notebook, or no Python."""
+    And the calls, as `peers.yaml` has them. Raises ValueError, SyntaxError: it is no notebook, or no Python."""
     cells = json.loads(text).get("cells", []) if notebook else [{"cell_type": "code", "source": text}]
-    given, known = Document(), Document()
+    given, known, calls = Document(), Document(), set[str]()
     for cell in (cell for cell in cells if cell.get("cell_type") == "code"):
         try:
             tree = ast.parse(re.sub(r"(?m)^([ \t]*)[%!].*", r"\1pass", "".join(cell["source"])))
@@ -309,11 +311,12 @@ def script(text: str, *, notebook: bool) -> Document:
                 method = OF_METHOD.fullmatch(name)
                 if (name in CALLS or method) and not re.search("[Tt]okenizer|[Pp]rocessor", owner):
                     given = {**_arguments(name, node, known), **given}
+                    calls |= {"method" if method else name, f"{owner}.{name}"}
                 if method:
                     given.setdefault("method", method[1].lower())
                 if name == "from_pretrained" and "ForSequenceClassification" in ast.unparse(node):
                     given.setdefault("task_type", "SEQ_CLS")
-    return given
+    return given, calls
 
 
 def _arguments(name: str, node: ast.Call, known: Document) -> Document:
@@ -324,6 +327,8 @@ def _arguments(name: str, node: ast.Call, known: Document) -> Document:
         local = first in ("json", "csv", "parquet", "text") and isinstance(files, str | list)
         rows = {"path": files if local else first, "split": values.get("split"), "name": values.get("name")}
         return {"load_dataset": {k: v for k, v in rows.items() if v is not _CODE}} if isinstance(first, str) else {}
+    if name.endswith("Trainer") and isinstance(values.get("model", first), str):
+        return {"model_name": values.pop("model", first), **values}
     return {"model_name": first, **values} if name == "from_pretrained" and isinstance(first, str) else values
 
 

@@ -116,8 +116,7 @@ class RunFolder:
             writer = run.writer()
             fix = f"halfbyte train {typed(path)} --resume" if writer is None else f"wait for process {writer}"
             if saved := max(run.checkpoints.glob("step-*/adapter_config.json"), default=None):  # by six digits
-                fix += "; or use its checkpoint, as generate, chat and serve can too: "
-                fix += f"halfbyte eval {typed(saved.parent)} --data ROWS.jsonl"
+                fix += f"; or give its checkpoint in the place of the run: {typed(saved.parent)}"
             raise RunError(f"the run {path} has no adapter yet: {run.progress()}.", fix=fix)
         return run
 

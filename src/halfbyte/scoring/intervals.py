@@ -66,7 +66,10 @@ def interval(rows: RowSums, *, resamples: int, seed: int) -> Interval | None:
     if rows.exponential:
         limits = interval(replace(rows, exponential=False), resamples=resamples, seed=seed)
         return None if limits is None else _numbers(tuple(np.exp(np.minimum(limits, 700.0))))
-    return _by_t(rows.sample, len(rows.numerators), resamples, seed)
+    limits = _by_t(rows.sample, len(rows.numerators), resamples, seed)
+    if limits is None or (rows.numerators < 0).any():
+        return limits
+    return max(limits[0], 0.0), max(limits[1], 0.0)  # a loss is not below it
 
 
 def interval_of_difference(one: RowSums, other: RowSums, *, resamples: int, seed: int) -> Interval | None:

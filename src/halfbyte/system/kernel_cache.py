@@ -99,13 +99,15 @@ RECURRENT = {"conv": 1, "delta_rule": 2, "state_space": 2}
 
 
 def uncompiled(
-    dtype: str, *, attention: bool, integers: bool, recurrent: Collection[str] = (), env: Mapping[str, str] = os.environ
-) -> tuple[str, ...]:
-    """Of `fp32` (in which the proofs run), `bf16`, `integers` and `recurrent`: the kernels of a training in `dtype`
-    that numba's cache does not have. Older ones than the code are forgotten first.
+    dtype: str, *, attention: bool, integers: bool, decoding: bool = False, recurrent: Collection[str] = (),
+    env: Mapping[str, str] = os.environ,
+) -> tuple[str, ...]:  # fmt: skip
+    """Of `fp32` (in which the proofs run), `bf16`, `integers`, `decoding` and `recurrent`: the kernels of a training in
+    `dtype` that numba's cache does not have. Older ones than the code are forgotten first.
 
     Args:
         attention: it is a kernel in this dtype on this processor, of this model. integers: frozen products are too.
+        decoding: it writes answers.
         recurrent: kinds of its recurrent layers, of `RECURRENT`.
     """
     forget_older(env)
@@ -120,6 +122,7 @@ def uncompiled(
         "fp32": lacks(1, "fp32"),
         "bf16": dtype == "bf16" and lacks(2, "bf16"),
         "integers": integers and not any("weights.decode" in name for name in kernels),
+        "decoding": decoding and not any(name.startswith("interpreter.") for name in kernels),
     }
     for kind in recurrent:
         missing[kind] = sum(name.startswith(f"{kind}._") for name in kernels) < len({"fp32", dtype}) * RECURRENT[kind]

@@ -144,7 +144,7 @@ def _on_base_text(
 def text_rows(prepared: Prepared, steps: pack.Steps, plan: Plan) -> EncodedRows | str:
     """The text of the base's kind, as rows; or why a run does not read it."""
     if prepared.objective.name != CAUSAL_LM:
-        return f"the objective {prepared.objective.name} takes no loss of plain text"
+        return f"a run of {prepared.objective.name} computes no loss of plain text; halfbyte eval does"
     context = context_of(prepared.config)
     rows = base_text.encode(prepared.tokenizer, base_text.LONGEST if context is None else context.tokens)
     tokens = int(rows.lengths.sum())

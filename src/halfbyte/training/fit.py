@@ -93,7 +93,7 @@ def _begin_to_compile(recipe: Recipe, machine: Device, tell: Listener) -> Callab
     if machine.kind != "cpu" or dtype not in ATTENTION_NEEDS:
         return lambda: None
     attention, eight = ATTENTION_NEEDS[dtype] in machine.isa, may_use_integers(machine, dtype, recipe.quant.compute)
-    missing = kernel_cache.uncompiled(dtype, attention=attention, integers=eight)
+    missing = kernel_cache.uncompiled(dtype, attention=attention, integers=eight, decoding=recipe.train.draws)
     if missing:
         seconds = sum(COMPILING_S[kernels] for kernels in missing)
         tell.note("machine", f"compiling its kernels, once on this machine: about {duration(seconds)}")

@@ -269,6 +269,8 @@ def notices(prepared: Prepared) -> list[str]:
         total, why = prepared.train.tally.kept, ""
         if prepared.mixture is not None:
             total, why = len(prepared.train.examples) + count, " of each source"
+            if asked != "auto" and not str(asked).endswith("%"):
+                why = " over all sources, at least one of each, rows with the same tokens together"
         elif count != prepared.recipe.data.held_out_of(total):
             again = total - len(np.unique(Examples(prepared.held_out.batches).digests()))
             why = f"; of rows with the same tokens all are or none, and {again:,} rows are another one again"

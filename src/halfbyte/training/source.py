@@ -55,7 +55,8 @@ def sums(
     quant = recipe.quant.in_type("none")
     itemsize = load.DTYPES[compute_dtype(machine, quant.compute_dtype)[0]].itemsize
     if (nbytes := source_bytes(recipe, checkpoint, itemsize)) > SOURCE_SHARE * most_bytes:
-        return f"to open it takes {nbytes / 1e9:.2f} GB, and {max(0, most_bytes) / 1e9:.2f} GB are free for it"
+        left = f"{max(0, most_bytes) / 1e9:.2f} GB of what this run may take are left"
+        return f"to open it takes {nbytes / 1e9:.2f} GB, and {left}"
     model = load.open_base(checkpoint, quant, machine, trust_remote_code=recipe.trust_remote_code).model
     packing.install(model, layout)
     texts = [(row, text) for row, example in enumerate(examples) for text in example.texts]

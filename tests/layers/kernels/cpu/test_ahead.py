@@ -44,7 +44,8 @@ def test_a_files_kernels_are_made_in_the_dtype_that_is_asked_for(monkeypatch: py
         return get
 
     names = ("_kernel", "compiled_with_blocks", "compiled")
-    module = SimpleNamespace(**{name: getter(name) for name in names})
+    library = SimpleNamespace(per_dtype=getter("of a module"))  # one that it has imported, with such a name
+    module = SimpleNamespace(library=library, **{name: getter(name) for name in names})
     monkeypatch.setattr(ahead, "import_module", lambda name: module)
     ahead._compile("norm", "bf16")
     assert sorted(made) == [("_kernel", "uint16"), ("compiled", "uint16")]

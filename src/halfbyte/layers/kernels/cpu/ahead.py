@@ -71,7 +71,7 @@ def _dtypes(name: str, file: str, dtype: str) -> Collection[str]:
 def _compile(file: str, dtype: str) -> None:
     with contextlib.suppress(ImportError):  # the processor lacks its instructions
         for name, thing in vars(import_module(file if file == _CODES else f"{_ROOM}.{file}")).copy().items():
-            if getattr(thing, "per_dtype", False) and name not in _LEFT_OUT:
+            if getattr(thing, "per_dtype", None) is True and name not in _LEFT_OUT:  # a module may have such a name
                 thing(np.dtype(np.uint16 if dtype == "bf16" else np.float32))
 
 
