@@ -91,8 +91,7 @@ class WeightChange:
         weight.add_(delta)
         if self.start is not None:
             b, a = (factor.float() for factor in self.start)
-            target = weight.T if self.layer.fan_in_fan_out else weight
-            target.addmm_(b, a, alpha=-1)
+            (weight.T if self.layer.fan_in_fan_out else weight).addmm_(b, a, alpha=-1)
         return weight
 
     @torch.no_grad()

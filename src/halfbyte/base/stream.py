@@ -371,5 +371,4 @@ class ExpertReader:
 
 def _chosen(args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> list[int]:
     """The experts in `forward(hidden, index (T, k), weights)`, by position or by whatever name a model gives them."""
-    index = (*args, *kwargs.values())[1]
-    return list(index.unique().tolist())
+    return list((*args, *kwargs.values())[1].unique().tolist())

@@ -17,7 +17,6 @@ from torch.utils.data import Dataset
 
 from halfbyte.data import pack, prefixes
 from halfbyte.data.encoding.examples import IGNORED, Example
-from halfbyte.data.pack import MicroBatch, Step, Steps
 from halfbyte.types import Batch
 
 
@@ -127,7 +126,7 @@ class Batches:
     """The batches of a step's micro-batches, or of an evaluation's (`pack.eval_micro_batches`), one after another."""
 
     examples: Sequence[Example]
-    micro_batches: Sequence[MicroBatch]
+    micro_batches: Sequence[pack.MicroBatch]
     lay_out: Callable[[Sequence[Example]], Batch] = collate
 
     def __len__(self) -> int:
@@ -156,7 +155,7 @@ class Batches:
 
 
 class StepItem(TypedDict):
-    step: Step
+    step: pack.Step
     micro_batches: Batches
 
 
@@ -166,7 +165,7 @@ class StepDataset(Dataset[StepItem]):
     are known when the step begins, and arranged then."""
 
     examples: Sequence[Example]
-    steps: Steps
+    steps: pack.Steps
     lay_out: Callable[[Sequence[Example]], Batch] = collate
     arranged: bool = True
 
@@ -174,5 +173,5 @@ class StepDataset(Dataset[StepItem]):
         return len(self.steps)
 
     def __getitem__(self, index: int) -> StepItem:
-        step = self.steps[index] if self.arranged else Step(index, (), 0, 0, 0.0, 0)
+        step = self.steps[index] if self.arranged else pack.Step(index, (), 0, 0, 0.0, 0)
         return {"step": step, "micro_batches": Batches(self.examples, step.micro_batches, self.lay_out)}

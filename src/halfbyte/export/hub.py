@@ -16,7 +16,6 @@ from pathlib import Path
 
 from halfbyte.errors import ExportError, HalfbyteError, RecipeError, RunError, first_line
 from halfbyte.inference import target
-from halfbyte.inference.target import Target
 from halfbyte.models.sources import pypi
 from halfbyte.models.sources.hub import HUB_ID
 from halfbyte.models.sources.lookup import find_model
@@ -36,7 +35,7 @@ _DOES = {"classify": "text-classification", "regress": "text-classification", "t
 _LOCAL = re.compile(r"(?<=[\s'\"\[])(?:~|\.\.?|[A-Za-z]:)?[/\\][^\s'\",\]]+")
 
 
-def write(folder: Path, run: Target, export: Exported) -> None:
+def write(folder: Path, run: target.Target, export: Exported) -> None:
     """Write the card of an export."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -63,7 +62,7 @@ def write(folder: Path, run: Target, export: Exported) -> None:
     ModelCard(text).save(folder / CARD)
 
 
-def metrics(run: Target, export: Exported) -> list[tuple[str, str, float, str]]:
+def metrics(run: target.Target, export: Exported) -> list[tuple[str, str, float, str]]:
     """(rows, metric, value, its interval in words) of the evaluation of this very adapter, else of the proof."""
     scores = read_json(run.run.path / "eval" / SCORES) if run.run is not None else {}
     other = run.run is not None and other_adapter(scores, run.run.adapter)
@@ -82,7 +81,7 @@ def metrics(run: Target, export: Exported) -> list[tuple[str, str, float, str]]:
     return rows
 
 
-def licence(run: Target) -> str | None:
+def licence(run: target.Target) -> str | None:
     """The base's, as its own card says it; None where it has none."""
     from huggingface_hub import ModelCard
 
@@ -94,7 +93,7 @@ def licence(run: Target) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def body(run: Target, export: Exported, base: str, revision: str | None, *, public: bool) -> str:
+def body(run: target.Target, export: Exported, base: str, revision: str | None, *, public: bool) -> str:
     """Everything below the metadata."""
     name = base.partition("@")[0] if public else Path(base).name
     local = "" if public else " (a local model: say where others can find it)"
@@ -110,7 +109,7 @@ def body(run: Target, export: Exported, base: str, revision: str | None, *, publ
     return "\n".join(lines)
 
 
-def _training(run: Target) -> list[str]:
+def _training(run: target.Target) -> list[str]:
     recipe, report = run.recipe, read_json(run.run.report) if run.run is not None else {}
     names = recipe.data.train if isinstance(recipe.data.train, str) else ", ".join(map(str, recipe.data.train or ()))
     lora = recipe.lora

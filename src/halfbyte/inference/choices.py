@@ -68,7 +68,6 @@ def losses(
 def with_answer(example: Example, ids: Sequence[int], stops: set[int]) -> Example:
     """The row with another answer, which alone is labelled, with the token that ends the turn where the row has one."""
     labelled = [label for label in example.labels if label != IGNORED]
-    end = labelled[-1:] if labelled and labelled[-1] in stops else []
-    answer = (*ids, *end)
+    answer = (*ids, *(labelled[-1:] if labelled and labelled[-1] in stops else []))
     prompt = example.prompt_ids
     return replace(example, input_ids=(*prompt, *answer), labels=(*[IGNORED] * len(prompt), *answer), weights=())

@@ -164,5 +164,4 @@ class HalfbyteLM(TemplateLM):
 def _example(context: Sequence[int], wanted: Sequence[int], max_length: int) -> Example:
     """A text of which the end is labelled; a longer one loses its beginning, as in HFLM."""
     ids = tuple([*context, *wanted][-(max_length + 1) :])
-    labels = (*[IGNORED] * (len(ids) - len(wanted)), *wanted)
-    return Example(ids, labels)
+    return Example(ids, (*[IGNORED] * (len(ids) - len(wanted)), *wanted))

@@ -107,8 +107,7 @@ def text_of_row(opened: Opened, record: Document) -> str:
 
 
 def unit(vectors: Vectors) -> Vectors:
-    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return vectors / np.maximum(lengths, 1e-12)
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
 
 def corpus_of(opened: Opened, path: Path) -> list[str]:

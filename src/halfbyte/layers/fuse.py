@@ -23,7 +23,6 @@ from halfbyte.errors import AdapterError
 from halfbyte.layers import attention, formulas, instances, norm_gate, shared_input
 from halfbyte.layers.experts import interface
 from halfbyte.layers.experts.layout import is_quantised
-from halfbyte.layers.instances import Instance, is_hooked
 from halfbyte.layers.kernels import dropout, last_layer
 from halfbyte.layers.kernels.cpu import available
 from halfbyte.layers.lora_linear import REMAKE, Remake, frozen_linear, lora_linear
@@ -48,7 +47,7 @@ class Fused:
         return done + (f"; {left}" if left else "")
 
 
-class _Fast(Instance):
+class _Fast(instances.Instance):
     """Marks an instance whose class was put here by `install`."""
 
     if TYPE_CHECKING:
@@ -73,7 +72,7 @@ class _FastLoraLinear(_Fast):
         alone = why == ADAPTERS_DISABLED and not self.merged
         uncalled = base, *(m for part in (self.lora_A, self.lora_B, self.lora_dropout) for m in part.values())
         slow = args or kwargs or (why and not alone) or not _computes(base, x)
-        if slow or any(is_hooked(m, known="is_cast") for m in uncalled):
+        if slow or any(instances.is_hooked(m, known="is_cast") for m in uncalled):
             return super().forward(x, *args, **kwargs)
         if alone:  # a reference model is computed as its policy is
             return frozen_linear(x, base, bias_after=True)
@@ -175,7 +174,7 @@ class _FastGatedMlp(_Fast):
 
     def takes(self, x: Tensor) -> bool:
         """Whether x is computed here; not where an activation has hooks, as it is not called, or is another by now."""
-        plain = not any(is_hooked(m) for m in self.children() if not isinstance(m, (nn.Linear, LoraLayer)))
+        plain = not any(instances.is_hooked(m) for m in self.children() if not isinstance(m, (nn.Linear, LoraLayer)))
         return plain and available(x) and formulas.gated_mlp(self) is not None
 
     def unscaled(self, x: Tensor) -> tuple[Tensor, float]:
@@ -265,7 +264,7 @@ class DecoderLayer(_Fast):
         fast = not args and computes_as_trained(self) and not getattr(self, "has_experts", False)
         fast = fast and (recurrence is None or kwargs.get("cu_seq_lens_q") is not None)
         if not fast or not all(
-            isinstance(norm, _FastNorm) and not is_hooked(norm) and norm.takes(hidden_states)
+            isinstance(norm, _FastNorm) and not instances.is_hooked(norm) and norm.takes(hidden_states)
             for norm in (first, second)
         ):  # a norm is computed without its call, which hooks would see
             return super().forward(hidden_states, *args, **kwargs)
@@ -292,7 +291,7 @@ class DecoderLayer(_Fast):
             for other, its in others:
                 y = norm_gate.residual_sum(y, other, its / (factor or 1.0))
             residual, x = second.beside(norm_gate.residual_sum(residual, y, factor))
-            alone = isinstance(mlp, _FastGatedMlp) and not is_hooked(mlp) and mlp.takes(x)
+            alone = isinstance(mlp, _FastGatedMlp) and not instances.is_hooked(mlp) and mlp.takes(x)
             y, factor = mlp.unscaled(x) if alone else (mlp(x), 1.0)
             y = norm_gate.residual_sum(residual, y, factor * of_both)
         return y if len(parts) == 1 else (y,)

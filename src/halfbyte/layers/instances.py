@@ -24,8 +24,7 @@ class Instance:
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
         """Pickled by the mixin and the class below it, as no module has the class of both by its name."""
-        state = self.__getstate__()
-        return _empty, type(self).__bases__, state
+        return _empty, type(self).__bases__, self.__getstate__()
 
 
 def become(module: nn.Module, mixin: type) -> None:

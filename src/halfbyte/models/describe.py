@@ -199,8 +199,7 @@ def references() -> dict[str, Document]:
     """Shapes of well-known models, from `references.json`: name -> `config`, and of a mixture `tensors`: a name, `0-31`
     for the numbers of its layers -> shape. Only what shapes follow from is kept. Source: the models' published
     `config.json`; the numbers of parameters that follow are compared with the published ones in a test."""
-    text = resources.files(__package__).joinpath("references.json").read_text("utf-8")
-    return json.loads(text)
+    return json.loads(resources.files(__package__).joinpath("references.json").read_text("utf-8"))
 
 
 def reference_tensors(name: str) -> list[tuple[str, tuple[int, ...]]] | None:

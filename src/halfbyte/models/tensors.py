@@ -181,8 +181,7 @@ def _stacked(specs: list[TensorSpec]) -> list[TensorSpec]:
     groups: dict[str, dict[str, list[TensorSpec]]] = {}
     for spec in specs:
         if (match := _ONE_EXPERT.match(spec.name)) is not None and len(spec.shape) == 2:
-            part = _PART_OF_EXPERT[match[2]]
-            groups.setdefault(match[1], {}).setdefault(part, []).append(spec)
+            groups.setdefault(match[1], {}).setdefault(_PART_OF_EXPERT[match[2]], []).append(spec)
     stacks: dict[str, TensorSpec] = {}
     for home, parts in groups.items():
         gates, ups = parts.get("gate", []), parts.get("up", [])

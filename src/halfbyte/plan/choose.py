@@ -63,8 +63,7 @@ def plan_with(
         # the gradients that later ones find lie in what the first one took and freed; a CPU's pool keeps that
         first = _during(job, largest, recompute, where, cards, before=False)
         smaller = memory.largest_micro_batch(job, memory.later_tokens(job, tokens))
-        later = _during(job, smaller, recompute, where, cards, before=True)
-        during = max(first, later, key=_bytes)
+        during = max(first, _during(job, smaller, recompute, where, cards, before=True), key=_bytes)
     cache = page_cache_bytes((*around, *trained, *during), available)
     fixed = (*around, *base_memory.base_lines(job, placement, cards, where, cache), *trained)
     fixed_bytes = sum(line.bytes for line in fixed)

@@ -21,7 +21,6 @@ from halfbyte.errors import AdapterError
 from halfbyte.models import tensors
 from halfbyte.models.lora_sites import Site, leaf_of, saved_tensors, sites, trainable
 from halfbyte.models.sources.checkpoint import Checkpoint, beside_bytes, tokenizer_bytes
-from halfbyte.models.tensors import Facts, TensorSpec
 from halfbyte.plan.layer import NO_SCORES, Layer, layer_of
 from halfbyte.plan.result import ITEMSIZE
 from halfbyte.plan.store_build import StoreBuild
@@ -110,8 +109,8 @@ class Job:
     checkpoint in that dtype)."""
 
     recipe: Recipe
-    specs: tuple[TensorSpec, ...]
-    facts: Facts
+    specs: tuple[tensors.TensorSpec, ...]
+    facts: tensors.Facts
     sites: tuple[Site, ...]
     rows: Rows
     dtype: str
@@ -133,7 +132,7 @@ class Job:
 
     @classmethod
     def of(
-        cls, recipe: Recipe, specs: Sequence[TensorSpec], facts: Facts, rows: Rows, device: Device, *,
+        cls, recipe: Recipe, specs: Sequence[tensors.TensorSpec], facts: tensors.Facts, rows: Rows, device: Device, *,
         targets: Sequence[str] | str | None = None, mappable: bool | None = None,
     ) -> Self:  # fmt: skip
         """From what is known of a run. `targets`: modules that were chosen already; None: chosen here, by name.

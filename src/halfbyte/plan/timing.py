@@ -119,8 +119,7 @@ def step_time(
     spread = total * (SPREAD if rates.measured else SPREAD_ASSUMED)
     around = around_the_steps(job, rates, eval_tokens)
     if integer_products(job, rates, 2.0)[0]:
-        share = min(1.0, PROOF_TOKENS / step_tokens)
-        around["proof of products"] = PROOF_PASSES * share * total
+        around["proof of products"] = PROOF_PASSES * min(1.0, PROOF_TOKENS / step_tokens) * total
     steps = (total - spread, total, total + spread, job.steps)
     return Time(*steps, rates.source, rates.measured, parts, reading, around, job.done, forward)
 

@@ -203,8 +203,7 @@ def _rewards(value: Value, flat: Document) -> object:
     names = [
         re.sub(r"^(.+)\.(\w+)$", r"\1.py:\2", str(name)) for name in (value if isinstance(value, list) else [value])
     ]
-    weights = flat.get("trl.reward_weights") or [1.0] * len(names)
-    return dict(zip(names, weights, strict=False))
+    return dict(zip(names, flat.get("trl.reward_weights") or [1.0] * len(names), strict=False))
 
 
 def _method(value: Value, flat: Document) -> object:

@@ -11,7 +11,6 @@ from pathlib import Path
 from halfbyte.errors import RunError
 from halfbyte.recipe.fields import shown
 from halfbyte.report import curves, page, record
-from halfbyte.report.record import Record
 from halfbyte.system import files
 from halfbyte.types import Document
 
@@ -27,7 +26,7 @@ Table = tuple[tuple[str, tuple[str, ...]], ...]
 class RunComparison:
     """Runs side by side; `recipe` has only the fields in which they differ."""
 
-    runs: tuple[Record, ...]
+    runs: tuple[record.Record, ...]
     names: tuple[str, ...]
     figures: Table
     recipe: Table
@@ -73,7 +72,7 @@ def side_by_side(columns: Sequence[dict[str, str]], *, missing: str) -> Table:
     return tuple((name, tuple(column.get(name, missing) for column in columns)) for name in names)
 
 
-def differences(runs: Sequence[Record]) -> Table:
+def differences(runs: Sequence[record.Record]) -> Table:
     """Each field of the recipe whose values are not all the same."""
     if all(run.started.get("values") for run in runs):
         values = [{name: text_of(name, row["value"]) for name, row in run.values.items()} for run in runs]
@@ -89,7 +88,7 @@ def text_of(name: str, value: object) -> str:
     return shown(sorted(value, key=str) if name.startswith(SETS) and isinstance(value, list) else value)
 
 
-def scores(runs: Sequence[Record]) -> Table:
+def scores(runs: Sequence[record.Record]) -> Table:
     """Each score of the adapters, with its interval; the base's too where a run has it."""
     columns = [
         {
@@ -111,7 +110,7 @@ def interval(score: Document | None, adapter: str = "") -> str:
     return page.number(score["value"]) + limits + (f" of {adapter}" if adapter else "")
 
 
-def notes(runs: Sequence[Record], names: Sequence[str]) -> tuple[str, ...]:
+def notes(runs: Sequence[record.Record], names: Sequence[str]) -> tuple[str, ...]:
     """What makes a comparison unfair."""
     sentences = list[str]()
     if len({run.model for run in runs}) > 1:

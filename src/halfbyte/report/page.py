@@ -22,7 +22,6 @@ from markupsafe import Markup
 from halfbyte.recipe.fields import shown
 from halfbyte.report import curves, plots, record
 from halfbyte.report.current import is_current
-from halfbyte.report.record import Record
 from halfbyte.report.series import Series
 from halfbyte.runs.folder import RunFolder
 from halfbyte.scoring.intervals import CONFIDENCE
@@ -68,7 +67,7 @@ def renew(run: Path, *, ours: bool = False) -> None:
         _log.warning(f"{RunFolder(run).page} could not be made: {type(error).__name__}: {error}")
 
 
-def html(run: Record, *, live: bool = False) -> str:
+def html(run: record.Record, *, live: bool = False) -> str:
     """The page. `live`: it asks for itself again every few seconds."""
     heat, norms = None, run.update_norms
     if norms is not None:
@@ -108,7 +107,7 @@ def environment() -> Environment:
     return jinja
 
 
-def facts(run: Record) -> list[tuple[str, str]]:
+def facts(run: record.Record) -> list[tuple[str, str]]:
     """The figures at the top of the page: (name, value)."""
     metrics, report = run.metrics, run.report
     losses = metrics.column("loss").known.y
@@ -146,7 +145,7 @@ def facts(run: Record) -> list[tuple[str, str]]:
     return figures
 
 
-def summary(run: Record) -> list[str]:
+def summary(run: record.Record) -> list[str]:
     """What a reader must know before the curves, a sentence each."""
     state, sentences = run.state, list[str]()
     of = f" of {state.steps:,}" if state.steps else ""

@@ -76,8 +76,7 @@ def types_of(source: layouts.ParameterSource, file: GgufReader) -> tuple[str, ..
 
 def nbytes(numel: int, blocks: tuple[str, ...]) -> int:
     """Bytes of so many weights in blocks of these types, as many in each."""
-    sizes = (numel // len(blocks) // BLOCKS[kind][1] * BLOCKS[kind][2] for kind in blocks)
-    return sum(sizes)
+    return sum(numel // len(blocks) // BLOCKS[kind][1] * BLOCKS[kind][2] for kind in blocks)
 
 
 def describe(

@@ -159,8 +159,7 @@ class GgufReader:
     def _rows(self, tensor: GgufTensor, *, single: bool) -> np.ndarray:
         """The tensor's bytes, (rows, bytes of a row); with `single` each value of a vector is a row."""
         data = self._maps[tensor.file][tensor.start : tensor.start + tensor.nbytes]
-        rows = tensor.numel if single else tensor.numel // tensor.shape[-1]
-        return data.reshape(rows, -1)
+        return data.reshape(tensor.numel if single else tensor.numel // tensor.shape[-1], -1)
 
 
 def _dequantised(rows: np.ndarray, kind: str) -> np.ndarray:

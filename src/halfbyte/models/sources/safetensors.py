@@ -79,8 +79,7 @@ def read_header(file: Path, name: str | None = None) -> Header:
     file is cut short, or its header is not a safetensors header."""
     name, size = name or str(file), file.stat().st_size
     with file.open("rb") as stream:
-        length = header_length(stream.read(8), size, name)
-        return parse_header(stream.read(length), size, name)
+        return parse_header(stream.read(header_length(stream.read(8), size, name)), size, name)
 
 
 def header_length(start: bytes, size: int, name: str) -> int:

@@ -111,8 +111,7 @@ def build(engine: Engine, settings: Settings, folders: AdapterFolders = _NONE) -
     """The server, to be run with a socket; it ends when its `should_exit` is set."""
     AppStatus.disable_automatic_graceful_drain()  # or a stream would end in the middle of its answer
     service = Service(engine, Gauges(engine), settings.answer_s)
-    config = pages.config(application(service, folders), settings)
-    return _Server(config, engine)
+    return _Server(pages.config(application(service, folders), settings), engine)
 
 
 def build_reader(reader: TextReader, settings: Settings) -> uvicorn.Server:

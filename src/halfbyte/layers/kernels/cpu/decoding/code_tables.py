@@ -71,8 +71,7 @@ def _chosen(code: Code, table: list[Value], index: Value) -> Value:
     """64 bytes of a table of 256, which is four registers."""
     name = "llvm.x86.avx512.vpermi2var.qi.512"
     halves = [code.call(name, I8X64, table[k], index, table[k + 1]) for k in (0, 2)]
-    is_upper = code.b.icmp_signed("<", index, zeros(I8X64))
-    return code.b.select(is_upper, halves[1], halves[0])
+    return code.b.select(code.b.icmp_signed("<", index, zeros(I8X64)), halves[1], halves[0])
 
 
 def _floats(code: Code, planes: list[Value]) -> list[Value]:
