@@ -161,7 +161,7 @@ class DataEntry(Section):
         except ValidationError as error:
             # a misspelt path is missing, too
             first = min(error.errors(include_url=False), key=lambda item: item["type"] != "extra_forbidden")
-            name, wrong, near = ".".join(map(str, first["loc"])), first["msg"], []
+            name, wrong = ".".join(map(str, first["loc"])), first["msg"]
             if first["type"] == "extra_forbidden":
                 near = get_close_matches(name, cls.model_fields, 1)
                 allowed = f"did you mean {near[0]}?" if near else f"allowed: {', '.join(cls.model_fields)}"

@@ -294,7 +294,8 @@ def script(text: str, *, notebook: bool) -> tuple[Document, set[str]]:
     """The arguments of the calls that set a training up, the first of each name; `_CODE` for what only running tells.
     And the calls, as `peers.yaml` has them. Raises ValueError, SyntaxError: it is no notebook, or no Python."""
     cells = json.loads(text).get("cells", []) if notebook else [{"cell_type": "code", "source": text}]
-    given, known, calls = Document(), Document(), set[str]()
+    given, known = Document(), Document()
+    calls = set[str]()
     for cell in (cell for cell in cells if cell.get("cell_type") == "code"):
         try:
             tree = ast.parse(re.sub(r"(?m)^([ \t]*)[%!].*", r"\1pass", "".join(cell["source"])))

@@ -281,7 +281,7 @@ def decide_compute(run: PlannedRun, base: AdaptedBase, step: pack.Step, tell: Li
     about = hashlib.sha256(repr([how, objective, asks.seed, examples]).encode()).hexdigest()
     ours = world.alone and type(objective).__module__.startswith("halfbyte.")  # another's code may have changed
     memory, least = base.memory if ours else RememberedProofs(), lambda value: min(world.gather(value))
-    proof = partial(integers.decide, base.model, how, loss=objective.loss, least=least)
-    decision = integers.decide_once(base.model, memory, about, lambda: proof(objective.collate(examples)))
+    proof = partial(integers.decide, base.model, how, objective.collate(examples), objective.loss, least)
+    decision = integers.decide_once(base.model, memory, about, proof)
     tell.note("compute", str(decision))
     return decision

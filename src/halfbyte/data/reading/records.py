@@ -316,9 +316,8 @@ def _csv(source: RowSource) -> Numbered:
         check_start(head.encode("utf-8", "surrogateescape")[:8], source)
         if not head.strip():
             return
-        mark = max(",;\t|", key=head.count)
         # the header is read by the same reader, since it may itself hold a quoted line end
-        rows = csv.reader(chain([head], file), delimiter=mark, strict=True)
+        rows = csv.reader(chain([head], file), delimiter=max(",;\t|", key=head.count), strict=True)
         try:
             header = [name.strip() for name in next(rows)]
         except csv.Error as error:
