@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 # What most tests need, once, on two cores: else both of pytest's processes would compile it at the same time.
-COMPILE := $(BIN)/python -c "from halfbyte.layers.kernels.cpu import ahead; ahead.compile_kernels(ahead.FILES, 2, 'fp32')"
+COMPILE := $(BIN)/python -c "from halfbyte.layers.kernels.cpu import ahead; ahead.begin(ahead.FILES, 2, 'fp32')()"
 
 .PHONY: help quickstart test test-slow test-versions lint audit fmt bench docs site
 .DEFAULT_GOAL := help

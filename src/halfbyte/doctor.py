@@ -73,7 +73,7 @@ def lacking() -> dict[str, str]:
 def compile_kernels() -> None:
     """All kernels of this machine's dtypes that are not in the cache yet."""
     machine = device.detect()
-    ahead.compile_kernels(ahead.FILES, machine.cores, device.compute_dtype(machine)[0])
+    ahead.begin(ahead.FILES, machine.cores, device.compute_dtype(machine)[0])()
 
 
 def examine(recipe: Recipe | None = None, *, tell: Callable[[str], None] = lambda text: None) -> Diagnosis:

@@ -151,7 +151,7 @@ def set_up(
     fit.announce(plan, tell, timed=budget is not None)
 
     if run.job.uncompiled:
-        ahead.compile_kernels(run.job.uncompiled, machine.cores, plan.compute_dtype)
+        ahead.begin(run.job.uncompiled, machine.cores, plan.compute_dtype)()
     model = open_model(run, start, tell, force=force, proofs=proofs)
     if line := agree.join(world, model.belongs_to, model.assembled.model, process.threads):
         tell.note("world", line)

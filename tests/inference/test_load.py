@@ -18,8 +18,10 @@ from halfbyte import finetune
 from halfbyte.base.store.supply import Tell
 from halfbyte.errors import AdapterError, DataError, RunError
 from halfbyte.export.job import check_passport
-from halfbyte.inference import target
+from halfbyte.inference import load, target
 from halfbyte.inference.load import Opened, open_run
+from halfbyte.layers.kernels import cpu
+from halfbyte.system import device, kernel_cache
 from halfbyte.training.prepare import prepare
 from tests import tiny_run
 from tests.scored import loss, scored, texts
@@ -63,6 +65,22 @@ def test_an_adapter_or_a_base_alone_scores_as_in_its_run(world: Path, opened: Op
     base = scored(open_run(world / "model", None, plain), data=rows, with_base=True)
     assert list(base.sides) == ["base"] and loss(base, "base") == pytest.approx(loss(wanted, "base"), rel=1e-6)
     assert texts(base, "base") == texts(wanted, "base")
+
+
+@pytest.mark.skipif(not cpu.enabled(), reason="no kernels here")
+def test_kernels_that_this_machine_lacks_are_compiled_on_all_cores_and_it_is_said(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    wanted = ("fp32", *["decoding"] * ("avx2" in device.detect().isa))
+    monkeypatch.setattr(load.ahead, "begin", lambda *of: lambda: asked.append(of))
+    for there in ("", "interpreter.decoding_fp32-1.nbc entropy.a.nbc fp32._backward.nbc"):
+        monkeypatch.setattr(kernel_cache, "_files", lambda *_: map(Path, there.split()))  # noqa: B023
+        said: list[str] = []
+        plan = open_run(world / "run", Tell(note=lambda _, text: said.append(text))).plan  # noqa: B023
+        assert asked == [(wanted, device.detect().cores, "fp32")]
+        assert any("compiling kernels, once on this machine: about 0:" in text for text in said) is not there
+        assert not any(line.bytes for line in plan.lines if line.name == "compiler")  # it has ended
 
 
 def test_an_adapter_that_names_no_base_is_told_how_to_say_it(world: Path, tmp_path: Path) -> None:

@@ -193,9 +193,12 @@ def test_compiled_kernels_are_found_where_numba_keeps_them(tmp_path: Path) -> No
         (place / f"{kernel}.py311.1.nbc").touch()
 
     cpu = Path(halfbyte.__file__).parent / "layers" / "kernels" / "cpu"
-    assert missing("fp32", decoding=True) == ("fp32", "decoding")
-    compile_("interpreter._make.locals.token-279", cpu / "decoding")  # of a generate
-    assert missing("fp32", decoding=True) == ("fp32",)
+    plain, blocks = kernel_cache.decoding(blocks=False, states=False), kernel_cache.decoding(blocks=True, states=False)
+    assert missing("fp32", interpreter=plain) == ("fp32", "decoding")
+    compile_("interpreter.decoding_fp32-279", cpu / "decoding")  # of a generate
+    assert missing("fp32", interpreter=plain) == ("fp32",)
+    assert missing(interpreter=plain) == ("fp32", "bf16", "decoding")  # in another dtype
+    assert missing("fp32", interpreter=blocks) == ("fp32", "decoding_with_blocks")
     compile_("entropy._kernel.locals.cross_entropy-31", Path("/another/halfbyte/layers/kernels/cpu"))
     assert missing() == ("fp32", "bf16") and missing("fp32") == ("fp32",)
     compile_("entropy._kernel.locals.cross_entropy-31", cpu)
@@ -216,15 +219,20 @@ def test_compiled_kernels_are_found_where_numba_keeps_them(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "kind", ["conv", *(pytest.param(k, marks=pytest.mark.slow) for k in ("delta_rule", "state_space", "decoding"))]
+    "kind",
+    [
+        "conv",
+        *(pytest.param(k, marks=pytest.mark.slow) for k in ("delta_rule", "state_space", *kernel_cache.INTERPRETERS)),
+    ],
 )
 def test_kernels_that_not_every_run_has_are_compiled_before_it(kind: str, tmp_path: Path) -> None:
     """As many as a run looks for, by processes of their own."""
     env = {"NUMBA_CACHE_DIR": str(tmp_path)}
-    recurrent = [kind] if kind != "decoding" else []
-    asked = {"attention": False, "integers": False, "decoding": True, "recurrent": recurrent, "env": env}
+    recurrent = [kind] if kind in kernel_cache.RECURRENT else []
+    more = {"interpreter": "" if recurrent else kind, "recurrent": recurrent, "env": env}
+    asked = {"attention": False, "integers": False, **more}
     assert kind in kernel_cache.uncompiled("fp32", **asked)
-    code = f"from halfbyte.layers.kernels.cpu import ahead; ahead.compile_kernels(['{kind}'], 2, 'fp32')"
+    code = f"from halfbyte.layers.kernels.cpu import ahead; ahead.begin(['{kind}'], 2, 'fp32')()"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | env, timeout=300)
     assert kind not in kernel_cache.uncompiled("fp32", **asked)
 

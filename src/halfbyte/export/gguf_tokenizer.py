@@ -14,27 +14,15 @@ from typing import Any
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
 from halfbyte.errors import ExportError
-from halfbyte.models.gguf.tokenizer import (
-    BYTE,
-    CONTROL,
-    NORMAL,
-    PROBE,
-    SPLITS,
-    UNKNOWN,
-    UNSTRIPPED,
-    UNUSED,
-    USER,
-    WHOLE_WORDS,
-    cutting,
-    strips_after_special,
-)
+from halfbyte.models.gguf import tokenizer as of_gguf
 from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.sources.gguf_file import NOTE
 from halfbyte.types import Document, Tokenizer
 from halfbyte.upstream.transformers import GGUF_RULES, gguf_splits
 
 PROBES = (
-    PROBE, " A b\n\n  c's 1234567.5 Straße naïve 日本語 🙂\tend ", "I'LL we've DON'T 3.14 a1b22c333 x==y;{}\r\n\n z",
+    of_gguf.PROBE, " A b\n\n  c's 1234567.5 Straße naïve 日本語 🙂\tend ",
+    "I'LL we've DON'T 3.14 a1b22c333 x==y;{}\r\n\n z",
     "Привет, мир!  مرحبا १२३४ ١٢٣٤ — “q” … e\u0301 ﬁ £5 C++ foo_bar  \t\tz\u00a0nbsp …،۔ 1.2,3|4",
 )  # fmt: skip
 # Tried first: of several rules that split alike, the best known.
@@ -88,9 +76,9 @@ def _name(checkpoint: Checkpoint, tokenizer: Tokenizer) -> str:
     """The model's, so that llama.cpp takes away white space after whole tokens where the tokenizer does: it goes by the
     name, and opens no file of such a name without these tokens."""
     name = Path(checkpoint.id).name
-    needed, added = {*UNSTRIPPED, "</s>"}, tokenizer.added_tokens_decoder.values()
+    needed, added = {*of_gguf.UNSTRIPPED, "</s>"}, tokenizer.added_tokens_decoder.values()
     strips = any(token.rstrip for token in added) and needed <= tokenizer.get_vocab().keys()
-    if strips == strips_after_special(name):
+    if strips == of_gguf.strips_after_special(name):
         return name
     return f"phi-3 {name}" if strips else re.sub("(?i)(phi)-?3", r"\1_3", name)
 
@@ -100,18 +88,19 @@ _BY_HAND = "`halfbyte merge RUN`, then convert_hf_to_gguf.py of llama.cpp on tha
 
 def _tokens(values: Document, rows: int) -> tuple[list[str], list[int]]:
     """Every row's token and its kind."""
-    tokens, types = [f"[PAD{n}]" for n in range(rows)], [UNUSED] * rows
+    tokens, types = [f"[PAD{n}]" for n in range(rows)], [of_gguf.UNUSED] * rows
     vocabulary = values["model"]["vocab"]
     unknown = values["model"].get("unk_token")
     for token, number in vocabulary.items():
         if number < rows:
             is_byte = bool(values["model"].get("byte_fallback")) and len(token) == 6 and token.startswith("<0x")
-            tokens[number], types[number] = token, BYTE if is_byte else UNKNOWN if token == unknown else NORMAL
+            tokens[number] = token
+            types[number] = of_gguf.BYTE if is_byte else of_gguf.UNKNOWN if token == unknown else of_gguf.NORMAL
     for added in values["added_tokens"]:
         if added["id"] < rows:
             tokens[added["id"]] = added["content"]
-            if types[added["id"]] != UNKNOWN:
-                types[added["id"]] = CONTROL if added["special"] else USER
+            if types[added["id"]] != of_gguf.UNKNOWN:
+                types[added["id"]] = of_gguf.CONTROL if added["special"] else of_gguf.USER
     return tokens, types
 
 
@@ -126,10 +115,10 @@ def rule_of(tokenizer: Tokenizer) -> str:
         return [[piece for piece, _ in pre_tokenizer.pre_tokenize_str(normalise(text))] for text in PROBES]
 
     expected = split(backend.pre_tokenizer)
-    known = dict.fromkeys((*_FIRST, *SPLITS, *(gguf_splits() if GGUF_RULES.there else ())))
-    rules = [r for r in known if (r in WHOLE_WORDS) == whole]
+    known = dict.fromkeys((*_FIRST, *of_gguf.SPLITS, *(gguf_splits() if GGUF_RULES.there else ())))
+    rules = [r for r in known if (r in of_gguf.WHOLE_WORDS) == whole]
     for rule in rules:
-        if split(cutting(rule)) == expected:
+        if split(of_gguf.cutting(rule)) == expected:
             return rule
     raise ExportError("the tokenizer splits text by no rule that llama.cpp is known to have.", fix=_BY_HAND)
 
@@ -163,7 +152,7 @@ def _copy(writer: GGUFWriter, file: Path, tokenizer: Tokenizer, template: str | 
         if key == "tokenizer.ggml.tokens":
             value = [added.get(n, token) for n, token in enumerate(value)]
         elif key == "tokenizer.ggml.token_type":
-            value = [CONTROL if n in added and kind_ != UNKNOWN else kind_ for n, kind_ in enumerate(value)]
+            value = [of_gguf.CONTROL if n in added and t != of_gguf.UNKNOWN else t for n, t in enumerate(value)]
         elif key == "tokenizer.ggml.eos_token_id" and tokenizer.eos_token_id is not None:
             value = tokenizer.eos_token_id
         writer.add_key_value(key, value, kind, field.types[-1] if kind == GGUFValueType.ARRAY else None)

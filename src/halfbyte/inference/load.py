@@ -17,11 +17,14 @@ from halfbyte.base.store import supply
 from halfbyte.data.encoding.chatml import chat_template
 from halfbyte.inference import target
 from halfbyte.layers import heads
+from halfbyte.layers.kernels import cpu
+from halfbyte.layers.kernels.cpu import ahead
 from halfbyte.models.context import Context, context_of
 from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.models.sources.lookup import find_model
 from halfbyte.objectives.labels import Labels
 from halfbyte.plan import GENERATED_TOKENS, InferencePlan, Job, Rows, RunChoices, plan_inference
+from halfbyte.plan.timing import compiling
 from halfbyte.proofs.memory import Proofs, RememberedProofs
 from halfbyte.recipe.schema import Recipe
 from halfbyte.recipe.task import CAUSAL_LM, EMBED, TASKS
@@ -110,6 +113,11 @@ def open_target(
     longest = (trained.evaluation_tokens if trained else GENERATED_TOKENS,)
     rows = Rows(longest, evaluated=longest)
     job = Job.of_checkpoint(recipe, checkpoint, base.model, rows, machine)
+    missing = replace(job, integers=False).kernels_to_compile(writes=recipe.task == CAUSAL_LM)
+    if missing and cpu.enabled():
+        (tell or supply.Tell()).say(compiling(missing), "machine")
+        ahead.begin(missing, machine.cores, job.dtype)()
+        job = replace(job, uncompiled=())
     chosen = plan_inference(job, machine, trained, lasting=lasting)
     placed, _ = stream.place_as_planned(
         base.model, chosen.placement, asked=recipe.quant.placement not in ("auto", "sharded")

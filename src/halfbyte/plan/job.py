@@ -180,15 +180,20 @@ class Job:
         """The same of a model whose files are in `folder`; None where they are not at hand. `here`: on this machine."""
         beside = beside_bytes(folder) if folder is not None and folder.is_dir() else None
         tokenizer = tokenizer_bytes(folder) if folder is not None else None
-        uncompiled: tuple[str, ...] = ()
-        if here and self.kernels:
-            attention = self.whole_attention and self.layer.pairs in NO_SCORES
-            kinds = {"state_space" if r.scan else "delta_rule" if r.heads else "conv" for r in self.facts.recurrences}
-            uncompiled = kernel_cache.uncompiled(
-                self.dtype, attention=attention, integers=self.integers, decoding=self.recipe.train.draws,
-                recurrent=sorted(kinds),
-            )  # fmt: skip
+        uncompiled = self.kernels_to_compile(writes=self.recipe.train.draws) if here else ()
         return replace(self, beside_bytes=beside, uncompiled=uncompiled, tokenizer_json_bytes=tokenizer)
+
+    def kernels_to_compile(self, *, writes: bool) -> tuple[str, ...]:
+        """Of what it computes with, and where it `writes` answers of the interpreter: what numba's cache lacks."""
+        if not self.kernels:
+            return ()
+        attention = self.whole_attention and self.layer.pairs in NO_SCORES
+        kinds = {"state_space" if r.scan else "delta_rule" if r.heads else "conv" for r in self.facts.recurrences}
+        interpreter = kernel_cache.decoding(blocks=self.recipe.quant.in_file, states=bool(kinds))
+        return kernel_cache.uncompiled(
+            self.dtype, attention=attention, integers=self.integers, recurrent=sorted(kinds),
+            interpreter=interpreter if writes and self.whole_attention else "",
+        )  # fmt: skip
 
     @property
     def itemsize(self) -> int:

@@ -22,20 +22,10 @@ import numpy as np
 
 from halfbyte.data import base_text
 from halfbyte.layers.kernels.cpu.recurrent.sizes import thread_bytes
+from halfbyte.plan import result
 from halfbyte.plan.job import Job, Sizes
 from halfbyte.plan.layer import NO_SCORES, PADDED, expert_products, pairs_of
-from halfbyte.plan.result import (
-    CODE,
-    LIBRARIES_FILE_BYTES,
-    POOL_RESERVE,
-    RESERVE,
-    STEP_CODE_BYTES,
-    Line,
-    Placement,
-    Recompute,
-    Where,
-    library_lines,
-)  # fmt: skip
+from halfbyte.plan.result import POOL_RESERVE, RESERVE, Line, Recompute, Where
 from halfbyte.quant import policy
 from halfbyte.system import kernel_cache, pages
 from halfbyte.system.device import Device
@@ -108,11 +98,12 @@ def process_lines(device: Device, job: Job) -> tuple[Line, ...]:
     if device.on_card:
         return Line("libraries", HOST_OF_CARD_BYTES, "a CUDA build; a round figure"), data
     source, step = "measured on a tiny run", "kernels, threads' buffers and the Trainer, from then on"
-    compiler = COMPILER_BYTES * any(kernels not in kernel_cache.RECURRENT for kernels in job.uncompiled)
-    code = STEP_CODE_BYTES if pages.supported() else LIBRARIES_FILE_BYTES
+    apart = {*kernel_cache.RECURRENT, *kernel_cache.INTERPRETERS}  # compiled in processes of their own
+    compiler = COMPILER_BYTES * (not apart.issuperset(job.uncompiled))
+    code = result.STEP_CODE_BYTES if pages.supported() else result.LIBRARIES_FILE_BYTES
     recurrent = STATE_BYTES * job.recurrent
     return (
-        *library_lines(LIBRARIES_PRIVATE_BYTES, "torch, transformers, peft, numba and their state", code),
+        *result.library_lines(LIBRARIES_PRIVATE_BYTES, "torch, transformers, peft, numba and their state", code),
         Line("compiler", compiler, "kernels are compiled in the first run on a machine", source),
         Line("first micro-batch", FIRST_MICRO_BATCH_BYTES + recurrent, step, source),
         Line("compiled products", _products_bytes(job), "oneDNN's, of micro-batches of other sizes", source),
@@ -184,12 +175,12 @@ def gradient_lines(job: Job, where: Where, *, micro_batches: int, micro_batch_by
     return (Line("gradients", peak, f"fp32, {gradients / 1e6:.1f} MB at the end of the only micro-batch", "", where),)
 
 
-def loading_bytes(job: Job, placement: Placement, lines: tuple[Line, ...]) -> int:
+def loading_bytes(job: Job, placement: result.Placement, lines: tuple[Line, ...]) -> int:
     """The peak while the base is opened and proven: what is in memory then, and one tensor more on its way."""
-    there = ("libraries", CODE, "CUDA context", "cuBLAS workspace", "compiler", "data", RESERVE)
+    there = ("libraries", result.CODE, "CUDA context", "cuBLAS workspace", "compiler", "data", RESERVE)
     process = sum(line.bytes for line in lines if line.name in there)
     if any(line.name == "libraries" for line in lines):  # not on a card
-        process += max(0, LIBRARIES_FILE_BYTES - sum(line.bytes for line in lines if line.name == CODE))
+        process += max(0, result.LIBRARIES_FILE_BYTES - sum(line.bytes for line in lines if line.name == result.CODE))
     if job.mappable and placement in ("mapped", "streamed"):
         return process + job.outer_bytes
     base = sum(line.bytes for line in lines if line.name == "base")

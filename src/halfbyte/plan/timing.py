@@ -9,6 +9,7 @@ Cost: none; no torch.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,6 +20,7 @@ from halfbyte.plan.memory import optimizer_bytes
 from halfbyte.plan.result import Placement, Recompute, Time
 from halfbyte.quant import formats
 from halfbyte.system.device import Device
+from halfbyte.system.words import duration
 
 SPREAD = 0.25  # of a time from measured rates; shared machines and turbo clocks move that much
 SPREAD_ASSUMED = 0.6
@@ -55,8 +57,9 @@ SAVING_S, SAVED_BYTES = 0.2, 400e6
 PROOF_ROWS, PROOF_ROW_TOKENS = 3, 1024  # proofs/adapter.py
 PROOF_TOKENS, PROOF_PASSES = 512, 2  # proofs/integers.py: of a forward and a backward, exact and in integers
 # Compiling the kernels of a training, once on a machine: one thread, same cores.
-COMPILING_S = {"fp32": 13.0, "bf16": 16.0, "integers": 8.0, "decoding": 9.0, "conv": 6.0, "delta_rule": 75.0,
-               "state_space": 60.0}  # fmt: skip
+COMPILING_S = {"fp32": 13.0, "bf16": 16.0, "integers": 8.0, "conv": 6.0, "delta_rule": 75.0, "state_space": 60.0,
+               "decoding": 9.0, "decoding_with_states": 13.0, "decoding_with_blocks": 16.0,
+               "decoding_with_blocks_states": 22.0}  # fmt: skip
 # layers/kernels/cpu/integer/products.py: int8 is taken from so many times the rate of the compute dtype on.
 INTEGERS_PAY = 1.3
 # Bytes that an int8 product moves more: of a number of its input (read, written in 8 bits) and one of its output (sums
@@ -65,6 +68,11 @@ ROUND_BYTES, ROUND_WEIGHT = 3.0 + 8.0, 1.0
 # Numbers of a dropout mask that torch draws in a second, whatever the threads, where a model drops by itself: from one
 # run of GPT-2, 1.0 s beside 1.9 of all else for 75 million numbers (docs/log).
 MASK_NUMBERS = 75e6
+
+
+def compiling(missing: Iterable[str]) -> str:
+    seconds = sum(COMPILING_S[kernels] for kernels in missing)
+    return f"compiling kernels, once on this machine: about {duration(seconds)}"
 
 
 @dataclass(frozen=True)

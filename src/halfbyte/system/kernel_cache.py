@@ -98,16 +98,26 @@ def _files(env: Mapping[str, str], pattern: str) -> Iterator[Path]:
 RECURRENT = {"conv": 1, "delta_rule": 2, "state_space": 2}
 
 
+INTERPRETERS = ("decoding", "decoding_with_states", "decoding_with_blocks", "decoding_with_blocks_states")
+
+
+def decoding(*, blocks: bool, states: bool) -> str:
+    """The interpreter of a token that computes on a GGUF file's own blocks, and on recurrent layers: it has that name
+    and its dtype's in the cache."""
+    parts = ["blocks"] * blocks + ["states"] * states
+    return "_".join(["decoding", *["with"] * bool(parts), *parts])
+
+
 def uncompiled(
-    dtype: str, *, attention: bool, integers: bool, decoding: bool = False, recurrent: Collection[str] = (),
+    dtype: str, *, attention: bool, integers: bool, interpreter: str = "", recurrent: Collection[str] = (),
     env: Mapping[str, str] = os.environ,
 ) -> tuple[str, ...]:  # fmt: skip
-    """Of `fp32` (in which the proofs run), `bf16`, `integers`, `decoding` and `recurrent`: the kernels of a training in
-    `dtype` that numba's cache does not have. Older ones than the code are forgotten first.
+    """Of `fp32` (in which the proofs run), `bf16`, `integers`, the interpreter and `recurrent`: the kernels of `dtype`
+    that numba's cache does not have. Older ones than the code are forgotten first.
 
     Args:
         attention: it is a kernel in this dtype on this processor, of this model. integers: frozen products are too.
-        decoding: it writes answers.
+        interpreter: what answers are written by, as `decoding` names it; "" where none are.
         recurrent: kinds of its recurrent layers, of `RECURRENT`.
     """
     forget_older(env)
@@ -122,8 +132,9 @@ def uncompiled(
         "fp32": lacks(1, "fp32"),
         "bf16": dtype == "bf16" and lacks(2, "bf16"),
         "integers": integers and not any("weights.decode" in name for name in kernels),
-        "decoding": decoding and not any(name.startswith("interpreter.") for name in kernels),
     }
+    if interpreter:
+        missing[interpreter] = not any(name.startswith(f"interpreter.{interpreter}_{dtype}-") for name in kernels)
     for kind in recurrent:
         missing[kind] = sum(name.startswith(f"{kind}._") for name in kernels) < len({"fp32", dtype}) * RECURRENT[kind]
     return tuple(name for name, is_missing in missing.items() if is_missing)

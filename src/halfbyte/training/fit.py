@@ -28,7 +28,7 @@ from halfbyte.objectives.objective import Objective
 from halfbyte.plan import Job, Plan, calibrate, choose, memory
 from halfbyte.plan.job import ATTENTION_NEEDS
 from halfbyte.plan.result import POOL_RESERVE, RESERVE, Recompute
-from halfbyte.plan.timing import COMPILING_S
+from halfbyte.plan.timing import compiling
 from halfbyte.proofs import integers
 from halfbyte.proofs.integers import Decision
 from halfbyte.proofs.memory import RememberedProofs
@@ -39,7 +39,6 @@ from halfbyte.runs.folder import ANOTHER
 from halfbyte.runs.report import MeasuredLine
 from halfbyte.system import files, kernel_cache, usage
 from halfbyte.system.device import Device, compute_dtype, may_use_integers
-from halfbyte.system.words import duration
 from halfbyte.training.events import Listener
 from halfbyte.training.forecast import LOOKED_AT, asks_theirs, check_steps, job_of, plan_of, settle, sharing_note
 from halfbyte.training.pace import Pace, give_back, recompute_as, rehearse
@@ -93,10 +92,9 @@ def _begin_to_compile(recipe: Recipe, machine: Device, tell: Listener) -> Callab
     if machine.kind != "cpu" or dtype not in ATTENTION_NEEDS:
         return lambda: None
     attention, eight = ATTENTION_NEEDS[dtype] in machine.isa, may_use_integers(machine, dtype, recipe.quant.compute)
-    missing = kernel_cache.uncompiled(dtype, attention=attention, integers=eight, decoding=recipe.train.draws)
+    missing = kernel_cache.uncompiled(dtype, attention=attention, integers=eight)
     if missing:
-        seconds = sum(COMPILING_S[kernels] for kernels in missing)
-        tell.note("machine", f"compiling its kernels, once on this machine: about {duration(seconds)}")
+        tell.note("machine", compiling(missing))
     return ahead.begin(missing, machine.cores, dtype)
 
 

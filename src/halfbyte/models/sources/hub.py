@@ -15,23 +15,16 @@ from pathlib import Path
 from typing import NoReturn, Self
 
 from halfbyte.errors import SourceError, first_line
-from halfbyte.models.sources.checkpoint import (
-    DESCRIPTIONS,
-    PICKLE,
-    PICKLE_INDEX,
-    Checkpoint,
-    check_folder,
-    only_pickled,
-)
+from halfbyte.models.sources import checkpoint
 from halfbyte.models.sources.safetensors import INDEX, SINGLE, indexed_files
 
 log = logging.getLogger("halfbyte")
 HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[^@\s]+))?")
 # Everything a model needs but its weights. Code is fetched because it is small; running it is another question.
-NO_WEIGHTS = ["config.json", "adapter_config.json", "1_Pooling/config.json", "*.py", *DESCRIPTIONS]
+NO_WEIGHTS = ["config.json", "adapter_config.json", "1_Pooling/config.json", "*.py", *checkpoint.DESCRIPTIONS]
 # Not `*.safetensors`: some repositories hold the same weights a second time under another name.
 WEIGHTS = [SINGLE, INDEX, "model-*.safetensors"]
-PICKLED_WEIGHTS = [PICKLE, PICKLE_INDEX, "pytorch_model-*.bin"]
+PICKLED_WEIGHTS = [checkpoint.PICKLE, checkpoint.PICKLE_INDEX, "pytorch_model-*.bin"]
 # fnmatch's star crosses folders; what lies in one (onnx/, original/) is never read, but for sentence-transformers' own.
 NESTED = ["[!1]*/*", "1[!_]*/*"]
 # How long the hub may take until it is connected (name service, proxy, TCP), and from there to its first line.
@@ -83,7 +76,7 @@ def _happens(event: threading.Event, seconds: float) -> bool:
     return any(event.wait(_SLICE_S) for _ in range(round(seconds / _SLICE_S)))
 
 
-def fetch(model: str, *, allow_pickle: bool) -> Checkpoint:
+def fetch(model: str, *, allow_pickle: bool) -> checkpoint.Checkpoint:
     """Fetch `org/name[@revision]`, or find it in the hub's cache. Raises SourceError: not found, not allowed, unknown
     revision, offline and not cached, no network, or cut."""
     match = HUB_ID.fullmatch(model)
@@ -98,8 +91,8 @@ def fetch(model: str, *, allow_pickle: bool) -> Checkpoint:
             _download(repo, commit, lacking)
     elif not (folder / SINGLE).is_file():
         _other_weights(repo, commit, allow_pickle=allow_pickle)
-    pickled = check_folder(folder, allow_pickle=allow_pickle, label=model)
-    return Checkpoint(path=folder, id=repo, revision=commit, kind="hub", pickle=pickled)
+    pickled = checkpoint.check_folder(folder, allow_pickle=allow_pickle, label=model)
+    return checkpoint.Checkpoint(path=folder, id=repo, revision=commit, kind="hub", pickle=pickled)
 
 
 def is_cached(model: str) -> bool:
@@ -130,8 +123,8 @@ def _other_weights(repo: str, commit: str, *, allow_pickle: bool) -> None:
         files = {file.path for file in get_cached_repo_tree(repo, revision=commit)}
     except CachedRepoTreeNotFoundError:
         return
-    if files & {PICKLE, PICKLE_INDEX}:
-        raise only_pickled(repo)
+    if files & {checkpoint.PICKLE, checkpoint.PICKLE_INDEX}:
+        raise checkpoint.only_pickled(repo)
     if ggufs := sorted(file for file in files if file.endswith(".gguf")):
         raise SourceError(
             f"{repo} has only GGUF files: {', '.join(ggufs[:5])}",

@@ -20,26 +20,18 @@ _BESIDE = ("recurrent.gated_norm", "recurrent.conv")
 _CODES = "halfbyte.quant.four_bit_cpu"
 _PASSES = ("entropy", _CODES, "norm", "gate", "scores")
 _ROOM = "halfbyte.layers.kernels.cpu"
-# What needs them, as `kernel_cache.uncompiled` names it -> files of this folder, the longest first.
+# What needs them, as `kernel_cache.uncompiled` names it -> files of this folder, the longest first; or one of a file.
 FILES = {
     "bf16": ("attention.bf16", "lora.bf16", *_PASSES),
     "fp32": ("attention.fp32", "lora.fp32", "product", *_PASSES),
     "integers": ("integer.rounding", "integer.sums", "integer.weights", "integer.block_weights"),
-    "decoding": ("decoding.interpreter",),
+    **{name: (f"decoding.interpreter/{name.replace('decoding', 'compiled')}",) for name in kernel_cache.INTERPRETERS},
     "state_space": ("recurrent.state_space", *_BESIDE),
     "delta_rule": ("recurrent.delta_rule", *_BESIDE),
     "conv": ("recurrent.conv",),
 }
-# What most runs never use: GGUF files' own blocks, recurrent layers, attention that keeps its scores, masks of rows.
-_LEFT_OUT = {
-    "compiled_with_blocks", "compiled_with_states", "compiled_with_blocks_states",
-    "_softmax_kernel", "_dots_kernel", "_mask_rows_kernel",
-}  # fmt: skip
-
-
-def compile_kernels(needed: Collection[str], cores: int, dtype: str) -> None:
-    """As `begin`, to the end."""
-    begin(needed, cores, dtype)()
+# What most runs never use: attention that keeps its scores, masks of rows.
+_LEFT_OUT = {"_softmax_kernel", "_dots_kernel", "_mask_rows_kernel"}
 
 
 def begin(needed: Collection[str], cores: int, dtype: str) -> Callable[[], None]:
@@ -69,9 +61,11 @@ def _dtypes(name: str, file: str, dtype: str) -> Collection[str]:
 
 
 def _compile(file: str, dtype: str) -> None:
+    file, _, one = file.partition("/")
     with contextlib.suppress(ImportError):  # the processor lacks its instructions
         for name, thing in vars(import_module(file if file == _CODES else f"{_ROOM}.{file}")).copy().items():
-            if getattr(thing, "per_dtype", None) is True and name not in _LEFT_OUT:  # a module may have such a name
+            wanted = name == one if one else name not in _LEFT_OUT
+            if wanted and getattr(thing, "per_dtype", None) is True:  # a module may have such a name
                 thing(np.dtype(np.uint16 if dtype == "bf16" else np.float32))
 
 

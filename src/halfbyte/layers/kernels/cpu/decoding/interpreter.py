@@ -38,6 +38,7 @@ from halfbyte.layers.kernels.cpu.decoding.emit import ask
 from halfbyte.layers.kernels.cpu.parallel import SLOTS, array, per_dtype
 from halfbyte.layers.kernels.cpu.scalar import SILU, give, inlined, load, pause, read, sigmoid, store, take
 from halfbyte.quant.kernels import gguf_cpu
+from halfbyte.system import kernel_cache
 
 LINE = 8  # int64 of a cache line: each counter has its own
 GATE_ELEMENTS = 1024  # of an item
@@ -358,6 +359,8 @@ def _make(element: type, blocks: int | None = None, states: int | None = None) -
         if amx is not None:
             tiles.amx_end()
 
+    name = kernel_cache.decoding(blocks=blocks is not None, states=states is not None)
+    token.__qualname__ = f"{name}_{'bf16' if element == np.uint16 else 'fp32'}"
     return token
 
 
