@@ -16,6 +16,8 @@ from halfbyte.cli import begin, show
 from halfbyte.plan import estimate
 from halfbyte.recipe.data import DataEntry, Fields
 from halfbyte.recipe.file import load_recipe
+from halfbyte.recipe.method import METHODS
+from halfbyte.recipe.schema import Recipe
 from tests.in_process import Cli
 
 
@@ -127,6 +129,21 @@ def test_without_rows_a_recipe_is_written_that_says_so(halfbyte: Cli) -> None:
     ended = halfbyte("init")
     assert ended.code == 0 and "train.jsonl is not here yet" in ended.out
     assert load_recipe(Path("recipe.yaml")).recipe.model == "smollm2-135m"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_recipe_of_a_method_has_what_the_method_takes(halfbyte: Cli, method: str) -> None:
+    """And is read as it is written."""
+    more = ["--set", "train.rewards=exact_match", "--set", "train.per_device_train_batch_size=8"]
+    ended = halfbyte("init", "--set", f"train.method={method}", *more * (method in ("grpo", "rloo")))
+    assert ended.code == 0, ended.err
+    wanted = Recipe.model_validate({"model": "m", "data": {"train": "t"}, "train": {"method": method, **{
+        name.partition("=")[0].removeprefix("train."): name.partition("=")[2] for name in more[1::2]
+        if method in ("grpo", "rloo")
+    }}})  # fmt: skip
+    written = load_recipe(Path("recipe.yaml")).recipe
+    for section, name in (("train", "learning_rate"), ("lora", "lora_dropout"), ("data", "mask"), ("data", "format")):
+        assert getattr(getattr(written, section), name) == getattr(getattr(wanted, section), name), name
 
 
 def test_a_folder_that_is_taken_gets_another_name(halfbyte: Cli) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 from halfbyte import finetune
 from halfbyte.cli import labels as command
+from halfbyte.cli import scores
 from halfbyte.scoring import labels
 from halfbyte.system import files
 from tests import in_process, tiny_run
@@ -138,6 +140,25 @@ def test_scores_are_shown_on_a_full_disk_too(halfbyte: Cli, task: str, monkeypat
     ended = halfbyte("eval", task, "--out", "none")
     assert ended.code == 1 and "scores.json: No space left on device" in ended.err
     assert "2 rows in" in ended.out and "scores   " not in ended.out
+
+
+@pytest.mark.parametrize("task", ["tag", "embed"])
+def test_scores_are_kept_where_what_reads_them_ends(
+    halfbyte: Cli, task: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def closed(*_: object) -> None:
+        raise SystemExit(1)  # as rich answers a broken pipe
+
+    monkeypatch.setattr(scores.labels, "table", closed)
+    assert halfbyte("eval", task, "--out", str(tmp_path / "kept")).code == 1
+    assert "loss" in json.loads((tmp_path / "kept/scores.json").read_text())["sides"]["adapter"]["scores"]
+
+
+def test_a_pipe_of_rows_is_refused_at_once(halfbyte: Cli, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "rows.jsonl")
+    for name in (str(tmp_path / "rows.jsonl"), "-"):
+        ended = halfbyte("predict", "classify", name, "--out", str(tmp_path / "out.csv"))
+        assert ended.code == 2 and f"{name} is a pipe or a device, and rows are read more than once." in ended.err
 
 
 def test_what_predict_says_of_each_task(halfbyte: Cli) -> None:

@@ -24,6 +24,7 @@ from halfbyte.data.encoding.encoder import Encoder
 from halfbyte.data.reading.formats import Row
 from halfbyte.errors import BaseModelError, DataError, RecipeError, RunError
 from halfbyte.inference import labels, prediction_file, target
+from halfbyte.inference.labels import tags_of
 from halfbyte.inference.load import Opened, open_run
 from halfbyte.layers import heads, loss
 from halfbyte.models.context import Context
@@ -280,6 +281,40 @@ def test_labels_that_no_training_row_has(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no numbers") as of_texts:
         prepare(recipe(tmp_path, task="regress").recipe)
     assert of_texts.value.fix == "write numbers in that column (data.fields.label), or task: classify"
+    held.write_text('{"text": "red", "label": ["colour", "shape"]}\n{"text": "cup", "label": []}\n')
+    with pytest.raises(
+        DataError, match=r"2 labels of the held-out .*'\[\"colour\", \"shape\"\]' \(held.jsonl:1\), '\[\]'"
+    ):
+        prepare(recipe(tmp_path, data__eval=str(held)).recipe)
+    held.write_text('{"text": "red", "label": [1.5, -1.5]}\n' * 4)
+    with pytest.raises(DataError, match="labels of the training rows are no numbers"):
+        prepare(recipe(tmp_path, task="regress", data__train=str(held), data__eval="none").recipe)
+
+
+def test_a_text_is_cut_into_words_where_the_rows_gave_words(tmp_path: Path) -> None:
+    """What is said of `  red\\tcup ` is what is said of its words, by their characters."""
+    tiny_run.checkpoint(tmp_path / "model")
+    path, said = tmp_path / "tags.jsonl", []
+    given = [{"tokens": ["reddish", "cup"], "tags": ["B-x", "O"]}, {"tokens": ["cup", "reddish"], "tags": ["O", "B-x"]}]
+    spans = [{"text": "reddish cup", "spans": [{"start": 0, "end": 7, "label": "x"}]}] * 2
+    for lines in (given, spans):
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines * 8))
+        more = {
+            "data__train": path,
+            "data__eval": "none",
+            "quant__type": "none",
+            "output": tmp_path / f"run{len(said)}",
+        }
+        finetune.train(tiny_run.recipe(tmp_path, task="tag", train__learning_rate=0.03, train__max_steps=30, **more))
+        opened = open_run(more["output"])
+        objective = Labels.at(more["output"] / "adapter")
+        assert isinstance(objective, Tags) and objective.words is (lines is given)
+        texts = [("  reddish\tcup ",), ("cup reddish",)]
+        said.append([answer["entities"] for answer in tags_of(opened, objective, texts, [False, False])])
+    assert [[(e["start"], e["end"], e["text"]) for e in answer] for answer in said[0]] == [
+        [(2, 9, "reddish")], [(4, 11, "reddish")],
+    ]  # fmt: skip
+    assert all(entity["label"] == "x" for answer in said[0] for entity in answer)
 
 
 def test_what_a_task_refuses(run: Path, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from halfbyte.recipe.file import load_recipe
 from halfbyte.recipe.schema import Loaded
 from halfbyte.runs.folder import RunFolder
 from halfbyte.scoring.sheet import EvalOptions
-from halfbyte.training.prepare import prepare
+from halfbyte.training.prepare import notices, prepare
 from tests import encoders, tiny, tiny_run
 from tests.distributed import together
 
@@ -356,6 +356,42 @@ def test_what_it_refuses(tmp_path: Path) -> None:
         with pytest.raises(DataError, match="needs a negative") as short:
             prepare(loaded.recipe)
         assert short.value.fix == other.format(losses)
+
+
+def test_rows_that_teach_nothing_together_are_refused(tmp_path: Path) -> None:
+    loaded, path = recipe(tmp_path, vectors__loss=task.COSENT, data__eval="none"), tmp_path / "pairs.jsonl"
+    path.write_text('{"query": "a", "passage": "b", "score": 1}\n' * 8)
+    with pytest.raises(DataError, match=r"compares rows with other scores, and all have 1\.0"):
+        prepare(loaded.recipe)
+    path.write_text('{"query": "a", "passage": "b", "score": 1}\n{"query": "a", "passage": "b", "score": NaN}\n')
+    with pytest.raises(DataError, match=r"pairs\.jsonl:2: .*score: a finite number is needed"):
+        prepare(loaded.recipe)
+    loaded = recipe(tmp_path, vectors__loss=task.GROUPS, data__eval="none")
+    for every in ("abcd", "aaaa"):
+        path.write_text("".join(json.dumps({"text": f"red {n}", "label": x}) + "\n" for n, x in enumerate(every)))
+        with pytest.raises(DataError, match="needs two labels, one of them of two rows"):
+            prepare(loaded.recipe)
+
+
+def test_scores_that_the_loss_does_not_read_are_told(tmp_path: Path) -> None:
+    told = [notices(prepare(recipe(tmp_path, vectors__loss=loss).recipe)) for loss in (task.RANKING, task.COSENT)]
+    assert [any("whatever its score" in line for line in lines) for lines in told] == [True, False]
+
+
+def test_a_pair_of_a_low_score_is_no_passage_to_be_found() -> None:
+    draw = torch.Generator().manual_seed(0)
+    vectors, scores = rows_of(draw, [2] * 6), torch.tensor([0.0, 1.0, 0.2, 0.9, 0.5, 0.4])
+    objective = TextVectors(task.VectorFields(loss=task.COSENT))
+    sums = objective.all_sums(vectors, scores)
+    assert [row["asked"] for row in sums] == [0, 1, 0, 1, 1, 0]
+    queries, passages = (
+        torch.nn.functional.normalize(torch.stack([row[at] for row in vectors]), dim=-1) for at in (0, 1)
+    )
+    order = (queries @ passages.T).argsort(dim=1, descending=True).tolist()
+    wanted = sum(1 / (1 + order[n].index(n)) for n in (1, 3, 4)) / 3
+    total = {name: sum(row[name] for row in sums) for name in objective.sum_names}
+    assert objective.scores(total)["mrr"] == pytest.approx(wanted)
+    assert not TextVectors(task.VectorFields()).of_set and objective.of_set
 
 
 def test_a_mean_of_other_tokens_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,15 @@ def seen(by: list[float]) -> str:
     return judge(moved(by), BASE, "8 rows").name
 
 
+def test_one_loss_of_all_rows_together_has_neither_interval_nor_word() -> None:
+    verdict = judge(np.full((8, 2), [0.5, 1.0]), np.full((8, 2), [0.9, 1.0]), "8 rows")
+    assert (verdict.name, verdict.interval, verdict.text) == (
+        "not measured",
+        None,
+        "loss 0.5000 beside 0.9000, on 8 rows",
+    )
+
+
 def test_only_an_interval_on_one_side_of_0_is_a_verdict() -> None:
     noise = [0.03, -0.02, 0.01, -0.03, 0.02, -0.01, 0.0, 0.01]
     assert seen([n - 0.1 for n in noise]) == "better"

@@ -47,6 +47,13 @@ class Draft:
 
     def __post_init__(self) -> None:
         usual = {name: start.value for name, start in START.items() if not start.others & self.first.keys()}
+        if (
+            "train.method" in self.first
+        ):  # what it takes is written out, as the template writes the fields' own defaults
+            from halfbyte.recipe.method import with_defaults
+
+            of_method: Document = with_defaults({"train": {"method": self.first["train.method"]}})  # type: ignore[assignment]
+            usual |= {f"{section}.{name}": v for section, values in of_method.items() for name, v in values.items()}
         self.values = self.values or usual | self.first
 
     @property

@@ -68,11 +68,13 @@ def evaluate(
 
     with progress.scoring(silent=json_) as tell:
         scored = scoring.evaluate(ready, wanted, data=data, progress=tell)
-    show.document(scored.to_json() | {"folder": folder and str(folder)}) if json_ else table(scored, samples)
-    if folder is not None:  # on a full disk, too, what took its time has been shown
-        _keep(scored, folder, run if subject.run is not None else None)
-        if not json_:
-            out.print(f"\nevery answer: {escape(str(folder / 'answers.jsonl'))}", style="dim", soft_wrap=True)
+    try:  # what took its time is shown on a full disk, too, and kept where a pipe is closed
+        show.document(scored.to_json() | {"folder": folder and str(folder)}) if json_ else table(scored, samples)
+    finally:
+        if folder is not None:
+            _keep(scored, folder, run if subject.run is not None else None)
+    if folder is not None and not json_:
+        out.print(f"\nevery answer: {escape(str(folder / 'answers.jsonl'))}", style="dim", soft_wrap=True)
     return None
 
 
@@ -85,8 +87,10 @@ def _harness(
 
     with progress.scoring(silent=json_) as tell:
         results = harness.run(ready, names, path, limit=limit, with_base=with_base, progress=tell)
-    show.document(results) if json_ else tasks(results)
-    sheet.write_harness(results, folder)
+    try:
+        show.document(results) if json_ else tasks(results)
+    finally:
+        sheet.write_harness(results, folder)
 
 
 def _score_task(
@@ -100,15 +104,17 @@ def _score_task(
 
     with progress.scoring(silent=json_) as tell:
         scored = scoring.score(ready, wanted, data=rows[0], corpus=rows[1], progress=tell)
-    show.document(scored) if json_ else labels.table(scored, folder, ready.run)
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        files.write(folder / sheet.SCORES, files.as_json(scored))
-        if folder == ready.run / "eval":
-            page.renew(ready.run)
-        if not json_:
-            then = f"halfbyte predict {typed(ready.run)} ROWS.csv   or   halfbyte serve {typed(ready.run)}"
-            show.text(f"scores   {folder}\n  next: {then}")
+    try:
+        show.document(scored) if json_ else labels.table(scored, folder, ready.run)
+    finally:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            files.write(folder / sheet.SCORES, files.as_json(scored))
+            if folder == ready.run / "eval":
+                page.renew(ready.run)
+    if folder is not None and not json_:
+        then = f"halfbyte predict {typed(ready.run)} ROWS.csv   or   halfbyte serve {typed(ready.run)}"
+        show.text(f"scores   {folder}\n  next: {then}")
 
 
 def _keep(scored: Sheet, folder: Path, run: Path | None) -> None:

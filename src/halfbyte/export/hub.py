@@ -48,14 +48,10 @@ def write(folder: Path, run: target.Target, export: Exported) -> None:
     ]  # fmt: skip
     kind = "gguf" if "GGUF" in export.kind else "peft" if "adapter" in export.kind else "transformers"
     data = ModelCardData(
-        base_model=base.partition("@")[0] if public else None,
-        library_name=kind,
-        license=licence(run),
-        tags=["halfbyte", "qlora", "lora"],
-        pipeline_tag=does,
-        model_name=export.path.name if results else None,
+        base_model=base.partition("@")[0] if public else None, library_name=kind, license=licence(run),
+        tags=["halfbyte", "qlora", "lora"], pipeline_tag=does, model_name=export.path.name if results else None,
         eval_results=results or None,
-    )
+    )  # fmt: skip
     text = f"---\n{data.to_yaml()}\n---\n{body(run, export, base, revision, public=public)}"
     if file := next(folder.glob("*.gguf"), None):
         text = text.replace("FILE.gguf", file.name)

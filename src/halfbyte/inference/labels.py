@@ -7,6 +7,7 @@ Cost: one forward a text, texts of like length together; one chunk of rows in me
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -144,7 +145,9 @@ def tags_of(opened: Opened, objective: Tags, texts: Sequence[tuple[str, ...]], w
     """What is said of words: `tags`; of a text: `entities`, each with `start`, `end` (characters), `label`, `score`."""
     data, context = opened.recipe.data, context_of(opened.model.config)
     cut = data.max_length if data.overlong == "truncate" or context is None else context.tokens
-    tokens = [encoding.tagged(opened.tokenizer, t, words=w, cut=cut) for t, w in zip(texts, words, strict=True)]
+    read = [t if w or not objective.words else tuple(t[0].split()) for t, w in zip(texts, words, strict=True)]
+    how = [w or objective.words for w in words]
+    tokens = [encoding.tagged(opened.tokenizer, t, words=w, cut=cut) for t, w in zip(read, how, strict=True)]
     if (empty := next((t for t, (ids, *_) in zip(texts, tokens, strict=True) if not ids), None)) is not None:
         raise DataError(f"{encoding.NO_TOKEN}: {', '.join(map(repr, empty))}.")
     answers = list[Document]()
@@ -157,12 +160,21 @@ def tags_of(opened: Opened, objective: Tags, texts: Sequence[tuple[str, ...]], w
             begins = accumulate((len(part) + 1 for part in parts[:-1]), initial=0)
             answers.append({"tags": [by_start.get(at, "O") for at in begins]})
             continue
+        places = _in_text(parts[0], places) if objective.words else places
         answers.append({"entities": [
             {"start": places[a][0], "end": places[b][1], "label": kind, "text": parts[0][places[a][0] : places[b][1]],
              "score": float(chances[a : b + 1].max(1).mean())}
             for kind, a, b in sorted(entities(tags), key=itemgetter(1))
         ]})  # fmt: skip
     return answers
+
+
+def _in_text(text: str, places: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The characters, in a text, of its words that have these when one space joins them."""
+    words = [word.span() for word in re.finditer(r"\S+", text)]
+    begins = accumulate((end - start + 1 for start, end in words[:-1]), initial=0)
+    by_start = dict(zip(begins, words, strict=True))
+    return [by_start[start] for start, _ in places]
 
 
 def _likelihoods(

@@ -104,7 +104,10 @@ def _adapter(path: Path, overrides: Sequence[str]) -> Target:
         values |= {"data.chat_template": trained["chat_template"]} if trained["chat_template"] else {}
         named += [f"{name}={json.dumps(value)}" for name, value in values.items()]
     task = {"SEQ_CLS": CLASSIFY, "TOKEN_CLS": TAG}.get(str(config.get("task_type")))
-    if task is not None and (path / HEAD).is_dir():
+    if task is not None:
+        if not (path / HEAD).is_dir():
+            what = f"{path} has a head that a script has saved, and no names of its labels."
+            raise AdapterError(what, fix=f"open it with PEFT in that script; or train with --set task={task}")
         named += [f"task={task}"]
     recipe = number_format.settle(to_use_alone(str(base), overrides, named)).recipe
     lora = Lora.model_validate({name: config[name] for name in ("r", "bias", "use_dora") if name in config})

@@ -148,6 +148,8 @@ def side(
     scores = [retrieval.values(places) for places, *_ in every]
     columns |= {name: np.array([row[name] for row in scores]) for name in (scores[0] if scores else ())}
     result = scoring.of_values(columns, settings)
+    if objective.of_set:
+        result["scores"]["loss"]["interval"] = None
     if objective.settings.loss == COSENT:
         alike = np.array([near[a] @ near[b] for a, b, *_ in texts], float)
         result["scores"]["spearman"] = scoring.spearman(alike, np.array(numbers), settings)
@@ -174,6 +176,7 @@ def _asked(
         return [(firsts[n], fitting, [n]) for n, fitting in enumerate(like) if fitting], firsts
     candidates, wanted = list(dict.fromkeys([*(some[1] for some in texts), *corpus])), dict[int, dict[int, None]]()
     place = {text: i for i, text in enumerate(candidates)}
-    for query, passage, *_ in texts:
-        wanted.setdefault(query, {})[place[passage]] = None
+    for (query, passage, *_), fits in zip(texts, objective.fits(labels), strict=True):
+        if fits:
+            wanted.setdefault(query, {})[place[passage]] = None
     return [(query, [*fitting], []) for query, fitting in wanted.items()], candidates

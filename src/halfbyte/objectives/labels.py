@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from halfbyte.data import collate, pack
 from halfbyte.data.encoding.encoder import EncodedRows
 from halfbyte.data.encoding.examples import IGNORED, Example
+from halfbyte.data.reading import read
 from halfbyte.data.reading.problems import near, some
 from halfbyte.errors import AdapterError, DataError, first_line
 from halfbyte.objectives.objective import Objective, Sums
@@ -34,6 +35,7 @@ from halfbyte.recipe.task import CLASSIFY, REGRESS, TAG
 from halfbyte.system import limits
 from halfbyte.types import Batch, Document, Model
 
+_WORDS = "tags_of_words"  # of a head's config
 _UNNAMED = {"0": "LABEL_0", "1": "LABEL_1"}  # what a config leaves out
 KINDS = ("regression", "single_label_classification", "multi_label_classification")
 
@@ -68,9 +70,10 @@ class Labels(Objective):
                 fix = "data.fields.label names the column; task: regress takes numbers"
                 raise DataError(f"task {recipe.task} needs two labels, and the rows have {list(known)}.", fix=fix)
             several = recipe.task == CLASSIFY and any(isinstance(value, list) for value in values)
-            objective = (Tags if recipe.task == TAG else cls)(
-                tuple(known), several, recipe.train.label_smoothing_factor
-            )
+            objective = cls(tuple(known), several, recipe.train.label_smoothing_factor)
+            if recipe.task == TAG:
+                words = recipe.data.fields.tokens in read.columns(recipe.data.train)
+                objective = Tags(tuple(known), False, objective.label_smoothing, words=words)
         for rows, which in ((train, "training"), (evaluation, "held-out")):
             if rows is not None:
                 objective.check(rows, which)
@@ -100,7 +103,7 @@ class Labels(Objective):
             every = values.get("id2label", _UNNAMED)
             names = tuple(every[i] for i in sorted(every, key=int))
             if values["architectures"][0].endswith("ForTokenClassification"):
-                return Tags(names)
+                return Tags(names, words=bool(values.get(_WORDS)))
             kind = KINDS.index(values["problem_type"])
             return cls(names if kind else (), kind == 2)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -111,7 +114,10 @@ class Labels(Objective):
         """Raise a DataError that names labels of rows that are none of these, or are no numbers. `which` rows."""
         wrong = dict[str, str]()
         for text, where in rows.examples.completions():
-            for name in _texts(json.loads(text)):
+            names = _texts(json.loads(text))
+            if len(names) != 1 and not self.several and not isinstance(self, Tags):
+                wrong.setdefault(text, where)
+            for name in names:
                 if name not in self._number_of if self.names else _number(name) is None:
                     wrong.setdefault(name, where)
         if wrong:
@@ -202,7 +208,10 @@ class Labels(Objective):
 
 @dataclass(frozen=True)
 class Tags(Labels):
-    """A tag for each word, or each token, of a text: `names` in the order of the head's scores."""
+    """A tag for each word, or each token, of a text: `names` in the order of the head's scores. `words`: the rows gave
+    words, so that of each one the first token alone has learned a tag."""
+
+    words: bool = False
 
     kind: ClassVar[str] = "TOKEN_CLS"
     sum_names: ClassVar[tuple[str, ...]] = ("loss", "tags", "right", "found", "said", "there", "tokens")
@@ -213,7 +222,7 @@ class Tags(Labels):
 
     @property
     def config(self) -> Document:
-        return {name: value for name, value in super().config.items() if name != "problem_type"}
+        return {name: value for name, value in super().config.items() if name != "problem_type"} | {_WORDS: self.words}
 
     def weights(self, rows: EncodedRows) -> pack.Weights:
         return super().weights(rows) if self.class_weight else rows.labelled

@@ -10,6 +10,7 @@ Cost: a forward more of each text, but for `TripletLoss`, whose rows are apart.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -31,6 +33,8 @@ from halfbyte.recipe import task
 from halfbyte.scoring import retrieval
 from halfbyte.types import Batch, Model
 
+_ROWS = "correct the rows, or --set vectors.loss=... of what they have"
+
 
 @dataclass(frozen=True)
 class TextVectors(Objective):
@@ -40,7 +44,7 @@ class TextVectors(Objective):
     groups: tuple[str, ...] = ()
 
     name: ClassVar[str] = task.EMBED
-    sum_names: ClassVar[tuple[str, ...]] = ("loss", "rows", *retrieval.NAMES)
+    sum_names: ClassVar[tuple[str, ...]] = ("loss", "rows", "asked", *retrieval.NAMES)
     together: ClassVar[bool] = True
 
     @property
@@ -64,6 +68,27 @@ class TextVectors(Objective):
                 fix = f"--set vectors.loss={' or '.join(fitting)}, which these columns fit; or data.fields names others"
                 raise DataError(f"{where}: {loss} needs {needs} in each row.", fix=fix)
         return replace(self, groups=tuple(sorted(labels)) if loss == task.GROUPS else ())
+
+    def check_teaches(self, rows: EncodedRows) -> list[str]:
+        """What is to be told of these rows together. Raises DataError: the loss learns nothing of them."""
+        counts, loss = Counter(text for text, _ in rows.examples.completions()), self.settings.loss
+        if loss == task.COSENT and len(counts) < 2:
+            raise DataError(f"{loss} compares rows with other scores, and all have {next(iter(counts))}.", fix=_ROWS)
+        if loss == task.GROUPS and (len(counts) < 2 or max(counts.values()) < 2):
+            raise DataError(f"{loss} needs two labels, one of them of two rows; they have {len(counts):,}.", fix=_ROWS)
+        if loss == task.RANKING and len({*counts} - {"null"}) > 1:
+            return [f"{loss} takes each passage as one that fits, whatever its score; {task.COSENT} reads scores"]
+        return []
+
+    def fits(self, scores: Sequence[float]) -> NDArray[np.bool_]:
+        """Which rows' passages fit what asks: with CoSENTLoss those in the upper half of the scores' range."""
+        every = np.asarray(scores, float)
+        return (every >= (every.max() + every.min()) / 2) | (self.settings.loss != task.COSENT)
+
+    @property
+    def of_set(self) -> bool:
+        """Whether the loss is one number of all rows."""
+        return self.settings.loss in (task.COSENT, task.GROUPS)
 
     def check_width(self, width: int) -> None:
         """Raises RecipeError: more numbers are asked for than a vector has."""
@@ -165,20 +190,21 @@ class TextVectors(Objective):
         text with a label, among the others, how near one with the same label is."""
         both = (torch.stack([row[at] for row in vectors]) for at in (0, int(not self.groups)))
         queries, passages = (F.normalize(texts, dim=-1).cpu().numpy() for texts in both)
-        labels = scores.cpu().numpy()
+        labels, fit = scores.cpu().numpy(), self.fits(scores.tolist())
         sums: list[Sums] = []
         for n, loss in enumerate(self.losses(vectors, scores).tolist()):
-            alike, fits = passages @ queries[n], np.array([n])
+            alike, fits = passages @ queries[n], np.array([n] * int(fit[n]), int)
             if self.groups:
                 fits, alike[n] = np.flatnonzero((labels == labels[n]) & (np.arange(len(labels)) != n)), -np.inf
             none = dict.fromkeys(retrieval.NAMES, 0.0)
             values = retrieval.values(retrieval.places(alike, fits)) if len(fits) else none
-            sums.append({"loss": loss, "rows": 1.0, **values})
+            sums.append({"loss": loss, "rows": 1.0, "asked": float(len(fits) > 0), **values})
         return sums
 
     def scores(self, sums: Sums) -> dict[str, float]:
-        """`loss`, and what is found, as `scoring.retrieval` has it."""
-        return {name: sums[name] / max(sums["rows"], 1.0) for name in self.sum_names if name != "rows"}
+        """`loss`; and what is found, as `scoring.retrieval` has it, of the rows for which something fits."""
+        means = {name: sums[name] / max(sums["asked"], 1.0) for name in retrieval.NAMES}
+        return {"loss": sums["loss"] / max(sums["rows"], 1.0), **means}
 
 
 def _fitting(count: int, text: str) -> list[str]:

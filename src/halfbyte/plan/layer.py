@@ -112,20 +112,11 @@ def layer_of(
     both = family.norms == 1 and not adapted & {"mlp", "inner"}  # branches read the embedding
     moments, least = _moments(family, facts, c, adapted, kernels=kernels, dropout=dropout)
     return Layer(
-        kept=saved + mlp,
-        selective=saved + mlp - remade,
-        entry=c * hidden,
-        idle=norm + (of_mlp if both else 0),
-        mlp=moments[0],
-        mlp_again=moments[1],
-        attention=c * (max(3 * wide + 4 * narrow, widest) + hidden) - mlp,
-        pair=pair,
-        pair_moment=pair_moment,
-        pair_again=heads * c if attention == "alibi" else 0.0,
-        pairs=attention,
-        window=max(sliding.values(), default=0),
-        least=least,
-    )
+        kept=saved + mlp, selective=saved + mlp - remade, entry=c * hidden, idle=norm + (of_mlp if both else 0),
+        mlp=moments[0], mlp_again=moments[1], attention=c * (max(3 * wide + 4 * narrow, widest) + hidden) - mlp,
+        pair=pair, pair_moment=pair_moment, pair_again=heads * c if attention == "alibi" else 0.0, pairs=attention,
+        window=max(sliding.values(), default=0), least=least,
+    )  # fmt: skip
 
 
 def _frozen_saved(

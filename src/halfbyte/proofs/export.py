@@ -120,17 +120,9 @@ def prove_export(
         for each in (heard["texts"], asked["texts"])
     ]
     return Proof(
-        program=program,
-        format=kind,
-        bound=bound,
-        difference=_difference(other, expected, routed=routed),
-        moved=_difference(alone, run, routed=routed),
-        kl=_kl(run, other),
-        base_kl=_kl(run, alone),
-        loss=_loss(said),
-        run_loss=_loss(witness.parent),
-        positions=len(run),
-        answers=len(parted),
+        program=program, format=kind, bound=bound, difference=_difference(other, expected, routed=routed),
+        moved=_difference(alone, run, routed=routed), kl=_kl(run, other), base_kl=_kl(run, alone), loss=_loss(said),
+        run_loss=_loss(witness.parent), positions=len(run), answers=len(parted),
         same_answers=sum(clear is None for clear in parted),
         # both logits may be off by the bound, which is an rms; four of it is beyond chance
         unlike=sum(
@@ -138,12 +130,10 @@ def prove_export(
             for clear in parted
             if reference is None
         ),
-        exact=sum(texts[0]),
-        run_exact=sum(texts[1]),
-        references=len(wanted),
+        exact=sum(texts[0]), run_exact=sum(texts[1]), references=len(wanted),
         tokenized=sum(a["ids"] != b for a, b in zip(asked["tokenized"], heard["tokenized"], strict=True)),
         bounded=bounded,
-    )
+    )  # fmt: skip
 
 
 def rounding_bound(formats: Sequence[str], layers: int) -> float:

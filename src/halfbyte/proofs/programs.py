@@ -50,13 +50,9 @@ class Transformers:
     def answer(self, prompt: Sequence[int], stop: Sequence[int], most: int) -> list[int]:
         ids = self.torch.tensor([list(prompt)])
         out = self.model.generate(
-            input_ids=ids,
-            attention_mask=self.torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=most,
-            eos_token_id=list(stop),
-            pad_token_id=stop[0] if stop else 0,
-        )
+            input_ids=ids, attention_mask=self.torch.ones_like(ids), do_sample=False, max_new_tokens=most,
+            eos_token_id=list(stop), pad_token_id=stop[0] if stop else 0,
+        )  # fmt: skip
         return [int(i) for i in out[0, len(prompt) :]]
 
     def text(self, ids: Sequence[int]) -> str:

@@ -264,15 +264,10 @@ class FourBitEncoder:
             offset = absmax.mean()
             absmax, nested = bnb_f.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
         state = bnb_f.QuantState(
-            absmax=absmax,
-            shape=torch.Size(self.shape),
-            dtype=self.dtype,
-            blocksize=self.block,
-            code=bnb_f.get_4bit_type(self.quant.type, device="cpu"),
-            quant_type=self.quant.type,
-            offset=offset,
+            absmax=absmax, shape=torch.Size(self.shape), dtype=self.dtype, blocksize=self.block,
+            code=bnb_f.get_4bit_type(self.quant.type, device="cpu"), quant_type=self.quant.type, offset=offset,
             state2=nested,
-        )
+        )  # fmt: skip
         return {f".{name}": value for name, value in state.as_dict(packed=True).items()}
 
 

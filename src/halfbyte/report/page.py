@@ -74,17 +74,11 @@ def html(run: record.Record, *, live: bool = False) -> str:
         layers = [f"layer {n}" if n != "-" else "outside" for n in norms.layers]
         heat = plots.heat_map("Norm of each update, scale x |BA|", layers, norms.kinds, norms.norms)
     return render(
-        "run.html",
-        curves.of_run(run),
-        live=live,
-        run=run,
-        heat=heat,
-        pictures=of_scores(run.scores),
-        facts=facts(run),
-        summary=summary(run),
+        "run.html", curves.of_run(run), live=live, run=run, heat=heat, pictures=of_scores(run.scores),
+        facts=facts(run), summary=summary(run),
         most_rows=max((part["rows"] for part in run.started.get("histogram") or []), default=1),
         confidence=CONFIDENCE,
-    )
+    )  # fmt: skip
 
 
 def render(name: str, charts: Sequence[plots.Chart], **values: object) -> str:

@@ -12,6 +12,7 @@ Letters: n rows, L labels, k resamples at once; `taken`: how often each row is, 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -87,9 +88,12 @@ def of_numbers(answers: Floats, truth: Floats, settings: Eval) -> Document:
     return result
 
 
+_ERRORS = {"loss", "mean_squared_error", "mean_absolute_error"}  # may be above 1
+
+
 def of_values(columns: Mapping[str, Floats], settings: Eval) -> Document:
     """`scores`: the mean of each column's rows."""
-    return {"scores": {name: _mean(values, settings) for name, values in columns.items()}}
+    return {"scores": {name: _mean(values, settings, share=name not in _ERRORS) for name, values in columns.items()}}
 
 
 def spearman(answers: Floats, truth: Floats, settings: Eval) -> Document:
@@ -136,9 +140,13 @@ def of_entities(texts: Sequence[Tagged], settings: Eval) -> Document:
     return {"scores": scores, "labels": kinds, "by_label": by_label, "confusion": []}
 
 
-def _mean(values: NDArray[np.generic], settings: Eval) -> Document:
+def _mean(values: NDArray[np.generic], settings: Eval, *, share: bool = True) -> Document:
     rows, count = intervals.RowSums.mean(np.asarray(values, float).tolist()), settings.resamples
-    limits = intervals.interval(rows, resamples=count, seed=settings.seed) if count else None
+    limits = (
+        intervals.interval(replace(rows, bounded=rows.bounded and share), resamples=count, seed=settings.seed)
+        if count
+        else None
+    )
     return {"value": rows.value, "interval": limits}
 
 

@@ -135,6 +135,8 @@ def judge(
     now, before = RowSums(adapter[:, 0], adapter[:, 1]), RowSums(base[:, 0], base[:, 1])
     if not math.isfinite(now.value):
         return Verdict("diverged", rows, before.value, now.value)
+    if not np.ptp(adapter[:, 0]) and not np.ptp(base[:, 0]):  # one loss of all rows together has no interval
+        return Verdict("not measured", rows, before.value, now.value)
     interval = intervals.interval_of_difference(now, before, resamples=RESAMPLES, seed=SEED)
     assert interval is not None
     name: Name = "no difference"

@@ -141,6 +141,7 @@ def _objective(recipe: Recipe, config: Config, train: EncodedRows, evaluation: E
     if recipe.task == EMBED:
         vectors = TextVectors(recipe.vectors)
         vectors.check_width(config.get_text_config().hidden_size)
+        vectors.check_teaches(train)
         return vectors.check(train, evaluation)
     return Labels.of(recipe, train, evaluation)
 
@@ -276,4 +277,6 @@ def notices(prepared: Prepared) -> list[str]:
             why = f"; of rows with the same tokens all are or none, and {again:,} rows are another one again"
         first.append(f"{count:,} of {total:,} rows are held out (data.eval: {asked}{why}){off}")
     first += read.unread(prepared.recipe.data.train, prepared.recipe.data)
+    if isinstance(prepared.objective, TextVectors):
+        first += prepared.objective.check_teaches(prepared.train)
     return first + [m for rows in (prepared.train, prepared.evaluation) if rows for m in rows.tally.messages()]

@@ -84,27 +84,15 @@ def training_arguments(
     if use_cpu and train.optim == "adamw_torch":  # one call for all adapters; else some of torch's for each
         values["optim"] = "adamw_torch_fused"
     return OneModelArguments(
-        **values,
-        metric_for_best_model=train.metric_for_best_model,
-        greater_is_better=train.best_is_greatest,
-        output_dir=str(folder),
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=1,
-        max_steps=total_steps,
+        **values, metric_for_best_model=train.metric_for_best_model, greater_is_better=train.best_is_greatest,
+        output_dir=str(folder), per_device_train_batch_size=1, gradient_accumulation_steps=1, max_steps=total_steps,
         save_strategy="no",
         # its own lines go to `report_to` alone, and it waits twice for a card to make one
         logging_strategy="steps" if train.report_to not in (None, "none", (), []) else "no",
-        eval_strategy="steps" if eval_steps else "no",
-        eval_steps=eval_steps or None,
-        fp16=fp16,
-        use_cpu=use_cpu,
-        remove_unused_columns=False,
-        dataloader_num_workers=0,
-        disable_tqdm=True,
-        logging_nan_inf_filter=False,
-        average_tokens_across_devices=True,
-        log_level="error",
-    )
+        eval_strategy="steps" if eval_steps else "no", eval_steps=eval_steps or None, fp16=fp16, use_cpu=use_cpu,
+        remove_unused_columns=False, dataloader_num_workers=0, disable_tqdm=True, logging_nan_inf_filter=False,
+        average_tokens_across_devices=True, log_level="error",
+    )  # fmt: skip
 
 
 def check_arguments(train: Train, *, total_steps: int) -> None:

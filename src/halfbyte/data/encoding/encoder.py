@@ -104,13 +104,9 @@ class EncodedRows:
     def stats(self) -> Stats:
         lengths = self.lengths
         return Stats(
-            rows=len(lengths),
-            tokens=int(lengths.sum()),
-            labelled_tokens=int(self.labelled.sum()),
-            min_length=int(lengths.min()),
-            mean_length=float(lengths.mean()),
-            max_length=int(lengths.max()),
-        )
+            rows=len(lengths), tokens=int(lengths.sum()), labelled_tokens=int(self.labelled.sum()),
+            min_length=int(lengths.min()), mean_length=float(lengths.mean()), max_length=int(lengths.max()),
+        )  # fmt: skip
 
 
 @dataclass

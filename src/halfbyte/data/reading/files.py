@@ -91,6 +91,9 @@ def _files(name: str) -> list[RowSource]:
     if path.is_dir():
         _check_saved(path)
         raise IsFolder(path)
+    if name == "-" or (path.exists() and not path.is_file()):
+        what = f"{name} is a pipe or a device, and rows are read more than once."
+        raise DataError(what, fix="write them to a file first: COMMAND > rows.jsonl")
     if path.is_symlink() and not path.exists():
         raise DataError(
             f"{path} is a link to {path.readlink()}, which is not there.", fix="check the link, or the disk"

@@ -409,6 +409,8 @@ def _vectors(f: Fields, where: str, record: Mapping[str, object]) -> Row:
     score = record.get(f.score)
     try:
         number = None if score in (None, "") else float(score)  # type: ignore[arg-type]
+        if not math.isfinite(number or 0):
+            raise ValueError
     except (TypeError, ValueError):
-        raise BadRow(f"{f.score}: a number is needed, got {kind(score)}") from None
+        raise BadRow(f"{f.score}: a finite number is needed, got {kind(score)}") from None
     return Row(where, parts=texts, completion=json.dumps(number))

@@ -6,18 +6,10 @@ from torch import Tensor
 
 from halfbyte.layers.kernels import pool
 from halfbyte.layers.kernels.cpu.parallel import BLOCK_ELEMENTS, array, block_rows, each_block, per_dtype, run
-from halfbyte.layers.kernels.cpu.scalar import (
-    GELU,
-    SILU,
-    counter_bits,
-    drop_pair,
-    hash_u32,
-    inlined,
-    load,
-    normal_share,
-    sigmoid,
-    store,
-)
+
+from halfbyte.layers.kernels.cpu.scalar import (  # isort: skip
+    GELU, SILU, counter_bits, drop_pair, hash_u32, inlined, load, normal_share, sigmoid, store,
+)  # fmt: skip
 
 _K, _C = np.float32(0.7978845608028654), np.float32(0.044715)  # sqrt(2/pi)
 

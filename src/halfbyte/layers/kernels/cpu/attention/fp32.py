@@ -17,18 +17,10 @@ import numpy as np
 from numba import carray
 
 from halfbyte.layers.kernels.cpu.attention import tasks
-from halfbyte.layers.kernels.cpu.attention.tasks import (
-    PAD,
-    TALL,
-    WIDE,
-    drop_chances,
-    largest,
-    row_seed,
-    scratch,
-    store_rows,
-    tile_end,
-    tilt,
-)
+
+from halfbyte.layers.kernels.cpu.attention.tasks import (  # isort: skip
+    PAD, TALL, WIDE, drop_chances, largest, row_seed, scratch, store_rows, tile_end, tilt,
+)  # fmt: skip
 from halfbyte.layers.kernels.cpu.parallel import kernel
 from halfbyte.layers.kernels.cpu.scalar import exp_f32, inlined, up
 from halfbyte.layers.kernels.cpu.tiles import COLUMNS32 as COLUMNS

@@ -20,16 +20,10 @@ import numpy as np
 from llvmlite import ir
 
 from halfbyte.layers.kernels.cpu import tiles
-from halfbyte.layers.kernels.cpu.decoding.block_vectors import (
-    CHUNK,
-    OF_32,
-    OF_BYTES,
-    OF_K,
-    OF_Q6_K,
-    REGISTERS,
-    SUMS_AT,
-    joined,
-)
+
+from halfbyte.layers.kernels.cpu.decoding.block_vectors import (  # isort: skip
+    CHUNK, OF_32, OF_BYTES, OF_K, OF_Q6_K, REGISTERS, SUMS_AT, joined,
+)  # fmt: skip
 from halfbyte.layers.kernels.cpu.decoding.codes_bf16 import SUMS, multiplied
 from halfbyte.layers.kernels.cpu.decoding.codes_int16 import int16_dot
 

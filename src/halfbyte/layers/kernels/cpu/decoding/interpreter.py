@@ -21,19 +21,11 @@ import numpy as np
 from numba import carray
 
 from halfbyte.layers.kernels.cpu import tiles
-from halfbyte.layers.kernels.cpu.decoding import (
-    attend,
-    block_rows,
-    block_vectors,
-    code_items,
-    code_tables,
-    codes_bf16,
-    codes_int16,
-    dense,
-    head_items,
-    recurrent,
+
+from halfbyte.layers.kernels.cpu.decoding import (  # isort: skip
+    attend, block_rows, block_vectors, code_items, code_tables, codes_bf16, codes_int16, dense, head_items, recurrent,
     slots,
-)
+)  # fmt: skip
 from halfbyte.layers.kernels.cpu.decoding.emit import ask
 from halfbyte.layers.kernels.cpu.parallel import SLOTS, array, per_dtype
 from halfbyte.layers.kernels.cpu.scalar import SILU, give, inlined, load, pause, read, sigmoid, store, take
