@@ -612,7 +612,7 @@ CASES = [
         "the run exists",
         train("output=done"),
         f"error: the run folder done exists already, and a run is never overwritten.\n"
-        f"  fix: continue it with --resume, or {OTHER_OUTPUT.partition('fix: ')[2]}",
+        f"  fix: continue it with halfbyte train done --resume, or {OTHER_OUTPUT.partition('fix: ')[2]}",
     ),
     Case(
         "a file as the run",

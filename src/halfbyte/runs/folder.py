@@ -305,5 +305,5 @@ def _exists(path: Path) -> RunError:
         return RunError(f"{path} is {what}, and a run needs a new folder.", fix=ANOTHER)
     return RunError(
         f"the run folder {path} exists already, and a run is never overwritten.",
-        fix=f"continue it: halfbyte train {typed(path)} --resume; or {ANOTHER}",
+        fix=f"continue it with halfbyte train {typed(path)} --resume, or {ANOTHER}",
     )
