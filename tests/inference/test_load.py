@@ -93,6 +93,14 @@ def test_an_adapter_that_names_no_base_is_told_how_to_say_it(world: Path, tmp_pa
     assert (found.recipe.model, found.recipe.lora.bias, found.run) == (str(world / "model"), "all", None)
 
 
+def test_a_classifier_that_a_script_saved_is_no_language_model(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "run/adapter", tmp_path / "theirs")
+    file = tmp_path / "theirs/adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "task_type": "SEQ_CLS"}))
+    with pytest.raises(AdapterError, match=r"has a head that a script has saved.*\n.*--set task=classify"):
+        target.find(tmp_path / "theirs")
+
+
 def test_an_adapter_without_a_passport_says_which_number_format_is_taken(world: Path, tmp_path: Path) -> None:
     shutil.copytree(world / "run/adapter", tmp_path / "peft")
     (tmp_path / "peft/halfbyte.json").unlink()

@@ -291,6 +291,20 @@ def test_labels_that_no_training_row_has(tmp_path: Path) -> None:
         prepare(recipe(tmp_path, task="regress", data__train=str(held), data__eval="none").recipe)
 
 
+@pytest.mark.parametrize(("known", "words"), [((), True), (("tokens", "tags"), True), (("text", "spans"), False)])
+def test_which_form_tags_were_learned_in(
+    known: tuple[str, ...], words: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a hub dataset no columns are known before it is read."""
+    monkeypatch.setattr("halfbyte.data.reading.read.columns", lambda *_: known)
+    tiny_run.checkpoint(tmp_path / "model")
+    path = tmp_path / "tags.jsonl"
+    path.write_text('{"tokens": ["red", "cup"], "tags": ["B-x", "O"]}\n' * 8)
+    loaded = tiny_run.recipe(tmp_path, task="tag", data__train=path, data__eval="none", quant__type="none")
+    objective = prepare(loaded.recipe).objective
+    assert isinstance(objective, Tags) and objective.words is words
+
+
 def test_a_text_is_cut_into_words_where_the_rows_gave_words(tmp_path: Path) -> None:
     """What is said of `  red\\tcup ` is what is said of its words, by their characters."""
     tiny_run.checkpoint(tmp_path / "model")

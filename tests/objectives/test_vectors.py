@@ -380,9 +380,9 @@ def test_scores_that_the_loss_does_not_read_are_told(tmp_path: Path) -> None:
 
 def test_a_pair_of_a_low_score_is_no_passage_to_be_found() -> None:
     draw = torch.Generator().manual_seed(0)
-    vectors, scores = rows_of(draw, [2] * 6), torch.tensor([0.0, 1.0, 0.2, 0.9, 0.5, 0.4])
+    rows, scores = rows_of(draw, [2] * 6), torch.tensor([0.0, 1.0, 0.2, 0.9, 0.5, 0.4])
     objective = TextVectors(task.VectorFields(loss=task.COSENT))
-    sums = objective.all_sums(vectors, scores)
+    sums = objective.all_sums(rows, scores)
     assert [row["asked"] for row in sums] == [0, 1, 0, 1, 1, 0]
     queries, passages = (
         torch.nn.functional.normalize(torch.stack([row[at] for row in vectors]), dim=-1) for at in (0, 1)
@@ -392,6 +392,10 @@ def test_a_pair_of_a_low_score_is_no_passage_to_be_found() -> None:
     total = {name: sum(row[name] for row in sums) for name in objective.sum_names}
     assert objective.scores(total)["mrr"] == pytest.approx(wanted)
     assert not TextVectors(task.VectorFields()).of_set and objective.of_set
+    pairs, few = [[0, 1], [2, 3], [4, 1]], [0.1, 1.0, 0.7]
+    for one, queries_ in ((objective, [2, 4]), (TextVectors(task.VectorFields()), [0, 2, 4])):
+        asked, candidates = vectors._asked(one, pairs, [], few)
+        assert [query for query, *_ in asked] == queries_ and candidates == [1, 3]
 
 
 def test_a_mean_of_other_tokens_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

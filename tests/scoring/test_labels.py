@@ -30,6 +30,18 @@ def test_the_calibration_error_of_several_labels_is_a_mean_over_all_of_them(labe
     assert low < wanted + 0.1 and high < 1 and scores["ece_calibrated"]["value"] < wanted
 
 
+def test_an_error_below_1_is_no_share() -> None:
+    """Its interval is that of a mean: one more row, whose error would be above 1, is not thought of."""
+    off = np.full(20, 0.02) + np.arange(20) * 1e-3
+    shares = scoring.of_values({"recall_1": off, "loss": off, "mean_absolute_error": off}, Eval(resamples=500))[
+        "scores"
+    ]
+    assert shares["recall_1"]["interval"][1] > 0.1
+    for name in ("loss", "mean_absolute_error"):
+        low, high = shares[name]["interval"]
+        assert off.min() < low < off.mean() < high < off.max()
+
+
 def test_no_area_where_no_label_tells_rows_apart() -> None:
     every = np.tile([0.7, 0.3], (6, 1))
     alike = np.tile([True, False], (6, 1))

@@ -47,9 +47,7 @@ class Draft:
 
     def __post_init__(self) -> None:
         usual = {name: start.value for name, start in START.items() if not start.others & self.first.keys()}
-        if (
-            "train.method" in self.first
-        ):  # what it takes is written out, as the template writes the fields' own defaults
+        if "train.method" in self.first:  # else the template would write the fields' defaults over the method's
             from halfbyte.recipe.method import with_defaults
 
             of_method: Document = with_defaults({"train": {"method": self.first["train.method"]}})  # type: ignore[assignment]

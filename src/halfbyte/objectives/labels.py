@@ -72,7 +72,8 @@ class Labels(Objective):
             several = recipe.task == CLASSIFY and any(isinstance(value, list) for value in values)
             objective = cls(tuple(known), several, recipe.train.label_smoothing_factor)
             if recipe.task == TAG:
-                words = recipe.data.fields.tokens in read.columns(recipe.data.train)
+                columns = read.columns(recipe.data.train)  # of the hub's none are known, and its rows mostly give words
+                words = not columns or recipe.data.fields.tokens in columns
                 objective = Tags(tuple(known), False, objective.label_smoothing, words=words)
         for rows, which in ((train, "training"), (evaluation, "held-out")):
             if rows is not None:

@@ -69,16 +69,21 @@ class TextVectors(Objective):
                 raise DataError(f"{where}: {loss} needs {needs} in each row.", fix=fix)
         return replace(self, groups=tuple(sorted(labels)) if loss == task.GROUPS else ())
 
-    def check_teaches(self, rows: EncodedRows) -> list[str]:
-        """What is to be told of these rows together. Raises DataError: the loss learns nothing of them."""
+    def check_teaches(self, rows: EncodedRows) -> None:
+        """Raises DataError: the loss learns nothing of these rows together."""
+        if not self.of_set:
+            return
         counts, loss = Counter(text for text, _ in rows.examples.completions()), self.settings.loss
         if loss == task.COSENT and len(counts) < 2:
             raise DataError(f"{loss} compares rows with other scores, and all have {next(iter(counts))}.", fix=_ROWS)
         if loss == task.GROUPS and (len(counts) < 2 or max(counts.values()) < 2):
             raise DataError(f"{loss} needs two labels, one of them of two rows; they have {len(counts):,}.", fix=_ROWS)
-        if loss == task.RANKING and len({*counts} - {"null"}) > 1:
-            return [f"{loss} takes each passage as one that fits, whatever its score; {task.COSENT} reads scores"]
-        return []
+
+    def unread(self, rows: EncodedRows) -> list[str]:
+        """What is told of scores that differ and that the loss does not read."""
+        if self.settings.loss != task.RANKING or len({text for text, _ in rows.examples.completions()} - {"null"}) < 2:
+            return []
+        return [f"{task.RANKING} takes each passage as one that fits, whatever its score; {task.COSENT} reads scores"]
 
     def fits(self, scores: Sequence[float]) -> NDArray[np.bool_]:
         """Which rows' passages fit what asks: with CoSENTLoss those in the upper half of the scores' range."""

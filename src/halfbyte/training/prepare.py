@@ -278,5 +278,5 @@ def notices(prepared: Prepared) -> list[str]:
         first.append(f"{count:,} of {total:,} rows are held out (data.eval: {asked}{why}){off}")
     first += read.unread(prepared.recipe.data.train, prepared.recipe.data)
     if isinstance(prepared.objective, TextVectors):
-        first += prepared.objective.check_teaches(prepared.train)
+        first += prepared.objective.unread(prepared.train)
     return first + [m for rows in (prepared.train, prepared.evaluation) if rows for m in rows.tally.messages()]

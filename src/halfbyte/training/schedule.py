@@ -35,21 +35,13 @@ def plan_steps(
     processes those of one. padded: rows are padded to the longest of their micro-batch."""
     train = prepared.recipe.train
     return pack.Steps(
-        prepared.train.lengths,
-        prepared.train.labelled,
-        rows_per_step=train.rows_per_step,
-        total=count_steps(prepared),
-        seed=train.order_seed,
-        max_tokens_per_micro_batch=tokens,
-        examples_per_micro_batch=examples,
-        rank=rank,
-        ranks=ranks,
-        weights=prepared.objective.weights(prepared.train),
-        ids=None if padded else prepared.ids_of(prepared.train),
-        padded=padded,
-        mixture=prepared.mixture,
+        prepared.train.lengths, prepared.train.labelled, rows_per_step=train.rows_per_step,
+        total=count_steps(prepared), seed=train.order_seed, max_tokens_per_micro_batch=tokens,
+        examples_per_micro_batch=examples, rank=rank, ranks=ranks,
+        weights=prepared.objective.weights(prepared.train), ids=None if padded else prepared.ids_of(prepared.train),
+        padded=padded, mixture=prepared.mixture,
         neighbours=prepared.train.examples.neighbours if prepared.recipe.data.order == "families" else None,
-    )
+    )  # fmt: skip
 
 
 def eval_batches(
