@@ -384,9 +384,7 @@ def test_a_pair_of_a_low_score_is_no_passage_to_be_found() -> None:
     objective = TextVectors(task.VectorFields(loss=task.COSENT))
     sums = objective.all_sums(rows, scores)
     assert [row["asked"] for row in sums] == [0, 1, 0, 1, 1, 0]
-    queries, passages = (
-        torch.nn.functional.normalize(torch.stack([row[at] for row in vectors]), dim=-1) for at in (0, 1)
-    )
+    queries, passages = (torch.nn.functional.normalize(torch.stack([row[at] for row in rows]), dim=-1) for at in (0, 1))
     order = (queries @ passages.T).argsort(dim=1, descending=True).tolist()
     wanted = sum(1 / (1 + order[n].index(n)) for n in (1, 3, 4)) / 3
     total = {name: sum(row[name] for row in sums) for name in objective.sum_names}
