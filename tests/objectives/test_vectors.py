@@ -364,7 +364,7 @@ def test_rows_that_teach_nothing_together_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"compares rows with other scores, and all have 1\.0"):
         prepare(loaded.recipe)
     path.write_text('{"query": "a", "passage": "b", "score": 1}\n{"query": "a", "passage": "b", "score": NaN}\n')
-    with pytest.raises(DataError, match=r"pairs\.jsonl:2: .*score: a finite number is needed"):
+    with pytest.raises(DataError, match=r"pairs\.jsonl:2: .*score: a number is needed, a finite one"):
         prepare(loaded.recipe)
     loaded = recipe(tmp_path, vectors__loss=task.GROUPS, data__eval="none")
     for every in ("abcd", "aaaa"):

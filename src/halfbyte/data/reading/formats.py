@@ -412,5 +412,5 @@ def _vectors(f: Fields, where: str, record: Mapping[str, object]) -> Row:
         if not math.isfinite(number or 0):
             raise ValueError
     except (TypeError, ValueError):
-        raise BadRow(f"{f.score}: a finite number is needed, got {kind(score)}") from None
+        raise BadRow(f"{f.score}: a number is needed, a finite one, got {kind(score)}") from None
     return Row(where, parts=texts, completion=json.dumps(number))
