@@ -220,6 +220,7 @@ class _Opening:
                     weights_only=True,
                     ignore_mismatched_sizes=True,  # they are named in residency.check_complete
                     output_loading_info=True,
+                    use_kernels=False,  # a hub's code in place of the model's, from transformers 5.25 on unless refused
                     **how,
                 )
         except UnpicklingError as error:

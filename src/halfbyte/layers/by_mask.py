@@ -88,9 +88,9 @@ class _Mpt(_ByMask):
 class _Falcon(_ByMask):
     rotates = True
 
-    def forward(self, hidden_states: Tensor, alibi: Tensor | None, *args: object, **given: object) -> object:
-        if args or alibi is not None or lengths_on(given.get("attention_mask")) is None:
-            return super().forward(hidden_states, alibi, *args, **given)
+    def forward(self, hidden_states: Tensor, *args: object, **given: object) -> object:
+        if args or given.get("alibi") is not None or lengths_on(given.get("attention_mask")) is None:
+            return super().forward(hidden_states, *args, **given)
         qkv, groups = self.query_key_value(hidden_states)[0], self.num_heads // self.num_kv_heads
         q, k, v = qkv.unflatten(-1, (self.num_kv_heads, groups + 2, self.head_dim)).split([groups, 1, 1], 2)
         out = self._attend(q.flatten(1, 2), k[:, :, 0], v[:, :, 0], self.inv_norm_factor, 0.0, given)
