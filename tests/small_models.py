@@ -7,6 +7,7 @@ Use: `from tests import small_models`.
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import torch
@@ -61,6 +62,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 16},
     "gemma4": {"vision_config": {}, "audio_config": {}},
     "recurrent_gemma": {"num_hidden_layers": 3},  # recurrent, recurrent, attention
+    "ergo": {"first_dense_intermediate_size": 96, "shared_intermediate_size": 32},
 }
 
 
@@ -68,6 +70,13 @@ _SECTIONED = ("qwen2_vl_text", "qwen2_5_vl_text", "glm4v_text")  # whose section
 # Types with towers, and those of them that are looked at one by one.
 WHOLE_TYPES = tuple(dict.fromkeys(MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES))
 WHOLE = ("gemma3", "gemma4", "mistral3", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "smolvlm", "lfm2_vl", "glm4v")
+
+
+def longcat_is_on_the_interface() -> bool:
+    """Whether this transformers computes LongCat-Flash's experts as it does those of most: from 5.25 on."""
+    from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashExperts
+
+    return "@use_experts_implementation" in inspect.getsource(LongcatFlashExperts)
 
 
 def config(kind: str, **changes: Any) -> Any:

@@ -92,7 +92,7 @@ def page(facts: Mapping[str, Mapping[str, str]], figures: Mapping[str, Mapping[s
     return f"""{NOTE.replace("`make docs`", "`python -m tools.models`")}
 # Models
 
-{len(facts)} of the {len(small_models.TYPES)} causal LMs that this version of transformers knows were looked at:
+{len(facts)} of transformers' causal LMs were looked at:
 {packed["by lengths"]} are packed by lengths, {packed["padded"]} padded, {packed["single"]} single; {len(left)} could
 not be built small, and say why. {tape} are decoded by the tape. A checkpoint with towers (images, sound) opens as its
 language model alone, under the whole checkpoint's names; the towers are in no memory and in no store.

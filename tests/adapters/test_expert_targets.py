@@ -128,7 +128,6 @@ def test_what_the_choice_does_with_experts_is_said() -> None:
     ("kind", "names", "said"),
     [
         ("llama4_text", ["gate_up_proj"], "Llama4TextExperts, whose file does not use transformers' experts interface"),
-        ("longcat_flash", ["down_proj"], "LongcatFlashExperts, whose file does not use"),
         ("jetmoe", ["input_linear.weight"], "JetMoeParallelExperts, whose file does not use"),
         ("llama", ["gate_up_proj"], "no parameter of llama ends in 'gate_up_proj'"),
         ("mixtral", ["gate_up"], r"no parameter of mixtral ends in 'gate_up' \(near: gate_up_proj\)"),

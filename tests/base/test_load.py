@@ -53,6 +53,7 @@ def test_resident_is_what_the_policy_says(name: str, tmp_path: Path) -> None:
         assert not any(m.support_avx512bf16_for_cpu for _, m in layers)
         floating = {p.dtype for p in base.model.parameters() if p.is_floating_point()}
         assert floating == {torch.bfloat16}  # the checkpoint is fp16
+        assert not getattr(base.model, "use_kernels", False)  # of a hub: transformers' default from 5.25 on
 
 
 @pytest.mark.parametrize("name", tiny.ARCHITECTURES)

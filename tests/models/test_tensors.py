@@ -86,6 +86,7 @@ def test_a_learned_position_table_is_an_embedding() -> None:
         ("model.layers.3.mlp.experts.gate_up_proj", (8, 4096, 28672), "expert", 3),
         ("transformer.blocks.5.ffn.experts.mlp.w1", (172032, 6144), "expert", 5),
         ("model.layers.0.block_sparse_moe.gate.weight", (8, 4096), "router", 0),
+        ("model.layers.0.mlp.router.classifier.weight", (8, 4096), "router", 0),
         ("model.layers.0.block_sparse_moe.input_linear.weight", (8, 2048, 1024), "expert", 0),
         ("model.layers.0.mlp.experts.gate_up_proj_bias", (8, 28672), "bias", 0),
         ("backbone.layers.1.mixer.A_log", (4096, 16), "other", 1),

@@ -69,8 +69,7 @@ def matrices(model: Model, spec: shelf.StoreSpec, *, with_experts: bool = False)
                     continue
                 name = plan.target.removesuffix(".weight")
                 module = modules[name]
-                weight = formats.of_module(module).weight(module, spec.dtype)
-                yield Matrix(name, matrix, weight.to("cpu"))
+                yield Matrix(name, matrix, formats.of_module(module).weight(module, spec.dtype).to("cpu"))
                 pages.let_go([module.weight.data], maps)
     if changed := source.changed():
         raise StoreError(

@@ -77,8 +77,7 @@ def look(checkpoint: Checkpoint, config: Config, recipe: Recipe, modules: Iterab
     if whole := [name for name in modules if policy.matches(name, quant.exempt)]:
         raise _not_quantised(whole)
     dtype = load.DTYPES[machine.compute_dtype(machine.detect(), quant.compute_dtype)[0]]
-    key = shelf.key_of(checkpoint, quant, str(dtype).removeprefix("torch."))
-    return _find(shelf.folder() / key, rank)
+    return _find(shelf.folder() / shelf.key_of(checkpoint, quant, str(dtype).removeprefix("torch.")), rank)
 
 
 def ensure(base: load.Base, lora: Lora, note: Callable[[str, str], None]) -> Path | None:
@@ -155,8 +154,7 @@ def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     a larger one the rest is zeros. Returns B (O, rank) and A (rank, D) fp32, each with half of every singular value,
     the largest first. The first columns of B and rows of A are those of a lower rank."""
     width = min(rank + OVERSAMPLING, *matrix.shape)
-    generator = torch.Generator().manual_seed(0)
-    sketch = torch.randn(matrix.shape[1], width, generator=generator)
+    sketch = torch.randn(matrix.shape[1], width, generator=torch.Generator().manual_seed(0))
     basis = torch.linalg.qr(matrix @ sketch).Q  # (O, width)
     for _ in range(POWERS):
         basis = torch.linalg.qr(matrix.T @ basis).Q  # (D, width)

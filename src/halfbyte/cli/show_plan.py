@@ -166,8 +166,7 @@ def table(title: str, lines: tuple[Line, ...], available: int, plan: Plan | None
 
 def bar(value: float, full_scale: float, style: str) -> str:
     """A bar in eighths of a character, so that small values differ."""
-    eighths = round(8 * BAR * value / full_scale)
-    full, rest = divmod(eighths, 8)
+    full, rest = divmod(round(8 * BAR * value / full_scale), 8)
     blocks = "█" * full + ("▏▎▍▌▋▊▉"[rest - 1] if rest else "")
     return f"[{style}]{blocks or ('▏' if value else '')}[/{style}]"
 

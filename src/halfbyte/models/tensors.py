@@ -338,7 +338,7 @@ def _role(name: str, shape: tuple[int, ...], config: ConfigFile, *, in_layer: bo
         return "other"
     if not named:  # a bare Parameter: no nn.Linear, so nothing that quantises by module type will find it
         return "expert" if "expert" in name else "other"
-    if module in _ROUTERS and _experts(config):
+    if _experts(config) and is_router(name.rpartition(".")[0]):
         return "router"
     if module in HEADS or (name in ("output.weight", "model.output.weight") and not in_layer):
         return "head"
@@ -347,6 +347,11 @@ def _role(name: str, shape: tuple[int, ...], config: ConfigFile, *, in_layer: bo
     if not in_layer and _BEFORE_HEAD.match(name):
         return "other"
     return "linear"
+
+
+def is_router(module: str) -> bool:
+    """Whether a dotted module name of a mixture is that of a layer that chooses experts, or of a part of it."""
+    return not _ROUTERS.isdisjoint(module.split(".")[-2:])
 
 
 def is_embedding(module: str) -> bool:

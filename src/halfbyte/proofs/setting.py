@@ -166,8 +166,7 @@ def long_row(lm: Model, longest: int | None) -> tuple[int, str]:
     if structure.is_encoder(lm.config) and (context := context_of(lm.config)) is not None:  # a table of positions
         longest = min(longest, context.tokens)
     sight.look(body, longest)
-    layers = structure.decoder_layers(body)
-    sights = [sight.of(layer) for layer in layers]
+    sights = [sight.of(layer) for layer in structure.decoder_layers(body)]
     windows = [s.causal for s in sights if s is not None and 0 < s.causal < longest]
     windows += [chunk] if 1 < (chunk := recurrent.chunk_of(body)) < longest else []
     if not windows:

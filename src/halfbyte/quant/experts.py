@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from halfbyte.models.tensors import is_router
 from halfbyte.quant.policy import matches
 from halfbyte.quant.stack import ExpertStack
 
@@ -62,7 +63,5 @@ def routers(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and name.rpartition(".")[2] in ("gate", "router", "shared_expert_gate", "wg")
-        and name.startswith(homes)
+        if isinstance(module, nn.Linear) and is_router(name) and name.startswith(homes)
     ]

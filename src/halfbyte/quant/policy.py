@@ -8,16 +8,18 @@ from halfbyte.errors import BaseModelError
 from halfbyte.models.tensors import TensorSpec
 from halfbyte.quant import formats
 from halfbyte.recipe.schema import Quant
+from halfbyte.upstream.transformers import has_experts_interface
 
 # Model types whose code keeps experts in parameters and does not run them through transformers' experts interface, so
 # nothing of ours could dequantise one expert: the tensors, and what `quant.skip_modules` calls them.
 _ALL = r"expert"
-FIXED_EXPERTS = {
+_FIXED = {
     "llama4": (_ALL, "experts"), "llama4_text": (_ALL, "experts"), "dbrx": (_ALL, "experts"),
     "longcat_flash": (_ALL, "experts"), "step3p7": (_ALL, "experts"),
     "jetmoe": (r"(input|output)_linear", "input_linear,output_linear"),
     "inkling_text": (r"shared_expert", "shared_experts"),
 }  # fmt: skip
+FIXED_EXPERTS = {kind: v for kind, v in _FIXED.items() if v[0] != _ALL or not has_experts_interface(kind)}
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

@@ -45,16 +45,19 @@ def _is_there(seam: Seam) -> bool:
         return False
 
 
+def source_of(module: str) -> str:
+    """The text of a module, which is not imported; empty where it is not installed."""
+    library, *inner = module.split(".")
+    spec = importlib.util.find_spec(library)
+    path = Path(((spec and spec.submodule_search_locations) or [""])[0], *inner).with_suffix(".py")
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
 @cache
 def fields_of(module: str, name: str) -> frozenset[str]:
     """The fields of a dataclass, and the arguments of its `__init__`, read off its source: nothing is imported.
     `module`: dotted; one that is not installed has no fields."""
-    library, *inner = module.split(".")
-    spec = importlib.util.find_spec(library)
-    path = Path(((spec and spec.submodule_search_locations) or [""])[0], *inner).with_suffix(".py")
-    if not path.is_file():
-        return frozenset()
-    classes = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)]
+    classes = [node for node in ast.parse(source_of(module)).body if isinstance(node, ast.ClassDef)]
     body = [node for cls in classes if cls.name == name for node in cls.body]
     named = [node.target.id for node in body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)]
     inits = [node.args for node in body if isinstance(node, ast.FunctionDef) and node.name == "__init__"]

@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from halfbyte.types import Document, Model
-from halfbyte.upstream.seam import Seam, fields_of
+from halfbyte.upstream.seam import Seam, fields_of, source_of
 
 # What a model and its layers take their cache by: the name of newer versions, and that of older ones.
 CACHE_ARGUMENTS = ("cache", "past_key_values")
@@ -64,6 +64,11 @@ def experts_implementation(model: Model) -> dict[str, str | None]:
     parts = {name: getattr(model.config, name, None) for name in model.config.sub_configs}
     configs = {"": model.config, **parts}
     return {name: config._experts_implementation for name, config in configs.items() if config is not None}
+
+
+def has_experts_interface(family: str) -> bool:
+    """Whether the code of a family of models computes its experts through the interface, by its source."""
+    return "@use_experts_implementation" in source_of(f"transformers.models.{family}.modeling_{family}")
 
 
 def plain_gate() -> object:

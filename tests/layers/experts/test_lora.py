@@ -17,7 +17,8 @@ from halfbyte.proofs.packing import prove_packing
 from tests import small_models
 from tests.layers.test_fuse import apart, batch, gradients
 
-KINDS = ("mixtral", "qwen3_moe", "deepseek_v3", "olmoe", "gpt_oss")
+LONGCAT = ["longcat_flash"] if small_models.longcat_is_on_the_interface() else []
+KINDS = ("mixtral", "qwen3_moe", "deepseek_v3", "olmoe", "gpt_oss", *LONGCAT)
 PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
 
 

@@ -104,8 +104,7 @@ def _list(names: Iterable[str], argument: str) -> tuple[str, ...]:
 
 def _unknown(asked: object) -> set[str]:
     """Fields of transformers' or accelerate's configuration that were set, and are not known here."""
-    modes = {name: getattr(asked, name) for name in ("load_in_4bit", "load_in_8bit")}
-    plain = vars(type(asked)(**modes))
+    plain = vars(type(asked)(**{name: getattr(asked, name) for name in ("load_in_4bit", "load_in_8bit")}))
     changed = {name for name, value in vars(asked).items() if name not in plain or plain[name] != value}
     return changed - _KNOWN
 

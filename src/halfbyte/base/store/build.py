@@ -45,8 +45,7 @@ class Progress:
 
     @property
     def eta_seconds(self) -> float | None:
-        left = self.total_bytes - self.done_bytes
-        return left / self.bytes_per_second if self.bytes_per_second > 0 else None
+        return (self.total_bytes - self.done_bytes) / self.bytes_per_second if self.bytes_per_second > 0 else None
 
 
 @dataclass(frozen=True)
@@ -247,7 +246,6 @@ def _config(job: BuildJob) -> Document:
 
 
 def _index(job: BuildJob, entries: dict[str, manifest.Entry]) -> Document:
-    quant = job.spec.quant
-    weight_map = {slot.name: plan.name for plan in job.layout.files for slot in slots(plan.tensors, quant)}
+    weight_map = {slot.name: plan.name for plan in job.layout.files for slot in slots(plan.tensors, job.spec.quant)}
     total = sum(entries[plan.name].nbytes for plan in job.layout.files)
     return {"metadata": {"total_size": total}, "weight_map": weight_map}

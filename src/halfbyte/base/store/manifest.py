@@ -81,8 +81,7 @@ def read(folder: Path) -> Manifest:
             fix="build it again: halfbyte quantize MODEL",
         )
     try:
-        files = tuple(Entry(**entry) for entry in values.pop("files"))
-        return Manifest(files=files, **values)
+        return Manifest(files=tuple(Entry(**entry) for entry in values.pop("files")), **values)
     except (TypeError, KeyError, AttributeError) as error:
         raise StoreError(f"{path} is not a manifest of a store: {error}.") from error
 

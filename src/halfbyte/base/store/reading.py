@@ -185,8 +185,7 @@ def _read_first_pages(path: Path) -> int:
         calls.advise(fd, "RANDOM")
         size = os.fstat(fd).st_size
         length = safetensors.header_length(os.pread(fd, 8, 0), size, str(path))
-        header = safetensors.parse_header(os.pread(fd, length, 8), size, str(path))
-        numbers = first_pages(header, 8 + length)
+        numbers = first_pages(safetensors.parse_header(os.pread(fd, length, 8), size, str(path)), 8 + length)
         for page in numbers:
             os.pread(fd, mmap.PAGESIZE, page * mmap.PAGESIZE)
         return len(numbers)

@@ -298,8 +298,7 @@ def _entry(path: Path) -> CacheEntry:
     store, state = None, "building" if path.name == name + PARTIAL else "broken"
     if path.name == name:
         try:
-            store = manifest.read(path)
-            state = "broken" if manifest.problems(path, store) else "whole"
+            state = "broken" if manifest.problems(path, manifest.read(path)) else "whole"
         except StoreError as error:
             state = "old format" if "of format" in error.message else "broken"
     nbytes, touched = size_and_age(path)
