@@ -13,6 +13,7 @@ from halfbyte.models.sources.checkpoint import Checkpoint
 from halfbyte.quant import bnb as codec
 from halfbyte.quant import formats
 from halfbyte.quant.policy import matches
+from halfbyte.quant.stack import ExpertStack
 from halfbyte.recipe.schema import Quant
 from halfbyte.types import Config, Document, Model
 
@@ -74,6 +75,7 @@ def big_unquantised(model: Model, quant: Quant) -> list[tuple[str, nn.Parameter]
         for name, p in model.named_parameters()
         if p.ndim >= 2
         and p.is_floating_point()
+        and not isinstance(p, ExpertStack)
         and id(p) not in exempt
         and not (p.ndim == 3 and p.shape[1] == 1)
         and p.numel() * 1000 > total

@@ -271,8 +271,7 @@ def _refuse_early(run: Target, merged: MergedModel) -> None:
         with tempfile.TemporaryDirectory() as place:
             gguf.write(merged, Path(place, "header.gguf"), "F16", add_tokenizer(run, merged), weights=False)
     except ExportError as error:
-        fix = error.fix or f"halfbyte merge {typed(run.path)}"
-        raise ExportError(error.message, fix=fix) from error
+        raise ExportError(error.message, fix=error.fix or f"halfbyte merge {typed(run.path)}") from error
 
 
 def _unread_window(run: Target) -> int | None:

@@ -194,8 +194,7 @@ def as_given(model: Model) -> Iterator[None]:
 
 def precisions(model: Model) -> tuple[bool, ...]:
     """In which precisions a proof is made: in fp32 (True) where it can be afforded, then in the model's own dtype."""
-    lm = structure.causal_lm(model)
-    if lm.dtype in (torch.float32, torch.float64):
+    if structure.causal_lm(model).dtype in (torch.float32, torch.float64):
         return (True,)
     return (True, False) if sum(d.nbytes * 2 for _, d in _widened(model)) <= EXACT_BYTES else (False,)
 

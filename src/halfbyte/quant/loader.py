@@ -123,8 +123,7 @@ class OwnConfig(QuantizationConfigMixin):
 
 def _own_config(quant: Quant, head_names: Iterable[str]) -> OwnConfig:
     fields = {"type", *number_formats.UNSET, "skip_modules", "fp32_modules"}
-    skipped = [*head_names, *quant.exempt] or None
-    return OwnConfig(quant.model_dump(mode="json", include=fields), skipped)
+    return OwnConfig(quant.model_dump(mode="json", include=fields), [*head_names, *quant.exempt] or None)
 
 
 @register_quantizer(METHOD)
@@ -145,8 +144,9 @@ class OwnQuantizer(HfQuantizer):
         for name, module in (*taken, *plain_linears(model, quant.exempt)):
             model.set_submodule(name, _empty_layer(module, quant, model.dtype))
         for each in experts.expert_parameters(model, quant.exempt):
-            empty = ExpertStack.empty(formats.of(quant), each.parameter.shape, model.dtype, quant)
-            each.module.register_parameter(each.name, empty)
+            args = (formats.of(quant), each.parameter.shape, model.dtype, quant)
+            each.module.register_parameter(each.name, ExpertStack.empty(*args, coded=self.pre_quantized))
+        self.stacks = dict(experts.stacks(model)) if self.pre_quantized else {}
 
     def _process_model_after_weight_loading(self, model: Model, **_: object) -> Model:
         bits = number_formats.FORMATS[self.quantization_config.settings.type].bits
@@ -164,18 +164,19 @@ class OwnQuantizer(HfQuantizer):
 
     def get_weight_conversions(self) -> list[object]:
         quant = self.quantization_config.settings
-        names = [part.name("weight") for part in formats.of(quant).parts((1, 1), quant)]
+        parts = formats.of(quant).parts((1, 1), quant)
+        names = sorted((part.name("weight") for part in parts), key=len, reverse=True)  # 5.10.1 takes the first match
         return [WeightConverter(names, "weight", [Deserialize(self)])] if self.pre_quantized else []
 
-    def update_weight_conversions(self, weight_conversions: list[object], model: Model) -> list[object]:
-        """What brings the stacks of a store into the model is tried before the model's own conversions."""
+    def update_weight_conversions(self, weight_conversions: list[object], *model: Model) -> list[object]:
+        """A store's stacks come before the model's own conversions. `model`: transformers 5.10.1 gives none."""
         conversions: dict[str, object] = {}
-        for path, stack in experts.stacks(model) if self.pre_quantized else ():
+        for path, stack in self.stacks.items():
             pattern = ".".join(path.split(".")[-2:])  # a parameter's name and its module's
             parts = stack.number_format.parts(tuple(stack.shape), self.quantization_config.settings)
-            names = [rf"(?<=\.){part.name(pattern + '.weight')}" for part in parts]
+            names = sorted((rf"(?<=\.){part.name(pattern + '.weight')}" for part in parts), key=len, reverse=True)
             conversions[pattern] = WeightConverter(names, pattern, [Deserialize(self)])
-        return [*conversions.values(), *super().update_weight_conversions(weight_conversions, model)]
+        return [*conversions.values(), *super().update_weight_conversions(weight_conversions, *model)]
 
 
 def _empty_layer(module: nn.Module, quant: Quant, dtype: torch.dtype) -> nn.Module:
@@ -195,8 +196,7 @@ def _parameter(quantiser: Model, model: Model, name: str, parts: Mapping[str, to
         return formats.of(quant).stack(parts, tuple(place.shape), quant, place.compute_dtype)
     layer = model.get_submodule(name.rpartition(".")[0])
     layer._is_hf_initialized = True
-    shape = (layer.out_features, layer.in_features)
-    return formats.of(quant).layer(parts, shape, quant, model.dtype).weight
+    return formats.of(quant).layer(parts, (layer.out_features, layer.in_features), quant, model.dtype).weight
 
 
 class _Operation(ConversionOps):

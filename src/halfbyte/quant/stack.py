@@ -44,10 +44,13 @@ class ExpertStack(nn.Parameter):
         return stack
 
     @classmethod
-    def empty(cls, number_format: NumberFormat, shape: Iterable[int], dtype: torch.dtype, quant: Quant) -> Self:
-        """A place for a stack on the meta device, with the bytes that its codes will have."""
+    def empty(
+        cls, number_format: NumberFormat, shape: Iterable[int], dtype: torch.dtype, quant: Quant, *, coded: bool
+    ) -> Self:
+        """A place for a stack on the meta device, with as many codes as it will have. `coded`: in their own dtype, or
+        in `dtype`, to which transformers 5.10.1 casts weights before it quantises them."""
         first, *_ = number_format.parts(tuple(shape), quant)
-        codes = torch.empty(first.shape, dtype=torch_dtypes()[first.dtype], device="meta")
+        codes = torch.empty(first.shape, dtype=torch_dtypes()[first.dtype] if coded else dtype, device="meta")
         return cls.of(number_format, codes, shape, dtype)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:

@@ -96,8 +96,7 @@ def serve(run: Path, port: int = 0) -> Iterator[str]:
         raise RunError(f"port {port} of 127.0.0.1 cannot be used: {error.strerror}.", fix="leave --port out") from error
     port = server.server_address[1]
     OfRun.hosts = frozenset({f"127.0.0.1:{port}", f"localhost:{port}"})
-    thread = threading.Thread(target=server.serve_forever, name="halfbyte-live", daemon=True, args=(0.2,))
-    thread.start()
+    threading.Thread(target=server.serve_forever, name="halfbyte-live", daemon=True, args=(0.2,)).start()
     try:
         yield f"http://127.0.0.1:{port}/"
     finally:

@@ -148,8 +148,7 @@ def thin(line: Series) -> Series:
     if len(line) <= 4 * BUCKETS:
         return line
     chosen: set[int] = set()
-    edges = np.linspace(0, len(line), BUCKETS + 1).astype(int)
-    for start, end in pairwise(edges.tolist()):
+    for start, end in pairwise(np.linspace(0, len(line), BUCKETS + 1).astype(int).tolist()):
         part = line.y[start:end]
         finite = np.flatnonzero(np.isfinite(part))
         if len(finite):

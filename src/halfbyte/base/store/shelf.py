@@ -298,7 +298,8 @@ def _entry(path: Path) -> CacheEntry:
     store, state = None, "building" if path.name == name + PARTIAL else "broken"
     if path.name == name:
         try:
-            state = "broken" if manifest.problems(path, manifest.read(path)) else "whole"
+            store = manifest.read(path)
+            state = "broken" if manifest.problems(path, store) else "whole"
         except StoreError as error:
             state = "old format" if "of format" in error.message else "broken"
     nbytes, touched = size_and_age(path)

@@ -153,8 +153,7 @@ def number(*parts: int) -> int:
 
 
 def _number(*parts: int) -> int:
-    text = "/".join(map(str, parts)).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+    return int.from_bytes(hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest(), "little")
 
 
 def keep_mask(key: TokenSeed, shape: Sequence[int], p: float, device: torch.device) -> Tensor:

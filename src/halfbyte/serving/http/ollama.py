@@ -201,8 +201,7 @@ class OllamaReply:
 
     def add(self, number: int, chunk: TextChunk) -> list[Document]:
         self.first = self.first or time.monotonic()
-        parts = self.choice.add(chunk)
-        text = "".join(part.text for part in parts)
+        text = "".join(part.text for part in self.choice.add(chunk))
         return [self._line({"content": text}, done=False)] if text else []
 
     def end(self) -> list[Document]:
