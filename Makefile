@@ -40,7 +40,7 @@ test-slow: $(INSTALLED_DEV)
 # The sets are in tests/version_sets.py. Each is tested, even if one before it fails.
 SETS := oldest middle newest prerelease
 MAIN_JOB := tests/seams tests/upstream tests/test_main_job.py tests/adapters/test_dropin.py \
-	tests/adapters/test_dropin_scripts.py tests/cli/test_main.py
+	tests/adapters/test_dropin_scripts.py tests/base/test_experts.py tests/cli/test_main.py
 
 test-versions: $(BIN)/python
 	@status=0; for set in $(SETS) resolve; do $(MAKE) --no-print-directory test-$$set || status=1; done; exit $$status
