@@ -6,6 +6,7 @@ The reference has no code of ours: transformers' eager experts on weights that n
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from halfbyte.adapters import targets
 from halfbyte.errors import BaseModelError
 from halfbyte.inference import quality
 from halfbyte.quant import bnb as codec
-from halfbyte.quant import experts, formats
+from halfbyte.quant import experts, formats, loader
 from tests import plain_peft, small_models
 from tests.base.store.helpers import differing, opened
 from tests.quant.test_dequantise import CODES
@@ -217,3 +219,25 @@ def test_the_store_says_in_its_config_that_it_needs_our_reader(tmp_path: Path) -
     assert any(
         name.endswith("experts.gate_up_proj.weight.absmax") for p in store.glob("*.safetensors") for name in names_in(p)
     )
+
+
+NAMES = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".quant_state.bitsandbytes__nf4")
+
+
+def test_what_the_oldest_transformers_does_to_names_and_dtypes_does_no_harm() -> None:
+    """5.10.1 takes a converter's first pattern that is in a name, and casts a weight, before it is quantised, to the
+    dtype of the empty parameter."""
+    quantisers = {}
+    for stored in (False, True):
+        model = small_models.build("mixtral")
+        config = loader.OwnConfig({"type": "nf4"})
+        quantisers[stored] = loader.OwnQuantizer(config, pre_quantized=stored)
+        quantisers[stored]._process_model_before_weight_loading(model)
+        stacks = [parameter for name, parameter in model.named_parameters() if ".experts." in name]
+        assert stacks and all(stack.dtype.is_floating_point is not stored for stack in stacks)
+    mapping = get_model_conversion_mapping(model, None, quantisers[True])
+    ours = [entry.source_patterns for entry in mapping if any("nested_absmax" in p for p in entry.source_patterns)]
+    for stem in ("self_attn.q_proj.weight", "mlp.experts.gate_up_proj.weight", "mlp.experts.down_proj.weight"):
+        for name in [f"model.layers.0.{stem}{suffix}" for suffix in NAMES]:
+            first = next(hit for patterns in ours for pattern in patterns if (hit := re.search(pattern, name)))
+            assert first.end() == len(name), name

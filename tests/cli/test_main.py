@@ -36,6 +36,7 @@ from halfbyte.recipe.schema import leaves
 from halfbyte.runs import points
 from halfbyte.runs.folder import RunFolder
 from halfbyte.system import files
+from halfbyte.upstream.transformers import GGUF_RULES
 from tests import tiny_run
 from tests.forked import Forked
 from tests.in_process import Cli, Ended, runner
@@ -815,6 +816,7 @@ def test_rows_before_the_model_are_told_as_such(halfbyte: Cli, words: tuple[str,
     assert f"fix: halfbyte train {(*words, 'MODEL')[1]} train.jsonl" in ended.err
 
 
+@pytest.mark.skipif(not GGUF_RULES.there, reason=GGUF_RULES.reason or "there")
 def test_a_plan_of_a_model_reads_the_rows_that_are_set(halfbyte: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("halfbyte.models.sources.lookup.at_hand", lambda recipe: False)

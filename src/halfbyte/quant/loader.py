@@ -164,9 +164,8 @@ class OwnQuantizer(HfQuantizer):
 
     def get_weight_conversions(self) -> list[object]:
         quant = self.quantization_config.settings
-        parts = formats.of(quant).parts((1, 1), quant)
-        names = sorted((part.name("weight") for part in parts), key=len, reverse=True)  # 5.10.1 takes the first match
-        return [WeightConverter(names, "weight", [Deserialize(self)])] if self.pre_quantized else []
+        names = [part.name("weight") for part in formats.of(quant).parts((1, 1), quant)]
+        return [self._converter(names, "weight")] if self.pre_quantized else []
 
     def update_weight_conversions(self, weight_conversions: list[object], *model: Model) -> list[object]:
         """A store's stacks come before the model's own conversions. `model`: transformers 5.10.1 gives none."""
@@ -174,9 +173,13 @@ class OwnQuantizer(HfQuantizer):
         for path, stack in self.stacks.items():
             pattern = ".".join(path.split(".")[-2:])  # a parameter's name and its module's
             parts = stack.number_format.parts(tuple(stack.shape), self.quantization_config.settings)
-            names = sorted((rf"(?<=\.){part.name(pattern + '.weight')}" for part in parts), key=len, reverse=True)
-            conversions[pattern] = WeightConverter(names, pattern, [Deserialize(self)])
+            names = [rf"(?<=\.){part.name(pattern + '.weight')}" for part in parts]
+            conversions[pattern] = self._converter(names, pattern)
         return [*conversions.values(), *super().update_weight_conversions(weight_conversions, *model)]
+
+    def _converter(self, names: list[str], target: str) -> WeightConverter:
+        """Longest names first: transformers 5.10.1 takes the first that matches a part of a tensor's name."""
+        return WeightConverter(sorted(names, key=len, reverse=True), target, [Deserialize(self)])
 
 
 def _empty_layer(module: nn.Module, quant: Quant, dtype: torch.dtype) -> nn.Module:

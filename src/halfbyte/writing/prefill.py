@@ -101,8 +101,7 @@ def forward(
         inputs["attention_mask"] = torch.ones((1, tokens), dtype=torch.int64)
         inputs["position_ids"] = torch.arange(cached, tokens)[None]
     keeps = not rows and loss.keeps_some(lm)
-    layers = structure.decoder_layers(structure.body(lm))
-    with _entering(layers[0]) as entered:
+    with _entering(structure.decoder_layers(structure.body(lm))[0]) as entered:
         logits = module(**inputs, **({"logits_to_keep": ends} if keeps else {}))[0][0]
     if rows and head is not None:
         each(logits, batch)

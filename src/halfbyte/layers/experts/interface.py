@@ -61,8 +61,7 @@ def remove(model: Model) -> int:
 
 def is_lora_of_experts(module: nn.Module) -> bool:
     """Whether this is PEFT's `ParamWrapper` on a stack of experts."""
-    wraps = hasattr(module, "parameter_name") and is_experts(module.get_base_layer())
-    return wraps and EXPERT_LORA.there
+    return hasattr(module, "parameter_name") and is_experts(module.get_base_layer()) and EXPERT_LORA.there
 
 
 def takes_lora(module: nn.Module) -> bool:

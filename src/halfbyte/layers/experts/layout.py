@@ -41,8 +41,7 @@ Loras: TypeAlias = dict[str, LoraOfExperts]
 
 def is_experts(module: nn.Module) -> bool:
     """Whether a module computes its experts through transformers' interface."""
-    mark = not hasattr(module, "base_layer") and all(hasattr(module, flag) for flag in _FLAGS)
-    return mark and EXPERTS.there
+    return not hasattr(module, "base_layer") and all(hasattr(module, flag) for flag in _FLAGS) and EXPERTS.there
 
 
 def experts_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
